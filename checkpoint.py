@@ -1,0 +1,141 @@
+"""
+What a run leaves behind, and how it is read back.
+
+    ckpt.pt        the latest state, what --init_from=resume goes on from: nanoGPT's keys + rng, scaler, tokenizer, versions
+    ckpt_prev.pt   the state saved before it
+    best.pt        the state with the lowest validation loss, what sample.py reads
+    run.json       resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` last
+    log.jsonl      one line per evaluation
+
+Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
+"""
+
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import zipfile
+import zlib
+from datetime import UTC, datetime
+
+import numpy
+import torch
+
+from files import write_atomically
+from model import GPT, GPTConfig
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+def save_checkpoint(out_dir, checkpoint, is_best):
+    """Write ckpt.pt, keep the one before it, and call it best.pt too if it is. OSError leaves the older files whole."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    try:
+        with write_atomically(path) as f:
+            torch.save(checkpoint, f)
+            if os.path.exists(path):
+                link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+    except RuntimeError as error:  # how torch reports a failed write
+        raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}') from None
+    if is_best:
+        link(path, os.path.join(out_dir, 'best.pt'))
+
+
+def link(path, name):
+    """Give a file a second name, in place of what had it; a copy where the file system has no links."""
+    temporary = name + '.tmp'
+    if os.path.exists(temporary):
+        os.remove(temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
+def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
+    """The first of the files `names` in out_dir. ValueError where there is none, or it is damaged or holds more than data."""
+    path = next((path for name in names if os.path.exists(path := os.path.join(out_dir, name))), None)
+    if path is None:
+        raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
+    others = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
+    others = ', '.join(name for name in others if not os.path.samefile(os.path.join(out_dir, name), path))
+    advice = f'; to use another in its place, copy it there: {others}' if others else ''
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums of the tensors
+        if damaged:
+            raise ValueError(f'{path} is damaged in {damaged}{advice}')
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f'{path} is cut off, damaged or no checkpoint ({str(error).splitlines()[0]}){advice}') from None
+    except pickle.UnpicklingError:
+        raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
+    return checkpoint
+
+
+def build_model(checkpoint, **overrides):
+    """The GPT of a checkpoint of ours, of nanoGPT or of nanoGPKANT, with its weights."""
+    state = {}
+    for name, tensor in checkpoint['model'].items():
+        if not name.endswith('.attn.bias'):  # nanoGPT's causal mask, no parameter
+            state[name.removeprefix('module.').removeprefix('_orig_mod.')] = tensor
+    model_args = {**checkpoint['model_args'], **overrides}
+    if 'use_kan' not in model_args:
+        model_args.update(kan_args(state))
+    try:
+        model = GPT(GPTConfig(**model_args))
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f'the checkpoint does not fit its own model_args: {" ".join(str(error).split())[:300]}') from None
+    return model
+
+
+def kan_args(state):
+    """The KAN settings of nanoGPKANT's checkpoints, which do not name them, from the shapes of the first layer's splines."""
+    splines, knots = (state.get(f'transformer.h.0.attn.c_attn.layers.0.{name}') for name in ('spline_weight', 'grid'))
+    if splines is None or knots is None:
+        return {}
+    K, P = splines.size(-1), knots.size(-1)  # G + k and G + 2k + 1
+    spline_order = P - 1 - K
+    return dict(use_kan=True, kan_targets='attn,mlp', grid_size=K - spline_order, spline_order=spline_order)
+
+
+def versions():
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': numpy.__version__}
+
+
+def commit():
+    """The git commit of the code, with + for uncommitted changes; None outside a git checkout."""
+    try:
+        describe = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now():
+    return datetime.now(UTC).isoformat(timespec='seconds')
+
+
+def write_run(out_dir, record):
+    with write_atomically(os.path.join(out_dir, 'run.json'), 'w', encoding='utf-8') as f:
+        json.dump(record, f, indent=1)
+
+
+def read_log(out_dir):
+    """The evaluations of a run, one dict each; a last line cut off by a crash is left out."""
+    try:
+        with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+            return [json.loads(line) for line in f if line.endswith('\n')]
+    except FileNotFoundError:
+        return []
+
+
+def write_log(out_dir, lines):
+    with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(line) + '\n' for line in lines)

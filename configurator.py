@@ -1,0 +1,124 @@
+"""
+Settings for every script. A script lists its defaults as plain variables, then calls
+
+    config = configure(globals())
+
+so that `python train.py config/x.py --key=value` overrides them, left to right.
+A config file holds `name = value` lines. It is read as data and never executed.
+"""
+
+import ast
+import difflib
+import operator
+import os
+import sys
+import traceback
+
+KINDS = (bool, int, float, str)  # a variable of any other type is not a setting
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+class ConfigError(ValueError):
+    """A config file or flag that cannot be used; the message says where and what would be right."""
+
+
+def configure(variables, argv=None):
+    """Override the settings among `variables` in place and return all of them, for the log and the checkpoint."""
+    sys.excepthook = report
+    settings = {name: value for name, value in variables.items() if type(value) in KINDS and not name.startswith('_')}
+    argv = sys.argv[1:] if argv is None else argv
+    settings = override(settings, [arg for arg in argv if arg not in ('--help', '-h')])
+    if '--help' in argv or '-h' in argv:  # the settings this command would run with, so it also checks a config file
+        print((variables.get('__doc__') or '').strip(), '', sep='\n')
+        print(*(f'--{name}={value}' for name, value in settings.items()), sep='\n')
+        sys.exit()
+    variables.update(settings)
+    return settings
+
+
+def override(settings, argv):
+    """Return a copy of `settings` with the config files and --key=value flags in `argv` applied in order."""
+    settings = dict(settings)
+    for arg in argv:
+        pairs = [read_flag(arg, settings)] if arg.startswith('-') else read_file(arg)
+        for name, value, where in pairs:
+            settings[name] = check(name, value, settings, where)
+    return settings
+
+
+def read_flag(arg, settings):
+    name, equals, text = arg.removeprefix('--').partition('=')
+    if not arg.startswith('--') or not equals:
+        raise ConfigError(f'expected a config file or --key=value, got {arg!r}')
+    if isinstance(settings.get(name), str):
+        return name, text, arg  # text stays text, so --out_dir=123 works
+    try:
+        return name, ast.literal_eval(text.capitalize() if text in ('true', 'false') else text), arg
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, text, arg
+
+
+def read_file(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            body = ast.parse(f.read(), path).body
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f'cannot read config file {path!r}: {error}') from None
+    for line in body:
+        where = f'{path}:{line.lineno}'
+        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
+            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{ast.unparse(line).splitlines()[0]}`')
+        yield line.targets[0].id, evaluate(line.value, where), where
+
+
+def evaluate(node, where):
+    """A literal, or numbers joined by + - * / //, as in `gradient_accumulation_steps = 5 * 8`."""
+    if isinstance(node, ast.Constant) and type(node.value) in KINDS:
+        return node.value
+    try:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -evaluate(node.operand, where)
+        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+            left, right = evaluate(node.left, where), evaluate(node.right, where)
+            if not isinstance(left, str) and not isinstance(right, str):
+                return ARITHMETIC[type(node.op)](left, right)
+    except (TypeError, ZeroDivisionError, OverflowError):
+        pass
+    raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{ast.unparse(node)}`')
+
+
+def check(name, value, settings, where):
+    """`value` as the type of the setting's default. Whole floats pass as int (1e3), and ints as float."""
+    if name not in settings:
+        close = difflib.get_close_matches(name, settings, n=1)
+        raise ConfigError(f'{where}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
+    kind = type(settings[name])
+    if type(value) is kind:
+        return value
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int and abs(value) < 2**1023:
+        return float(value)
+    raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got {type(value).__name__} {value!r}')
+
+
+def report(kind, error, trace):
+    """
+    The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's or
+    of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
+    """
+    frames = traceback.extract_tb(trace)
+    ours = frames and os.path.dirname(frames[-1].filename).startswith(ROOT) and 'site-packages' not in frames[-1].filename
+    if issubclass(kind, (ValueError, OSError)) and ours:
+        print(f'error: {error}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,77 @@
+"""The device a script runs on: which one, at what precision, its name, speed, memory and random state."""
+
+import platform
+import resource
+import sys
+from contextlib import nullcontext
+
+import torch
+
+# dense bfloat16 peaks in FLOP/s, from the cards' data sheets
+PEAKS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, '4090': 165e12, '3090': 71e12}
+
+
+def pick_device(device):
+    """'auto' is the first there is of cuda, mps, cpu; anything else must be there."""
+    kinds = [kind for kind in ('cuda', 'mps', 'cpu') if getattr(torch, kind).is_available()]
+    kind, _, index = device.partition(':')
+    if device == 'auto':
+        return kinds[0]
+    if kind not in kinds or (index and not (index.isdigit() and int(index) < getattr(torch, kind).device_count())):
+        raise ValueError(f'device={device!r} is not here: expected auto or {" or ".join(kinds)}')
+    return device
+
+
+def pick_dtype(dtype, device):
+    """'auto' is bfloat16 (float16 where the card has none) on CUDA, float32 elsewhere."""
+    if dtype == 'auto':
+        return 'float32' if not device.startswith('cuda') else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f'dtype={dtype!r}: expected auto, float32, bfloat16 or float16')
+    return dtype
+
+
+def autocast(device, dtype):
+    """The context of mixed precision; none for float32."""
+    return nullcontext() if dtype == 'float32' else torch.autocast(device.split(':')[0], getattr(torch, dtype))
+
+
+def device_name(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return f'{cpu_name()}, {torch.get_num_threads()} threads'
+
+
+def cpu_name():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            return next(line.partition(':')[2].strip() for line in f if line.startswith('model name'))
+    except (OSError, StopIteration):  # not Linux
+        return platform.processor() or platform.machine()
+
+
+def flops_promised(device, dtype):
+    """The card's peak in FLOP/s; None for cards that are not in the table, and without mixed precision."""
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, else of this process."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def get_rng(device):
+    """The random states that dropout draws from, uint8 tensors."""
+    state = {'cpu': torch.get_rng_state()}
+    if device.startswith('cuda'):
+        state['cuda'] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng(state, device):
+    torch.set_rng_state(state['cpu'].cpu())
+    if device.startswith('cuda') and 'cuda' in state:
+        torch.cuda.set_rng_state(state['cuda'].cpu(), device)

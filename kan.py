@@ -1,0 +1,371 @@
+"""
+Kolmogorov-Arnold layers: every edge of a linear layer carries a learned function, a weighted activation plus a B-spline,
+
+    y_o = sum_i base_weight[o, i] * act(x_i) + spline_scaler[o, i] * sum_m spline_weight[o, i, m] * B_m(x_i)
+
+(Liu et al. 2024, arXiv 2404.19756, eq. 2.10, in the matrix form of efficient-kan, whose names, arguments and state dict
+KANLinear and KAN keep). The backward pass recomputes the bases, so that a layer keeps its input alone in memory.
+
+Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows.
+The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = {'cpu': 4 << 20}  # size of the bases of one row chunk: the cache of a CPU core
+CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
+
+
+def uniform_bases(x, knots, k):
+    """
+    The B-splines of order k on uniform knots, in closed form: with d the distance to a basis' centre in knot spacings,
+    B = sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!  (Schoenberg 1946), for k = 3 (a^3 - 4 c^3) / 6.
+
+    x (N, I), knots (I, P) -> (N, P - 1 - k, I)
+    """
+    if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls to the same side everywhere
+        return recursive_bases(x, knots, k)
+    P = knots.size(1)
+    first, spacing = knots[:, 0], (knots[:, -1] - knots[:, 0]) / (P - 1)
+    t = (x - first) / spacing  # (N, I), position in knot spacings
+    centres = torch.arange(P - 1 - k, dtype=x.dtype, device=x.device) + (k + 1) / 2
+    d = (t.unsqueeze(1) - centres.unsqueeze(1)).abs_()  # (N, P - 1 - k, I)
+    bases = ((k + 1) / 2 - d).clamp_min_(0).pow_(k)
+    for j in range(1, k // 2 + 1):
+        bases.add_(((k + 1) / 2 - j - d).clamp_min_(0).pow_(k), alpha=(-1) ** j * math.comb(k + 1, j))
+    return bases.mul_(1 / math.factorial(k))
+
+
+def recursive_bases(x, knots, k):
+    """The B-splines of order k on any knots, by the recursion of Cox and de Boor; x (N, I), knots (I, P) -> (N, P - 1 - k, I)."""
+    x, knots = x.unsqueeze(1), knots.t()  # (N, 1, I) and (P, I)
+    bases = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
+    for p in range(1, k + 1):
+        slope = reciprocal(knots[p:] - knots[:-p])  # one over the support of each basis of order p - 1
+        rise, fall = (x - knots[: -p - 1]) * slope[:-1], (knots[p + 1 :] - x) * slope[1:]
+        bases = rise * bases[:, :-1] + fall * bases[:, 1:]
+    return bases
+
+
+def reciprocal(width):
+    """1 / width, and 0 where knots coincide: the convention of de Boor for 0 / 0."""
+    return torch.where(width > 0, 1 / width, 0)
+
+
+def are_uniform(knots):
+    """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype."""
+    knots, eps = knots.double() if knots.device.type != 'mps' else knots.cpu().double(), torch.finfo(knots.dtype).eps
+    even = torch.lerp(knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device))
+    increasing = (knots[:, -1] > knots[:, 0]).all()
+    return bool(increasing and ((knots - even).abs() <= 2 * eps * knots.abs().amax(1, keepdim=True)).all())
+
+
+class SplineLinear(torch.autograd.Function):
+    """
+    y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T in row chunks that stay in the cache.
+    Keeps x and weight for the backward pass, which recomputes the columns. Deterministic; not twice differentiable.
+
+    x (N, I), weight (O, (K + 1) * I) with the columns basis-major, knots (I, G + 2k + 1) -> (N, O) in `dtype`
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, knots, k, bases, activation, dtype):
+        ctx.save_for_backward(x, weight, knots)
+        ctx.k, ctx.bases, ctx.activation, ctx.dtype = k, bases, activation, dtype
+        w = weight.to(dtype)
+        y = x.new_empty(x.size(0), w.size(0), dtype=dtype)
+        for rows in chunks(x, w.size(1)):
+            xc, kc = to_working_dtype(x[rows], knots)
+            torch.mm(columns(xc, kc, k, bases, activation, dtype), w.t(), out=y[rows])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, knots = ctx.saved_tensors
+        k, bases, activation, dtype = ctx.k, ctx.bases, ctx.activation, ctx.dtype
+        w, grad = weight.to(dtype), grad.to(dtype).contiguous()
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        for rows in chunks(x, w.size(1)):
+            xc, kc = to_working_dtype(x[rows], knots)
+            if dw is not None:
+                accumulate(dw, grad[rows].t(), columns(xc, kc, k, bases, activation, dtype))
+            if dx is not None:
+                dcolumns = (grad[rows] @ w).view(xc.size(0), -1, xc.size(1))  # (n, K + 1, I)
+                dx[rows] = input_gradient(xc, kc, k, bases, activation, dcolumns.to(xc.dtype))
+        return dx, dw if dw is None else dw.to(weight.dtype), None, None, None, None, None
+
+
+def chunks(x, n_columns):
+    """Slices of rows whose bases fill the cache; at least 64 rows each, so that the matrix products stay efficient."""
+    size = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_GPU)
+    rows = max(64, size // (n_columns * 4))
+    return [slice(i, i + rows) for i in range(0, x.size(0), rows)]
+
+
+def to_working_dtype(x, knots):
+    """Bases need float32: a recursion in bfloat16 loses 0.3 % of their sum."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(dtype), knots.to(dtype)
+
+
+def columns(x, knots, k, bases, activation, dtype):
+    """(n, I) -> (n, (K + 1) * I): the bases of every feature and then its activation, rounded to `dtype`."""
+    return torch.cat([bases(x, knots, k), activation(x).unsqueeze(1)], 1).to(dtype).flatten(1)
+
+
+def input_gradient(x, knots, k, bases, activation, dcolumns):
+    """
+    The gradient of the columns taken back to x: dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on
+    the same knots and r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X); the activation's gradient is autograd's.
+
+    x (n, I), dcolumns (n, K + 1, I) -> (n, I)
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(activation(leaf), leaf, dcolumns[:, -1])
+    if k == 0:
+        return dx  # steps: their derivative is zero
+    slope = k * reciprocal(knots[:, k:] - knots[:, :-k]).t()  # (K + 1, I)
+    dbases = torch.zeros_like(dcolumns)  # (n, K + 1, I): what reaches each basis of order k - 1
+    dbases[:, :-1] = dcolumns[:, :-1]
+    dbases[:, 1:] -= dcolumns[:, :-1]
+    return dx + (bases(x, knots, k - 1) * dbases.mul_(slope)).sum(1)
+
+
+def accumulate(total, a, b):
+    """total += a @ b, in the dtype of total."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def least_squares(gram, moments):
+    """The solution of least norm of gram @ c = moments, (I, K, K) and (I, K, ...), also where data left bases unseen."""
+    return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moments
+
+
+class KANLinear(nn.Module):
+    """
+    A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
+    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition.
+    Outside the extended knots the splines vanish and the base path alone acts.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        grid_size=5,
+        spline_order=3,
+        scale_noise=0.1,
+        scale_base=1.0,
+        scale_spline=1.0,
+        enable_standalone_scale_spline=True,
+        base_activation=nn.SiLU,
+        grid_eps=0.02,
+        grid_range=(-1, 1),
+        bias=False,
+    ):
+        super().__init__()
+        if grid_size < 1 or spline_order < 0:
+            raise ValueError(f'grid_size must be at least 1 and spline_order at least 0, got {grid_size} and {spline_order}')
+        low, high = grid_range
+        if not low < high:
+            raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
+        self.in_features, self.out_features = in_features, out_features
+        self.grid_size, self.spline_order = grid_size, spline_order
+        self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
+        self.enable_standalone_scale_spline = enable_standalone_scale_spline
+        self.grid_eps = grid_eps
+        self.base_activation = base_activation()
+        if any(True for _ in self.base_activation.parameters()):
+            raise ValueError(f'base_activation must have no parameters of its own, got {self.base_activation}')
+
+        spacing = (high - low) / grid_size
+        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * spacing + low
+        self.register_buffer('grid', knots.repeat(in_features, 1))  # (I, G + 2k + 1)
+        self.base_weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order))
+        if enable_standalone_scale_spline:
+            self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._grid_seen = self._bases = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """
+        base_weight, spline_scaler   uniform in +-scale / sqrt(I), with scale_base and scale_spline
+        spline_weight                curves through noise of +-scale_noise / (2 G) at the grid points
+        bias                         zero
+        """
+        G, k, bound = self.grid_size, self.spline_order, 1 / math.sqrt(self.in_features)
+        self.base_weight.uniform_(-self.scale_base * bound, self.scale_base * bound)
+        points = self.grid.t()[k : k + G + 1]  # (G + 1, I)
+        noise = torch.rand(G + 1, self.in_features, self.out_features, dtype=self.grid.dtype, device=self.grid.device) - 0.5
+        self.spline_weight.copy_(self.curve2coeff(points, noise * (self.scale_noise / G)))
+        if self.enable_standalone_scale_spline:
+            self.spline_scaler.uniform_(-self.scale_spline * bound, self.scale_spline * bound)
+        else:
+            self.spline_weight.mul_(self.scale_spline)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def scaled_spline_weight(self):
+        """(O, I, K), the spline coefficients that act."""
+        return self.spline_weight * (self.spline_scaler.unsqueeze(-1) if self.enable_standalone_scale_spline else 1.0)
+
+    def basis_function(self):
+        """The closed form where the knots are uniform, else the recursion; looked at again whenever `grid` was written to."""
+        seen = (self.grid.data_ptr(), self.grid.dtype, None if self.grid.is_inference() else self.grid._version)
+        if self._grid_seen != seen:
+            self._grid_seen, self._bases = seen, uniform_bases if are_uniform(self.grid) else recursive_bases
+        return self._bases
+
+    @torch.compiler.disable  # the row chunks are its fusion; to the compiler the layer is one opaque step
+    def forward(self, x):
+        """(..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights."""
+        self.check_input(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.base_weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            # (O, K + 1, I): basis-major columns, so that the inner loops run over neighbouring features
+            weight = torch.cat([self.scaled_spline_weight.transpose(1, 2), self.base_weight.unsqueeze(1)], 1)
+            rows = x.reshape(-1, self.in_features)
+            y = SplineLinear.apply(
+                rows, weight.flatten(1), self.grid, self.spline_order, self.basis_function(), self.base_activation, dtype
+            )
+            if self.bias is not None:
+                y = y + self.bias.to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def check_input(self, x):
+        if x.size(-1) != self.in_features:
+            raise ValueError(f'expected {self.in_features} features in the last dimension, got an input of shape {tuple(x.shape)}')
+
+    def b_splines(self, x):
+        """The bases of each feature, (..., I) -> (..., I, K). Differentiable in x."""
+        self.check_input(x)
+        rows, knots = to_working_dtype(x.reshape(-1, self.in_features), self.grid)
+        bases = recursive_bases(rows, knots, self.spline_order).transpose(1, 2)
+        return bases.to(x.dtype).reshape(*x.shape, -1)
+
+    def curve2coeff(self, x, y):
+        """
+        Coefficients of the splines closest to the points (least squares; of least norm where points are too few):
+        x (N, I), y (N, I, O) -> (O, I, K)
+        """
+        self.check_input(x)
+        x, y, knots = (to_float64(tensor) for tensor in (x, y, self.grid))
+        bases = recursive_bases(x, knots, self.spline_order)  # (N, K, I)
+        gram = torch.einsum('nai,nbi->iab', bases, bases)
+        moments = torch.einsum('nai,nio->iao', bases, y)
+        return least_squares(gram, moments).permute(2, 0, 1).to(self.spline_weight)
+
+    @torch.no_grad()
+    def update_grid(self, x, margin=0.01):
+        """
+        Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu et al. 2024,
+        section 2.3), and refit every spline to the function it was, by least squares over x. Coefficients of bases that saw
+        no data, and features whose grid stays, keep their values. Memory is proportional to N * I.
+        """
+        self.check_input(x)
+        x = to_float64(x.reshape(-1, self.in_features))
+        if x.size(0) == 0:
+            raise ValueError('update_grid needs at least one row of inputs')
+        old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
+        gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
+        for rows in chunks(x, 2 * old.numel()):
+            before, after = (recursive_bases(x[rows], knots, self.spline_order) for knots in (old, to_float64(new)))
+            gram = gram + torch.einsum('nai,nbi->iab', after, after)
+            cross = cross + torch.einsum('nai,nbi->iab', after, before)
+        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c. It is linear in the coefficients of an edge,
+        # so it acts on spline_weight as it would on spline_weight * spline_scaler, and the scaler stays as it is.
+        refit = to_float64(self.spline_weight)
+        refit = refit + torch.einsum('iab,oib->oia', least_squares(gram, cross - gram), refit)
+        moved = (new.to(self.grid) != self.grid).any(1)  # (I,)
+        self.spline_weight.copy_(torch.where(moved.unsqueeze(-1), refit.to(self.spline_weight), self.spline_weight))
+        self.grid.copy_(new)
+
+    def fitted_knots(self, x, margin):
+        """(N, I) -> (I, G + 2k + 1)"""
+        G, k = self.grid_size, self.spline_order
+        x = x.sort(0).values
+        quantiles = x[torch.linspace(0, x.size(0) - 1, G + 1, device=x.device).long()]  # (G + 1, I)
+        spacing = (x[-1] - x[0] + 2 * margin) / G  # (I,)
+        steps = torch.arange(-k, G + k + 1, dtype=x.dtype, device=x.device).unsqueeze(1)  # (G + 2k + 1, 1)
+        even = x[0] - margin + spacing * steps[k : k + G + 1]
+        inner = self.grid_eps * even + (1 - self.grid_eps) * quantiles
+        below, above = inner[0] + spacing * steps[:k], inner[-1] + spacing * (steps[k + G + 1 :] - G)
+        return torch.cat([below, inner, above]).t()
+
+    def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
+        """L1 of the spline weights and the entropy of their shares over the edges: efficient-kan's form of Liu et al. eq. 2.20."""
+        tiny = torch.finfo(self.spline_weight.dtype).tiny
+        strength = self.spline_weight.abs().mean(-1)  # (O, I)
+        total = strength.sum()
+        share = strength / total.clamp_min(tiny)
+        entropy = -(share * share.clamp_min(tiny).log()).sum()
+        return regularize_activation * total + regularize_entropy * entropy
+
+    def extra_repr(self):
+        return f'{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
+
+
+def to_float64(tensor):
+    """Least squares need it; MPS has none, so there the work moves to the CPU."""
+    return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
+
+
+class KAN(nn.Module):
+    """KANLinear layers in a row: KAN([I, hidden, O]) maps (..., I) to (..., O). Other arguments as in KANLinear."""
+
+    def __init__(
+        self,
+        layers_hidden,
+        grid_size=5,
+        spline_order=3,
+        scale_noise=0.1,
+        scale_base=1.0,
+        scale_spline=1.0,
+        base_activation=nn.SiLU,
+        grid_eps=0.02,
+        grid_range=(-1, 1),
+        bias=False,
+    ):
+        super().__init__()
+        self.grid_size, self.spline_order = grid_size, spline_order
+        self.layers = nn.ModuleList(
+            KANLinear(
+                in_features,
+                out_features,
+                grid_size=grid_size,
+                spline_order=spline_order,
+                scale_noise=scale_noise,
+                scale_base=scale_base,
+                scale_spline=scale_spline,
+                base_activation=base_activation,
+                grid_eps=grid_eps,
+                grid_range=grid_range,
+                bias=bias,
+            )
+            for in_features, out_features in zip(layers_hidden, layers_hidden[1:])
+        )
+
+    def forward(self, x, update_grid=False):
+        for layer in self.layers:
+            if update_grid:
+                layer.update_grid(x)
+            x = layer(x)
+        return x
+
+    def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
+        return sum(layer.regularization_loss(regularize_activation, regularize_entropy) for layer in self.layers)

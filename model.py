@@ -1,0 +1,294 @@
+"""
+A GPT whose linear layers become Kolmogorov-Arnold layers by config: one read, in the shape and with the names of nanoGPT's
+model.py (https://github.com/karpathy/nanoGPT), so that code written for it and checkpoints saved by it work unchanged.
+"""
+
+import inspect
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from kan import KAN, KANLinear
+
+KAN_TARGETS = ('attn', 'mlp', 'head')
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2 vocab_size of 50257, padded up to nearest multiple of 64 for efficiency
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    gelu: str = 'none'  # the `approximate` of F.gelu: 'none' is exact, 'tanh' is what GPT-2 was trained with
+    use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets; they never have a bias
+    kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
+    kan_hidden: float = 4.0  # width of a KAN MLP's hidden layer, in multiples of n_embd
+    grid_size: int = 5
+    spline_order: int = 3
+    grid_min: float = -1.0
+    grid_max: float = 1.0
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            below = self.n_embd // self.n_head * self.n_head
+            raise ValueError(
+                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; nearest: {below or self.n_head} or {below + self.n_head}'
+            )
+        unknown = set(self.kan_targets.split(',')) - set(KAN_TARGETS)
+        if unknown:
+            raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas')
+
+    def is_kan(self, target):
+        return self.use_kan and target in self.kan_targets.split(',')
+
+
+def make_kan(config, *widths):
+    return KAN(widths, config.grid_size, config.spline_order, grid_range=(config.grid_min, config.grid_max))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm but with an optional bias, under nanoGPT's parameter names."""
+
+    def __init__(self, ndim, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        # query, key, value projections for all heads, in one batch; then the output projection
+        if config.is_kan('attn'):
+            self.c_attn, self.c_proj = make_kan(config, C, 3 * C), make_kan(config, C, C)
+        else:
+            self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=config.bias), nn.Linear(C, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class KANMLP(nn.Module):
+    """Two KAN layers in place of Linear, GELU, Linear. Needs no activation of its own: the edges are the activations."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kan = make_kan(config, config.n_embd, round(config.kan_hidden * config.n_embd), config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def c_proj(self):
+        return self.kan.layers[-1]
+
+    def forward(self, x):
+        return self.dropout(self.kan(x))
+
+
+MLPS = {'mlp': MLP, 'kan': KANMLP}
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLPS['kan' if config.is_kan('mlp') else 'mlp'](config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        if config.is_kan('head'):
+            self.lm_head = make_kan(config, config.n_embd, config.vocab_size)
+        else:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.transformer.wte.weight = self.lm_head.weight  # weight tying, https://arxiv.org/abs/1608.05859
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        wte, wpe, Linear weights   normal, std 0.02
+        Linear and LayerNorm bias  zero
+        LayerNorm weights          one
+        KANLinear                  as its reset_parameters says, unless below
+        residual projections       attn.c_proj and the last layer of the MLP, Linear or KAN (base and spline weights):
+                                   the same, divided by sqrt(2 * n_layer), per the GPT-2 paper
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.transformer.h:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                for name, p in projection.named_parameters():
+                    if name.endswith('weight'):
+                        p.div_(math.sqrt(2 * self.config.n_layer))
+
+    def get_num_params(self, non_embedding=True):
+        """
+        The number of parameters. For the non-embedding count (default) the position embeddings are left out;
+        the token embeddings stay in, because they are the weights of the final layer as well.
+        """
+        n_params = sum(p.numel() for p in self.parameters())
+        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def forward(self, idx, targets=None):
+        """
+        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn.
+        Returns (logits (B, T, vocab_size), loss) with targets, (logits (B, 1, vocab_size) of the last token, None) without.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f'cannot forward a sequence of length {T}, block_size is only {self.config.block_size}')
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None  # generation needs the last position alone
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+    def crop_block_size(self, block_size):
+        """Shorten the longest context, e.g. of GPT-2's 1024 positions."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        self.transformer.wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """GPT-2's weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder in its format."""
+        override_args = override_args or {}
+        if model_type not in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') and not os.path.isdir(model_type):
+            raise ValueError(f'expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {model_type!r}')
+        if set(override_args) - {'dropout'}:
+            raise ValueError(f'of a pretrained model only dropout can be overridden, got {override_args}')
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            raise ValueError(f'loading {model_type!r} needs the transformers package: pip install transformers') from None
+        try:
+            model_hf = GPT2LMHeadModel.from_pretrained(model_type)
+        except OSError as error:  # what transformers raises without network, too
+            raise ValueError(f'cannot load {model_type!r}: {str(error).splitlines()[0]}') from None
+        hf = model_hf.config
+        sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions)
+        gelu = 'tanh' if hf.activation_function == 'gelu_new' else 'none'
+        model = cls(GPTConfig(**sizes, bias=True, gelu=gelu, **override_args))
+        state = {name: p for name, p in model_hf.state_dict().items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+        for name in state:  # OpenAI's Conv1D keeps its weights the other way round
+            if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
+                state[name] = state[name].t()
+        model.load_state_dict(state)
+        return model
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW. Every tensor of two or more dimensions decays (matrices, splines, embeddings), biases and LayerNorms do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
+        ]
+        fused = device_type in ('cuda', 'cpu') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
+        """Model FLOPs utilisation of an iteration that took dt seconds, against an A100's bfloat16 peak unless said otherwise."""
+        cfg = self.config
+        # PaLM (arXiv 2204.02311), appendix B; spline scalers are folded into the weights once a step and multiply no token
+        scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
+        N = self.get_num_params() - scalers
+        L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
+        flops_per_iter = (6 * N + 12 * L * H * Q * T) * T * fwdbwd_per_iter
+        return flops_per_iter / dt / flops_promised
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+        """Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens). Wants model.eval()."""
+        for idx_next in self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size):
+            idx = torch.cat((idx, idx_next), dim=1)
+        return idx
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+        """The tokens of `generate` as they come, (B, 1) each. Rows of the head from vocab_size on are padding, never drawn."""
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            idx_next = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
+            idx = torch.cat((idx, idx_next), dim=1)
+            yield idx_next
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
+    """
+    Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most likely,
+    top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kept = logits.topk(min(top_k, logits.size(-1))).values
+        logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p is not None:
+        ranked, order = probs.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the probability before a token already reaches p
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
+    return torch.multinomial(probs, num_samples=1)

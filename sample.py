@@ -1,0 +1,110 @@
+"""
+Text from a trained model, streamed as it is generated.
+
+    python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=3 --seed=1
+    python sample.py --out_dir=out-shakespeare-char-micro-kan --temperature=0 --max_new_tokens=200
+    python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --top_p=0.9
+
+Checkpoints of nanoGPT and nanoGPKANT work too: put the ckpt.pt into a folder and name it by --out_dir.
+"""
+
+import codecs
+import sys
+
+import torch
+
+from checkpoint import build_model, load_checkpoint
+from configurator import configure
+from device import autocast, pick_device, pick_dtype
+from loader import read_meta
+from model import GPT
+from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
+out_dir = 'out'  # ignored if init_from is not 'resume'
+start = '\n'  # the prompt, or '<|endoftext|>' etc.; a file with it as "FILE:prompt.txt"
+num_samples = 10  # number of samples to draw
+max_new_tokens = 500  # number of tokens generated in each sample
+temperature = 0.8  # 1.0 = no change, < 1.0 = less random, > 1.0 = more random, 0 = always the most likely token
+top_k = 200  # retain only the top_k most likely tokens, clamp others to have 0 probability; 0 = all
+top_p = 1.0  # retain only the most likely tokens that together have this probability
+stop = ''  # end a sample after this text
+dataset = ''  # whose vocabulary to use where the checkpoint has none (nanoGPT's)
+seed = 1337
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
+compile = False  # torch.compile the model to be faster
+# -----------------------------------------------------------------------------
+configure(globals())
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+torch.manual_seed(seed)
+
+
+def load_tokenizer(checkpoint, vocab_size):
+    """The tokenizer in the checkpoint; for nanoGPT's, which has none, that of `dataset`, or the one its size tells."""
+    if 'tokenizer' in checkpoint and not dataset:
+        return tokenizer_from_dict(checkpoint['tokenizer'])
+    if dataset:
+        meta = read_meta(dataset)
+        if not meta:
+            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
+        return tokenizer_from_dict(meta['tokenizer'])
+    if vocab_size in (50257, 50304):
+        return GPT2Tokenizer()
+    if vocab_size == len(TINYSHAKESPEARE_CHARS):
+        print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
+        return CharTokenizer(TINYSHAKESPEARE_CHARS)
+    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset')
+
+
+def read_prompt():
+    if not start.startswith('FILE:'):
+        return start
+    with open(start[5:], encoding='utf-8') as f:
+        return f.read()
+
+
+def print_sample(prompt):
+    """Stream one sample to the terminal, up to `stop`. Characters may spread over tokens, hence the incremental decoder."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    x = torch.tensor([prompt], dtype=torch.long, device=device)  # (1, T)
+    text, shown = '', 0  # generated text, and how much of it is on the terminal
+    print(tokenizer.decode(prompt), end='', flush=True)
+    for token in model.stream(x, max_new_tokens, temperature, top_k or None, top_p, tokenizer.vocab_size):
+        text += decoder.decode(tokenizer.decode_bytes(token[0].tolist()))
+        end = text.find(stop) if stop else -1
+        ready = end if end >= 0 else len(text) - held_back(text)
+        print(text[shown:ready], end='', flush=True)
+        shown = max(shown, ready)
+        if end >= 0:
+            return
+    print(text[shown:] + decoder.decode(b'', final=True), end='')
+
+
+def held_back(text):
+    """How many characters at the end may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+if init_from == 'resume':
+    checkpoint = load_checkpoint(out_dir)
+    model = build_model(checkpoint, dropout=0.0)
+else:
+    checkpoint = {}
+    model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+if tokenizer.vocab_size > model.config.vocab_size:
+    raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
+prompt = tokenizer.encode(read_prompt())
+if not prompt:
+    raise ValueError("start is empty: a sample needs at least one token to go on from, e.g. --start=$'\\n'")
+model.eval()
+model.to(device)
+if compile:
+    model.forward = torch.compile(model.forward)
+with torch.no_grad(), autocast(device, dtype):
+    for _ in range(num_samples):
+        print_sample(prompt)
+        print('\n---------------')

@@ -1,0 +1,405 @@
+"""
+Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
+
+    python train.py config/train_shakespeare_char_nano_kan.py
+    python train.py config/train_shakespeare_char_micro_kan.py --max_iters=100 --device=cpu --batch_size=8
+    python train.py config/train_shakespeare_char_micro_kan.py --init_from=resume
+    torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_nano_kan.py --device=cpu
+
+Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help shows the settings.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import checkpoint as ckpt
+import loader
+from configurator import configure
+from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# default config values designed to train a gpt2 (124M) on OpenWebText
+# I/O
+out_dir = 'out'
+eval_interval = 2000
+log_interval = 1
+eval_iters = 200  # batches of fixed validation windows; at most the whole split is used
+eval_only = False  # if True, script exits right after the first eval
+always_save_checkpoint = True  # if False, save only when the validation loss improves, on interruption and at the end
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*' or a folder with a GPT-2 of transformers
+# wandb logging
+wandb_log = False  # disabled by default
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'
+gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes
+batch_size = 12  # sequences per micro-batch
+block_size = 1024
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
+bias = False  # do we use bias inside LayerNorm and Linear layers?
+# KAN layers
+use_kan = False
+kan_targets = 'mlp'  # where: any of attn, mlp, head, joined by commas
+kan_hidden = 4.0  # width of the KAN MLP's hidden layer, in multiples of n_embd
+grid_size = 5  # intervals of the spline grid
+spline_order = 3
+grid_min = -1.0
+grid_max = 1.0
+# adamw optimizer
+learning_rate = 6e-4  # max learning rate
+max_iters = 600000  # total number of training iterations
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
+# learning rate decay settings
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000  # should be ~= max_iters per Chinchilla
+min_lr = 6e-5  # should be ~= learning_rate / 10 per Chinchilla
+# system
+seed = 1337
+backend = 'nccl'  # of several GPUs; processes on CPUs talk through gloo
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
+compile = True  # torch.compile on a GPU, where it pays
+# -----------------------------------------------------------------------------
+config = configure(globals())
+
+# processes and device
+rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+ddp, world_size, master = world_size > 0, max(world_size, 1), rank == 0
+device = pick_device(device)
+device_type = device.split(':')[0]
+if ddp and device_type == 'cuda':
+    device = f'cuda:{local_rank}'
+    torch.cuda.set_device(device)
+dtype = pick_dtype(dtype, device)
+if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
+    nearest = max(1, round(gradient_accumulation_steps / world_size)) * world_size
+    raise ValueError(
+        f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes; nearest: {nearest}'
+    )
+config.update(device=device, dtype=dtype)
+micro_steps = gradient_accumulation_steps // world_size
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')
+
+# data: rank 0 prepares and checks it, the others wait
+if master:
+    loader.prepare_dataset(dataset)
+    os.makedirs(out_dir, exist_ok=True)
+while not loader.is_prepared(dataset):
+    time.sleep(1)
+if ddp:
+    dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+meta = loader.read_meta(dataset)
+train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
+
+# model
+torch.manual_seed(seed)
+iter_num, best_val_loss, seconds = 0, math.inf, 0.0
+state = None
+if init_from == 'scratch':
+    vocab_size = meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304  # GPT-2's, padded to a multiple of 64
+    sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
+elif init_from == 'resume':
+    state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
+    if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+        raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}')
+    model = ckpt.build_model(state, dropout=dropout)
+    iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
+else:
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+if block_size < model.config.block_size and not state:
+    model.crop_block_size(block_size)
+if block_size != model.config.block_size:
+    raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
+if master:
+    loader.check_dataset(dataset, block_size, model.config.vocab_size)
+model.to(device)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
+if state:
+    optimizer.load_state_dict(state['optimizer'])
+    scaler.load_state_dict(state.get('scaler', {}) if scaler.is_enabled() else {})
+raw_model = model
+if ddp:
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+
+
+def compiled(model):
+    """The compiled model, or with one warning the model itself where compiling fails."""
+    x, y = loader.get_batch(train_data, block_size, [0] * batch_size, device)
+    try:
+        fast_model = torch.compile(model)
+        with autocast(device, dtype):
+            fast_model(x, y)[1].backward()
+        return fast_model
+    except Exception as error:  # whatever a compiler can raise: the eager model does the same work
+        print(f'warning: torch.compile failed, going on without it: {type(error).__name__}: {str(error).splitlines()[0]}')
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+if compile and device_type == 'cuda':
+    model = compiled(model)
+
+
+torch.manual_seed(seed + rank)
+if state and len(state.get('rng', [])) == world_size:
+    set_rng(state['rng'][rank], device)
+elif state and master:
+    print(f'warning: no random state for {world_size} processes in the checkpoint, dropout starts from the seed')
+
+
+def all_reduce(*numbers):
+    """The sums of the numbers over all processes."""
+    if not ddp:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# the first signal is noted and the loop stops at the end of a step; the second one ends the process at once
+signals = []
+
+
+def on_signal(number, frame):
+    if signals:
+        os._exit(128 + number)
+    signals.append(number)
+    os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
+
+
+def is_stopping():
+    """Whether any process was told to stop, so that all of them leave the loop together."""
+    return all_reduce(len(signals))[0] > 0
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss over the same windows for every model, of both splits: {'train': ..., 'val': ...}, or None when told to stop."""
+    losses = {}
+    n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)
+    raw_model.eval()
+    for split, data in (('train', train_data), ('val', val_data)):
+        starts = loader.fixed_starts(data, block_size, n_windows)
+        total, share = 0.0, starts[rank::world_size]
+        for i in range(0, math.ceil(len(starts) / world_size), batch_size):
+            if is_stopping():
+                raw_model.train()
+                return None
+            batch = share[i : i + batch_size]
+            if len(batch):
+                x, y = loader.get_batch(data, block_size, batch, device)
+                with autocast(device, dtype):
+                    total += raw_model(x, y)[1].item() * len(batch)
+        losses[split] = all_reduce(total)[0] / len(starts)
+    raw_model.train()
+    return losses
+
+
+def get_lr(it):
+    """Learning rate: linear warmup, then cosine decay to min_lr."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+
+
+def save(is_best=False):
+    """Save the state of this moment. A full disk is a warning here and an exit status at the end."""
+    global save_failed
+    rng = [get_rng(device)] * world_size
+    if ddp:
+        dist.all_gather_object(rng, rng[rank])
+    if not master:
+        return
+    checkpoint = {
+        'model': raw_model.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'model_args': asdict(raw_model.config),
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'config': config,
+        'seconds': seconds,
+        'rng': rng,
+        'scaler': scaler.state_dict(),
+        'versions': ckpt.versions(),
+    }
+    if meta:
+        checkpoint['tokenizer'] = meta['tokenizer']
+    try:
+        ckpt.save_checkpoint(out_dir, checkpoint, is_best)
+        say(f'saved {out_dir}/ckpt.pt at iteration {iter_num}')
+    except OSError as error:
+        save_failed = True
+        say(f'warning: iteration {iter_num} is not saved, the checkpoint before it stays: {error}')
+
+
+def write_record(**fields):
+    """run.json and log.jsonl; a full disk is a warning."""
+    global save_failed
+    record.update(fields)
+    try:
+        ckpt.write_run(out_dir, record)
+        ckpt.write_log(out_dir, log)
+    except OSError as error:
+        save_failed = True
+        say(f'warning: the run record is not saved: {error}')
+
+
+def log_to_wandb(line):
+    """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
+    global wandb_log
+    try:
+        import wandb
+
+        if wandb.run is None:
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        wandb.log(line)
+    except Exception as error:
+        wandb_log = False
+        say(f'warning: no wandb from here on: {type(error).__name__}: {error}')
+
+
+# the record of the run, and what it says while it runs
+save_failed = False
+on_terminal = master and sys.stderr.isatty()
+bar = tqdm(total=max_iters, initial=iter_num, unit='iter', disable=not on_terminal, dynamic_ncols=True)
+
+
+def say(text):
+    if master:
+        tqdm.write(text) if on_terminal else print(text, flush=True)
+
+
+log = [line for line in ckpt.read_log(out_dir) if line['iter'] < iter_num] if state else []
+record = dict(
+    config=config,
+    seed=seed,
+    commit=ckpt.commit(),
+    versions=ckpt.versions(),
+    device=device_name(device),
+    processes=world_size,
+    parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
+    model_args=asdict(raw_model.config),
+    dataset={'name': dataset, 'source': meta.get('source'), 'splits': meta.get('splits')},
+    tokens_per_iter=tokens_per_iter,
+    resumed_at=iter_num or None,
+    started=ckpt.now(),
+)
+say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}')
+say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
+say(f'{tokens_per_iter:,} tokens per iteration on {record["device"]}, {world_size} process(es), {dtype}')
+if master and not eval_only:
+    write_record()
+
+
+def train_batch(iteration, micro_step):
+    starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
+    return loader.get_batch(train_data, block_size, starts, device)
+
+
+# training loop
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+peak = flops_promised(device, dtype)
+timed_from, iter_timed, iter_logged = seconds, iter_num, iter_num
+X, Y = train_batch(iter_num, 0)
+while True:
+    # evaluate the loss on train/val sets, write checkpoints and the record
+    is_last = iter_num >= max_iters
+    losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
+    if losses:
+        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        tokens_per_s = (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
+        line = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, seconds=seconds, train_loss=losses['train'], val_loss=losses['val'])
+        line.update(lr=get_lr(iter_num), tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
+        timed_from, iter_timed = seconds, iter_num
+        log.append(line)
+        if wandb_log and master:
+            log_to_wandb(line)
+        is_best = losses['val'] < best_val_loss
+        best_val_loss = min(best_val_loss, losses['val'])
+        if iter_num > 0 and not eval_only and math.isfinite(losses['val']) and (is_best or always_save_checkpoint or is_last):
+            save(is_best)
+        if master and not eval_only:
+            write_record()
+    stopping = is_stopping()
+    if is_last or stopping or eval_only:
+        break
+
+    # forward, backward, update, with gradient accumulation to simulate larger batches
+    t0 = time.perf_counter()
+    lr = get_lr(iter_num) if decay_lr else learning_rate
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    total_loss = 0.0
+    for micro_step in range(micro_steps):
+        if ddp:
+            model.require_backward_grad_sync = micro_step == micro_steps - 1  # one exchange of gradients per iteration
+        with autocast(device, dtype):
+            loss = model(X, Y)[1] / micro_steps
+        total_loss += loss.detach()
+        X, Y = train_batch(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps)  # while the GPU works
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    if grad_clip:
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        if not scaler.is_enabled():  # the scaler itself skips steps with gradients that are not finite
+            total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
+    lossf = all_reduce(float(total_loss))[0] / world_size
+    if not math.isfinite(lossf):
+        sys.exit(
+            f'error: the loss or its gradient is not finite at iteration {iter_num}; stopped before the update, {out_dir} is untouched'
+        )
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    iter_num += 1
+    if device_type == 'cuda':
+        torch.cuda.synchronize()
+    dt = time.perf_counter() - t0
+    seconds += dt
+
+    # timing and logging
+    bar.update()
+    bar.set_postfix(loss=f'{lossf:.4f}', tokens_per_s=f'{tokens_per_iter / dt:,.0f}', refresh=False)
+    if iter_num % log_interval == 0 and not on_terminal:
+        mfu = f', mfu {raw_model.estimate_mfu(gradient_accumulation_steps / world_size * batch_size, dt, peak):.1%}' if peak else ''
+        say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tokens/s{mfu}')
+
+bar.close()
+if stopping and not eval_only:
+    save()
+    say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
+elif not eval_only and master:
+    final = {**line, 'best_val_loss': best_val_loss, 'parameters': record['parameters']['total']}
+    write_record(final=final, finished=ckpt.now())
+if ddp:
+    dist.destroy_process_group()
+if save_failed:
+    sys.exit(f'error: not everything could be saved, see the warnings above; what {out_dir} holds is whole')
