@@ -97,7 +97,7 @@ class SplineLinear(torch.autograd.Function):
                 accumulate(dw, grad[rows].t(), columns(xc, kc, k, bases, activation, dtype))
             if dx is not None:
                 dcolumns = (grad[rows] @ w).view(xc.size(0), -1, xc.size(1))  # (n, K + 1, I)
-                dx[rows] = input_gradient(xc, kc, k, bases, activation, dcolumns.to(xc.dtype))
+                dx[rows] = input_gradient(xc, kc, k, bases, activation, dcolumns)
         return dx, dw if dw is None else dw.to(weight.dtype), None, None, None, None, None
 
 
@@ -116,7 +116,9 @@ def to_working_dtype(x, knots):
 
 def columns(x, knots, k, bases, activation, dtype):
     """(n, I) -> (n, (K + 1) * I): the bases of every feature and then its activation, rounded to `dtype`."""
-    return torch.cat([bases(x, knots, k), activation(x).unsqueeze(1)], 1).to(dtype).flatten(1)
+    out = x.new_empty(x.size(0), knots.size(1) - k, x.size(1), dtype=dtype)  # (n, K + 1, I)
+    out[:, :-1], out[:, -1] = bases(x, knots, k), activation(x)
+    return out.flatten(1)
 
 
 def input_gradient(x, knots, k, bases, activation, dcolumns):
@@ -128,14 +130,12 @@ def input_gradient(x, knots, k, bases, activation, dcolumns):
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(activation(leaf), leaf, dcolumns[:, -1])
+        (dx,) = torch.autograd.grad(activation(leaf), leaf, dcolumns[:, -1].to(x.dtype))
     if k == 0:
         return dx  # steps: their derivative is zero
     slope = k * reciprocal(knots[:, k:] - knots[:, :-k]).t()  # (K + 1, I)
-    dbases = torch.zeros_like(dcolumns)  # (n, K + 1, I): what reaches each basis of order k - 1
-    dbases[:, :-1] = dcolumns[:, :-1]
-    dbases[:, 1:] -= dcolumns[:, :-1]
-    return dx + (bases(x, knots, k - 1) * dbases.mul_(slope)).sum(1)
+    lower = bases(x, knots, k - 1).mul_(slope)  # (n, K + 1, I)
+    return dx + (lower[:, :-1] - lower[:, 1:]).mul_(dcolumns[:, :-1]).sum(1)
 
 
 def accumulate(total, a, b):

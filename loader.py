@@ -20,23 +20,29 @@ DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 
 
 def write_split(folder, split, ids):
-    """Write token ids (a list or array) as <split>.bin."""
+    """Write token ids (a list or array) as <split>.bin.part; write_meta makes it <split>.bin."""
     ids = np.asarray(ids)
     if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
         raise ValueError(f'{split}: token ids must fit in 16 bits, got {ids.min()} to {ids.max()}')
-    with write_atomically(os.path.join(folder, f'{split}.bin')) as f:
+    with write_atomically(os.path.join(folder, f'{split}.bin.part')) as f:
         f.write(ids.astype(DTYPE).tobytes())
 
 
 def write_meta(folder, tokenizer, source):
-    """Describe the finished train.bin and val.bin in meta.json; `source` says in one line where the text came from."""
+    """
+    Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their names:
+    where train.bin and val.bin are, a preparation was not cut off.
+    """
+    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
     splits = {}
-    for split in ('train', 'val'):
-        path = os.path.join(folder, f'{split}.bin')
-        splits[split] = {'tokens': os.path.getsize(path) // DTYPE.itemsize, 'sha256': sha256_of(path)}
+    for split, path in paths.items():
+        part = path + '.part'
+        splits[split] = {'tokens': os.path.getsize(part) // DTYPE.itemsize, 'sha256': sha256_of(part)}
     meta = {'source': source, 'splits': splits, 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
     with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
+    for path in paths.values():
+        os.replace(path + '.part', path)
 
 
 def dataset_folder(dataset):

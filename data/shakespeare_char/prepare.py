@@ -1,0 +1,40 @@
+"""
+Tinyshakespeare by character, as train.bin and val.bin (uint16) and meta.json beside this file.
+
+$ python data/shakespeare_char/prepare.py
+$ python data/shakespeare_char/prepare.py --source=my.txt   # any UTF-8 text
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+
+from configurator import configure
+from loader import write_meta, write_split
+from tinyshakespeare import read_text
+from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
+
+source = ''  # a text file; empty: tinyshakespeare
+
+
+def prepare(folder, source):
+    """Write the first 90 % of the text for training and the rest for validation into `folder`."""
+    text, description = read_text(source)
+    others = set(text) - set(TINYSHAKESPEARE_CHARS)
+    tokenizer = CharTokenizer(''.join(sorted(set(text))) if others else TINYSHAKESPEARE_CHARS)
+    n = int(len(text) * 0.9)
+    for split, part in ('train', text[:n]), ('val', text[n:]):
+        ids = tokenizer.encode(part)
+        write_split(folder, split, ids)
+        print(f'{split}.bin: {len(ids):,} of {tokenizer.vocab_size} different characters')
+    write_meta(folder, tokenizer, description)
+
+
+if __name__ == '__main__':
+    configure(globals())
+    try:
+        prepare(Path(__file__).resolve().parent, source)
+    except OSError as error:
+        sys.exit(f'cannot prepare shakespeare_char: {error} (--source=FILE takes a text of your own)')

