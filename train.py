@@ -122,6 +122,8 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
 elif init_from == 'resume':
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
+    if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
+        raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
         raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}')
     model = ckpt.build_model(state, dropout=dropout)
@@ -162,7 +164,6 @@ def compiled(model):
 
 if compile and device_type == 'cuda':
     model = compiled(model)
-
 
 torch.manual_seed(seed + rank)
 if state and len(state.get('rng', [])) == world_size:
@@ -315,6 +316,8 @@ say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {met
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{tokens_per_iter:,} tokens per iteration on {record["device"]}, {world_size} process(es), {dtype}')
 if master and not eval_only:
+    if not state and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        say(f'warning: {out_dir} holds an earlier run, which this one replaces; --init_from=resume would go on with it')
     write_record()
 
 
@@ -342,10 +345,11 @@ while True:
         log.append(line)
         if wandb_log and master:
             log_to_wandb(line)
-        is_best = losses['val'] < best_val_loss
-        best_val_loss = min(best_val_loss, losses['val'])
-        if iter_num > 0 and not eval_only and math.isfinite(losses['val']) and (is_best or always_save_checkpoint or is_last):
-            save(is_best)
+        if iter_num > 0 and not eval_only and math.isfinite(losses['val']):
+            is_best = losses['val'] < best_val_loss
+            best_val_loss = min(best_val_loss, losses['val'])
+            if is_best or always_save_checkpoint or is_last:
+                save(is_best)
         if master and not eval_only:
             write_record()
     stopping = is_stopping()

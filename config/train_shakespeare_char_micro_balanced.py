@@ -1,0 +1,33 @@
+"""
+The vanilla GPT with as many parameters as the KAN-GPT (within 1 %) in micro size, 8.87M parameters.
+
+    python train.py config/train_shakespeare_char_micro_balanced.py
+
+MEASURED
+"""
+
+out_dir = 'out-shakespeare-char-micro-balanced'
+eval_interval = 250  # keep frequent because we will overfit
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'micro-balanced'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256  # context of up to 256 previous characters
+
+n_layer = 20
+n_head = 6
+n_embd = 192
+dropout = 0.2
+
+learning_rate = 1e-3  # with baby networks can afford to go a bit higher
+max_iters = 5000
+lr_decay_iters = 5000  # make equal to max_iters usually
+min_lr = 1e-4  # learning_rate / 10 usually
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100  # not super necessary potentially

@@ -1,0 +1,33 @@
+"""
+The 16-layer vanilla GPT that nanoGPKANT set against its KAN-GPT, a fifth smaller than it in micro size, 7.10M parameters.
+
+    python train.py config/train_shakespeare_char_micro_boosted.py
+
+MEASURED
+"""
+
+out_dir = 'out-shakespeare-char-micro-boosted'
+eval_interval = 250  # keep frequent because we will overfit
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'micro-boosted'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256  # context of up to 256 previous characters
+
+n_layer = 16
+n_head = 6
+n_embd = 192
+dropout = 0.2
+
+learning_rate = 1e-3  # with baby networks can afford to go a bit higher
+max_iters = 5000
+lr_decay_iters = 5000  # make equal to max_iters usually
+min_lr = 1e-4  # learning_rate / 10 usually
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100  # not super necessary potentially

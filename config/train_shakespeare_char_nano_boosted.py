@@ -1,0 +1,33 @@
+"""
+The 16-layer vanilla GPT that nanoGPKANT set against its KAN-GPT, a fifth smaller than it in nano size, 1.78M parameters.
+
+    python train.py config/train_shakespeare_char_nano_boosted.py
+
+MEASURED
+"""
+
+out_dir = 'out-shakespeare-char-nano-boosted'
+eval_interval = 500
+eval_iters = 100
+log_interval = 50
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'nano-boosted'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 2  # so that two processes can share it
+batch_size = 16
+block_size = 64  # context of up to 64 previous characters
+
+n_layer = 16
+n_head = 3
+n_embd = 96
+dropout = 0.0  # too few iterations to overfit
+
+learning_rate = 1e-3  # with baby networks can afford to go a bit higher
+max_iters = 2000
+lr_decay_iters = 2000  # make equal to max_iters usually
+min_lr = 1e-4  # learning_rate / 10 usually
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100  # not super necessary potentially
