@@ -68,32 +68,34 @@ def read_flag(arg, settings):
 def read_file(path):
     try:
         with open(path, encoding='utf-8') as f:
-            body = ast.parse(f.read(), path).body
+            source = f.read()
+        body = ast.parse(source, path).body
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ConfigError(f'cannot read config file {path!r}: {error}') from None
     for line in body:
-        where = f'{path}:{line.lineno}'
+        where, text = f'{path}:{line.lineno}', source.split('\n')[line.lineno - 1].strip()[:80]
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a docstring
         if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
-            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{ast.unparse(line).splitlines()[0]}`')
-        yield line.targets[0].id, evaluate(line.value, where), where
+            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{text}`')
+        try:
+            value = evaluate(line.value)
+        except (TypeError, ArithmeticError, RecursionError):
+            raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{text}`') from None
+        yield line.targets[0].id, value, where
 
 
-def evaluate(node, where):
-    """A literal, or numbers joined by + - * / //, as in `gradient_accumulation_steps = 5 * 8`."""
+def evaluate(node):
+    """A literal, or numbers joined by + - * / //, as in `gradient_accumulation_steps = 5 * 8`; TypeError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in KINDS:
         return node.value
-    try:
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -evaluate(node.operand, where)
-        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            left, right = evaluate(node.left, where), evaluate(node.right, where)
-            if not isinstance(left, str) and not isinstance(right, str):
-                return ARITHMETIC[type(node.op)](left, right)
-    except (TypeError, ZeroDivisionError, OverflowError):
-        pass
-    raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{ast.unparse(node)}`')
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -evaluate(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = evaluate(node.left), evaluate(node.right)
+        if not isinstance(left, str) and not isinstance(right, str):
+            return ARITHMETIC[type(node.op)](left, right)
+    raise TypeError
 
 
 def check(name, value, settings, where):
@@ -102,11 +104,13 @@ def check(name, value, settings, where):
         close = difflib.get_close_matches(name, settings, n=1)
         raise ConfigError(f'{where}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
     kind = type(settings[name])
+    if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
+        raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got an int of {value.bit_length()} bits')
     if type(value) is kind:
         return value
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if kind is float and type(value) is int and abs(value) < 2**1023:
+    if kind is float and type(value) is int:
         return float(value)
     raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got {type(value).__name__} {value!r}')
 
@@ -116,8 +120,8 @@ def report(kind, error, trace):
     The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's or
     of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
     """
-    frames = traceback.extract_tb(trace)
-    ours = frames and os.path.dirname(frames[-1].filename).startswith(ROOT) and 'site-packages' not in frames[-1].filename
+    files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
+    ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
     if issubclass(kind, (ValueError, OSError)) and ours:
         print(f'error: {error}', file=sys.stderr)
     else:

@@ -225,8 +225,8 @@ class KANLinear(nn.Module):
 
     def basis_function(self):
         """The closed form where the knots are uniform, else the recursion; looked at again whenever `grid` was written to."""
-        seen = (self.grid.data_ptr(), self.grid.dtype, None if self.grid.is_inference() else self.grid._version)
-        if self._grid_seen != seen:
+        seen = None if self.grid.is_inference() else (self.grid.data_ptr(), self.grid.dtype, self.grid._version)
+        if seen is None or self._grid_seen != seen:
             self._grid_seen, self._bases = seen, uniform_bases if are_uniform(self.grid) else recursive_bases
         return self._bases
 
@@ -287,12 +287,11 @@ class KANLinear(nn.Module):
             before, after = (recursive_bases(x[rows], knots, self.spline_order) for knots in (old, to_float64(new)))
             gram = gram + torch.einsum('nai,nbi->iab', after, after)
             cross = cross + torch.einsum('nai,nbi->iab', after, before)
-        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c. It is linear in the coefficients of an edge,
-        # so it acts on spline_weight as it would on spline_weight * spline_scaler, and the scaler stays as it is.
+        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It is linear
+        # in the coefficients of an edge, so it acts on spline_weight as on spline_weight * spline_scaler, and the scaler stays.
         refit = to_float64(self.spline_weight)
         refit = refit + torch.einsum('iab,oib->oia', least_squares(gram, cross - gram), refit)
-        moved = (new.to(self.grid) != self.grid).any(1)  # (I,)
-        self.spline_weight.copy_(torch.where(moved.unsqueeze(-1), refit.to(self.spline_weight), self.spline_weight))
+        self.spline_weight.copy_(refit)
         self.grid.copy_(new)
 
     def fitted_knots(self, x, margin):
@@ -312,7 +311,7 @@ class KANLinear(nn.Module):
         tiny = torch.finfo(self.spline_weight.dtype).tiny
         strength = self.spline_weight.abs().mean(-1)  # (O, I)
         total = strength.sum()
-        share = strength / total.clamp_min(tiny)
+        share = strength / total.clamp_min(tiny**0.5)
         entropy = -(share * share.clamp_min(tiny).log()).sum()
         return regularize_activation * total + regularize_entropy * entropy
 

@@ -36,11 +36,12 @@ class GPTConfig:
     grid_max: float = 1.0
 
     def __post_init__(self):
+        if self.n_head < 1 or (self.use_kan and round(self.kan_hidden * self.n_embd) < 1):
+            raise ValueError(f'expected n_head >= 1 and kan_hidden * n_embd >= 1, got {self.n_head} and {self.kan_hidden} * {self.n_embd}')
         if self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
-            raise ValueError(
-                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; nearest: {below or self.n_head} or {below + self.n_head}'
-            )
+            nearest = f'{below} or {below + self.n_head}' if below else self.n_head
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; nearest: {nearest}')
         unknown = set(self.kan_targets.split(',')) - set(KAN_TARGETS)
         if unknown:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas')
@@ -198,7 +199,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # generation needs the last position alone
         logits = self.lm_head(x)  # (B, T, vocab_size)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
     def crop_block_size(self, block_size):
@@ -227,7 +228,9 @@ class GPT(nn.Module):
             raise ValueError(f'cannot load {model_type!r}: {str(error).splitlines()[0]}') from None
         hf = model_hf.config
         sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions)
-        gelu = 'tanh' if hf.activation_function == 'gelu_new' else 'none'
+        gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)
+        if gelu is None:
+            raise ValueError(f'{model_type!r} has activation {hf.activation_function!r}, expected gelu_new (as GPT-2) or gelu')
         model = cls(GPTConfig(**sizes, bias=True, gelu=gelu, **override_args))
         state = {name: p for name, p in model_hf.state_dict().items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
         for name in state:  # OpenAI's Conv1D keeps its weights the other way round
@@ -287,7 +290,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         kept = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
     probs = F.softmax(logits, dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the probability before a token already reaches p
         probs = torch.zeros_like(probs).scatter_(1, order, ranked)

@@ -29,7 +29,7 @@ max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0 = no change, < 1.0 = less random, > 1.0 = more random, 0 = always the most likely token
 top_k = 200  # retain only the top_k most likely tokens, clamp others to have 0 probability; 0 = all
 top_p = 1.0  # retain only the most likely tokens that together have this probability
-stop = ''  # end a sample after this text
+stop = ''  # end a sample before this text
 dataset = ''  # whose vocabulary to use where the checkpoint has none (nanoGPT's)
 seed = 1337
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is

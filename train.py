@@ -81,6 +81,12 @@ compile = True  # torch.compile on a GPU, where it pays
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
+for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer'):
+    if config[name] < 1:
+        raise ValueError(f'{name} must be at least 1, got {config[name]}')
+if seed < 0:
+    raise ValueError(f'seed must not be negative, got {seed}')
+
 # processes and device
 rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
 ddp, world_size, master = world_size > 0, max(world_size, 1), rank == 0
@@ -90,7 +96,7 @@ if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
     torch.cuda.set_device(device)
 dtype = pick_dtype(dtype, device)
-if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
+if gradient_accumulation_steps % world_size:
     nearest = max(1, round(gradient_accumulation_steps / world_size)) * world_size
     raise ValueError(
         f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes; nearest: {nearest}'
@@ -221,7 +227,9 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """Learning rate: linear warmup, then cosine decay to min_lr."""
+    """Learning rate: linear warmup, then cosine decay to min_lr; constant without decay_lr."""
+    if not decay_lr:
+        return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it >= lr_decay_iters:
@@ -330,7 +338,7 @@ def train_batch(iteration, micro_step):
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
 peak = flops_promised(device, dtype)
-timed_from, iter_timed, iter_logged = seconds, iter_num, iter_num
+timed_from, iter_timed = seconds, iter_num
 X, Y = train_batch(iter_num, 0)
 while True:
     # evaluate the loss on train/val sets, write checkpoints and the record
@@ -352,15 +360,14 @@ while True:
                 save(is_best)
         if master and not eval_only:
             write_record()
-    stopping = is_stopping()
-    if is_last or stopping or eval_only:
+    finished = is_last and losses is not None
+    if finished or eval_only or is_stopping():
         break
 
     # forward, backward, update, with gradient accumulation to simulate larger batches
     t0 = time.perf_counter()
-    lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = get_lr(iter_num)
     total_loss = 0.0
     for micro_step in range(micro_steps):
         if ddp:
@@ -397,12 +404,11 @@ while True:
         say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tokens/s{mfu}')
 
 bar.close()
-if stopping and not eval_only:
+if finished and not eval_only and master:
+    write_record(final={**line, 'best_val_loss': best_val_loss}, finished=ckpt.now())
+elif not finished and not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
-elif not eval_only and master:
-    final = {**line, 'best_val_loss': best_val_loss, 'parameters': record['parameters']['total']}
-    write_record(final=final, finished=ckpt.now())
 if ddp:
     dist.destroy_process_group()
 if save_failed:

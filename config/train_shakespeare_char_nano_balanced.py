@@ -25,9 +25,9 @@ n_head = 3
 n_embd = 96
 dropout = 0.0  # too few iterations to overfit
 
-learning_rate = 1e-3  # with baby networks can afford to go a bit higher
+learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
 max_iters = 2000
 lr_decay_iters = 2000  # make equal to max_iters usually
-min_lr = 1e-4  # learning_rate / 10 usually
+min_lr = 2e-4  # learning_rate / 10 usually
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
 warmup_iters = 100  # not super necessary potentially

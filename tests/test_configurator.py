@@ -1,0 +1,320 @@
+"""Settings are data: what a config file or flag may say, in which order, and how it is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configurator
+from configurator import ConfigError, configure
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULTS = dict(batch_size=12, learning_rate=6e-4, use_kan=False, out_dir='out', n_layer=2)
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch):
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text, name='c.py'):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def settle(*argv, **defaults):
+    variables = {**DEFAULTS, **defaults}
+    settings = configure(variables, list(argv))
+    assert variables == settings
+    return settings
+
+
+def refuse(*argv):
+    """The message, one line of it, and no setting changed."""
+    variables = dict(DEFAULTS)
+    with pytest.raises(ConfigError) as error:
+        configure(variables, list(argv))
+    assert variables == DEFAULTS and '\n' not in str(error.value) and len(str(error.value)) < 1000
+    return str(error.value)
+
+
+# order and values
+
+
+def test_files_and_flags_apply_from_left_to_right(config):
+    a, b = config('batch_size = 1\nn_layer = 1', 'a.py'), config('batch_size = 2\nbatch_size = 3', 'b.py')
+    assert settle() == DEFAULTS
+    assert settle(a, '--batch_size=5')['batch_size'] == 5
+    assert settle('--batch_size=5', a)['batch_size'] == 1
+    assert settle(a, b, '--out_dir=x') == {**DEFAULTS, 'batch_size': 3, 'n_layer': 1, 'out_dir': 'x'}
+    assert settle(b, a)['batch_size'] == 1
+
+
+def test_config_file_holds_docstrings_comments_and_assignments(config):
+    path = config('"""What it is.\n\nOn two lines."""\n# a comment\nbatch_size = 7  # another\n\nuse_kan = True; n_layer = 3\n"text"\n')
+    assert settle(path) == {**DEFAULTS, 'batch_size': 7, 'use_kan': True, 'n_layer': 3}
+    assert settle(config('')) == settle(config('# nothing\n')) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('5 * 8', 40),
+        ('7 // 2', 3),
+        ('2 + 3 - 1', 4),
+        ('8 / 2', 4),
+        ('-(2 - 5)', 3),
+        ('1e3', 1000),
+        ('2 * (3 + 4)', 14),
+        ('-3', -3),
+        ('1_000', 1000),
+    ],
+)
+def test_numbers_may_be_joined(config, text, value):
+    result = settle(config(f'batch_size = {text}'))['batch_size']
+    assert result == value and type(result) is int
+
+
+@pytest.mark.parametrize('text, value', [('1', 1.0), ('-2', -2.0), ('1e-3', 1e-3), ('.5', 0.5), ('0', 0.0), ('6e4', 6e4)])
+def test_float_takes_whole_numbers(config, text, value):
+    for result in (settle(config(f'learning_rate = {text}')), settle(f'--learning_rate={text}')):
+        assert result['learning_rate'] == value and type(result['learning_rate']) is float
+
+
+@pytest.mark.parametrize('text, value', [('1e3', 1000), ('4.0', 4), ('-4', -4), ('0', 0)])
+def test_integer_takes_whole_floats_from_flags(text, value):
+    result = settle(f'--batch_size={text}')['batch_size']
+    assert result == value and type(result) is int
+
+
+@pytest.mark.parametrize('text', ['123', '1e-3', 'True', 'a=b', '--x', 'None', '', "'quoted'", 'ROMEO: é\n', '[1]', 'FILE:a b'])
+def test_text_from_flags_stays_text(text):
+    assert settle(f'--out_dir={text}')['out_dir'] == text
+
+
+@pytest.mark.parametrize('text, value', [('true', True), ('True', True), ('false', False), ('False', False)])
+def test_flags_take_booleans_in_both_spellings(text, value):
+    assert settle(f'--use_kan={text}', use_kan=not value)['use_kan'] is value
+
+
+def test_underscores_modules_and_other_types_are_no_settings():
+    variables = dict(DEFAULTS, _private=1, __name__='x', os=os, path=Path('.'), function=len, numbers=[1], nothing=None)
+    before = dict(variables)
+    assert configure(variables, ['--n_layer=3']) == {**DEFAULTS, 'n_layer': 3}
+    assert variables == {**before, 'n_layer': 3}
+    for name in ('_private', 'os', 'path', 'function', 'numbers', 'nothing'):
+        with pytest.raises(ConfigError, match=f"unknown setting '{name}'"):
+            configure(variables, [f'--{name}=1'])
+
+
+def test_arguments_come_from_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--n_layer=9'])
+    assert configure(dict(DEFAULTS))['n_layer'] == 9
+    assert sys.excepthook is configurator.report
+
+
+# refusals
+
+
+def test_unknown_setting_names_the_nearest_and_the_place(config):
+    path = config('\n\nbatchsize = 3\n')
+    assert refuse(path) == f"{path}:3: unknown setting 'batchsize', did you mean 'batch_size'?"
+    assert refuse('--batchsize=3') == "--batchsize=3: unknown setting 'batchsize', did you mean 'batch_size'?"
+    assert refuse('--zzz=3') == "--zzz=3: unknown setting 'zzz', see --help"
+
+
+@pytest.mark.parametrize(
+    'name, text, expected',
+    [
+        ('batch_size', '1.5', 'batch_size is int (default 12), got float 1.5'),
+        ('batch_size', 'True', 'batch_size is int (default 12), got bool True'),
+        ('batch_size', '"12"', "batch_size is int (default 12), got str '12'"),
+        ('batch_size', '1e999', 'batch_size is int (default 12), got float inf'),
+        ('learning_rate', '"a"', "learning_rate is float (default 0.0006), got str 'a'"),
+        ('learning_rate', 'False', 'learning_rate is float (default 0.0006), got bool False'),
+        ('use_kan', '1', 'use_kan is bool (default False), got int 1'),
+        ('use_kan', '"True"', "use_kan is bool (default False), got str 'True'"),
+        ('out_dir', '12', "out_dir is str (default 'out'), got int 12"),
+    ],
+)
+def test_wrong_type_names_the_right_one_and_the_place(config, name, text, expected):
+    path = config(f'# first line\n{name} = {text}')
+    assert refuse(path) == f'{path}:2: {expected}'
+    if name != 'out_dir':
+        assert refuse(f'--{name}={text}') == f'--{name}={text}: {expected}'
+
+
+@pytest.mark.parametrize('text', ['abc', '5*8', '', '[1]', 'None', '1 2', '__import__("os")', '(' * 5000, '-' * 100000 + '1', '1 if'])
+def test_flag_that_is_no_number_is_refused(text):
+    variables = dict(DEFAULTS)
+    with pytest.raises(ConfigError, match='batch_size is int'):
+        configure(variables, [f'--batch_size={text}'])
+    assert variables == DEFAULTS
+
+
+@pytest.mark.parametrize('arg', ['-batch_size=3', '--batch_size', '-n', '--', '--no-use_kan'])
+def test_flag_without_a_value_is_refused(arg):
+    assert refuse(arg) == f'expected a config file or --key=value, got {arg!r}'
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'batch_size = open({path!r}, "w").close() or 1',
+        'import os; os.mkdir({path!r})',
+        'from pathlib import Path',
+        'open({path!r}, "w")',
+        'batch_size = __import__("os").mkdir({path!r})',
+        'out_dir = f"{{open({path!r}, chr(119))}}"',
+        'batch_size = [open({path!r}, "w") for _ in "a"]',
+        'batch_size = (lambda: open({path!r}, "w"))()',
+        'if True: batch_size = 1',
+        'def f(): pass',
+        'class C: x = open({path!r}, "w")',
+        '@open({path!r}, "w")\ndef f(): pass',
+        'batch_size: int = 1',
+        'batch_size += 1',
+        'batch_size = n_layer = 1',
+        'batch_size, n_layer = 1, 2',
+        'DEFAULTS["a"] = 1',
+        'a.b = 1',
+        '(batch_size := 1)',
+        'batch_size = (n_layer := 1)',
+        'batch_size = n_layer',
+        'batch_size = "abc"[0]',
+        'batch_size = [1][0]',
+        'batch_size = 1 if True else 2',
+        'batch_size = 2 ** 9',
+        'batch_size = 7 % 2',
+        'batch_size = 1 << 3',
+        'batch_size = 1 // 0',
+        'batch_size = 1 / 0.0',
+        'batch_size = 1 + None',
+        'batch_size = None',
+        'batch_size = ...',
+        'batch_size = 1j',
+        'batch_size = not 1',
+        'batch_size = 1 < 2',
+        'use_kan = 1 and 2',
+        'out_dir = "a" * 3',
+        'out_dir = 1000000000 * "a"',
+        'out_dir = "a" + "b"',
+        'out_dir = -"a"',
+        'out_dir = b"a"',
+        'out_dir = ["a"]',
+        'out_dir = {{}}',
+    ],
+)
+def test_anything_but_literals_and_arithmetic_is_refused_and_never_executed(config, tmp_path, line):
+    path = config('n_layer = 5\n' + line.format(path=str(tmp_path / 'made')))
+    assert refuse(path).startswith((f'{path}:2: ', f'{path}:3: '))  # the decorated function begins on line 3
+    assert os.listdir(tmp_path) == ['c.py']
+
+
+@pytest.mark.parametrize(
+    'text',
+    [b'out_dir = "\xff"', b'out_dir = "a\x00b"', b'batch_size = ', b'  n_layer = 1', b'batch_size = ' + b'9' * 5000, b'x = ' + b'(' * 5000],
+)
+def test_unreadable_config_file_is_named(config, text):
+    path = config(text)
+    assert refuse(path).startswith(f'cannot read config file {path!r}: ')
+
+
+def test_missing_config_file_is_named(tmp_path):
+    for path in (str(tmp_path / 'c.py'), str(tmp_path), 'config/nothing', 'a\0b'):
+        assert refuse(path).startswith(f'cannot read config file {path!r}: ')
+
+
+@pytest.mark.parametrize('name', ['learning_rate', 'batch_size', 'out_dir'])
+@pytest.mark.parametrize(
+    'text', ['0x' + 'f' * 5000, '10 * 0x' + 'f' * 5000, '0x' + 'f' * 5000 + ' / 3'], ids=['plain', 'product', 'quotient']
+)
+def test_number_too_large_to_print_is_refused_with_the_place(config, name, text):
+    path = config(f'{name} = {text}')
+    assert refuse(path).startswith(f'{path}:1: ')
+
+
+@pytest.mark.parametrize('text', ['1' + ' + 1' * 2000, '-' * 900 + '1', '(' * 150 + '1' + ')' * 150], ids=['sum', 'signs', 'brackets'])
+def test_deeply_nested_value_is_a_value_or_refused_with_the_place(config, text):
+    path = config(f'batch_size = {text}')
+    try:
+        assert settle(path)['batch_size'] in (1, 2001)
+    except ConfigError as error:
+        assert path in str(error)
+
+
+def test_huge_integers_do_not_become_floats():
+    assert 'learning_rate is float' in refuse('--learning_rate=1' + '0' * 400)
+    assert settle('--learning_rate=1' + '0' * 300)['learning_rate'] == 1e300
+
+
+# --help and errors as scripts show them
+
+
+SCRIPT = '''"""
+What it does.
+
+    python script.py --n_layer=3
+"""
+import json, sys
+sys.path.insert(0, {root!r})
+import configurator, files
+n_layer = 2
+out_dir = 'out'
+_hidden = 1
+config = configurator.configure(globals())
+print('went on with', n_layer)
+{body}
+'''
+
+
+def run(tmp_path, *argv, body=''):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.format(root=str(ROOT), body=body))
+    return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_prints_the_resolved_settings_and_exits(tmp_path, flag):
+    (tmp_path / 'c.py').write_text('n_layer = 5')
+    result = run(tmp_path, flag, 'c.py', '--out_dir=a b')
+    assert (result.returncode, result.stderr) == (0, '')
+    assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n--n_layer=5\n--out_dir=a b\n'
+
+
+def test_help_checks_the_settings_first(tmp_path):
+    result = run(tmp_path, '--help', '--n_layers=5')
+    assert (result.returncode, result.stdout) == (1, '')
+    assert result.stderr == "error: --n_layers=5: unknown setting 'n_layers', did you mean 'n_layer'?\n"
+
+
+def test_mistakes_of_the_user_are_one_line(tmp_path):
+    result = run(tmp_path, '--n_layer=a')
+    assert (result.returncode, result.stderr) == (1, "error: --n_layer=a: n_layer is int (default 2), got str 'a'\n")
+    result = run(tmp_path, '--n_layer=3', body='files.sha256_of("nothing")')
+    assert (result.returncode, result.stdout) == (1, 'went on with 3\n')
+    assert result.stderr.startswith('error: ') and 'nothing' in result.stderr and result.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'body',
+    [
+        'configurator.check("n_layer", 1, None, "here")',  # a TypeError of the project
+        'configurator.override({}, None)',
+        'json.loads("{")',  # a ValueError of another's library
+        'int("a")',  # a ValueError of a script that is not the project's
+        'assert False',
+    ],
+)
+def test_faults_of_the_program_keep_their_traceback(tmp_path, body):
+    result = run(tmp_path, body=body)
+    assert result.returncode == 1 and result.stderr.startswith('Traceback (most recent call last):')

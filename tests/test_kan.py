@@ -1,0 +1,592 @@
+"""KAN layers against scipy's B-splines, efficient-kan and numpy's least squares."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from scipy.interpolate import BSpline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kan
+from kan import KAN, KANLinear
+
+I, O = 4, 3
+NAMES = ['base_weight', 'spline_weight', 'spline_scaler', 'grid']
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """On tensors this small the threads of torch and numpy only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def peer():
+    """efficient-kan's layer."""
+    return pytest.importorskip('kan_gpt.efficient_kan.model').KANLinear
+
+
+def make_knots(kind, k, G=5):
+    """(I, G + 2k + 1) in float64, each feature with its own."""
+    steps = torch.arange(-k, G + k + 1, dtype=torch.float64)
+    knots = torch.stack([-1 - i / 3 + (0.4 + i / 7) * steps for i in range(I)])
+    if kind == 'irregular':
+        knots = (knots + 0.15 * torch.rand_like(knots)).sort(1).values
+    if kind == 'repeated':
+        knots[:, k + 2] = knots[:, k + 1]
+    return knots
+
+
+def make_inputs(knots, n=50):
+    """Rows inside and outside the knots, and every knot itself; (n + P + 8, I)."""
+    spread = (knots.amax(1) - knots.amin(1)) * 1.3
+    inside = knots.amin(1) + (torch.rand(n, knots.size(0), dtype=knots.dtype) - 0.12) * spread
+    exact = torch.tensor([-1, -0.6, 0.2, 0, 1, -2.2, 2.2, 100], dtype=knots.dtype).unsqueeze(1).expand(-1, knots.size(0))
+    return torch.cat([inside, knots.t(), exact])
+
+
+def make_layer(k, knots=None, dtype=torch.float64, **kwargs):
+    """A layer whose three paths are all of order one."""
+    layer = KANLinear(I, O, spline_order=k, **kwargs).to(dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+        if knots is not None:
+            layer.grid.copy_(knots)
+    return layer
+
+
+def scipy_bases(x, knots, k):
+    """(N, I), (I, P) -> (N, I, K), with knots added on both sides so that scipy knows every basis on its whole support."""
+    x, knots = x.detach().double().numpy(), knots.double().numpy()
+    features = []
+    for i in range(x.shape[1]):
+        t = np.concatenate([knots[i, 0] - np.arange(k, 0, -1.0), knots[i], knots[i, -1] + np.arange(1.0, k + 1)])
+        bases = np.eye(len(t) - 1 - k)[:, k : len(t) - 1 - 2 * k]
+        spline = BSpline(t, bases, k, extrapolate=False)(np.clip(x[:, i], t[0], t[-1]))
+        inside = (x[:, i] >= knots[i, 0]) & (x[:, i] < knots[i, -1])
+        features.append(np.where(inside[:, None], spline, 0))
+    return torch.from_numpy(np.stack(features, 1))
+
+
+def close(a, b, tolerance):
+    """Equal up to `tolerance`, absolute below one and relative to the largest value above it."""
+    assert a.shape == b.shape
+    if a.numel():
+        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max()), f'largest difference {(a - b).abs().max():.3g}'
+
+
+def gradients(layer, x, g):
+    """Output, and the gradients of the input and of every parameter under the output gradient g."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return {'y': y.detach(), **dict(zip(['x', *dict(layer.named_parameters())], torch.autograd.grad(y, [x, *layer.parameters()], g)))}
+
+
+# bases
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'irregular', 'repeated'])
+@pytest.mark.parametrize('k', range(5))
+def test_bases_are_those_of_scipy(k, kind):
+    knots = make_knots(kind, k)
+    x = make_inputs(knots)
+    expected = scipy_bases(x, knots, k)
+    assert expected.sum() > 50
+    close(kan.recursive_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
+    close(make_layer(k, knots).b_splines(x), expected, 1e-12)
+    if kind == 'uniform':
+        close(kan.uniform_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
+
+
+@pytest.mark.parametrize('k', range(5))
+def test_closed_form_in_float32_equals_recursion(k):
+    knots = make_knots('uniform', k).float()
+    x = make_inputs(knots)
+    close(kan.uniform_bases(x, knots, k), kan.recursive_bases(x, knots, k), 2e-6)
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'irregular'])
+@pytest.mark.parametrize('k', range(5))
+def test_bases_sum_to_one_on_the_grid_and_to_zero_outside_the_knots(k, kind):
+    knots = make_knots(kind, k)
+    layer = make_layer(k, knots)
+    low, high = knots[:, k], knots[:, -1 - k]
+    inside = low + (high - low) * torch.linspace(0, 0.999, 40, dtype=torch.float64).unsqueeze(1)
+    close(layer.b_splines(inside).sum(-1), torch.ones(40, I, dtype=torch.float64), 1e-12)
+    outside = torch.stack([knots[:, 0] - 1e-9, knots[:, -1] + 1e-9, knots[:, -1] + 1e9])
+    close(layer.b_splines(outside), torch.zeros(3, I, layer.grid_size + k, dtype=torch.float64), 1e-12)
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'irregular'])
+def test_uniform_knots_are_recognised(kind):
+    for dtype in (torch.float64, torch.float32):
+        assert kan.are_uniform(make_knots(kind, 3).to(dtype)) == (kind == 'uniform')
+    mixed = make_knots('uniform', 3)
+    mixed[-1, 4] += 1e-3
+    assert not kan.are_uniform(mixed)
+    assert not kan.are_uniform(torch.ones(I, 12))
+
+
+# the layer against references
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'irregular'])
+@pytest.mark.parametrize('k', range(5))
+def test_output_is_that_of_scipy_and_numpy(k, kind):
+    knots = make_knots(kind, k)
+    layer = make_layer(k, knots, bias=True)
+    x = make_inputs(knots)
+    base, spline, scaler, bias = (p.detach().numpy() for p in (layer.base_weight, layer.spline_weight, layer.spline_scaler, layer.bias))
+    silu = x.numpy() / (1 + np.exp(-x.numpy()))
+    expected = silu @ base.T + np.einsum('nim,oim,oi->no', scipy_bases(x, knots, k).numpy(), spline, scaler) + bias
+    close(layer(x), torch.from_numpy(expected), 1e-12)
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'irregular'])
+@pytest.mark.parametrize('k', range(4))
+def test_gradients_are_those_of_finite_differences(k, kind):
+    knots = make_knots(kind, k)
+    layer = make_layer(k, knots, bias=True)
+    middles = (knots[:, 1:] + knots[:, :-1]).t() / 2
+    x = torch.cat([middles, knots.amin(1) - torch.ones(1, I), knots.amax(1) + torch.ones(1, I)]).requires_grad_()
+    names, parameters = zip(*layer.named_parameters())
+
+    def call(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize('grid', ['initial', 'uniform', 'updated'])
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_output_and_gradients_are_those_of_efficient_kan(peer, k, grid, dtype, tolerance):
+    theirs = peer(I, O, spline_order=k).to(dtype)
+    ours = make_layer(k, dtype=dtype)
+    if grid == 'uniform':  # to the last bit of the dtype: the closed form acts
+        ours.grid.copy_(torch.linspace(-1 - 0.4 * k, 1 + 0.4 * k, 6 + 2 * k, dtype=dtype).expand(I, -1))
+    if grid == 'updated':
+        theirs.update_grid(torch.randn(60, I, dtype=dtype))
+        ours.grid.copy_(theirs.grid)
+    assert ours.basis_function() is (
+        kan.recursive_bases if grid == 'updated' or grid + str(dtype) == 'initialtorch.float64' else kan.uniform_bases
+    )
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = make_inputs(ours.grid)
+    g = torch.randn(x.size(0), O, dtype=dtype)
+    expected = gradients(theirs, x, g)
+    for name, value in gradients(ours, x, g).items():
+        close(value, expected[name], tolerance)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_state_dicts_are_those_of_efficient_kan(peer, k):
+    ours, theirs = KANLinear(I, O, spline_order=k, grid_range=(-2, 3)), peer(I, O, spline_order=k, grid_range=[-2, 3])
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == NAMES
+    assert [p.shape for p in ours.state_dict().values()] == [p.shape for p in theirs.state_dict().values()]
+    close(ours.grid, theirs.grid, 1e-7)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    x = make_inputs(theirs.grid)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    close(ours(x), theirs(x), 1e-5)
+    ours = KANLinear(I, O, spline_order=k, enable_standalone_scale_spline=False)
+    theirs = peer(I, O, spline_order=k, enable_standalone_scale_spline=False)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    close(ours(x), theirs(x), 1e-5)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_bases_and_coefficients_are_those_of_efficient_kan(peer, k):
+    ours, theirs = make_layer(k), peer(I, O, spline_order=k).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = make_inputs(ours.grid)
+    close(ours.b_splines(x), theirs.b_splines(x), 1e-12)
+    close(ours.scaled_spline_weight, theirs.scaled_spline_weight, 1e-12)
+    x, y = torch.rand(200, I, dtype=torch.float64) * 2 - 1, torch.randn(200, I, O, dtype=torch.float64)
+    close(ours.curve2coeff(x, y), theirs.curve2coeff(x, y), 1e-9)
+
+
+def test_coefficients_of_too_few_points_go_through_them():
+    layer = make_layer(3)
+    x, y = torch.rand(4, I, dtype=torch.float64) * 2 - 1, torch.randn(4, I, O, dtype=torch.float64)
+    close(torch.einsum('nim,oim->nio', layer.b_splines(x), layer.curve2coeff(x, y)), y, 1e-6)
+
+
+def test_changing_the_grid_in_place_changes_the_bases():
+    layer = make_layer(3, make_knots('uniform', 3))
+    x, knots = make_inputs(layer.grid), make_knots('irregular', 3)
+    layer(x)
+    layer.load_state_dict({**layer.state_dict(), 'grid': knots})
+    twin = make_layer(3, knots)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), twin(x))
+
+
+@pytest.mark.parametrize('made_inside', [True, False])
+def test_update_grid_in_inference_mode_changes_the_bases(made_inside):
+    layer, x = KANLinear(I, O), torch.randn(50, I)
+    with torch.inference_mode():
+        layer = KANLinear(I, O) if made_inside else layer
+        layer(x)
+        layer.update_grid(x)
+        assert layer.basis_function() is kan.recursive_bases
+
+
+# shapes, dtypes, arguments
+
+
+@pytest.mark.parametrize('k', [0, 1, 3])
+@pytest.mark.parametrize(
+    'x',
+    [
+        torch.randn(I),
+        torch.randn(1, I),
+        torch.randn(0, I),
+        torch.randn(2, 0, I),
+        torch.randn(2, 3, 5, I),
+        torch.randn(I, 7).t(),
+        torch.randn(5, 2, I).transpose(0, 1),
+        torch.randn(6, 2 * I)[:, ::2],
+        torch.randn(1, I).expand(9, I),
+    ],
+    ids=lambda x: f'{tuple(x.shape)}{tuple(x.stride())}',
+)
+def test_any_shape_gives_the_rows_of_a_matrix(x, k):
+    layer, g = make_layer(k, dtype=torch.float32, bias=True), torch.randn(*x.shape[:-1], O)
+    actual, expected = gradients(layer, x, g), gradients(layer, x.reshape(-1, I).contiguous(), g.reshape(-1, O))
+    assert actual['y'].shape == (*x.shape[:-1], O)
+    for name in actual:
+        close(actual[name].reshape(expected[name].shape), expected[name], 1e-6)
+
+
+def test_order_zero_is_steps_and_passes_no_gradient_through_them():
+    layer = make_layer(0, base_activation=nn.Identity)
+    x = torch.tensor([[-1.0], [-0.61], [-0.59], [0.99], [1.0], [-1.01]], dtype=torch.float64).expand(-1, I)
+    bases = layer.b_splines(x)[:, 0]
+    assert bases.argmax(-1)[:4].tolist() == [0, 0, 1, 4] and bases.sum(-1).tolist() == [1, 1, 1, 1, 0, 0]
+    grads = gradients(layer, x, torch.ones(6, O, dtype=torch.float64))
+    close(grads['x'], layer.base_weight.sum(0).expand(6, I), 1e-12)
+    assert grads['spline_weight'].abs().sum() > 0
+
+
+@pytest.mark.parametrize('activation', [nn.Identity, nn.GELU, nn.ReLU])
+def test_base_activation_is_the_one_asked_for(activation):
+    layer = make_layer(3, base_activation=activation)
+    nn.init.zeros_(layer.spline_weight)
+    x, g = make_inputs(layer.grid), torch.randn(70, O, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    y = activation()(leaf) @ layer.base_weight.detach().t()
+    actual = gradients(layer, x, g)
+    close(actual['y'], y.detach(), 1e-12)
+    close(actual['x'], torch.autograd.grad(y, leaf, g)[0], 1e-12)
+
+
+def test_base_activation_with_parameters_is_refused():
+    with pytest.raises(ValueError, match='PReLU'):
+        KANLinear(I, O, base_activation=nn.PReLU)
+
+
+def test_bias_is_added_once():
+    layer, x = make_layer(3, bias=True), torch.randn(5, I, dtype=torch.float64)
+    y = layer(x).detach()
+    with torch.no_grad():
+        layer.bias += torch.arange(O)
+    close(layer(x) - y, torch.arange(O, dtype=torch.float64).expand(5, O), 1e-12)
+    assert KANLinear(I, O).bias is None and not KANLinear(I, O, bias=True).bias.any()
+
+
+def test_autocast_computes_in_bfloat16_close_to_float32():
+    layer = make_layer(3, dtype=torch.float32, bias=True)
+    x = make_inputs(layer.grid[:, 3:-3])
+    g = torch.randn(x.size(0), O)
+    expected = gradients(layer, x[:-1], g[:-1])
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        actual = gradients(layer, x[:-1], g[:-1].bfloat16())
+    for name in expected:
+        assert name == 'y' or actual[name].dtype == torch.float32
+        close(actual[name].float(), expected[name], 0.02)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+def test_layer_in_half_precision_is_close_to_float32(dtype, tolerance):
+    layer = make_layer(3, dtype=dtype)
+    twin = make_layer(3, dtype=torch.float32)
+    twin.load_state_dict(layer.state_dict())
+    x, g = torch.randn(40, I).to(dtype), torch.randn(40, O).to(dtype)
+    expected = gradients(twin, x.float(), g.float())
+    for name, value in gradients(layer, x, g).items():
+        assert value.dtype == dtype
+        close(value.float(), expected[name], tolerance)
+
+
+def test_bases_in_bfloat16_sum_to_one():
+    layer, x = KANLinear(I, O), (torch.rand(100, I) * 2 - 1).bfloat16()
+    bases = layer.b_splines(x)
+    assert bases.dtype == torch.bfloat16
+    rounded_once = layer.b_splines(x.float()).bfloat16()
+    assert torch.equal(bases, rounded_once)
+
+
+def test_wrong_number_of_features_is_named():
+    layer = KANLinear(I, O)
+    for call in (layer, layer.b_splines, layer.update_grid, lambda x: layer.curve2coeff(x, torch.zeros(2, 5, O))):
+        with pytest.raises(ValueError, match=r'expected 4 features .* \(2, 5\)'):
+            call(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize('kwargs', [dict(grid_size=0), dict(spline_order=-1), dict(grid_range=(1, 1)), dict(grid_range=(2, -2))])
+def test_impossible_grid_is_refused(kwargs):
+    with pytest.raises(ValueError, match=r'grid_(size|range) must be .* got'):
+        KANLinear(I, O, **kwargs)
+
+
+def test_updating_the_grid_without_data_is_refused():
+    with pytest.raises(ValueError, match='at least one row'):
+        KANLinear(I, O).update_grid(torch.zeros(0, I))
+
+
+@pytest.mark.skipif(not (shutil.which('cc') or shutil.which('g++')), reason='torch.compile needs a C compiler')
+def test_compiled_model_gives_the_same_output():
+    model = nn.Sequential(nn.Linear(I, I), nn.Tanh(), KANLinear(I, O))
+    x = torch.randn(6, I)
+    expected = model(x)
+    close(torch.compile(model)(x), expected, 1e-6)
+
+
+def test_differentiating_twice_is_an_error():
+    x = torch.randn(2, I, requires_grad=True)
+    (dx,) = torch.autograd.grad(KANLinear(I, O)(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='twice'):
+        dx.sum().backward()
+
+
+def test_row_chunks_do_not_change_the_result(monkeypatch):
+    layer, x, g = make_layer(3), torch.randn(200, I, dtype=torch.float64), torch.randn(200, O, dtype=torch.float64)
+    before = gradients(layer, x, g)
+    monkeypatch.setattr(kan, 'CHUNK_BYTES', {'cpu': 1})
+    assert len(kan.chunks(x, 9)) == 4
+    for name, value in gradients(layer, x, g).items():
+        close(value, before[name], 1e-12)
+
+
+def bytes_saved(layer, x):
+    """Size of the storages that the forward pass keeps for the backward pass, each counted once."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(sizes.values())
+
+
+def test_backward_pass_keeps_the_input_and_no_bases(peer):
+    x = torch.randn(2048, 32, requires_grad=True)
+    layer = KANLinear(32, 32)
+    ours, theirs = bytes_saved(layer, x), bytes_saved(peer(32, 32), x)
+    weights = sum(p.numel() * p.element_size() for p in layer.state_dict().values())
+    assert ours <= x.numel() * 4 + 3 * weights
+    assert ours < theirs / 20
+
+
+# initial weights, regularization, KAN
+
+
+@pytest.mark.parametrize('name', ['base_weight', 'spline_weight', 'spline_scaler'])
+def test_larger_scale_makes_larger_initial_weights(name):
+    option = {'base_weight': 'scale_base', 'spline_weight': 'scale_noise', 'spline_scaler': 'scale_spline'}[name]
+    small, large = (getattr(KANLinear(50, 60, **{option: scale}), name).std().item() for scale in (0.5, 2))
+    assert large / small == pytest.approx(4, rel=0.1)
+
+
+def test_scale_of_splines_acts_without_a_scaler():
+    small, large = (KANLinear(50, 60, scale_spline=s, enable_standalone_scale_spline=False).spline_weight.std().item() for s in (0.5, 2))
+    assert large / small == pytest.approx(4, rel=0.1)
+
+
+def test_initial_splines_are_curves_through_small_noise():
+    layer = KANLinear(30, 40, scale_noise=0.1, grid_size=5)
+    points = layer.grid.t()[3:9]
+    curves = torch.einsum('nim,oim->nio', layer.b_splines(points[:-1]), layer.spline_weight)
+    assert curves.abs().max() <= 0.1 / 5 / 2 + 1e-5
+    assert curves.std().item() == pytest.approx(0.1 / 5 / math.sqrt(12), rel=0.1)
+
+
+def test_regularization_is_that_of_efficient_kan(peer):
+    ours, theirs = make_layer(3), peer(I, O).double()
+    theirs.load_state_dict(ours.state_dict())
+    for options in ((), (0.3, 2.0), (0.0, 1.0)):
+        actual, expected = ours.regularization_loss(*options), theirs.regularization_loss(*options)
+        close(actual, expected, 1e-12)
+        actual, expected = (torch.autograd.grad(loss, layer.spline_weight)[0] for loss, layer in ((actual, ours), (expected, theirs)))
+        close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize('rows', [[0], [0, 1, 2]])
+def test_regularization_of_zero_weights_is_finite(rows):
+    layer = make_layer(3)
+    with torch.no_grad():
+        layer.spline_weight[rows] = 0
+    loss = layer.regularization_loss()
+    loss.backward()
+    assert loss.isfinite() and layer.spline_weight.grad.isfinite().all()
+
+
+def test_kan_is_its_layers_in_a_row():
+    model = KAN([I, 6, 5, O], grid_size=4, spline_order=2, grid_range=(-2, 2), base_activation=nn.GELU, bias=True)
+    assert [(layer.in_features, layer.out_features) for layer in model.layers] == [(4, 6), (6, 5), (5, 3)]
+    assert all(layer.grid.shape[1] == 9 and layer.bias is not None for layer in model.layers)
+    x = torch.randn(2, 7, I)
+    expected = x
+    for layer in model.layers:
+        expected = layer(expected)
+    assert torch.equal(model(x), expected)
+    close(model.regularization_loss(2, 3), sum(layer.regularization_loss(2, 3) for layer in model.layers), 1e-6)
+
+
+def test_kan_updates_the_grid_of_every_layer_for_the_inputs_it_gets():
+    model = KAN([I, 6, O])
+    x = torch.randn(300, I)
+    before = [layer.grid.clone() for layer in model.layers]
+    model(x, update_grid=True)
+    assert all((layer.grid != grid).all() for layer, grid in zip(model.layers, before))
+    hidden = model.layers[0](x)
+    low, high = model.layers[1].grid[:, 3], model.layers[1].grid[:, -4]
+    assert (low <= hidden.amin(0)).all() and (high >= hidden.amax(0)).all() and (high - low <= hidden.amax(0) - hidden.amin(0) + 0.1).all()
+
+
+# update_grid
+
+
+def curves(layer, x):
+    """What each edge's spline adds, (N, I) -> (N, I, O)."""
+    return torch.einsum('nim,oim->nio', layer.b_splines(x), layer.scaled_spline_weight)
+
+
+@pytest.mark.parametrize('data', ['even', 'normal', 'clustered', 'outliers', 'few', 'discrete'])
+@pytest.mark.parametrize('k', range(4))
+def test_update_grid_is_the_least_squares_refit(k, data):
+    """The residual on the data is within 1 % of the smallest possible; bases that see no data are no excuse."""
+    layer = make_layer(k)
+    x = {
+        'even': lambda: torch.rand(1500, I) * 2 - 1,
+        'normal': lambda: torch.randn(1500, I),
+        'clustered': lambda: torch.cat([torch.randn(1500, I) * 0.01 + 0.3, torch.rand(40, I) * 2 - 1]),
+        'outliers': lambda: torch.cat([torch.randn(1500, I) * 0.5, 30 * torch.randn(3, I)]),
+        'few': lambda: torch.randn(6, I),
+        'discrete': lambda: torch.randint(-3, 4, (500, I)) / 3,
+    }[data]().double()
+    before, coefficients = curves(layer, x).detach(), layer.scaled_spline_weight.detach()
+    layer.update_grid(x)
+    after, bases = curves(layer, x).detach(), layer.b_splines(x).numpy()
+    assert (layer.scaled_spline_weight - coefficients).abs().max() > 0.01
+    for i in range(I):
+        best = np.linalg.lstsq(bases[:, i], before[:, i].numpy(), rcond=None)[0]
+        optimum = np.linalg.norm(bases[:, i] @ best - before[:, i].numpy())
+        residual = (after[:, i] - before[:, i]).norm().item()
+        assert residual <= 1.01 * optimum + 1e-6 * before[:, i].norm().item()
+
+
+def test_update_grid_in_float32_is_the_least_squares_refit():
+    layer, x = make_layer(3, dtype=torch.float32), torch.randn(2000, I)
+    before = curves(layer, x).detach()
+    layer.update_grid(x)
+    bases, residual = layer.b_splines(x).numpy(), (curves(layer, x) - before).norm().item()
+    optimum = [np.linalg.lstsq(bases[:, i].astype(float), before[:, i].numpy(), rcond=None)[1] for i in range(I)]
+    assert residual <= 1.01 * math.sqrt(np.sum(optimum))
+
+
+def test_update_grid_preserves_functions_that_both_grids_hold():
+    """A polynomial of the spline's order lies in both spaces (data inside the old grid, where the old spline is it)."""
+    layer = make_layer(3)
+    points = torch.rand(500, I, dtype=torch.float64) * 2 - 1
+    cubic = (points**3 - points + 0.5).unsqueeze(-1) * torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    with torch.no_grad():
+        layer.spline_weight.copy_(layer.curve2coeff(points, cubic) / layer.spline_scaler.unsqueeze(-1))
+    x = points * 0.7 + 0.1
+    before, y = curves(layer, x).detach(), layer(x).detach()
+    layer.update_grid(x)
+    close(curves(layer, x), before, 1e-8)
+    close(layer(x), y, 1e-8)
+
+
+def test_update_grid_leaves_features_whose_grid_stays_bit_identical():
+    layer, x = make_layer(3, dtype=torch.float32), torch.randn(400, I)
+    layer.update_grid(x)
+    state = {name: p.clone() for name, p in layer.state_dict().items()}
+    layer.update_grid(x)
+    for name, p in layer.state_dict().items():
+        assert torch.equal(p, state[name])
+    x[:, 1] *= 2
+    layer.update_grid(x)
+    for name in ('grid', 'spline_weight'):
+        p, old = (tensor if name == 'grid' else tensor.transpose(0, 1) for tensor in (layer.state_dict()[name], state[name]))
+        assert [torch.equal(p[i], old[i]) for i in range(I)] == [True, False, True, True]
+
+
+def test_update_grid_leaves_the_scaler_the_base_path_and_the_bias():
+    layer = make_layer(3, bias=True)
+    state = {name: p.clone() for name, p in layer.state_dict().items()}
+    layer.update_grid(torch.randn(100, I, dtype=torch.float64) * 3)
+    assert {name for name, p in layer.state_dict().items() if not torch.equal(p, state[name])} == {'grid', 'spline_weight'}
+
+
+def test_update_grid_puts_the_knots_at_quantiles_and_an_even_grid_as_efficient_kan_does(peer):
+    for eps in (0, 0.02, 1):
+        ours, theirs = KANLinear(I, O, grid_eps=eps).double(), peer(I, O, grid_eps=eps).double()
+        x = torch.randn(300, I, dtype=torch.float64)
+        ours.update_grid(x, margin=0.1)
+        theirs.update_grid(x, margin=0.1)
+        close(ours.grid, theirs.grid, 1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('x', [torch.full((50, I), 0.3), torch.randn(1, I), torch.full((50, I), 1e4)], ids=['constant', 'row', 'large'])
+def test_update_grid_on_degenerate_data_stays_finite(x, dtype):
+    layer, x = make_layer(3, dtype=dtype), x.to(dtype)
+    for margin in (0.01, 0):
+        layer.update_grid(x, margin)
+        grads = gradients(layer, x, torch.ones(x.size(0), O, dtype=dtype))
+        assert all(p.isfinite().all() for p in [*layer.state_dict().values(), *grads.values()])
+
+
+def test_update_grid_takes_any_shape():
+    layer, x = make_layer(3), torch.randn(5, 40, I, dtype=torch.float64)
+    twin = make_layer(3)
+    twin.load_state_dict(layer.state_dict())
+    layer.update_grid(x.transpose(0, 1))
+    twin.update_grid(x.transpose(0, 1).reshape(-1, I))
+    assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), twin.state_dict().values()))
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_update_grid_needs_memory_in_proportion_to_its_inputs():
+    layer, x = KANLinear(16, 512), torch.randn(4000, 16)
+    with LargestTensor() as largest:
+        layer.update_grid(x)
+    assert x.numel() <= largest.numel <= 12 * x.numel()

@@ -1,0 +1,410 @@
+"""The GPT against transformers' GPT-2, nanoGPT's names and counts, and what sampling and causality promise."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from checkpoint import build_model
+from kan import KAN, KANLinear
+from model import GPT, GPTConfig, sample_token
+
+TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
+SLOTS = [dict(use_kan=False), *(dict(use_kan=True, kan_targets=targets) for targets in TARGETS)]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """On tensors this small the threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(**kwargs):
+    sizes = dict(block_size=12, vocab_size=20, n_layer=2, n_head=2, n_embd=16, dropout=0.0, bias=False)
+    return GPT(GPTConfig(**{**sizes, **kwargs})).eval()
+
+
+def stir(model, std=0.3):
+    """Weights large enough that every path matters."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=std)
+    return model
+
+
+def tokens(*shape, vocab_size=20):
+    return torch.randint(vocab_size, shape)
+
+
+# the network
+
+
+@pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
+def test_logits_are_those_of_transformers(tmp_path, activation):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=97, n_positions=16, n_embd=48, n_layer=2, n_head=3)
+    peer = stir(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function=activation)), 0.1).eval()
+    peer.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path), dict(dropout=0.1)).eval()
+    assert (model.config.block_size, model.config.dropout, model.config.bias) == (16, 0.1, True)
+    idx = tokens(3, 16, vocab_size=97)
+    logits, loss = model(idx, idx)
+    expected = peer(idx).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()), atol=1e-5, rtol=1e-5)
+
+
+def test_pretrained_takes_known_names_and_overrides_only():
+    with pytest.raises(ValueError, match="gpt2-xl or a folder, got 'gpt3'"):
+        GPT.from_pretrained('gpt3')
+    with pytest.raises(ValueError, match='only dropout'):
+        GPT.from_pretrained('gpt2', dict(n_layer=3))
+
+
+@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+def test_no_position_sees_the_tokens_after_it(slots):
+    """By gradient: exactly zero from every later position, not zero from every earlier one."""
+    model = stir(make(**slots))
+    embeddings = []
+
+    def leaf(module, args, output):
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0]
+
+    model.transformer.drop.register_forward_hook(leaf)
+    idx = tokens(2, 12)
+    logits, _ = model(idx, idx)
+    for t in range(12):
+        (grad,) = torch.autograd.grad(logits[:, t].pow(2).sum(), embeddings[0], retain_graph=True)
+        reach = grad.abs().amax(-1)  # (B, T)
+        assert (reach[:, : t + 1] > 1e-6).all() and (reach[:, t + 1 :] == 0).all()
+
+
+def test_positions_are_told_apart():
+    model = stir(make())
+    logits, _ = model(torch.zeros(1, 12, dtype=torch.long), tokens(1, 12))
+    assert torch.pdist(logits[0]).min() > 1e-3
+
+
+def test_loss_leaves_out_targets_of_minus_one():
+    model, idx, targets = stir(make()), tokens(3, 12), tokens(3, 12)
+    targets[:, ::2] = -1
+    logits, loss = model(idx, targets)
+    expected = F.cross_entropy(logits[:, 1::2].reshape(-1, 20), targets[:, 1::2].reshape(-1))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_without_targets_there_is_the_last_position_alone():
+    model, idx = stir(make()), tokens(3, 9)
+    logits, loss = model(idx)
+    assert logits.shape == (3, 1, 20) and loss is None
+    torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
+
+
+@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+def test_first_loss_is_that_of_a_guess(slots):
+    model, idx = make(vocab_size=65, n_embd=64, **slots), tokens(40, 13, vocab_size=65)
+    assert model(idx[:, :-1], idx[:, 1:].contiguous())[1].item() == pytest.approx(
+        math.log(65), abs=0.2 if 'head' in slots.get('kan_targets', '') else 0.05
+    )
+
+
+# names, counts, initial weights
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_names_are_those_of_nanogpt(bias):
+    names = """transformer.wte.weight transformer.wpe.weight
+        transformer.h.0.ln_1.weight transformer.h.0.ln_1.bias
+        transformer.h.0.attn.c_attn.weight transformer.h.0.attn.c_attn.bias
+        transformer.h.0.attn.c_proj.weight transformer.h.0.attn.c_proj.bias
+        transformer.h.0.ln_2.weight transformer.h.0.ln_2.bias
+        transformer.h.0.mlp.c_fc.weight transformer.h.0.mlp.c_fc.bias
+        transformer.h.0.mlp.c_proj.weight transformer.h.0.mlp.c_proj.bias
+        transformer.ln_f.weight transformer.ln_f.bias lm_head.weight""".split()
+    model = make(n_layer=1, bias=bias)
+    names = [name for name in names if bias or not name.endswith('.bias')]
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == names[:-1]
+
+
+def test_names_are_those_of_nanogpkant():
+    names = ['transformer.wte.weight', 'transformer.wpe.weight', 'transformer.h.0.ln_1.weight']
+    kans = ['attn.c_attn.layers.0', 'attn.c_proj.layers.0', 'mlp.kan.layers.0', 'mlp.kan.layers.1']
+    for module in kans:
+        names += ['transformer.h.0.ln_2.weight'] if module == 'mlp.kan.layers.0' else []
+        names += [f'transformer.h.0.{module}.{name}' for name in ('base_weight', 'spline_weight', 'spline_scaler', 'grid')]
+    state = make(n_layer=1, use_kan=True, kan_targets='attn,mlp').state_dict()
+    assert list(state) == [*names, 'transformer.ln_f.weight', 'lm_head.weight']
+    shapes = [tuple(state[f'transformer.h.0.{module}.spline_weight'].shape) for module in kans]
+    assert shapes == [(48, 16, 8), (16, 16, 8), (64, 16, 8), (16, 64, 8)]
+
+
+@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+def test_targets_become_kan_layers_and_nothing_else_does(slots):
+    model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, kan_hidden=1.5, **slots)
+    targets = slots.get('kan_targets', '').split(',')
+    block = model.transformer.h[0]
+    assert isinstance(block.attn.c_attn, KAN) == isinstance(block.attn.c_proj, KAN) == ('attn' in targets)
+    assert isinstance(block.mlp.c_proj, KANLinear) == ('mlp' in targets)
+    assert isinstance(model.lm_head, KAN) == ('head' in targets)
+    layers = [module for module in model.modules() if isinstance(module, KANLinear)]
+    assert len(layers) == sum({'attn': 2, 'mlp': 2, 'head': 1}.get(target, 0) for target in targets)
+    for layer in layers:
+        torch.testing.assert_close(layer.grid[0], -3 + 1.25 * torch.arange(-2.0, 7.0))
+    if 'mlp' in targets:
+        assert block.mlp.c_proj.in_features == 24
+
+
+@pytest.mark.parametrize(
+    'size, slots',
+    [('0.90', dict(n_layer=2)), ('8.86', dict(n_layer=2, use_kan=True)), ('7.10', dict(n_layer=16)), ('8.87', dict(n_layer=20))],
+)
+def test_parameters_of_the_micro_models(size, slots):
+    model = GPT(GPTConfig(block_size=256, vocab_size=65, n_head=6, n_embd=192, bias=False, kan_targets='attn,mlp', **slots))
+    assert f'{model.get_num_params() / 1e6:.2f}' == size
+    assert model.get_num_params(non_embedding=False) - model.get_num_params() == 256 * 192
+
+
+def test_head_shares_the_token_embeddings_unless_it_is_a_kan():
+    model = make()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model = make(use_kan=True, kan_targets='head')
+    assert [p.shape[:2] for p in model.lm_head.parameters()] == [(20, 16)] * 3
+    assert len({p.data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+
+
+def test_initial_weights_of_linear_layers():
+    model = make(n_layer=3, n_embd=96, bias=True)
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            assert not p.any()
+        elif '.ln_' in name:
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / math.sqrt(6) if 'c_proj' in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05) and abs(p.mean().item()) < 0.1 * expected
+
+
+@pytest.mark.parametrize('module', ['attn.c_attn.layers.0', 'attn.c_proj.layers.0', 'mlp.kan.layers.0', 'mlp.kan.layers.1'])
+def test_initial_weights_of_kan_layers(module):
+    """Those of a layer by itself; base and spline weights of the residual projections divided by sqrt(2 * n_layer)."""
+    layer = make(n_layer=3, n_embd=96, use_kan=True, kan_targets='attn,mlp').get_submodule(f'transformer.h.1.{module}')
+    alone = KANLinear(layer.in_features, layer.out_features)
+    residual = module in ('attn.c_proj.layers.0', 'mlp.kan.layers.1')
+    for name, expected in (('base_weight', 6), ('spline_weight', 6), ('spline_scaler', 1)):
+        ratio = getattr(alone, name).std() / getattr(layer, name).std()
+        assert ratio.item() == pytest.approx(math.sqrt(expected) if residual else 1, rel=0.05)
+
+
+def test_optimizer_decays_tensors_of_two_or_more_dimensions():
+    model = make(bias=True, use_kan=True)
+    model.transformer.wpe.weight.requires_grad_(False)
+    optimizer = model.configure_optimizers(0.3, 0.01, (0.8, 0.9), 'cpu')
+    decay, rest = optimizer.param_groups
+    assert (decay['weight_decay'], rest['weight_decay'], decay['lr'], rest['betas']) == (0.3, 0.0, 0.01, (0.8, 0.9))
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    expected = [name for name in names.values() if not name.endswith('bias') and '.ln_' not in name]
+    assert [names[p] for p in decay['params']] == expected and any('spline_weight' in name for name in expected)
+    assert [names[p] for p in rest['params']] == [name for name in names.values() if name not in expected]
+
+
+def test_an_optimizer_step_moves_every_parameter():
+    model, idx = make(bias=True, use_kan=True, kan_targets='attn,mlp,head').train(), tokens(4, 13)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(0.0, 0.01, (0.9, 0.95), 'cpu')
+    losses = []
+    for _ in range(20):
+        loss = model(idx[:, :-1], idx[:, 1:].contiguous())[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# sizes that do not fit
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match='length 13, block_size is only 12'):
+        make()(tokens(1, 13))
+
+
+def test_cropped_model_gives_the_same_logits():
+    model, idx = stir(make()), tokens(2, 5)
+    expected = model(idx, idx)[0]
+    model.crop_block_size(5)
+    assert torch.equal(model(idx, idx)[0], expected)
+    assert model.config.block_size == 5 and model.transformer.wpe.weight.shape == (5, 16)
+    with pytest.raises(ValueError, match='length 6'):
+        model(tokens(1, 6))
+    with pytest.raises(ValueError, match='block_size=6, the model has 5'):
+        model.crop_block_size(6)
+
+
+@pytest.mark.parametrize('n_embd, n_head, nearest', [(50, 6, '48 or 54'), (5, 6, '6$'), (47, 6, '42 or 48')])
+def test_width_that_heads_cannot_share_names_the_nearest(n_embd, n_head, nearest):
+    with pytest.raises(ValueError, match=f'n_embd={n_embd} is not divisible by n_head={n_head}; nearest: {nearest}'):
+        GPTConfig(n_embd=n_embd, n_head=n_head)
+
+
+@pytest.mark.parametrize('sizes', [dict(n_head=0), dict(n_head=-2), dict(kan_hidden=0.0)], ids=str)
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        make(use_kan=True, **sizes)
+
+
+@pytest.mark.parametrize('targets', ['', 'mpl', 'mlp,', 'attn mlp', 'mlp,heads'])
+def test_unknown_kan_targets_are_refused(targets):
+    with pytest.raises(ValueError, match='any of attn, mlp, head joined by commas'):
+        GPTConfig(use_kan=True, kan_targets=targets)
+
+
+# sampling
+
+
+def greedy(model, idx, n, vocab_size=None):
+    for _ in range(n):
+        logits = model(idx[:, -12:], idx[:, -12:].contiguous())[0][:, -1, :vocab_size]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], 1)
+    return idx
+
+
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9), dict(temperature=0, top_k=5, top_p=0.5)])
+def test_greedy_takes_the_most_likely_token_also_beyond_the_block(options):
+    model, idx = stir(make()), tokens(3, 4)
+    out = model.generate(idx, 15, **options)
+    assert out.shape == (3, 19) and torch.equal(out, greedy(model, idx, 15))
+    assert len(out[:, 4:].unique()) > 2
+
+
+def test_generated_tokens_follow_the_prompt_and_the_seed():
+    model, idx = stir(make()), tokens(2, 4)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(model.generate(idx, 20))
+    assert all(torch.equal(out[:, :4], idx) and out.shape == (2, 24) for out in outs)
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat(list(model.stream(idx, 20)), 1), outs[0][:, 4:])
+
+
+@pytest.mark.parametrize('temperature', [0, 1.0, 100.0])
+def test_padding_of_the_head_is_never_drawn(temperature):
+    model, idx = stir(make(), 0.01), tokens(50, 1, vocab_size=7)
+    out = model.generate(idx, 10, temperature, vocab_size=7)
+    assert out.max() < 7
+    assert model.generate(idx, 10, 100.0).max() >= 7
+
+
+PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+def frequencies(n=20000, **options):
+    logits = (PROBS.log() + 3).expand(n, -1)
+    return torch.bincount(sample_token(logits, **options)[:, 0], minlength=5) / n
+
+
+@pytest.mark.parametrize(
+    'options, kept',
+    [
+        (dict(), [0, 1, 2, 3, 4]),
+        (dict(top_p=1.0), [0, 1, 2, 3, 4]),
+        (dict(top_p=0.39), [1]),
+        (dict(top_p=0.41), [1, 3]),
+        (dict(top_p=0.64), [1, 3]),
+        (dict(top_p=0.66), [1, 3, 4]),
+        (dict(top_p=0.84), [1, 3, 4]),
+        (dict(top_p=0.86), [0, 1, 3, 4]),
+        (dict(top_k=2), [1, 3]),
+        (dict(top_k=4), [0, 1, 3, 4]),
+        (dict(top_k=9), [0, 1, 2, 3, 4]),
+        (dict(top_k=3, top_p=0.46), [1]),  # of the three kept the first has 0.4 / 0.85
+        (dict(top_k=3, top_p=0.48), [1, 3]),
+        (dict(temperature=0.5), [0, 1, 2, 3, 4]),
+        (dict(temperature=2.0, top_k=2), [1, 3]),
+    ],
+    ids=str,
+)
+def test_sampling_keeps_exactly_the_tokens_asked_for(options, kept):
+    expected = torch.zeros(5)
+    expected[kept] = PROBS[kept] ** (1 / options.get('temperature', 1))
+    actual = frequencies(**options)
+    assert actual.nonzero().flatten().tolist() == kept
+    torch.testing.assert_close(actual, expected / expected.sum(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize('options', [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)])
+def test_impossible_sampling_is_refused(options):
+    with pytest.raises(ValueError, match='expected temperature >= 0, top_k >= 1, 0 < top_p <= 1'):
+        sample_token(torch.zeros(1, 5), **options)
+
+
+def test_utilisation_counts_flops_per_second():
+    """6 per parameter and token, 12 per layer, width and position for attention; scalers multiply no token."""
+    vanilla, kan = make(), make(use_kan=True)
+    expected = (6 * vanilla.get_num_params() + 12 * 2 * 16 * 12) * 12 * 40 / 0.5 / 312e12
+    assert vanilla.estimate_mfu(40, 0.5) == pytest.approx(expected)
+    assert vanilla.estimate_mfu(80, 0.25, 156e12) == pytest.approx(8 * expected)
+    scalers = 2 * 2 * 64 * 16
+    assert (kan.estimate_mfu(1, 1) - vanilla.estimate_mfu(1, 1)) * 312e12 == pytest.approx(
+        6 * 12 * (kan.get_num_params() - scalers - vanilla.get_num_params())
+    )
+
+
+# checkpoints of others
+
+
+def disguise(model, drop=()):
+    """`model` as its predecessor would have saved it: compiled, with model_args that know of no KAN."""
+    args = {name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    return {'model': {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}, 'model_args': args}
+
+
+def test_checkpoint_of_nanogpt_is_the_same_model():
+    model, idx = stir(make(bias=True)), tokens(2, 12)
+    checkpoint = disguise(model)
+    for i in range(2):
+        checkpoint['model'][f'_orig_mod.transformer.h.{i}.attn.bias'] = torch.ones(12, 12).tril().view(1, 1, 12, 12)
+    rebuilt = build_model(checkpoint, dropout=0.1)
+    assert torch.equal(rebuilt.eval()(idx, idx)[0], model(idx, idx)[0])
+    assert not rebuilt.config.use_kan and rebuilt.config.dropout == 0.1
+    assert rebuilt.lm_head.weight is rebuilt.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    'sizes', [dict(), dict(grid_size=3, spline_order=2), dict(grid_size=8, spline_order=1), dict(grid_min=-2.0, grid_max=4.0)]
+)
+def test_checkpoint_of_nanogpkant_is_the_same_model(sizes):
+    model, idx = stir(make(use_kan=True, kan_targets='attn,mlp', **sizes)), tokens(2, 12)
+    rebuilt = build_model(disguise(model))
+    assert torch.equal(rebuilt.eval()(idx, idx)[0], model(idx, idx)[0])
+    assert (rebuilt.config.grid_size, rebuilt.config.spline_order) == (model.config.grid_size, model.config.spline_order)
+
+
+def test_checkpoint_that_contradicts_itself_is_refused():
+    checkpoint = disguise(make())
+    checkpoint['model_args']['n_embd'] = 32
+    with pytest.raises(ValueError, match='does not fit its own model_args'):
+        build_model(checkpoint)
+
+
+def test_code_written_for_nanogpt_finds_its_attributes():
+    model = make()
+    assert isinstance(model.transformer.h, nn.ModuleList) and model.transformer.wte.num_embeddings == 20
+    assert model.config.n_layer == len(model.transformer.h)
