@@ -17,7 +17,6 @@ import platform
 import shutil
 import subprocess
 import zipfile
-import zlib
 from datetime import UTC, datetime
 
 import numpy
@@ -45,14 +44,17 @@ def save_checkpoint(out_dir, checkpoint, is_best):
 
 def link(path, name):
     """Give a file a second name, in place of what had it; a copy where the file system has no links."""
+    if os.path.exists(name) and os.path.samefile(path, name):
+        return
     temporary = name + '.tmp'
-    if os.path.exists(temporary):
-        os.remove(temporary)
     try:
+        if os.path.exists(temporary):
+            os.remove(temporary)
         os.link(path, temporary)
+        os.replace(temporary, name)
     except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
+        with open(path, 'rb') as source, write_atomically(name) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
@@ -65,14 +67,17 @@ def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
     advice = f'; to use another in its place, copy it there: {others}' if others else ''
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums of the tensors
-        if damaged:
-            raise ValueError(f'{path} is damaged in {damaged}{advice}')
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f'{path} is cut off, damaged or no checkpoint ({str(error).splitlines()[0]}){advice}') from None
+            # torch.load looks neither at the checksums of the tensors nor whether their sizes, all uncompressed, agree
+            resized = (entry.filename for entry in archive.infolist() if entry.compress_size != entry.file_size)
+            damaged = archive.testzip() or next(resized, None)
+        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
+    except Exception as error:  # what the readers raise on damaged bytes has no type in common
+        what = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise ValueError(f'{path} is cut off, damaged or no checkpoint ({what}){advice}') from None
+    if damaged:
+        raise ValueError(f'{path} is damaged in {damaged}{advice}')
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
     return checkpoint

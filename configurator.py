@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 
-KINDS = (bool, int, float, str)  # a variable of any other type is not a setting
+KINDS = (bool, int, float, str)  # a variable of any other type is not a setting, nor is a CONSTANT or a _private one
 ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,12 +32,13 @@ class ConfigError(ValueError):
 def configure(variables, argv=None):
     """Override the settings among `variables` in place and return all of them, for the log and the checkpoint."""
     sys.excepthook = report
-    settings = {name: value for name, value in variables.items() if type(value) in KINDS and not name.startswith('_')}
+    names = [name for name in variables if not name.startswith('_') and not name.isupper()]
+    settings = {name: variables[name] for name in names if type(variables[name]) in KINDS}
     argv = sys.argv[1:] if argv is None else argv
     settings = override(settings, [arg for arg in argv if arg not in ('--help', '-h')])
     if '--help' in argv or '-h' in argv:  # the settings this command would run with, so it also checks a config file
         print((variables.get('__doc__') or '').strip(), '', sep='\n')
-        print(*(f'--{name}={value}' for name, value in settings.items()), sep='\n')
+        print(*(f'--{name}={value!r}' for name, value in settings.items()), sep='\n')
         sys.exit()
     variables.update(settings)
     return settings

@@ -110,7 +110,8 @@ if device_type == 'cuda':
 # data: rank 0 prepares and checks it, the others wait
 if master:
     loader.prepare_dataset(dataset)
-    os.makedirs(out_dir, exist_ok=True)
+    if not eval_only:
+        os.makedirs(out_dir, exist_ok=True)
 while not loader.is_prepared(dataset):
     time.sleep(1)
 if ddp:
@@ -147,7 +148,8 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 if state:
     optimizer.load_state_dict(state['optimizer'])
-    scaler.load_state_dict(state.get('scaler', {}) if scaler.is_enabled() else {})
+    if scaler.is_enabled() and state.get('scaler'):
+        scaler.load_state_dict(state['scaler'])
 raw_model = model
 if ddp:
     model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
@@ -305,7 +307,7 @@ def say(text):
         tqdm.write(text) if on_terminal else print(text, flush=True)
 
 
-log = [line for line in ckpt.read_log(out_dir) if line['iter'] < iter_num] if state else []
+log = [line for line in ckpt.read_log(out_dir) if line['iter'] <= iter_num] if state else []
 record = dict(
     config=config,
     seed=seed,
@@ -350,7 +352,7 @@ while True:
         line = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, seconds=seconds, train_loss=losses['train'], val_loss=losses['val'])
         line.update(lr=get_lr(iter_num), tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
-        log.append(line)
+        log = [before for before in log if before['iter'] < iter_num] + [line]
         if wandb_log and master:
             log_to_wandb(line)
         if iter_num > 0 and not eval_only and math.isfinite(losses['val']):
@@ -398,10 +400,12 @@ while True:
 
     # timing and logging
     bar.update()
-    bar.set_postfix(loss=f'{lossf:.4f}', tokens_per_s=f'{tokens_per_iter / dt:,.0f}', refresh=False)
+    status = f'loss {lossf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s'
+    if peak:
+        status += f', mfu {raw_model.estimate_mfu(micro_steps * batch_size, dt, peak):.1%}'
+    bar.set_postfix_str(status, refresh=False)
     if iter_num % log_interval == 0 and not on_terminal:
-        mfu = f', mfu {raw_model.estimate_mfu(gradient_accumulation_steps / world_size * batch_size, dt, peak):.1%}' if peak else ''
-        say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tokens/s{mfu}')
+        say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
 if finished and not eval_only and master:

@@ -11,4 +11,3 @@ init_from = 'gpt2'
 eval_only = True
 eval_iters = 500  # use more batches to get a good estimate
 batch_size = 8
-wandb_log = False

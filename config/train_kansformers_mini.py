@@ -11,10 +11,8 @@ eval_interval = 500
 eval_iters = 100
 log_interval = 10
 
-wandb_project = 'owt'
 wandb_run_name = 'kansformers-mini'
 
-dataset = 'openwebtext'
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 128

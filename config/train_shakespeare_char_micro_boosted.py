@@ -8,7 +8,6 @@ MEASURED
 
 out_dir = 'out-shakespeare-char-micro-boosted'
 eval_interval = 250  # keep frequent because we will overfit
-eval_iters = 200
 log_interval = 10
 always_save_checkpoint = False  # only save when the validation loss improves
 

@@ -23,7 +23,6 @@ block_size = 64  # context of up to 64 previous characters
 n_layer = 16
 n_head = 3
 n_embd = 96
-dropout = 0.0  # too few iterations to overfit
 
 learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
 max_iters = 2000

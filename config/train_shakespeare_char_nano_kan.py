@@ -23,7 +23,6 @@ block_size = 64  # context of up to 64 previous characters
 n_layer = 2
 n_head = 3
 n_embd = 96
-dropout = 0.0  # too few iterations to overfit
 
 use_kan = True
 kan_targets = 'attn,mlp'  # every linear layer but the head

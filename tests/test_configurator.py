@@ -288,7 +288,7 @@ def test_help_prints_the_resolved_settings_and_exits(tmp_path, flag):
     (tmp_path / 'c.py').write_text('n_layer = 5')
     result = run(tmp_path, flag, 'c.py', '--out_dir=a b')
     assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n--n_layer=5\n--out_dir=a b\n'
+    assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n--n_layer=5\n' + "--out_dir='a b'\n"
 
 
 def test_help_checks_the_settings_first(tmp_path):

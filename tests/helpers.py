@@ -1,0 +1,171 @@
+"""What the tests of the scripts share: a small data set, small models, and scripts run as a user runs them."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import save_checkpoint
+from loader import write_meta, write_split
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
+FORKED.set_forkserver_preload(['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'tqdm', 'pytest'])
+TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
+
+SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
+BATCHES = dict(batch_size=2, gradient_accumulation_steps=2, eval_iters=2, eval_interval=2, log_interval=1)
+SCHEDULE = dict(max_iters=4, lr_decay_iters=100, warmup_iters=1, learning_rate=1e-2, min_lr=1e-3)
+TINY = dict(device='cpu', dropout=0.2, **SHAPE, **BATCHES, **SCHEDULE)
+KAN = dict(use_kan=True, kan_targets='attn,mlp,head', kan_hidden=1.0)
+
+
+def flags(**settings):
+    return [f'--{name}={value}' for name, value in settings.items()]
+
+
+def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):
+    """Random characters as train.bin, val.bin and meta.json; returns the folder's path."""
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split, n in ('train', n_train), ('val', n_val):
+        write_split(folder, split, rng.integers(tokenizer.vocab_size, size=n))
+    write_meta(folder, tokenizer, 'random characters')
+    return str(folder)
+
+
+def make_checkpoint(out_dir, **model_args):
+    """Save a checkpoint of a model with random weights, large enough that samples differ; returns its contents."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, 'vocab_size': TOKENIZER.vocab_size, **model_args}))
+    checkpoint = {
+        'model': {name: p * 5 for name, p in model.state_dict().items()},
+        'optimizer': model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu').state_dict(),
+        'model_args': asdict(model.config),
+        'iter_num': 3,
+        'best_val_loss': 1.5,
+        'config': {'dataset': 'somewhere'},
+        'rng': [{'cpu': torch.get_rng_state()}],
+        'tokenizer': TOKENIZER.to_dict(),
+    }
+    os.makedirs(out_dir, exist_ok=True)
+    save_checkpoint(str(out_dir), checkpoint, is_best=False)
+    return checkpoint
+
+
+def start(folder, script, *args, processes=1, **options):
+    """A script that runs in `folder` beside the test; its lines can be read as they come."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=ENV, **pipes, **options)
+
+
+def run(folder, script, *args, **options):
+    """A script that has run in `folder`: its returncode, stdout and stderr."""
+    process = start(folder, script, *args, **options)
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_forked(folder, script, *args, modules='', prelude='', env=()):
+    """
+    The same in a process that finds torch imported, which saves two seconds. `modules` is a folder of packages for it,
+    `prelude` one of them to import before the script starts.
+    """
+    with tempfile.TemporaryDirectory() as outputs:
+        argv = [str(ROOT / script), *map(str, args)]
+        process = FORKED.Process(target=enter, args=(str(folder), argv, outputs, modules, prelude, dict(env)))
+        process.start()
+        process.join(120)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(argv, process.exitcode, *(Path(outputs, name).read_text() for name in ('stdout', 'stderr')))
+
+
+def enter(folder, argv, outputs, modules, prelude, env):
+    """Become the script `argv`, and end as Python ends it: an exception goes to the excepthook that the script has set."""
+    for descriptor, name in (1, 'stdout'), (2, 'stderr'):
+        os.dup2(os.open(Path(outputs, name), os.O_CREAT | os.O_WRONLY), descriptor)
+    os.chdir(folder)
+    sys.argv[:], sys.path[:0] = argv, [modules] if modules else []
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if prelude:
+        importlib.import_module(prelude)
+    try:
+        runpy.run_path(argv[0], run_name='__main__')
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def train(folder, dataset, out_dir='out', processes=1, **settings):
+    """A run of train.py that has to end well."""
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
+    done = run(folder, 'train.py', *args, processes=processes) if processes > 1 else run_forked(folder, 'train.py', *args)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def together(*calls):
+    """The results of several calls that wait for processes, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def read_until(stream, text):
+    """The lines of a stream up to the first that holds `text`."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if text in line:
+            return ''.join(lines)
+    pytest.fail(f'no {text!r} in {"".join(lines)!r}')
+
+
+def complaint(folder, script, *args, **options):
+    """The one line on stderr with which a script gives up."""
+    done = run_forked(folder, script, *args, **options)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+    return done.stderr
+
+
+def load(folder, name='ckpt.pt'):
+    return torch.load(Path(folder, name), weights_only=True)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
+
+
+def same_state(a, b):
+    """Whether two checkpoints hold bit-equal weights and optimizer states."""
+    a, b = ([checkpoint['model'], *checkpoint['optimizer']['state'].values()] for checkpoint in (a, b))
+    pairs = [(tensors[name], others[name]) for tensors, others in zip(a, b, strict=True) for name in tensors | others]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def same_run(a, b):
+    """Whether two folders hold the same training: weights, optimizer and every evaluation, bit for bit."""
+    keys = ('iter', 'tokens', 'train_loss', 'val_loss', 'lr')
+    logs = [[[line[key] for key in keys] for line in read_log(folder)] for folder in (a, b)]
+    return same_state(load(a), load(b)) and logs[0] == logs[1]

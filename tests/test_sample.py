@@ -1,0 +1,184 @@
+"""Sampling from the command line: seeds, prompts, where a sample ends, and checkpoints of other projects."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SHAPE, TOKENIZER, complaint, flags, make_checkpoint, run, run_forked, start, together, write_dataset
+
+from model import GPT, GPTConfig
+
+ROMEO = dict(start='ROMEO:', device='cpu', num_samples=1, max_new_tokens=40, temperature=1.0)
+END = '\n---------------\n'
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder in which out/ckpt.pt is a checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp('trained')
+    make_checkpoint(folder / 'out')
+    return folder
+
+
+def sample(folder, out_dir='out', **settings):
+    """The samples that sample.py prints, each with its prompt."""
+    done = run_forked(folder, 'sample.py', *flags(out_dir=out_dir, **{**ROMEO, **settings}))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(END)[:-1]
+
+
+def test_command_line(trained):
+    done = run(trained, 'sample.py', '--out_dir=out', '--start=ROMEO:', '--num_samples=3', '--seed=1', '--max_new_tokens=20')
+    assert done.returncode == 0 and done.stderr == ''
+    samples = done.stdout.split(END)
+    assert len(samples) == 4 and samples[3] == ''
+    assert all(text.startswith('ROMEO:') and len(text) == 26 for text in samples[:3])
+    assert len(set(samples)) == 4
+
+
+def test_seed_decides(trained):
+    first, again, other = together(*(lambda seed=seed: sample(trained, seed=seed, num_samples=2) for seed in (1, 1, 2)))
+    assert first == again and first != other and first[0] != first[1]
+
+
+def test_greedy_is_the_same_for_every_seed_and_sample(trained):
+    first, other = together(*(lambda seed=seed: sample(trained, seed=seed, temperature=0, num_samples=2) for seed in (1, 2)))
+    assert first == other and first[0] == first[1]
+    assert sample(trained, top_k=1) == sample(trained, top_p=1e-6) == first[:1]
+
+
+def test_prompt_from_a_file(trained, tmp_path):
+    path = tmp_path / 'prompt.txt'
+    path.write_text('ROMEO:')
+    assert sample(trained, start=f'FILE:{path}') == sample(trained)
+    path.write_text('a prompt that is longer than the block of the model')
+    assert sample(trained, start=f'FILE:{path}')[0].startswith('a prompt that is longer than the block of the model')
+
+
+def test_stop_ends_a_sample_before_it(trained):
+    (whole,) = sample(trained)
+    generated = whole[6:]
+    for stop in generated[14], generated[14:17], whole[-2:] + 'z':  # the last one could only have begun, and is printed in the end
+        assert sample(trained, stop=stop) == ['ROMEO:' + generated.partition(stop)[0]]
+
+
+def test_text_arrives_while_it_is_generated(trained):
+    process = start(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'max_new_tokens': 10**6}))
+    try:
+        assert process.stdout.read(50).startswith('ROMEO:')
+        time.sleep(0.2)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(start='what? 1'), "character '?' at position 4"),
+        (dict(start=''), 'start is empty'),
+        (dict(start='FILE:nowhere.txt'), 'nowhere.txt'),
+        (dict(out_dir='nowhere'), "no checkpoint in 'nowhere'"),
+        (dict(temperature=-1), 'temperature'),
+        (dict(top_p=2), 'top_p'),
+        (dict(top_k=-1), 'top_k'),
+        (dict(dtype='float8'), "dtype='float8'"),
+        (dict(dataset='shakespear'), 'shakespear'),
+        (dict(init_from='gtp2'), "got 'gtp2'"),
+        (dict(num_sample=1), "did you mean 'num_samples'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
+def test_bad_setting(trained, settings, words):
+    assert words in complaint(trained, 'sample.py', *flags(**{**ROMEO, 'out_dir': 'out', **settings}))
+
+
+def test_prompt_file_that_is_not_text(trained, tmp_path):
+    (tmp_path / 'prompt').write_bytes(b'\xff\xfe')
+    assert 'utf-8' in complaint(trained, 'sample.py', '--out_dir=out', f'--start=FILE:{tmp_path / "prompt"}')
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    for _ in range(2):
+        make_checkpoint(tmp_path / 'out')
+    os.truncate(tmp_path / 'out' / 'ckpt.pt', 5000)
+    words = complaint(tmp_path, 'sample.py', '--out_dir=out')
+    assert 'out/ckpt.pt' in words and 'ckpt_prev.pt' in words
+
+
+# checkpoints of other projects
+
+
+def save_foreign(folder, use_kan=False, **model_args):
+    """What nanoGPT and nanoGPKANT save: a prefix from torch.compile, the optimizer, no vocabulary, nothing about KANs."""
+    sizes = dict(**SHAPE, bias=False, vocab_size=65, dropout=0.2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**sizes, **model_args}, use_kan=use_kan, kan_targets='attn,mlp'))
+    state = {'_orig_mod.' + name: p for name, p in model.state_dict().items()}
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu').state_dict()
+    config = {'dataset': 'shakespeare_char', 'out_dir': 'out'}
+    sizes.update(model_args)
+    best = torch.tensor(1.5)
+    checkpoint = dict(model=state, optimizer=optimizer, model_args=sizes, iter_num=2, best_val_loss=best, config=config)
+    folder.mkdir(exist_ok=True)
+    torch.save(checkpoint, folder / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('use_kan', [False, True], ids=['nanoGPT', 'nanoGPKANT'])
+def test_checkpoint_of_another_project(tmp_path, use_kan):
+    save_foreign(tmp_path / 'out', use_kan)
+    done = run_forked(tmp_path, 'sample.py', *flags(out_dir='out', **ROMEO))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('ROMEO:') and len(done.stdout) == 46 + len(END)
+    assert '65 characters of tinyshakespeare' in done.stderr
+
+
+def test_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
+    save_foreign(tmp_path / 'out', vocab_size=TOKENIZER.vocab_size)
+    args = flags(out_dir='out', **ROMEO)
+    assert 'name a data set that has it by --dataset' in complaint(tmp_path, 'sample.py', *args)
+    dataset = write_dataset(tmp_path / 'data')
+    assert sample(tmp_path, dataset=dataset)[0].startswith('ROMEO:')
+    os.remove(Path(dataset, 'meta.json'))
+    assert 'meta.json' in complaint(tmp_path, 'sample.py', *args, f'--dataset={dataset}')
+
+
+def test_nothing_in_a_checkpoint_becomes_a_path(tmp_path):
+    """An audit hook notes every file that sample.py opens: of the folder named in the checkpoint there is none."""
+    trap = write_dataset(tmp_path / 'trap')
+    saved = make_checkpoint(tmp_path / 'out')
+    saved['config'] = {'dataset': trap, 'out_dir': trap, 'init_from': trap}
+    torch.save(saved, tmp_path / 'out' / 'ckpt.pt')
+    (tmp_path / 'watch.py').write_text(
+        'import os, sys\n'
+        f'log = os.open({str(tmp_path / "opened")!r}, os.O_CREAT | os.O_WRONLY)\n'
+        'sys.addaudithook(lambda event, args: event in ("open", "os.listdir") and os.write(log, f"{args[0]}\\n".encode()))\n'
+    )
+    args = flags(out_dir='out', **ROMEO)
+    done = run_forked(tmp_path, 'sample.py', *args, modules=str(tmp_path), prelude='watch')
+    assert done.returncode == 0, done.stderr
+    opened = (tmp_path / 'opened').read_text()
+    assert 'out/ckpt.pt' in opened and trap not in opened
+
+
+@pytest.mark.parametrize('tokenizer', [{'kind': 'gpt5'}, {'kind': 'char', 'chars': 7}, {'kind': 'char', 'chars': 'abc', 'path': '/x'}, 'x'])
+def test_vocabulary_that_is_none_is_refused(tmp_path, tokenizer):
+    saved = make_checkpoint(tmp_path / 'out')
+    torch.save({**saved, 'tokenizer': tokenizer}, tmp_path / 'out' / 'ckpt.pt')
+    complaint(tmp_path, 'sample.py', *flags(out_dir='out', **ROMEO))
+
+
+def test_sample_from_a_folder_of_gpt2(tmp_path):
+    """Its vocabulary is not that of GPT-2, so --dataset says which."""
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=TOKENIZER.vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
+    dataset = write_dataset(tmp_path / 'data')
+
+    assert sample(tmp_path, init_from=tmp_path / 'gpt2', dataset=dataset)[0].startswith('ROMEO:')

@@ -1,0 +1,214 @@
+"""The repository as a whole: configs that parse, imports that point one way, and the commands of the README at a tiny size."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ENV, ROOT, TINY, flags, load, read_log
+
+from configurator import override, read_file
+
+CONFIGS = sorted(ROOT.glob('config/*.py'))
+LAYERS = [  # a module imports from the rows above its own
+    {'files'},
+    {'configurator', 'device', 'kernels', 'tokenizer'},
+    {'kan', 'graph', 'loader'},
+    {'model', 'lora', 'tasks'},
+    {'checkpoint'},
+]
+HEAVY = {'matplotlib', 'wandb', 'transformers', 'peft', 'torch_geometric', 'tiktoken', 'datasets', 'scipy', 'pytest'}
+
+
+def read_defaults(script):
+    """The settings of a script, which are its plain assignments before configure()."""
+    defaults = {}
+    for line in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            if isinstance(line.value, ast.Call):
+                break
+            defaults[line.targets[0].id] = eval(ast.unparse(line.value), {})
+    return defaults
+
+
+def read_command(config):
+    """The script that runs a config file, by the command in its header."""
+    text = config.read_text(encoding='utf-8')
+    first = next(line.lineno for line in ast.parse(text).body if isinstance(line, ast.Assign))
+    header = '\n'.join(text.splitlines()[: first - 1])
+    return re.search(rf'(\w+\.py) config/{config.name}\b', header)
+
+
+def imported(path):
+    """The modules that a file imports at its top level or anywhere below."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split('.')[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module.split('.')[0]
+
+
+# config files
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem)
+def test_config_parses_and_tells_its_command(config):
+    command = read_command(config)
+    assert command, f'the header of {config.name} does not say how to run it'
+    defaults = read_defaults(command[1])
+    settings = override(defaults, [str(config)])
+    changed = {name for name, value in settings.items() if value != defaults[name]}
+    assert changed
+    assert len(config.read_text(encoding='utf-8').splitlines()) <= 40
+    assert settings.get('n_embd', 0) % settings.get('n_head', 1) == 0
+
+
+def test_configs_name_only_what_differs_from_the_defaults():
+    repeated = []
+    for config in CONFIGS:
+        defaults = read_defaults(read_command(config)[1])
+        for name, value, where in read_file(str(config)):
+            if value == defaults[name]:
+                repeated.append(f'{Path(where).name} {name}')
+    assert not repeated, '\n'.join(repeated)
+
+
+def test_runs_go_to_folders_of_their_own():
+    names = [
+        (override(read_defaults('train.py'), [str(path)])['out_dir'], path.name) for path in CONFIGS if path.stem.startswith('train_shake')
+    ]
+    assert len({out_dir for out_dir, _ in names}) == len(names), names
+
+
+# imports
+
+
+def test_imports_point_one_way():
+    ours = {path.stem for path in ROOT.glob('*.py')}
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in ROOT.glob('*.py'):
+        for name in set(imported(path)) & ours:
+            assert name in level, f'{path.name} imports the script {name}.py'
+            assert level[name] < level.get(path.stem, len(LAYERS)), f'{path.name} imports {name}.py'
+
+
+def test_model_knows_nothing_of_what_acts_on_it():
+    assert not re.search('lora|task|plot', (ROOT / 'model.py').read_text(encoding='utf-8'), re.IGNORECASE)
+
+
+def run_python(source, *args):
+    return subprocess.run([sys.executable, '-c', source, *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+
+
+def test_kan_needs_torch_alone():
+    others = {path.stem for path in ROOT.glob('*.py')} - {'kan', 'kernels'}
+    source = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name in {sorted(others)!r}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from kan import KAN
+print(KAN([4, 3, 2])(torch.zeros(5, 4)).shape)
+"""
+    done = run_python(source)
+    assert done.stdout == 'torch.Size([5, 2])\n', done.stderr
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_help_shows_the_settings_and_imports_little(script):
+    config = [str(path) for path in CONFIGS if read_command(path)[1] == script][:1]
+    source = f"""
+import atexit, runpy, sys
+
+atexit.register(lambda: print('IMPORTED', *sorted(sys.modules)))
+sys.argv = [{script!r}, *sys.argv[1:], '--help']
+runpy.run_path({script!r}, run_name='__main__')
+"""
+    done = run_python(source, *config, '--seed=7')
+    assert done.returncode == 0, done.stderr
+    shown, _, modules = done.stdout.partition('IMPORTED ')
+    settings = override(read_defaults(script), [*config, '--seed=7'])
+    assert shown.endswith('\n\n' + ''.join(f'--{name}={value!r}\n' for name, value in settings.items()))
+    assert '--seed=7' in shown and f'python {script}' in shown
+    assert not HEAVY & {name.split('.')[0] for name in modules.split()}
+
+
+# the commands of the README, in a copy of the repository
+
+MAKE_TOY = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), {tests!r}]
+from helpers import write_dataset
+
+write_dataset(Path(__file__).resolve().parent)
+"""
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    """The scripts and configs beside a data set that is soon made."""
+    folder = tmp_path_factory.mktemp('clone')
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / 'config', folder / 'config')
+    toy = folder / 'data' / 'shakespeare_char'
+    toy.mkdir(parents=True)
+    (toy / 'prepare.py').write_text(MAKE_TOY.format(tests=str(ROOT / 'tests')))
+    return folder
+
+
+def enter(folder, line, **settings):
+    """Type a command line, with flags after it that make it tiny."""
+    program, *args = line.replace('"', '').split()
+    programs = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}
+    command = [*programs[program], *args, *flags(**settings)]
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SMALL = {name: TINY[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'gradient_accumulation_steps', 'eval_iters')}
+
+
+def test_micro_kan_trains_and_goes_on(clone):
+    micro = 'python train.py config/train_shakespeare_char_micro_kan.py'
+    printed = enter(clone, f'{micro} --max_iters=100 --device=cpu --batch_size=8', **SMALL)
+    assert printed.count('preparing it: python data/shakespeare_char/prepare.py') == 1
+    assert 'step 0: train loss' in printed and 'step 100: train loss' in printed
+    printed = enter(clone, f'{micro} --init_from=resume', **SMALL, device='cpu', batch_size=8, max_iters=102)
+    assert 'preparing' not in printed
+    out = clone / override(read_defaults('train.py'), [str(clone / 'config' / 'train_shakespeare_char_micro_kan.py')])['out_dir']
+    assert load(out)['iter_num'] == 102 and load(out)['model_args']['use_kan']
+    assert [line['iter'] for line in read_log(out)][-1] == 102
+
+
+def test_nano_kan_trains_on_two_processes_and_samples(clone):
+    nano = 'torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_nano_kan.py --device=cpu'
+    printed = enter(clone, nano, **SMALL, batch_size=2, max_iters=20, eval_interval=10)
+    assert '2 process(es)' in printed and 'step 20: train loss' in printed
+    sample = 'python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=3 --seed=1'
+    printed = enter(clone, sample, max_new_tokens=20, device='cpu')
+    assert printed.count('ROMEO:') == 3 and printed.count('\n---------------\n') == 3
+
+
+def test_every_script_says_how_to_run_it():
+    for path in ROOT.glob('*.py'):
+        source = path.read_text(encoding='utf-8')
+        if path.stem != 'configurator' and 'configure(globals())' in source:
+            assert f'python {path.name}' in ast.get_docstring(ast.parse(source)), path.name
+
+
+def test_no_text_of_the_repository_names_a_folder_of_one_machine():
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('*.md'), *ROOT.glob('config/*'), *ROOT.glob('data/*/*.py'), *ROOT.glob('data/*/*.md')]:
+        assert not re.search(r'/(home|root|work|Users)/\w', path.read_text(encoding='utf-8')), path
+    assert Path(ROOT, 'README.md').exists()

@@ -1,0 +1,452 @@
+"""Training from the command line: resume, signals, several processes, full disks, bad input, and what a run leaves behind."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    KAN,
+    ROOT,
+    SHAPE,
+    TINY,
+    TOKENIZER,
+    complaint,
+    flags,
+    load,
+    make_checkpoint,
+    read_log,
+    read_until,
+    run,
+    run_forked,
+    same_run,
+    same_state,
+    start,
+    together,
+    train,
+    write_dataset,
+)
+
+import checkpoint as ckpt
+from loader import write_meta, write_split
+from tokenizer import CharTokenizer
+
+NEVER = 10**6
+
+
+def start_training(folder, dataset, out_dir='out', processes=1, **settings):
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
+    return start(folder, 'train.py', *args, processes=processes, start_new_session=True)
+
+
+def finish(process):
+    """What a process still prints, and how it ends."""
+    try:
+        return process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
+def stopped_at(stdout):
+    return int(re.search(r'stopped at iteration (\d+)', stdout)[1])
+
+
+# resume
+
+
+@pytest.mark.parametrize('processes, settings', [(1, {}), (1, KAN), (2, {})], ids=['vanilla', 'kan', 'two processes'])
+def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, settings):
+    def go(out_dir, **more):
+        return lambda: train(tmp_path, dataset, out_dir, processes, **settings, **more)
+
+    together(go('straight', max_iters=4), go('parts', max_iters=2))
+    shutil.copytree(tmp_path / 'parts', tmp_path / 'control')  # the same without its random state, or with the other process's
+    state = load(tmp_path / 'control')
+    state['rng'] = state['rng'][::-1] if processes > 1 else []
+    torch.save(state, tmp_path / 'control' / 'ckpt.pt')
+    together(go('parts', max_iters=4, init_from='resume'), go('control', max_iters=4, init_from='resume'))
+    assert same_run(tmp_path / 'straight', tmp_path / 'parts')
+    assert not same_state(load(tmp_path / 'straight'), load(tmp_path / 'control'))
+    assert load(tmp_path / 'straight')['iter_num'] == 4
+
+
+def test_one_and_two_processes_reach_the_same_losses(tmp_path, dataset):
+    together(*(lambda n=n: train(tmp_path, dataset, f'out{n}', n, dropout=0.0, **KAN) for n in (1, 2)))
+    one, two = ([(line['train_loss'], line['val_loss']) for line in read_log(tmp_path / f'out{n}')] for n in (1, 2))
+    assert len(one) == 3
+    assert np.allclose(one, two, rtol=0, atol=1e-5)
+
+
+def test_evaluation_and_seeds(tmp_path, dataset):
+    """How often a run evaluates changes nothing, its seed does."""
+    changes = dict(often=dict(eval_interval=1), never=dict(eval_interval=NEVER, eval_iters=5), seed=dict(seed=1))
+    together(*(lambda name=name: train(tmp_path, dataset, name, **changes[name]) for name in changes))
+    often, never, seed = (load(tmp_path / name) for name in changes)
+    assert same_state(often, never) and not same_state(often, seed)
+    assert [line['iter'] for line in read_log(tmp_path / 'often')] == [0, 1, 2, 3, 4]
+
+
+# signals
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_during_training_saves_and_exits_0(tmp_path, dataset, number):
+    process = start_training(tmp_path, dataset, 'parts', max_iters=NEVER, eval_interval=NEVER)
+    read_until(process.stdout, 'iter 3:')
+    process.send_signal(number)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0, stderr
+    assert 'stopping: finishing the step and saving' in stderr and 'Traceback' not in stderr
+    iter_num = stopped_at(stdout)
+    assert load(tmp_path / 'parts')['iter_num'] == iter_num
+    assert 'finished' not in json.loads((tmp_path / 'parts' / 'run.json').read_text())
+    together(
+        lambda: train(tmp_path, dataset, 'parts', max_iters=iter_num + 2, eval_interval=NEVER, init_from='resume'),
+        lambda: train(tmp_path, dataset, 'straight', max_iters=iter_num + 2, eval_interval=NEVER),
+    )
+    assert same_run(tmp_path / 'straight', tmp_path / 'parts')
+
+
+def test_sigterm_during_evaluation_saves_and_exits_0(tmp_path, dataset):
+    long = write_dataset(tmp_path / 'long', n_train=10**6, n_val=10**6)
+    together(lambda: train(tmp_path, long, 'parts', max_iters=3), lambda: train(tmp_path, long, 'straight', max_iters=6))
+    process = start_training(tmp_path, long, 'parts', max_iters=NEVER, init_from='resume', eval_interval=4, eval_iters=NEVER)
+    read_until(process.stdout, 'iter 4:')
+    time.sleep(0.5)  # into the evaluation, which takes much longer
+    process.terminate()
+    begin = time.monotonic()
+    stdout, stderr = finish(process)
+    assert process.returncode == 0, stderr
+    assert time.monotonic() - begin < 10
+    assert stopped_at(stdout) == load(tmp_path / 'parts')['iter_num'] == 4
+    assert 'step 4' not in stdout and [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3]
+    train(tmp_path, long, 'parts', max_iters=6, init_from='resume')
+    assert [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3, 4, 6]
+    assert same_state(load(tmp_path / 'straight'), load(tmp_path / 'parts'))
+
+
+def test_second_signal_exits_at_once(tmp_path, dataset):
+    process = start_training(tmp_path, dataset, gradient_accumulation_steps=NEVER)  # a step of an hour
+    read_until(process.stdout, 'step 0:')
+    time.sleep(0.5)
+    process.terminate()
+    read_until(process.stderr, 'stopping: finishing the step and saving')
+    begin = time.monotonic()
+    process.terminate()
+    finish(process)
+    assert process.returncode > 0 and time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize('send', ['to torchrun', 'to all, as ctrl-c does'])
+def test_signal_to_two_processes_leaves_a_checkpoint(tmp_path, dataset, send):
+    process = start_training(tmp_path, dataset, processes=2, max_iters=NEVER, eval_interval=NEVER)
+    read_until(process.stdout, 'iter 3:')
+    if send == 'to torchrun':
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = finish(process)
+    assert load(tmp_path / 'out')['iter_num'] == stopped_at(stdout), stderr
+    assert len(load(tmp_path / 'out')['rng']) == 2
+
+
+# what cannot go on
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, dataset):
+    train(tmp_path, dataset, 'nan', max_iters=2)
+    shutil.copytree(tmp_path / 'nan', tmp_path / 'diverging')
+    state = load(tmp_path / 'nan')
+    for p in state['model'].values():
+        p.fill_(float('nan'))
+    torch.save(state, tmp_path / 'nan' / 'ckpt.pt')
+    before = (tmp_path / 'nan' / 'ckpt.pt').read_bytes()
+    common = dict(TINY, dataset=dataset, init_from='resume', max_iters=50, eval_interval=1)
+    nan, diverging = together(
+        lambda: run_forked(tmp_path, 'train.py', *flags(**common, out_dir='nan')),
+        lambda: run_forked(tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'diverging', 'decay_lr': False, 'learning_rate': 1e30})),
+    )
+    for done in nan, diverging:
+        assert done.returncode == 1
+        assert re.fullmatch(r'error: the loss or its gradient is not finite at iteration \d+;.*\n', done.stderr)
+    assert (tmp_path / 'nan' / 'ckpt.pt').read_bytes() == before
+    assert all(p.isfinite().all() for p in load(tmp_path / 'diverging')['model'].values())
+    for name in 'nan', 'diverging':
+        assert 'finished' not in json.loads((tmp_path / name / 'run.json').read_text())
+
+
+@pytest.mark.parametrize('share', [0.5, 0.001])
+def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
+    """With half of a checkpoint's size left only checkpoints fail, with a few bytes the record fails too."""
+    train(tmp_path, dataset, max_iters=2)
+    out = tmp_path / 'out'
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    size = int(share * len(before['ckpt.pt']))
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 5})
+    full = run(tmp_path, 'train.py', *args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert full.returncode == 1
+    assert 'iter 5:' in full.stdout and 'warning: iteration 5 is not saved' in full.stdout + full.stderr
+    assert full.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in full.stderr
+    changed = ('run.json', 'log.jsonl') if share == 0.5 else ()
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name not in changed)
+    if changed:
+        assert [line['iter'] for line in read_log(out)] == [0, 2, 4, 5]
+
+
+# what a run leaves behind
+
+
+def test_record_log_and_checkpoint(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=3)
+    out = tmp_path / 'out'
+    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'run.json']
+    keys = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'rng', 'scaler', 'tokenizer', 'versions'}
+    state = load(out)
+    assert keys <= state.keys() and state['iter_num'] == 3  # the last step is saved
+    assert state['tokenizer'] == TOKENIZER.to_dict() and state['config']['dropout'] == 0.2
+    record = json.loads((out / 'run.json').read_text())
+    assert list(record)[-1] == 'finished'
+    assert {'config', 'seed', 'commit', 'versions', 'device', 'parameters', 'dataset', 'started', 'final'} <= record.keys()
+    assert record['config']['max_iters'] == 3 and record['dataset']['source'] == 'random characters'
+    log = read_log(out)
+    assert [line['iter'] for line in log] == [0, 2, 3]  # and evaluated
+    assert {'iter', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'tokens_per_s', 'peak_mem'} <= log[0].keys()
+    assert record['final']['val_loss'] == log[-1]['val_loss']
+    assert abs(state['best_val_loss'] - min(line['val_loss'] for line in log)) < 1e-12
+
+    train(tmp_path, dataset, max_iters=5, init_from='resume', decay_lr=False)
+    log = read_log(out)
+    assert [line['iter'] for line in log] == [0, 2, 3, 4, 5]
+    assert log[-1]['lr'] == TINY['learning_rate']
+
+
+def test_best_is_kept_where_only_the_best_is_saved(tmp_path, dataset):
+    """Random characters cannot be learned: a high learning rate makes the validation loss worse."""
+    train(tmp_path, dataset, max_iters=30, eval_interval=3, learning_rate=0.3, decay_lr=False, always_save_checkpoint=False)
+    best = min(read_log(tmp_path / 'out')[1:], key=lambda line: line['val_loss'])
+    assert load(tmp_path / 'out')['iter_num'] == 30
+    if (tmp_path / 'out' / 'best.pt').exists():
+        assert load(tmp_path / 'out', 'best.pt')['iter_num'] == best['iter']
+
+
+def test_run_from_scratch_does_not_leave_the_best_of_the_run_before(tmp_path, dataset):
+    """In the same folder. What sample.py reads is of the run that run.json describes, even if it never got better."""
+    train(tmp_path, dataset)
+    train(tmp_path, dataset, n_embd=8, learning_rate=0, min_lr=0)
+    assert ckpt.load_checkpoint(str(tmp_path / 'out'))['model_args']['n_embd'] == 8
+
+
+def test_eval_only_writes_nothing(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    scratch, resumed = together(
+        lambda: train(tmp_path, dataset, 'none', eval_only=True),
+        lambda: train(tmp_path, dataset, eval_only=True, init_from='resume'),
+    )
+    assert 'step 0: train loss' in scratch.stdout and 'step 2: train loss' in resumed.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+    assert not (tmp_path / 'none').exists()
+
+
+# settings, packages and data of all kinds
+
+WANDB = {
+    'absent': "raise ImportError('no wandb here')",
+    'failing in init': "run = None\ndef init(**settings):\n    raise RuntimeError('no key')",
+    'failing in log': "run = None\ndef init(**settings):\n    pass\ndef log(line):\n    raise OSError('no network')",
+    'working': 'run = None\ndef init(**settings):\n    global run\n    run = settings\ndef log(line):\n    print("logged", line["iter"])',
+}
+
+
+def test_wandb_never_stops_a_run(tmp_path, dataset):
+    for name, source in WANDB.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'wandb.py').write_text(source)
+    settings = {**TINY, 'dataset': dataset, 'wandb_log': True, 'max_iters': 2}
+    done = [run_forked(tmp_path, 'train.py', *flags(**settings, out_dir=f'out {name}'), modules=name) for name in WANDB]
+    for name, run_with_it in zip(WANDB, done):
+        assert run_with_it.returncode == 0 and read_log(tmp_path / f'out {name}')[-1]['iter'] == 2
+        assert run_with_it.stdout.count('warning: no wandb') == (name != 'working')
+    assert 'logged 0' in done[-1].stdout and 'logged 2' in done[-1].stdout
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_mixed_precision_on_a_cpu(tmp_path, dataset, dtype):
+    """The weights stay float32, and a run can go on at another precision."""
+    train(tmp_path, dataset, max_iters=2)
+    train(tmp_path, dataset, max_iters=4, init_from='resume', dtype=dtype)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in load(tmp_path / 'out')['model'].values())
+    assert json.loads((tmp_path / 'out' / 'run.json').read_text())['config']['dtype'] == dtype
+    assert abs(read_log(tmp_path / 'out')[-1]['val_loss'] - np.log(TOKENIZER.vocab_size)) < 0.5
+
+
+def test_data_made_for_nanogpt(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in 'train', 'val':
+        rng.integers(50257, size=500, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')
+    train(tmp_path, tmp_path, n_embd=4, max_iters=2)
+    assert load(tmp_path / 'out')['model_args']['vocab_size'] == 50304
+    assert 'tokenizer' not in load(tmp_path / 'out')
+
+
+def test_missing_data_set_is_prepared(tmp_path):
+    """In a copy of the repository, by two processes of which one prepares it."""
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, tmp_path)
+    (tmp_path / 'data' / 'toy').mkdir(parents=True)
+    (tmp_path / 'data' / 'toy' / 'prepare.py').write_text(
+        'import os, sys\n'
+        f'sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]\n'
+        'from helpers import write_dataset\n'
+        'write_dataset(os.path.dirname(os.path.abspath(__file__)))\n'
+    )
+    args = flags(**{**TINY, 'dataset': 'toy', 'out_dir': 'out'})
+    done = run(tmp_path, tmp_path / 'train.py', *args, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('preparing') == 1
+    assert load(tmp_path / 'out')['iter_num'] == 4
+
+
+def test_weights_of_gpt2_are_tuned_and_cropped(tmp_path, dataset):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=TOKENIZER.vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
+    train(tmp_path, dataset, init_from=tmp_path / 'gpt2')
+    state = load(tmp_path / 'out')
+    assert state['iter_num'] == 4 and state['model_args']['bias'] and state['model_args']['block_size'] == SHAPE['block_size']
+    assert state['model']['transformer.wpe.weight'].shape == (SHAPE['block_size'], 16)
+    train(tmp_path, dataset, init_from='resume', max_iters=5)
+
+
+# bad input: one line that says what is wrong
+
+
+@pytest.fixture
+def complain(tmp_path, dataset):
+    def complain(env=(), **settings):
+        return complaint(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', **settings}), env=env)
+
+    return complain
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(learning_rat=1), "unknown setting 'learning_rat', did you mean 'learning_rate'"),
+        (dict(max_iters='many'), "max_iters is int (default 600000), got str 'many'"),
+        (dict(max_iters=1.5), 'max_iters is int'),
+        (dict(n_embd=15), 'n_embd=15 is not divisible by n_head=2; nearest: 14 or 16'),
+        (dict(block_size=900), 'block_size=900 needs more than 900 tokens'),
+        (dict(device='abacus'), "device='abacus' is not here: expected auto or"),
+        (dict(device='cpu:7'), "device='cpu:7' is not here: expected auto or"),
+        (dict(dtype='float8'), "dtype='float8': expected auto, float32, bfloat16 or float16"),
+        (dict(gradient_accumulation_steps=0), 'gradient_accumulation_steps'),
+        (dict(kan_targets='mlp,hat', use_kan=True), "kan_targets='mlp,hat': expected any of attn, mlp, head"),
+        (dict(grid_min=2.0, use_kan=True), 'got (2.0, 1.0)'),
+        (dict(dataset='shakespear'), "no data set 'shakespear'"),
+        (dict(dataset='/nowhere/at/all'), "no data set '/nowhere/at/all'"),
+        (dict(init_from='gtp2'), "got 'gtp2'"),
+        (dict(init_from='resume'), 'no checkpoint in '),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
+def test_bad_setting(complain, settings, words):
+    assert words in complain(**settings)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(batch_size=0),
+        dict(block_size=0),
+        dict(n_head=0),
+        dict(n_layer=-1),
+        dict(eval_iters=0),
+        dict(eval_interval=0),
+        dict(log_interval=0),
+        dict(seed=-1),
+        dict(use_kan=True, grid_size=0),
+        dict(use_kan=True, spline_order=-1),
+    ],
+    ids=lambda settings: list(settings)[-1],
+)
+def test_number_out_of_range(complain, settings):
+    assert list(settings)[-1] in complain(**settings)
+
+
+def test_bad_config_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text('# mine\nbatch_size = 4\nbatchsize = 4\n')
+    assert f"{path}:3: unknown setting 'batchsize', did you mean 'batch_size'?" in complaint(tmp_path, 'train.py', path)
+
+
+@pytest.mark.parametrize('steps, nearest', [(3, 4), (1, 2), (7, 8)])
+def test_accumulation_that_does_not_divide(complain, steps, nearest):
+    words = complain(env=dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2'), gradient_accumulation_steps=steps)
+    assert f'gradient_accumulation_steps={steps} cannot be shared by 2 processes; nearest: {nearest}' in words
+
+
+@pytest.mark.parametrize('damage', ['odd', 'shorter', 'empty', 'missing', 'flipped', 'meta.json', 'meta.json cut off'])
+def test_damaged_data_is_named(tmp_path, complain, damage):
+    folder = write_dataset(tmp_path / 'data')
+    path = Path(folder, 'meta.json' if 'meta' in damage else 'val.bin')
+    content = path.read_bytes()
+    flipped = content[:100] + bytes([content[100] ^ 1]) + content[101:]
+    damaged = {'odd': content[:-1], 'shorter': content[:-2], 'empty': b'', 'flipped': flipped, 'meta.json': b'[]'}
+    path.write_bytes(damaged.get(damage, content[:-20]))
+    if damage == 'missing':
+        path.unlink()
+    assert (folder if damage == 'missing' else str(path)) in complain(dataset=folder)
+
+
+def test_token_outside_the_vocabulary_is_named(tmp_path, complain):
+    few, tokenizer = tmp_path / 'few', CharTokenizer('abc')
+    few.mkdir()
+    write_split(few, 'train', [0, 1, 2] * 20)
+    write_split(few, 'val', [0, 1, 2, 3] * 20)
+    write_meta(few, tokenizer, 'one too many')
+    assert f'{few}/val.bin holds token id 3, but the vocabulary ends at 2' in complain(dataset=few)
+
+
+def test_resume_from_a_damaged_checkpoint(tmp_path, complain):
+    for _ in range(2):
+        make_checkpoint(tmp_path / 'out')
+    path = tmp_path / 'out' / 'ckpt.pt'
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = {path.name: path.read_bytes() for path in path.parent.iterdir()}
+    words = complain(init_from='resume')
+    assert 'out/ckpt.pt' in words and 'ckpt_prev.pt' in words
+    assert {path.name: path.read_bytes() for path in path.parent.iterdir()} == before
+
+
+def test_resume_on_another_vocabulary(tmp_path, complain):
+    make_checkpoint(tmp_path / 'out')
+    other = write_dataset(tmp_path / 'other', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
+    assert 'another vocabulary' in complain(init_from='resume', dataset=other)
+
+
+def test_resume_at_another_size(tmp_path, complain):
+    make_checkpoint(tmp_path / 'out')
+    assert 'block_size=8, but the model was made with 16' in complain(init_from='resume', block_size=8)
+
+
+def test_resume_without_an_optimizer(tmp_path, complain):
+    """As from a checkpoint of another kind."""
+    saved = make_checkpoint(tmp_path / 'out')
+    torch.save({name: saved[name] for name in ('model', 'model_args')}, tmp_path / 'out' / 'ckpt.pt')
+    assert 'out/ckpt.pt' in complain(init_from='resume')
+
+
+def test_a_complaint_is_all_that_a_user_sees(tmp_path, dataset):
+    done = run(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'n_embd': 15}))
+    assert done.returncode == 1 and done.stdout == ''
+    assert re.fullmatch(r'error: n_embd=15 is not divisible.*\n', done.stderr)
