@@ -67,9 +67,9 @@ def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
     advice = f'; to use another in its place, copy it there: {others}' if others else ''
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load looks neither at the checksums of the tensors nor whether their sizes, all uncompressed, agree
-            resized = (entry.filename for entry in archive.infolist() if entry.compress_size != entry.file_size)
-            damaged = archive.testzip() or next(resized, None)
+            # torch.load does not look at the checksums of the tensors, and leaves one marked as a folder (0x10) unread
+            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
+            damaged = folder or archive.testzip()
         checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
