@@ -242,7 +242,8 @@ def get_lr(it):
 
 def save(is_best=False):
     """Save the state of this moment. A full disk is a warning here and an exit status at the end."""
-    global save_failed
+    global save_failed, is_first_save
+    is_best, is_first_save = is_best or is_first_save, False  # the best.pt of an earlier run in this folder must not outlive it
     rng = [get_rng(device)] * world_size
     if ddp:
         dist.all_gather_object(rng, rng[rank])
@@ -297,7 +298,7 @@ def log_to_wandb(line):
 
 
 # the record of the run, and what it says while it runs
-save_failed = False
+save_failed, is_first_save = False, not state
 on_terminal = master and sys.stderr.isatty()
 bar = tqdm(total=max_iters, initial=iter_num, unit='iter', disable=not on_terminal, dynamic_ncols=True)
 
@@ -414,6 +415,8 @@ elif not finished and not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 if ddp:
+    dist.barrier()
+    del model  # before its process group: the other way round, gloo aborts now and then
     dist.destroy_process_group()
 if save_failed:
     sys.exit(f'error: not everything could be saved, see the warnings above; what {out_dir} holds is whole')
