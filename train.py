@@ -152,7 +152,7 @@ if state:
         scaler.load_state_dict(state['scaler'])
 raw_model = model
 if ddp:
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 
 
 def compiled(model):
@@ -243,7 +243,6 @@ def get_lr(it):
 def save(is_best=False):
     """Save the state of this moment. A full disk is a warning here and an exit status at the end."""
     global save_failed, is_first_save
-    is_best, is_first_save = is_best or is_first_save, False  # the best.pt of an earlier run in this folder must not outlive it
     rng = [get_rng(device)] * world_size
     if ddp:
         dist.all_gather_object(rng, rng[rank])
@@ -264,7 +263,8 @@ def save(is_best=False):
     if meta:
         checkpoint['tokenizer'] = meta['tokenizer']
     try:
-        ckpt.save_checkpoint(out_dir, checkpoint, is_best)
+        ckpt.save_checkpoint(out_dir, checkpoint, is_best or is_first_save)  # the best.pt of an earlier run must not outlive it
+        is_first_save = False
         say(f'saved {out_dir}/ckpt.pt at iteration {iter_num}')
     except OSError as error:
         save_failed = True
@@ -381,10 +381,9 @@ while True:
         X, Y = train_batch(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps)  # while the GPU works
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    if grad_clip:
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-        if not scaler.is_enabled():  # the scaler itself skips steps with gradients that are not finite
-            total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if not scaler.is_enabled():  # the scaler itself skips steps with gradients that are not finite
+        total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
     lossf = all_reduce(float(total_loss))[0] / world_size
     if not math.isfinite(lossf):
         sys.exit(

@@ -1,5 +1,5 @@
 """
-Kansformers' gpt-micro on OpenWebText: KAN layers in attention, MLP and head, PARAMS parameters.
+Kansformers' gpt-micro on OpenWebText: KAN layers in attention, MLP and head, 78.69M parameters.
 
     python train.py config/train_kansformers_micro.py
 

@@ -1,5 +1,5 @@
 """
-Kansformers' gpt-mini on OpenWebText: KAN layers in attention, MLP and head, PARAMS parameters.
+Kansformers' gpt-mini on OpenWebText: KAN layers in attention, MLP and head, 132.79M parameters.
 
     python train.py config/train_kansformers_mini.py
 

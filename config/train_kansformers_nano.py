@@ -1,5 +1,5 @@
 """
-Kansformers' gpt-nano on OpenWebText: KAN layers in attention, MLP and head, PARAMS parameters.
+Kansformers' gpt-nano on OpenWebText: KAN layers in attention, MLP and head, 27.39M parameters.
 
     python train.py config/train_kansformers_nano.py
 

@@ -7,7 +7,7 @@ MEASURED
 """
 
 out_dir = 'out-shakespeare-char-nano-balanced'
-eval_interval = 500
+eval_interval = 250
 eval_iters = 100
 log_interval = 50
 always_save_checkpoint = False  # only save when the validation loss improves
@@ -25,8 +25,8 @@ n_head = 3
 n_embd = 96
 
 learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
-max_iters = 2000
-lr_decay_iters = 2000  # make equal to max_iters usually
+max_iters = 1000
+lr_decay_iters = 1000  # make equal to max_iters usually
 min_lr = 2e-4  # learning_rate / 10 usually
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
 warmup_iters = 100  # not super necessary potentially
