@@ -8,7 +8,6 @@ BIN = .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python data/shakespeare_char/prepare.py
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
 	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=2 --seed=1
 

@@ -10,10 +10,12 @@ What a run leaves behind, and how it is read back.
 Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
 """
 
+import itertools
 import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import zipfile
@@ -37,7 +39,7 @@ def save_checkpoint(out_dir, checkpoint, is_best):
             if os.path.exists(path):
                 link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
     except RuntimeError as error:  # how torch reports a failed write
-        raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}') from None
+        raise OSError(f'cannot write {path}: {error}'.splitlines()[0]) from None
     if is_best:
         link(path, os.path.join(out_dir, 'best.pt'))
 
@@ -57,7 +59,21 @@ def link(path, name):
             shutil.copyfileobj(source, copy)
 
 
-def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
+def set_aside(out_dir):
+    """Move the files of an earlier run into a folder of their own in out_dir; returns it, or None where there was no run."""
+    names = [
+        name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt', 'run.json', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))
+    ]
+    if not names:
+        return None
+    folder = next(folder for i in itertools.count(1) if not os.path.exists(folder := os.path.join(out_dir, f'earlier-{i}')))
+    os.mkdir(folder)
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    return folder
+
+
+def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
     """The first of the files `names` in out_dir. ValueError where there is none, or it is damaged or holds more than data."""
     path = next((path for name in names if os.path.exists(path := os.path.join(out_dir, name))), None)
     if path is None:
@@ -70,7 +86,7 @@ def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt'), device='cpu'):
             # torch.load does not look at the checksums of the tensors, and leaves one marked as a folder (0x10) unread
             folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
             damaged = folder or archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
     except Exception as error:  # what the readers raise on damaged bytes has no type in common
@@ -88,7 +104,7 @@ def build_model(checkpoint, **overrides):
     state = {}
     for name, tensor in checkpoint['model'].items():
         if not name.endswith('.attn.bias'):  # nanoGPT's causal mask, no parameter
-            state[name.removeprefix('module.').removeprefix('_orig_mod.')] = tensor
+            state[re.sub(r'^(_orig_mod\.|module\.)+', '', name)] = tensor  # what torch.compile and DDP put before it
     model_args = {**checkpoint['model_args'], **overrides}
     if 'use_kan' not in model_args:
         model_args.update(kan_args(state))

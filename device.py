@@ -1,6 +1,7 @@
 """The device a script runs on: which one, at what precision, its name, speed, memory and random state."""
 
 import platform
+import re
 import resource
 import sys
 from contextlib import nullcontext
@@ -25,7 +26,13 @@ def pick_device(device):
 def pick_dtype(dtype, device):
     """'auto' is bfloat16 (float16 where the card has none) on CUDA, float32 elsewhere."""
     if dtype == 'auto':
-        return 'float32' if not device.startswith('cuda') else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        return (
+            'float32'
+            if not device.startswith('cuda')
+            else 'bfloat16'
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else 'float16'
+        )
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f'dtype={dtype!r}: expected auto, float32, bfloat16 or float16')
     return dtype
@@ -53,7 +60,8 @@ def cpu_name():
 def flops_promised(device, dtype):
     """The card's peak in FLOP/s; None for cards that are not in the table, and without mixed precision."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
-    return next((peak for card, peak in PEAKS.items() if card in name), None)
+    words = [] if 'Laptop' in name else re.split(r'\W', name)
+    return next((peak for card, peak in PEAKS.items() if card in words), None)
 
 
 def peak_memory(device):
@@ -68,10 +76,14 @@ def get_rng(device):
     state = {'cpu': torch.get_rng_state()}
     if device.startswith('cuda'):
         state['cuda'] = torch.cuda.get_rng_state(device)
+    if device == 'mps':
+        state['mps'] = torch.mps.get_rng_state()
     return state
 
 
 def set_rng(state, device):
-    torch.set_rng_state(state['cpu'].cpu())
+    torch.set_rng_state(state['cpu'])
     if device.startswith('cuda') and 'cuda' in state:
-        torch.cuda.set_rng_state(state['cuda'].cpu(), device)
+        torch.cuda.set_rng_state(state['cuda'], device)
+    if device == 'mps' and 'mps' in state:
+        torch.mps.set_rng_state(state['mps'])

@@ -139,7 +139,7 @@ def input_gradient(x, knots, k, bases, activation, dcolumns):
 
 
 def accumulate(total, a, b):
-    """total += a @ b, in the dtype of total."""
+    """total += a @ b; a product in less than float32 is rounded before it is added."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

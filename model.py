@@ -177,8 +177,8 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """
-        The number of parameters. For the non-embedding count (default) the position embeddings are left out;
-        the token embeddings stay in, because they are the weights of the final layer as well.
+        The number of parameters. For the non-embedding count (default) the position embeddings are left out; as in nanoGPT
+        the token embeddings stay in, because they are the weights of the final layer as well (unless that is a KAN).
         """
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         try:
             model_hf = GPT2LMHeadModel.from_pretrained(model_type)
         except OSError as error:  # what transformers raises without network, too
-            raise ValueError(f'cannot load {model_type!r}: {str(error).splitlines()[0]}') from None
+            raise ValueError(f'cannot load {model_type!r}: {error}'.splitlines()[0]) from None
         hf = model_hf.config
         sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions)
         gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)
@@ -255,6 +255,8 @@ class GPT(nn.Module):
         # PaLM (arXiv 2204.02311), appendix B; spline scalers are folded into the weights once a step and multiply no token
         scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
         N = self.get_num_params() - scalers
+        if cfg.is_kan('head'):
+            N -= self.transformer.wte.weight.numel()  # not tied to the head, the token embeddings are looked up only
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
         flops_per_iter = (6 * N + 12 * L * H * Q * T) * T * fwdbwd_per_iter
         return flops_per_iter / dt / flops_promised

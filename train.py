@@ -9,6 +9,7 @@ Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
 Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help shows the settings.
 """
 
+import inspect
 import math
 import os
 import signal
@@ -81,16 +82,19 @@ compile = True  # torch.compile on a GPU, where it pays
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer'):
+for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer', 'n_embd'):
     if config[name] < 1:
         raise ValueError(f'{name} must be at least 1, got {config[name]}')
-if seed < 0:
-    raise ValueError(f'seed must not be negative, got {seed}')
+for name in ('seed', 'max_iters', 'learning_rate', 'weight_decay', 'grad_clip', 'dropout'):
+    if config[name] < 0:
+        raise ValueError(f'{name} must not be negative, got {config[name]}')
+if dropout >= 1:
+    raise ValueError(f'dropout must be less than 1, got {dropout}')
 
 # processes and device
 rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
 ddp, world_size, master = world_size > 0, max(world_size, 1), rank == 0
-device = pick_device(device)
+device = pick_device('cpu' if ddp and device == 'auto' and not torch.cuda.is_available() else device)
 device_type = device.split(':')[0]
 if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
@@ -125,6 +129,8 @@ iter_num, best_val_loss, seconds = 0, math.inf, 0.0
 state = None
 if init_from == 'scratch':
     vocab_size = meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304  # GPT-2's, padded to a multiple of 64
+    if not meta and master:
+        print(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them')
     sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
     model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
 elif init_from == 'resume':
@@ -133,51 +139,32 @@ elif init_from == 'resume':
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
         raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}')
+    if meta and state.get('data', meta['splits']) != meta['splits'] and master:
+        print(f'warning: the tokens of data set {dataset!r} are not those this run began with')
     model = ckpt.build_model(state, dropout=dropout)
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
-else:
+elif init_from.startswith('gpt2') or os.path.isdir(init_from):
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+else:
+    raise ValueError(f"init_from={init_from!r}: expected 'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder")
 if block_size < model.config.block_size and not state:
     model.crop_block_size(block_size)
 if block_size != model.config.block_size:
     raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
+made = {name: getattr(model.config, name) for name in GPTConfig.__dataclass_fields__ if name in config}
+if master and any(made[name] != config[name] for name in made):
+    differences = ', '.join(f'{name}={made[name]}' for name in made if made[name] != config[name])
+    print(f'warning: {init_from} decides the shape of the model: {differences}')
+config.update(made)
 if master:
     loader.check_dataset(dataset, block_size, model.config.vocab_size)
 model.to(device)
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
-if state:
-    optimizer.load_state_dict(state['optimizer'])
+if state:  # the moments of the optimizer, at the settings of this command
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
     if scaler.is_enabled() and state.get('scaler'):
         scaler.load_state_dict(state['scaler'])
-raw_model = model
-if ddp:
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None)
-
-
-def compiled(model):
-    """The compiled model, or with one warning the model itself where compiling fails."""
-    x, y = loader.get_batch(train_data, block_size, [0] * batch_size, device)
-    try:
-        fast_model = torch.compile(model)
-        with autocast(device, dtype):
-            fast_model(x, y)[1].backward()
-        return fast_model
-    except Exception as error:  # whatever a compiler can raise: the eager model does the same work
-        print(f'warning: torch.compile failed, going on without it: {type(error).__name__}: {str(error).splitlines()[0]}')
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-if compile and device_type == 'cuda':
-    model = compiled(model)
-
-torch.manual_seed(seed + rank)
-if state and len(state.get('rng', [])) == world_size:
-    set_rng(state['rng'][rank], device)
-elif state and master:
-    print(f'warning: no random state for {world_size} processes in the checkpoint, dropout starts from the seed')
 
 
 def all_reduce(*numbers):
@@ -187,6 +174,38 @@ def all_reduce(*numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def compiled(model):
+    """The compiled model, or with one warning the model itself where compiling fails on any process."""
+    x, y = loader.get_batch(train_data, block_size, [0] * batch_size, device)
+    failure = None
+    try:
+        fast_model = torch.compile(model)
+        with autocast(device, dtype):
+            fast_model(x, y)[1].backward()
+    except Exception as error:  # whatever a compiler can raise: the eager model does the same work
+        failure = f'{type(error).__name__}: {error}'.splitlines()[0]
+    model.zero_grad(set_to_none=True)
+    if all_reduce(failure is not None)[0] == 0:
+        return fast_model
+    if master:
+        print(f'warning: torch.compile failed, going on without it: {failure or "on another process"}')
+    return model
+
+
+raw_model = model
+if compile and device_type == 'cuda' and not eval_only:
+    model = compiled(model)
+if ddp:  # constant buffers need no exchange; torch 2.13 has another name for that
+    exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, **{exchange: False})
+
+torch.manual_seed(seed + rank)
+if state and len(state.get('rng', [])) == world_size:
+    set_rng(state['rng'][rank], device)
+elif state and master:
+    print(f'warning: no random state for {world_size} processes in the checkpoint, dropout starts from the seed')
 
 
 # the first signal is noted and the loop stops at the end of a step; the second one ends the process at once
@@ -209,7 +228,7 @@ def is_stopping():
 def estimate_loss():
     """Mean loss over the same windows for every model, of both splits: {'train': ..., 'val': ...}, or None when told to stop."""
     losses = {}
-    n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)
+    n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)  # of train as many as val has
     raw_model.eval()
     for split, data in (('train', train_data), ('val', val_data)):
         starts = loader.fixed_starts(data, block_size, n_windows)
@@ -242,7 +261,7 @@ def get_lr(it):
 
 def save(is_best=False):
     """Save the state of this moment. A full disk is a warning here and an exit status at the end."""
-    global save_failed, is_first_save
+    global save_failed
     rng = [get_rng(device)] * world_size
     if ddp:
         dist.all_gather_object(rng, rng[rank])
@@ -261,10 +280,9 @@ def save(is_best=False):
         'versions': ckpt.versions(),
     }
     if meta:
-        checkpoint['tokenizer'] = meta['tokenizer']
+        checkpoint.update(tokenizer=meta['tokenizer'], data=meta['splits'])
     try:
-        ckpt.save_checkpoint(out_dir, checkpoint, is_best or is_first_save)  # the best.pt of an earlier run must not outlive it
-        is_first_save = False
+        ckpt.save_checkpoint(out_dir, checkpoint, is_best)
         say(f'saved {out_dir}/ckpt.pt at iteration {iter_num}')
     except OSError as error:
         save_failed = True
@@ -290,7 +308,7 @@ def log_to_wandb(line):
         import wandb
 
         if wandb.run is None:
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config, settings={'login_timeout': 30})
         wandb.log(line)
     except Exception as error:
         wandb_log = False
@@ -298,7 +316,7 @@ def log_to_wandb(line):
 
 
 # the record of the run, and what it says while it runs
-save_failed, is_first_save = False, not state
+save_failed = False
 on_terminal = master and sys.stderr.isatty()
 bar = tqdm(total=max_iters, initial=iter_num, unit='iter', disable=not on_terminal, dynamic_ncols=True)
 
@@ -327,8 +345,8 @@ say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {met
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{tokens_per_iter:,} tokens per iteration on {record["device"]}, {world_size} process(es), {dtype}')
 if master and not eval_only:
-    if not state and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        say(f'warning: {out_dir} holds an earlier run, which this one replaces; --init_from=resume would go on with it')
+    if not state and (folder := ckpt.set_aside(out_dir)):
+        say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
     write_record()
 
 
@@ -347,6 +365,8 @@ while True:
     # evaluate the loss on train/val sets, write checkpoints and the record
     is_last = iter_num >= max_iters
     losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
+    if losses and not math.isfinite(losses['train'] + losses['val']):
+        sys.exit(f'error: the evaluated loss is not finite at iteration {iter_num}; what {out_dir} holds is untouched')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         tokens_per_s = (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
@@ -356,7 +376,7 @@ while True:
         log = [before for before in log if before['iter'] < iter_num] + [line]
         if wandb_log and master:
             log_to_wandb(line)
-        if iter_num > 0 and not eval_only and math.isfinite(losses['val']):
+        if iter_num > 0 and not eval_only:
             is_best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             if is_best or always_save_checkpoint or is_last:

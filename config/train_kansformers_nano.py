@@ -3,7 +3,7 @@ Kansformers' gpt-nano on OpenWebText: KAN layers in attention, MLP and head, 27.
 
     python train.py config/train_kansformers_nano.py
 
-MEASURED
+Not run here: it needs OpenWebText (see data/openwebtext) and a GPU. Kansformers reports losses near 6 for its models.
 """
 
 out_dir = 'out-kansformers-nano'

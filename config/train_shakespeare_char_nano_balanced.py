@@ -3,7 +3,7 @@ The vanilla GPT with as many parameters as the KAN-GPT (within 1 %) in nano size
 
     python train.py config/train_shakespeare_char_nano_balanced.py
 
-MEASURED
+Measured once, seed 1337, on the nine plays: 3.8 minutes of training on a 2-core Xeon (AMX; torch 2.13, float32), validation loss 1.866.
 """
 
 out_dir = 'out-shakespeare-char-nano-balanced'

@@ -170,16 +170,34 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, dataset):
     before = (tmp_path / 'nan' / 'ckpt.pt').read_bytes()
     common = dict(TINY, dataset=dataset, init_from='resume', max_iters=50, eval_interval=1)
     nan, diverging = together(
-        lambda: run_forked(tmp_path, 'train.py', *flags(**common, out_dir='nan')),
+        lambda: run_forked(tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'nan', 'eval_interval': 7})),
         lambda: run_forked(tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'diverging', 'decay_lr': False, 'learning_rate': 1e30})),
     )
-    for done in nan, diverging:
-        assert done.returncode == 1
-        assert re.fullmatch(r'error: the loss or its gradient is not finite at iteration \d+;.*\n', done.stderr)
+    assert re.fullmatch(r'error: the loss or its gradient is not finite at iteration 2;.*\n', nan.stderr)
+    assert re.fullmatch(r'error: the (loss or its gradient|evaluated loss) is not finite at iteration \d+;.*\n', diverging.stderr)
+    assert nan.returncode == diverging.returncode == 1
     assert (tmp_path / 'nan' / 'ckpt.pt').read_bytes() == before
     assert all(p.isfinite().all() for p in load(tmp_path / 'diverging')['model'].values())
     for name in 'nan', 'diverging':
         assert 'finished' not in json.loads((tmp_path / name / 'run.json').read_text())
+
+
+def test_evaluated_loss_that_is_not_finite_stops_too(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    state = load(tmp_path / 'out')
+    state['model']['transformer.ln_f.weight'].fill_(float('nan'))
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    error = complaint(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume'}))
+    assert 'the evaluated loss is not finite at iteration 2' in error
+
+
+def test_earlier_run_is_moved_and_not_lost(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    done = train(tmp_path, dataset, max_iters=2, seed=2)
+    assert f'moved to {os.path.join("out", "earlier-1")}' in done.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'out' / 'earlier-1').iterdir()} == before
+    assert (tmp_path / 'out' / 'best.pt').read_bytes() != before['best.pt']
 
 
 @pytest.mark.parametrize('share', [0.5, 0.001])
@@ -354,7 +372,7 @@ def complain(tmp_path, dataset):
         (dict(grid_min=2.0, use_kan=True), 'got (2.0, 1.0)'),
         (dict(dataset='shakespear'), "no data set 'shakespear'"),
         (dict(dataset='/nowhere/at/all'), "no data set '/nowhere/at/all'"),
-        (dict(init_from='gtp2'), "got 'gtp2'"),
+        (dict(init_from='gtp2'), "init_from='gtp2'"),
         (dict(init_from='resume'), 'no checkpoint in '),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',

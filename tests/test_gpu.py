@@ -1,0 +1,36 @@
+"""What needs a GPU; skipped where there is none."""
+
+import pytest
+import torch
+from helpers import TINY, flags, load, run
+
+from kan import KANLinear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+
+
+@pytest.mark.parametrize('spline_order', [0, 1, 2, 3])
+def test_layer_equals_the_one_on_the_cpu(spline_order):
+    torch.manual_seed(0)
+    layer = KANLinear(7, 5, spline_order=spline_order).double()
+    twin = KANLinear(7, 5, spline_order=spline_order).double().cuda()
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(100, 7, dtype=torch.float64)
+    results = []
+    for module, rows in (layer, x), (twin, x.cuda()):
+        rows.requires_grad_()
+        y = module(rows)
+        gradients = torch.autograd.grad(y.sin().sum(), [rows, *module.parameters()])
+        results.append([tensor.cpu() for tensor in (y, *gradients)])
+    for here, there in zip(*results):
+        torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('use_kan', [False, True])
+def test_compiled_run_resumes(tmp_path, dataset, dtype, use_kan):
+    settings = {**TINY, 'device': 'cuda', 'dtype': dtype, 'use_kan': use_kan, 'dataset': dataset, 'out_dir': 'out'}
+    for max_iters, init_from in (2, 'scratch'), (4, 'resume'):
+        done = run(tmp_path, 'train.py', *flags(**{**settings, 'max_iters': max_iters, 'init_from': init_from}))
+        assert done.returncode == 0 and 'torch.compile failed' not in done.stdout, done.stderr
+    assert load(tmp_path / 'out')['iter_num'] == 4
