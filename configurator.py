@@ -9,6 +9,7 @@ A config file holds `name = value` lines. It is read as data and never executed.
 
 import ast
 import difflib
+import math
 import operator
 import os
 import sys
@@ -108,6 +109,8 @@ def check(name, value, settings, where):
     if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
         raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got an int of {value.bit_length()} bits')
     if type(value) is kind:
+        if kind is float and not math.isfinite(value):
+            raise ConfigError(f'{where}: {name} must be finite, got {value!r}')
         return value
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
@@ -124,6 +127,7 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
     if issubclass(kind, (ValueError, OSError)) and ours:
-        print(f'error: {error}', file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':  # of several processes that meet the same mistake, one says so
+            print(f'error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -4,7 +4,7 @@ Kolmogorov-Arnold layers: every edge of a linear layer carries a learned functio
     y_o = sum_i base_weight[o, i] * act(x_i) + spline_scaler[o, i] * sum_m spline_weight[o, i, m] * B_m(x_i)
 
 (Liu et al. 2024, arXiv 2404.19756, eq. 2.10, in the matrix form of efficient-kan, whose names, arguments and state dict
-KANLinear and KAN keep). The backward pass recomputes the bases, so that a layer keeps its input alone in memory.
+KANLinear and KAN keep). The backward pass recomputes the bases, so that of the data a layer keeps its input alone.
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows.
 The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
@@ -177,7 +177,7 @@ class KANLinear(nn.Module):
         if grid_size < 1 or spline_order < 0:
             raise ValueError(f'grid_size must be at least 1 and spline_order at least 0, got {grid_size} and {spline_order}')
         low, high = grid_range
-        if not low < high:
+        if not (low < high and math.isfinite(high - low)):
             raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order

@@ -38,6 +38,8 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_head < 1 or (self.use_kan and round(self.kan_hidden * self.n_embd) < 1):
             raise ValueError(f'expected n_head >= 1 and kan_hidden * n_embd >= 1, got {self.n_head} and {self.kan_hidden} * {self.n_embd}')
+        if not self.grid_min < self.grid_max:
+            raise ValueError(f'grid_min must be less than grid_max, got {self.grid_min} and {self.grid_max}')
         if self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
             nearest = f'{below} or {below + self.n_head}' if below else self.n_head
@@ -287,7 +289,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that a small temperature cannot overflow
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)

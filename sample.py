@@ -37,6 +37,10 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 compile = False  # torch.compile the model to be faster
 # -----------------------------------------------------------------------------
 configure(globals())
+if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
+if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
+    raise ValueError(f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {num_samples}, {max_new_tokens}, {seed}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 torch.manual_seed(seed)
@@ -62,8 +66,12 @@ def load_tokenizer(checkpoint, vocab_size):
 def read_prompt():
     if not start.startswith('FILE:'):
         return start
-    with open(start[5:], encoding='utf-8') as f:
-        return f.read()
+    with open(start[5:], 'rb') as f:
+        content = f.read()
+    try:
+        return content.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{start[5:]} is not UTF-8 text: {error}') from None
 
 
 def print_sample(prompt):

@@ -85,11 +85,12 @@ config = configure(globals())
 for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer', 'n_embd'):
     if config[name] < 1:
         raise ValueError(f'{name} must be at least 1, got {config[name]}')
-for name in ('seed', 'max_iters', 'learning_rate', 'weight_decay', 'grad_clip', 'dropout'):
+for name in ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'dropout', 'beta1', 'beta2'):
     if config[name] < 0:
         raise ValueError(f'{name} must not be negative, got {config[name]}')
-if dropout >= 1:
-    raise ValueError(f'dropout must be less than 1, got {dropout}')
+for name, end in ('dropout', 1), ('beta1', 1), ('beta2', 1), ('seed', 2**63):
+    if config[name] >= end:
+        raise ValueError(f'{name} must be less than {end}, got {config[name]}')
 
 # processes and device
 rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
@@ -138,7 +139,7 @@ elif init_from == 'resume':
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-        raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}')
+        raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}: prepare its text again')
     if meta and state.get('data', meta['splits']) != meta['splits'] and master:
         print(f'warning: the tokens of data set {dataset!r} are not those this run began with')
     model = ckpt.build_model(state, dropout=dropout)
@@ -315,6 +316,13 @@ def log_to_wandb(line):
         say(f'warning: no wandb from here on: {type(error).__name__}: {error}')
 
 
+def train_batch(iteration, micro_step):
+    starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
+    return loader.get_batch(train_data, block_size, starts, device)
+
+
+X, Y = train_batch(iter_num, 0)
+
 # the record of the run, and what it says while it runs
 save_failed = False
 on_terminal = master and sys.stderr.isatty()
@@ -350,23 +358,17 @@ if master and not eval_only:
     write_record()
 
 
-def train_batch(iteration, micro_step):
-    starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
-    return loader.get_batch(train_data, block_size, starts, device)
-
-
 # training loop
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
 peak = flops_promised(device, dtype)
 timed_from, iter_timed = seconds, iter_num
-X, Y = train_batch(iter_num, 0)
 while True:
     # evaluate the loss on train/val sets, write checkpoints and the record
     is_last = iter_num >= max_iters
     losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
     if losses and not math.isfinite(losses['train'] + losses['val']):
-        sys.exit(f'error: the evaluated loss is not finite at iteration {iter_num}; what {out_dir} holds is untouched')
+        sys.exit(f'error: the evaluated loss is not finite at iteration {iter_num}; the checkpoints are untouched')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         tokens_per_s = (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
@@ -407,7 +409,7 @@ while True:
     lossf = all_reduce(float(total_loss))[0] / world_size
     if not math.isfinite(lossf):
         sys.exit(
-            f'error: the loss or its gradient is not finite at iteration {iter_num}; stopped before the update, {out_dir} is untouched'
+            f'error: the loss or its gradient is not finite at iteration {iter_num}; stopped before the update, the checkpoints are untouched'
         )
     scaler.step(optimizer)
     scaler.update()

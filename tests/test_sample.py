@@ -182,3 +182,21 @@ def test_sample_from_a_folder_of_gpt2(tmp_path):
     dataset = write_dataset(tmp_path / 'data')
 
     assert sample(tmp_path, init_from=tmp_path / 'gpt2', dataset=dataset)[0].startswith('ROMEO:')
+
+
+@pytest.mark.parametrize('setting', [dict(temperature=-1), dict(top_p=2), dict(top_k=-3), dict(num_samples=0), dict(seed=-1)])
+def test_numbers_out_of_range_are_refused_before_the_prompt(tmp_path, setting):
+    make_checkpoint(tmp_path / 'out')
+    done = run_forked(tmp_path, 'sample.py', *flags(out_dir='out', device='cpu', **setting))
+    assert done.returncode == 1 and done.stdout == '' and done.stderr.startswith('error: expected ')
+
+
+def test_very_small_temperature_is_greedy(tmp_path):
+    make_checkpoint(tmp_path / 'out')
+    cold, greedy = (
+        run_forked(
+            tmp_path, 'sample.py', *flags(out_dir='out', device='cpu', start='ROMEO', num_samples=1, max_new_tokens=20, temperature=t)
+        )
+        for t in (1e-30, 0)
+    )
+    assert cold.stdout == greedy.stdout and cold.returncode == 0
