@@ -127,7 +127,7 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
     if issubclass(kind, (ValueError, OSError)) and ours:
-        if os.environ.get('RANK', '0') == '0':  # of several processes that meet the same mistake, one says so
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # of the processes of a machine, which meet the same mistake, one says so
             print(f'error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -112,7 +112,7 @@ def enter(folder, argv, outputs, modules, prelude, env):
         importlib.import_module(prelude)
     try:
         runpy.run_path(argv[0], run_name='__main__')
-    except Exception:
+    except Exception:  # as at the top of Python: whatever ends the script goes to its excepthook
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
