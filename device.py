@@ -1,5 +1,6 @@
 """The device a script runs on: which one, at what precision, its name, speed, memory and random state."""
 
+import ctypes
 import platform
 import re
 import resource
@@ -41,6 +42,19 @@ def pick_dtype(dtype, device):
 def autocast(device, dtype):
     """The context of mixed precision; none for float32."""
     return nullcontext() if dtype == 'float32' else torch.autocast(device.split(':')[0], getattr(torch, dtype))
+
+
+def keep_memory():
+    """
+    Tell glibc to keep what tensors free for the tensors that follow. By default large ones go back to the system and come as
+    fresh pages, and to have them cleared takes longer than most layers take to fill them.
+    """
+    try:
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets pages of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+    except (OSError, AttributeError):  # no glibc: not Linux, or musl
+        pass
 
 
 def device_name(device):

@@ -14,136 +14,8 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {'cpu': 4 << 20}  # size of the bases of one row chunk: the cache of a CPU core
-CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
-
-
-def uniform_bases(x, knots, k):
-    """
-    The B-splines of order k on uniform knots, in closed form: with d the distance to a basis' centre in knot spacings,
-    B = sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!  (Schoenberg 1946), for k = 3 (a^3 - 4 c^3) / 6.
-
-    x (N, I), knots (I, P) -> (N, P - 1 - k, I)
-    """
-    if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls to the same side everywhere
-        return recursive_bases(x, knots, k)
-    P = knots.size(1)
-    first, spacing = knots[:, 0], (knots[:, -1] - knots[:, 0]) / (P - 1)
-    t = (x - first) / spacing  # (N, I), position in knot spacings
-    centres = torch.arange(P - 1 - k, dtype=x.dtype, device=x.device) + (k + 1) / 2
-    d = (t.unsqueeze(1) - centres.unsqueeze(1)).abs_()  # (N, P - 1 - k, I)
-    bases = ((k + 1) / 2 - d).clamp_min_(0).pow_(k)
-    for j in range(1, k // 2 + 1):
-        bases.add_(((k + 1) / 2 - j - d).clamp_min_(0).pow_(k), alpha=(-1) ** j * math.comb(k + 1, j))
-    return bases.mul_(1 / math.factorial(k))
-
-
-def recursive_bases(x, knots, k):
-    """The B-splines of order k on any knots, by the recursion of Cox and de Boor; x (N, I), knots (I, P) -> (N, P - 1 - k, I)."""
-    x, knots = x.unsqueeze(1), knots.t()  # (N, 1, I) and (P, I)
-    bases = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
-    for p in range(1, k + 1):
-        slope = reciprocal(knots[p:] - knots[:-p])  # one over the support of each basis of order p - 1
-        rise, fall = (x - knots[: -p - 1]) * slope[:-1], (knots[p + 1 :] - x) * slope[1:]
-        bases = rise * bases[:, :-1] + fall * bases[:, 1:]
-    return bases
-
-
-def reciprocal(width):
-    """1 / width, and 0 where knots coincide: the convention of de Boor for 0 / 0."""
-    return torch.where(width > 0, 1 / width, 0)
-
-
-def are_uniform(knots):
-    """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype."""
-    knots, eps = knots.double() if knots.device.type != 'mps' else knots.cpu().double(), torch.finfo(knots.dtype).eps
-    even = torch.lerp(knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device))
-    increasing = (knots[:, -1] > knots[:, 0]).all()
-    return bool(increasing and ((knots - even).abs() <= 2 * eps * knots.abs().amax(1, keepdim=True)).all())
-
-
-class SplineLinear(torch.autograd.Function):
-    """
-    y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T in row chunks that stay in the cache.
-    Keeps x and weight for the backward pass, which recomputes the columns. Deterministic; not twice differentiable.
-
-    x (N, I), weight (O, (K + 1) * I) with the columns basis-major, knots (I, G + 2k + 1) -> (N, O) in `dtype`
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, knots, k, bases, activation, dtype):
-        ctx.save_for_backward(x, weight, knots)
-        ctx.k, ctx.bases, ctx.activation, ctx.dtype = k, bases, activation, dtype
-        w = weight.to(dtype)
-        y = x.new_empty(x.size(0), w.size(0), dtype=dtype)
-        for rows in chunks(x, w.size(1)):
-            xc, kc = to_working_dtype(x[rows], knots)
-            torch.mm(columns(xc, kc, k, bases, activation, dtype), w.t(), out=y[rows])
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, knots = ctx.saved_tensors
-        k, bases, activation, dtype = ctx.k, ctx.bases, ctx.activation, ctx.dtype
-        w, grad = weight.to(dtype), grad.to(dtype).contiguous()
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
-        for rows in chunks(x, w.size(1)):
-            xc, kc = to_working_dtype(x[rows], knots)
-            if dw is not None:
-                accumulate(dw, grad[rows].t(), columns(xc, kc, k, bases, activation, dtype))
-            if dx is not None:
-                dcolumns = (grad[rows] @ w).view(xc.size(0), -1, xc.size(1))  # (n, K + 1, I)
-                dx[rows] = input_gradient(xc, kc, k, bases, activation, dcolumns)
-        return dx, dw if dw is None else dw.to(weight.dtype), None, None, None, None, None
-
-
-def chunks(x, n_columns):
-    """Slices of rows whose bases fill the cache; at least 64 rows each, so that the matrix products stay efficient."""
-    size = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_GPU)
-    rows = max(64, size // (n_columns * 4))
-    return [slice(i, i + rows) for i in range(0, x.size(0), rows)]
-
-
-def to_working_dtype(x, knots):
-    """Bases need float32: a recursion in bfloat16 loses 0.3 % of their sum."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(dtype), knots.to(dtype)
-
-
-def columns(x, knots, k, bases, activation, dtype):
-    """(n, I) -> (n, (K + 1) * I): the bases of every feature and then its activation, rounded to `dtype`."""
-    out = x.new_empty(x.size(0), knots.size(1) - k, x.size(1), dtype=dtype)  # (n, K + 1, I)
-    out[:, :-1], out[:, -1] = bases(x, knots, k), activation(x)
-    return out.flatten(1)
-
-
-def input_gradient(x, knots, k, bases, activation, dcolumns):
-    """
-    The gradient of the columns taken back to x: dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on
-    the same knots and r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X); the activation's gradient is autograd's.
-
-    x (n, I), dcolumns (n, K + 1, I) -> (n, I)
-    """
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(activation(leaf), leaf, dcolumns[:, -1].to(x.dtype))
-    if k == 0:
-        return dx  # steps: their derivative is zero
-    slope = k * reciprocal(knots[:, k:] - knots[:, :-k]).t()  # (K + 1, I)
-    lower = bases(x, knots, k - 1).mul_(slope)  # (n, K + 1, I)
-    return dx + (lower[:, :-1] - lower[:, 1:]).mul_(dcolumns[:, :-1]).sum(1)
-
-
-def accumulate(total, a, b):
-    """total += a @ b; a product in less than float32 is rounded before it is added."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+from kernels import recursive_bases, spline_linear, to_working_dtype
 
 
 def least_squares(gram, moments):
@@ -196,7 +68,6 @@ class KANLinear(nn.Module):
         if enable_standalone_scale_spline:
             self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._grid_seen = self._bases = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -223,14 +94,6 @@ class KANLinear(nn.Module):
         """(O, I, K), the spline coefficients that act."""
         return self.spline_weight * (self.spline_scaler.unsqueeze(-1) if self.enable_standalone_scale_spline else 1.0)
 
-    def basis_function(self):
-        """The closed form where the knots are uniform, else the recursion; looked at again whenever `grid` was written to."""
-        seen = None if self.grid.is_inference() else (self.grid.data_ptr(), self.grid.dtype, self.grid._version)
-        if seen is None or self._grid_seen != seen:
-            self._grid_seen, self._bases = seen, uniform_bases if are_uniform(self.grid) else recursive_bases
-        return self._bases
-
-    @torch.compiler.disable  # the row chunks are its fusion; to the compiler the layer is one opaque step
     def forward(self, x):
         """(..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights."""
         self.check_input(x)
@@ -240,9 +103,7 @@ class KANLinear(nn.Module):
             # (O, K + 1, I): basis-major columns, so that the inner loops run over neighbouring features
             weight = torch.cat([self.scaled_spline_weight.transpose(1, 2), self.base_weight.unsqueeze(1)], 1)
             rows = x.reshape(-1, self.in_features)
-            y = SplineLinear.apply(
-                rows, weight.flatten(1), self.grid, self.spline_order, self.basis_function(), self.base_activation, dtype
-            )
+            y = spline_linear(rows, weight.flatten(1), self.grid, self.spline_order, self.base_activation, dtype)
             if self.bias is not None:
                 y = y + self.bias.to(dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -283,8 +144,8 @@ class KANLinear(nn.Module):
             raise ValueError('update_grid needs at least one row of inputs')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
-        for rows in chunks(x, 2 * old.numel()):
-            before, after = (recursive_bases(x[rows], knots, self.spline_order) for knots in (old, to_float64(new)))
+        for rows in x.split(4096):
+            before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
             gram = gram + torch.einsum('nai,nbi->iab', after, after)
             cross = cross + torch.einsum('nai,nbi->iab', after, before)
         # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It is linear
