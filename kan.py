@@ -11,6 +11,7 @@ The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k m
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -68,6 +69,7 @@ class KANLinear(nn.Module):
         if enable_standalone_scale_spline:
             self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._packed = None  # see packed_weights
         self.reset_parameters()
 
     @torch.no_grad()
@@ -97,16 +99,20 @@ class KANLinear(nn.Module):
     def forward(self, x):
         """(..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights."""
         self.check_input(x)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.base_weight.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            # (O, K + 1, I): basis-major columns, so that the inner loops run over neighbouring features
-            weight = torch.cat([self.scaled_spline_weight.transpose(1, 2), self.base_weight.unsqueeze(1)], 1)
-            rows = x.reshape(-1, self.in_features)
-            y = spline_linear(rows, weight.flatten(1), self.grid, self.spline_order, self.base_activation, dtype)
-            if self.bias is not None:
-                y = y + self.bias.to(dtype)
+        weight = self.packed_weight() if self._packed is None or torch.is_grad_enabled() else self._packed
+        dtype = self.compute_dtype()
+        y = spline_linear(x.reshape(-1, self.in_features), weight, self.grid, self.spline_order, self.base_activation, dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def compute_dtype(self):
+        device_type = self.base_weight.device.type
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.base_weight.dtype
+
+    def packed_weight(self):
+        """(O, (K + 1) * I), basis-major, so that the loops over columns run over neighbouring features; the base weight last."""
+        return torch.cat([self.scaled_spline_weight.transpose(1, 2), self.base_weight.unsqueeze(1)], 1).flatten(1)
 
     def check_input(self, x):
         if x.size(-1) != self.in_features:
@@ -183,6 +189,23 @@ class KANLinear(nn.Module):
 def to_float64(tensor):
     """Least squares need it; MPS has none, so there the work moves to the CPU."""
     return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
+
+
+@contextmanager
+def packed_weights(model):
+    """
+    For inference: inside, the KAN layers of a model scale, pack and round their weights once and not at every call.
+    Changes of the weights go unnoticed until the end, except where gradients are on.
+    """
+    layers = [module for module in model.modules() if isinstance(module, KANLinear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer._packed = layer.packed_weight().to(layer.compute_dtype())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._packed = None
 
 
 class KAN(nn.Module):

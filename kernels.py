@@ -239,7 +239,7 @@ def differentiate(ctx, grad):
 
 
 def refuse(ctx, *grads):
-    raise RuntimeError('the gradient of a KAN layer cannot be differentiated again; kernels.plain_spline_linear can')
+    raise RuntimeError('spline_linear (KANLinear) cannot be differentiated twice; kernels.plain_spline_linear can')
 
 
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)

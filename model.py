@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KAN, KANLinear
+from kan import KAN, KANLinear, packed_weights
 
 KAN_TARGETS = ('attn', 'mlp', 'head')
 
@@ -68,6 +68,22 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+class KVCache:
+    """The keys and values that one attention layer has seen, so that each token is computed once."""
+
+    def __init__(self, block_size):
+        self.block_size, self.length = block_size, 0
+
+    def extend(self, k, v):
+        """Keep k and v of the next tokens, (B, nh, T, hs), and return those of all tokens so far."""
+        B, nh, T, hs = k.size()
+        if self.length == 0:
+            self.k, self.v = k.new_empty(B, nh, self.block_size, hs), v.new_empty(B, nh, self.block_size, hs)
+        start, self.length = self.length, self.length + T
+        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -81,12 +97,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, nh, S, hs) each, of S >= T tokens
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=k.size(2) == T)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -130,8 +148,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLPS['kan' if config.is_kan('mlp') else 'mlp'](config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -185,18 +203,22 @@ class GPT(nn.Module):
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, caches=None):
         """
-        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn.
+        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches from `new_caches`:
+        idx then goes on from the tokens they hold, at first any number of them, after that one at a time.
         Returns (logits (B, T, vocab_size), loss) with targets, (logits (B, 1, vocab_size) of the last token, None) without.
         """
         B, T = idx.size()
-        if T > self.config.block_size:
-            raise ValueError(f'cannot forward a sequence of length {T}, block_size is only {self.config.block_size}')
-        pos = torch.arange(T, device=idx.device)
+        start = caches[0].length if caches else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f'cannot forward a sequence of length {start + T}, block_size is only {self.config.block_size}')
+        if start > 0 and T > 1:
+            raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+        pos = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, cache)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # generation needs the last position alone
@@ -263,21 +285,34 @@ class GPT(nn.Module):
         flops_per_iter = (6 * N + 12 * L * H * Q * T) * T * fwdbwd_per_iter
         return flops_per_iter / dt / flops_promised
 
+    def new_caches(self):
+        """An empty KVCache for each layer."""
+        return [KVCache(self.config.block_size) for _ in self.transformer.h]
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
         """Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens). Wants model.eval()."""
-        for idx_next in self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size):
+        for idx_next in self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size, use_cache):
             idx = torch.cat((idx, idx_next), dim=1)
         return idx
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
-        """The tokens of `generate` as they come, (B, 1) each. Rows of the head from vocab_size on are padding, never drawn."""
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            idx_next = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
-            idx = torch.cat((idx, idx_next), dim=1)
-            yield idx_next
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
+        """
+        The tokens of `generate` as they come, (B, 1) each. Rows of the head from vocab_size on are padding, never drawn.
+        With a cache each token is computed once, as long as all of them fit into block_size. Beyond that the window moves and
+        with it the position of every token in it, so the window is computed anew for each token, as without a cache.
+        """
+        block_size = self.config.block_size
+        with packed_weights(self):
+            caches = None
+            for _ in range(max_new_tokens):
+                if not caches or caches[0].length == block_size:
+                    caches, fresh = self.new_caches() if use_cache else None, idx[:, -block_size:]
+                logits, _ = self(fresh, caches=caches)
+                fresh = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
+                idx = torch.cat((idx, fresh), dim=1)
+                yield fresh
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):

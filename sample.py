@@ -1,5 +1,5 @@
 """
-Text from a trained model, streamed as it is generated.
+Text from a trained model: all samples at once, the first one streamed as it is generated.
 
     python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=3 --seed=1
     python sample.py --out_dir=out-shakespeare-char-micro-kan --temperature=0 --max_new_tokens=200
@@ -74,21 +74,25 @@ def read_prompt():
         raise ValueError(f'{start[5:]} is not UTF-8 text: {error}') from None
 
 
-def print_sample(prompt):
-    """Stream one sample to the terminal, up to `stop`. Characters may spread over tokens, hence the incremental decoder."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    x = torch.tensor([prompt], dtype=torch.long, device=device)  # (1, T)
-    text, shown = '', 0  # generated text, and how much of it is on the terminal
-    print(tokenizer.decode(prompt), end='', flush=True)
-    for token in model.stream(x, max_new_tokens, temperature, top_k or None, top_p, tokenizer.vocab_size):
-        text += decoder.decode(tokenizer.decode_bytes(token[0].tolist()))
-        end = text.find(stop) if stop else -1
-        ready = end if end >= 0 else len(text) - held_back(text)
-        print(text[shown:ready], end='', flush=True)
-        shown = max(shown, ready)
-        if end >= 0:
-            return
-    print(text[shown:] + decoder.decode(b'', final=True), end='')
+class Sample:
+    """The text of one sample, up to `stop`. Characters may spread over tokens, hence the incremental decoder."""
+
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.text, self.end, self.shown = '', -1, 0  # generated text, where `stop` begins in it, how much of it is on the terminal
+
+    def add(self, token):
+        if self.end < 0:
+            self.text += self.decoder.decode(tokenizer.decode_bytes([token]))
+            self.end = self.text.find(stop) if stop else -1
+
+    def show(self, finished=False):
+        """Print what is new; what may be the beginning of `stop` only when the sample is finished."""
+        if finished and self.end < 0:
+            self.text += self.decoder.decode(b'', final=True)
+        ready = self.end if self.end >= 0 else len(self.text) - (0 if finished else held_back(self.text))
+        print(self.text[self.shown : ready], end='', flush=True)
+        self.shown = max(self.shown, ready)
 
 
 def held_back(text):
@@ -112,7 +116,18 @@ model.eval()
 model.to(device)
 if compile:
     model.forward = torch.compile(model.forward)
+x = torch.tensor([prompt] * num_samples, dtype=torch.long, device=device)  # (num_samples, T)
+samples = [Sample() for _ in range(num_samples)]
+print(tokenizer.decode(prompt), end='', flush=True)
 with torch.no_grad(), autocast(device, dtype):
-    for _ in range(num_samples):
-        print_sample(prompt)
-        print('\n---------------')
+    for tokens in model.stream(x, max_new_tokens, temperature, top_k or None, top_p, tokenizer.vocab_size):
+        for sample, token in zip(samples, tokens[:, 0].tolist()):
+            sample.add(token)
+        samples[0].show()
+        if all(sample.end >= 0 for sample in samples):
+            break
+for i, sample in enumerate(samples):
+    if i > 0:
+        print(tokenizer.decode(prompt), end='')
+    sample.show(finished=True)
+    print('\n---------------')

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoint as ckpt
 import loader
 from configurator import configure
-from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng
+from device import autocast, device_name, flops_promised, get_rng, keep_memory, peak_memory, pick_device, pick_dtype, set_rng
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -111,6 +111,8 @@ micro_steps = gradient_accumulation_steps // world_size
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')
+if device_type == 'cpu':
+    keep_memory()
 
 # data: rank 0 prepares and checks it, the others wait
 if master:
