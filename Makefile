@@ -1,11 +1,12 @@
 # make demo   a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test   the whole test suite; make lint is part of it
+# make bench  time and memory beside efficient-kan and inkan; an hour on two cores
 # make clean  remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -17,6 +18,11 @@ test: lint
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/installed-bench
+	$(BIN)/python bench.py --suite=layer
+	$(BIN)/python bench.py --suite=step
+	$(BIN)/python bench.py --suite=sample
 
 clean:
 	rm -rf .venv
@@ -31,5 +37,10 @@ clean:
 
 .venv/installed-test: .venv/installed requirements-test.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
 	touch $@

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kan import KAN, KANLinear
+from kan import KAN, KANLinear, packed_weights
 
 I, O = 4, 3
 NAMES = ['base_weight', 'spline_weight', 'spline_scaler', 'grid']
@@ -586,3 +586,18 @@ def test_update_grid_needs_memory_in_proportion_to_its_inputs():
     with LargestTensor() as largest:
         layer.update_grid(x)
     assert x.numel() <= largest.numel <= 12 * x.numel()
+
+
+def test_weights_are_packed_once_inside_packed_weights_and_training_ignores_it():
+    model, x = nn.Sequential(nn.Linear(I, I), KAN([I, 5, O])), torch.randn(6, I)
+    expected = model(x).detach()
+    with packed_weights(model), torch.no_grad():
+        assert torch.equal(model(x), expected)
+        for layer in model[1].layers:
+            layer.spline_weight.zero_()
+        assert torch.equal(model(x), expected)
+        with torch.enable_grad():
+            assert not torch.equal(model(x), expected)
+    assert not torch.equal(model(x), expected)
+    with torch.autocast('cpu', torch.bfloat16), packed_weights(model):
+        assert model[1].layers[0]._packed.dtype == torch.bfloat16

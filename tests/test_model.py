@@ -292,6 +292,51 @@ def test_greedy_takes_the_most_likely_token_also_beyond_the_block(options):
     assert len(out[:, 4:].unique()) > 2
 
 
+@pytest.mark.parametrize('slots', SLOTS, ids=str)
+@pytest.mark.parametrize('T', [1, 5, 12, 20])
+def test_greedy_with_the_cache_equals_greedy_without_it_also_beyond_the_block(slots, T):
+    model, idx = stir(make(**slots)), tokens(3, T)
+    without = model.generate(idx, 30, temperature=0, use_cache=False)
+    assert torch.equal(model.generate(idx, 30, temperature=0), without)
+    assert len(without[:, T:].unique()) > 1
+
+
+def test_sampling_with_the_cache_draws_the_same_tokens():
+    model, idx, outs = stir(make(), 0.1), tokens(2, 3), []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        outs.append(model.generate(idx, 30, use_cache=use_cache))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize('slots', SLOTS, ids=str)
+def test_logits_of_each_token_are_those_of_the_whole_sequence(slots):
+    model, idx = stir(make(**slots)), tokens(2, 12)
+    expected = model(idx, idx)[0]
+    caches = model.new_caches()
+    parts = [model(idx[:, :4], caches=caches)[0], *(model(idx[:, [t]], caches=caches)[0] for t in range(4, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), expected[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_with_the_cache_each_token_is_computed_once_while_the_window_stands(monkeypatch):
+    model, lengths = make(), []
+    forward = model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, **options: lengths.append(idx.size(1)) or forward(idx, **options))
+    model.generate(tokens(2, 5), 11)
+    assert lengths == [5, 1, 1, 1, 1, 1, 1, 1, 12, 12, 12]
+
+
+def test_tokens_beyond_the_caches_are_refused():
+    model, caches = make(), make().new_caches()
+    model(tokens(1, 4), caches=caches)
+    with pytest.raises(ValueError, match='one more at a time, got 2'):
+        model(tokens(1, 2), caches=caches)
+    for _ in range(8):
+        model(tokens(1, 1), caches=caches)
+    with pytest.raises(ValueError, match='length 13, block_size is only 12'):
+        model(tokens(1, 1), caches=caches)
+
+
 def test_generated_tokens_follow_the_prompt_and_the_seed():
     model, idx = stir(make()), tokens(2, 4)
     outs = []

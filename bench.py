@@ -1,0 +1,256 @@
+"""
+Time and memory of layers, of training steps and of sampling: ours and, where installed, those of others, in one run.
+
+    python bench.py --suite=layer
+    python bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
+    python bench.py --suite=sample
+
+`pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0`, whose copy of efficient-kan is measured, bring the
+others. Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases.
+Prints a table, then one line of JSON with every number in it.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import kernels
+from checkpoint import versions
+from configurator import ROOT, configure, read_file
+from device import autocast, device_name, keep_memory, peak_memory, pick_device
+from kan import KAN, KANLinear
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+suite = 'layer'  # 'layer', 'step' or 'sample'
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
+rounds = 3  # processes of each case
+repeats = 3  # timed repeats in each process, after an untimed one
+only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
+dropout = -1.0  # of the models of suite step; -1 is what their config files say
+case = ''  # what a process measures, as JSON
+# -----------------------------------------------------------------------------
+configure(globals())
+device = pick_device(device)
+
+PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan'}  # and the packages that have them
+LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', *PEERS]
+SHAPES = [(192, 768, 16384), (768, 192, 16384), (96, 384, 2048), (768, 3072, 2048)]  # features in, features out, rows
+SIZES = ['micro', 'nano']
+MODELS = {
+    'vanilla': '',
+    'vanilla, equal parameters': '_balanced',
+    **dict.fromkeys(LAYERS[2:], '_kan'),
+}  # and the end of their config's name
+LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
+
+
+def list_cases():
+    """What there is to measure: [dtype, where, name] each."""
+    precisions = dtypes.split(',')
+    if suite == 'layer':
+        cases = [[dtype, f'{I} {O} {N}', name] for I, O, N in SHAPES for dtype in precisions for name in LAYERS]
+    elif suite == 'step':
+        cases = [[dtype, size, name] for size in SIZES for dtype in precisions for name in MODELS]
+    elif suite == 'sample':
+        wheres = [f'{config} {block_size} {n}' for config in ('micro', 'micro_kan') for block_size, n in LENGTHS]
+        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ('uncached', 'cached')]
+    else:
+        raise ValueError(f'suite={suite!r}: expected layer, step or sample')
+    missing = [peer for peer, package in PEERS.items() if importlib.util.find_spec(package) is None]
+    if missing and suite != 'sample':
+        print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
+    return [case for case in cases if case[2] not in missing and re.search(only, ' '.join(case))]
+
+
+# what a process measures: a function that runs once and returns its seconds
+
+
+def clock():
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Rows(nn.Module):
+    """A layer that takes matrices only, for inputs (..., I)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+
+
+def make_layer(name, I, O):
+    if name == 'efficient-kan':
+        from kan_gpt.efficient_kan.model import KANLinear as EfficientKANLinear
+
+        return Rows(EfficientKANLinear(I, O))
+    if name == 'inkan':
+        from inkan import KANLayer
+
+        return Rows(KANLayer(I, O))
+    return nn.Linear(I, O, bias=False) if name == 'nn.Linear' else KANLinear(I, O)
+
+
+def prepare_floor(I, O, N, dtype):
+    """
+    The matrix products of nn.Linear(9 * I, O) on inputs that are ready: the arithmetic of a KAN layer of eight bases and an
+    activation, when it multiplies by all of them.
+    """
+    x, w, g = (torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O)))
+
+    def run():
+        t0 = clock()
+        y = x @ w.t()
+        t1 = clock()
+        dx, dw = g @ w, g.t() @ x
+        return {'forward': t1 - t0, 'backward': clock() - t1}, (y, dx, dw)
+
+    return lambda: run()[0]
+
+
+def prepare_layer(dtype, where, name):
+    I, O, N = map(int, where.split())
+    if name == 'floor':
+        return prepare_floor(I, O, N, dtype)
+    layer, x = make_layer(name, I, O).to(device), torch.randn(N, I, device=device, requires_grad=True)
+    g = torch.randn(N, O, device=device).to(getattr(torch, dtype))
+
+    def run():
+        t0 = clock()
+        with autocast(device, dtype):
+            y = layer(x)
+        t1 = clock()
+        torch.autograd.grad(y, [x, *layer.parameters()], g)
+        return {'forward': t1 - t0, 'backward': clock() - t1}
+
+    return run
+
+
+def make_gpt(config, **overrides):
+    """The model of a config file, and its settings."""
+    settings = {name: value for name, value, _ in read_file(os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py'))}
+    settings.update(overrides, bias=False, vocab_size=65)  # bias as in train.py
+    return GPT(GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings})), settings
+
+
+def prepare_step(dtype, where, name):
+    """A training step as in train.py, on random characters: forward, backward, clipping, AdamW."""
+    raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
+    for module in raw_model.modules():
+        if isinstance(module, KAN) and name in PEERS:
+            module.layers = nn.ModuleList(make_layer(name, layer.in_features, layer.out_features) for layer in module.layers)
+    raw_model.to(device)
+    model = torch.compile(raw_model) if device.startswith('cuda') else raw_model  # as train.py does
+    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.split(':')[0])
+    idx = torch.randint(65, (settings['batch_size'], settings['block_size']), device=device)
+
+    def run():
+        t0 = clock()
+        for _ in range(settings['gradient_accumulation_steps']):
+            with autocast(device, dtype):
+                loss = model(idx, idx)[1]
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {'step': clock() - t0}
+
+    return run
+
+
+def prepare_sample(dtype, where, name):
+    config, block_size, n_tokens = where.split()
+    model = make_gpt(config, block_size=int(block_size))[0].to(device).eval()
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def run():
+        t0 = clock()
+        with autocast(device, dtype):
+            model.generate(start, int(n_tokens), temperature=0, use_cache=name == 'cached')
+        return {'sample': clock() - t0}
+
+    return run
+
+
+def measure():
+    """One round of one case, in a process of its own."""
+    if device == 'cpu':
+        keep_memory()  # as train.py does
+    dtype, where, name = json.loads(case)
+    kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
+    torch.manual_seed(0)
+    before = peak_memory(device)
+    run = {'layer': prepare_layer, 'step': prepare_step, 'sample': prepare_sample}[suite](dtype, where, name)
+    run()
+    return {'seconds': [run() for _ in range(repeats)], 'peak_bytes': peak_memory(device) - before}
+
+
+# the rounds and the table
+
+
+def run_rounds(cases):
+    """[{dtype, where, name, seconds: {part: [...]}, peak_bytes}] of all rounds; a case that fails has `error` in place of numbers."""
+    rows = [dict(dtype=dtype, where=where, name=name, seconds={}, peak_bytes=0) for dtype, where, name in cases]
+    for row in tqdm(rows * rounds, unit='case', disable=None):
+        if 'error' in row:
+            continue
+        flags = dict(
+            suite=suite, device=device, repeats=repeats, dropout=dropout, case=json.dumps([row['dtype'], row['where'], row['name']])
+        )
+        command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            row['error'] = done.stderr.strip().split('\n')[-1] or f'ended by signal {-done.returncode}'
+            continue
+        result = json.loads(done.stdout.split('\n')[-2])
+        row['peak_bytes'] = max(row['peak_bytes'], result['peak_bytes'])
+        for repeat in result['seconds']:
+            for part, seconds in {**repeat, 'total': sum(repeat.values())}.items():
+                row['seconds'].setdefault(part, []).append(seconds)
+    return rows
+
+
+def print_table(rows):
+    """Milliseconds as median (p20 to p80), peak memory, and each total as a multiple of the first one of its group."""
+    first = {}
+    for row in rows:
+        group = row['dtype'], row['where']
+        if group not in first:
+            first[group] = row
+            print(f'\n{row["where"]}, {row["dtype"]}')
+        if 'error' in row:
+            print(f'  {row["name"]:44} failed: {row["error"]}')
+            continue
+        base = first[group]['seconds'].get('total')
+        parts = [] if len(row['seconds']) < 3 else ['forward', 'backward']
+        times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in [*parts, 'total'])
+        ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
+        print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB')
+
+
+def describe(seconds):
+    p20, median, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
+    return f'{median:9.1f} ({p20:.1f} to {p80:.1f}) ms'
+
+
+if case:
+    print(json.dumps(measure()))
+else:
+    rows = run_rounds(list_cases())
+    print_table(rows)
+    about = dict(suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds)
+    print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'rows': rows}))
