@@ -38,6 +38,7 @@ rounds = 3  # processes of each case
 repeats = 3  # timed repeats in each process, after an untimed one
 only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
 dropout = -1.0  # of the models of suite step; -1 is what their config files say
+keep = True  # keep freed memory, as train.py does on a CPU; False: PyTorch as it comes
 case = ''  # what a process measures, as JSON
 # -----------------------------------------------------------------------------
 configure(globals())
@@ -188,8 +189,8 @@ def prepare_sample(dtype, where, name):
 
 def measure():
     """One round of one case, in a process of its own."""
-    if device == 'cpu':
-        keep_memory()  # as train.py does
+    if device == 'cpu' and keep:
+        keep_memory()
     dtype, where, name = json.loads(case)
     kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
@@ -253,4 +254,4 @@ else:
     rows = run_rounds(list_cases())
     print_table(rows)
     about = dict(suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds)
-    print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'rows': rows}))
+    print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'keep': keep, 'rows': rows}))

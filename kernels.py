@@ -186,7 +186,7 @@ def spline_linear_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, acti
         if backend == 'triton':
             import triton_kernels
 
-            return triton_kernels.forward(x, w, knots, k, activation)
+            return triton_kernels.forward(x, w, knots.contiguous(), k, activation)
         make_columns, _ = passes(backend, knots, k, activation)
         y = x.new_empty(x.size(0), w.size(0), dtype=dtype)
         for rows in chunks(x, w, backend):
@@ -205,7 +205,8 @@ def spline_linear_backward(
         if backend == 'triton':
             import triton_kernels
 
-            return triton_kernels.backward(grad, x, w, knots, k, activation, needed)
+            dx, dw = triton_kernels.backward(grad, x, w, knots.contiguous(), k, activation, needed)
+            return dx, dw.to(weight.dtype)
         make_columns, take_back = passes(backend, knots, k, activation)
         dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
         dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if needed[1] else weight.new_empty(0)
@@ -271,12 +272,33 @@ def choose_backend(x, knots, k, activation, dtype):
         return 'plain'
     if BACKEND != 'auto':
         return BACKEND
-    if x.is_cuda and torch.float64 not in (x.dtype, dtype) and importlib.util.find_spec('triton'):
-        import triton_kernels
-
-        if activation in triton_kernels.ACTIVATIONS:
-            return 'triton'
+    if x.is_cuda and torch.float64 not in (x.dtype, dtype) and triton_works(activation, x.device, dtype):
+        return 'triton'
     return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
+
+
+@functools.cache
+def triton_works(activation, device, dtype):
+    """Whether the kernels run on this GPU, tried on tiles of their full size."""
+    if not importlib.util.find_spec('triton'):
+        return False
+    import triton_kernels
+
+    if activation not in triton_kernels.ACTIVATIONS:
+        return False
+    x, w, knots = (
+        torch.zeros(256, 256, device=device),
+        torch.zeros(256, 5 * 256, device=device, dtype=dtype),
+        torch.arange(6.0, device=device),
+    )
+    try:
+        y = triton_kernels.forward(x, w, knots.repeat(256, 1), 1, activation)
+        triton_kernels.backward(y, x, w, knots.repeat(256, 1), 1, activation, [True, True])
+        torch.cuda.synchronize(device)
+        return True
+    except Exception as error:  # whatever a compiler or a card can raise: the other passes do the same work
+        warnings.warn(f'the Triton kernels do not work here, KAN layers run without them, slower: {reason(error)}', stacklevel=2)
+        return False
 
 
 @functools.cache
@@ -285,9 +307,12 @@ def compiler_works(device_type):
         torch.compile(torch.sin)(torch.zeros(16, device=device_type))
         return True
     except Exception as error:  # whatever a compiler can raise: the plain passes do the same work
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-        warnings.warn(f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason}', stacklevel=2)
+        warnings.warn(f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason(error)}', stacklevel=2)
         return False
+
+
+def reason(error):
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
 def passes(backend, knots, k, activation):
