@@ -78,8 +78,8 @@ def list_cases():
 
 
 def clock():
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
+    if device != 'cpu':
+        getattr(torch, device.split(':')[0]).synchronize()
     return time.perf_counter()
 
 
@@ -191,6 +191,9 @@ def measure():
     """One round of one case, in a process of its own."""
     if device == 'cpu' and keep:
         keep_memory()
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # as in train.py
     dtype, where, name = json.loads(case)
     kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
@@ -209,9 +212,8 @@ def run_rounds(cases):
     for row in tqdm(rows * rounds, unit='case', disable=None):
         if 'error' in row:
             continue
-        flags = dict(
-            suite=suite, device=device, repeats=repeats, dropout=dropout, case=json.dumps([row['dtype'], row['where'], row['name']])
-        )
+        one = json.dumps([row['dtype'], row['where'], row['name']])
+        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, keep=keep, case=one)
         command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from kernels import recursive_bases, spline_linear, to_working_dtype
+from kernels import name_of, recursive_bases, spline_linear, to_working_dtype
 
 
 def least_squares(gram, moments):
@@ -30,6 +30,8 @@ class KANLinear(nn.Module):
     Arguments, parameters and state dict are efficient-kan's; `bias` is an addition.
     Outside the extended knots the splines vanish and the base path alone acts.
     """
+
+    _packed = None  # see packed_weights
 
     def __init__(
         self,
@@ -60,6 +62,9 @@ class KANLinear(nn.Module):
         self.base_activation = base_activation()
         if any(True for _ in self.base_activation.parameters()):
             raise ValueError(f'base_activation must have no parameters of its own, got {self.base_activation}')
+        if getattr(self.base_activation, 'inplace', False):
+            raise ValueError(f'base_activation must not change its input, got {self.base_activation}')
+        name_of(self.base_activation)  # known before a compiler traces `forward`
 
         spacing = (high - low) / grid_size
         knots = torch.arange(-spline_order, grid_size + spline_order + 1) * spacing + low
@@ -69,7 +74,6 @@ class KANLinear(nn.Module):
         if enable_standalone_scale_spline:
             self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._packed = None  # see packed_weights
         self.reset_parameters()
 
     @torch.no_grad()
@@ -205,7 +209,7 @@ def packed_weights(model):
         yield
     finally:
         for layer in layers:
-            layer._packed = None
+            layer.__dict__.pop('_packed', None)
 
 
 class KAN(nn.Module):

@@ -15,17 +15,21 @@ The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and
 import functools
 import importlib.util
 import math
+import types
 import warnings
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-BACKENDS = ('triton', 'compiled', 'plain')
-BACKEND = 'auto'  # the first of BACKENDS that suits the input; tests and benchmarks set one of them
+BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
 CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
-WORTH_COMPILING = 1 << 15  # numbers in the input of a chunk; below, calling a compiled pass costs what it saves
+WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
+
+
+UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
 
 
 # bases
@@ -44,7 +48,7 @@ def cardinal_spline(d, k):
 
 def uniform_bases(x, knots, k):
     """The B-splines of order k on uniform knots, in closed form; x (N, I), knots (I, P) -> (N, P - 1 - k, I)."""
-    if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls to the same side everywhere
+    if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls where the recursion puts it
         return recursive_bases(x, knots, k)
     first, per_spacing = scale(knots)
     t = (x - first) * per_spacing  # position in knot spacings
@@ -83,11 +87,11 @@ def are_uniform(knots):
 
 def basis_function(knots):
     """The closed form where the knots are uniform, else the recursion. Looked at again whenever `knots` was written to."""
-    version = None if knots.is_inference() else knots._version
-    seen, uniform = getattr(knots, '_uniform', (None, None))  # kept on the tensor itself: no other can be mistaken for it
-    if version is None or seen != version:
+    state = None if knots.is_inference() else (knots.data_ptr(), knots._version)
+    seen, uniform = UNIFORM.get(knots, (None, None))
+    if state is None or seen != state:
         uniform = are_uniform(knots)
-        knots._uniform = version, uniform
+        UNIFORM[knots] = state, uniform
     return uniform_bases if uniform else recursive_bases
 
 
@@ -162,7 +166,7 @@ def spline_linear(x, weight, knots, k, activation, dtype):
     Deterministic; not twice differentiable; one opaque operator to torch.compile.
 
     x (N, I), weight (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without
-    parameters -> (N, O) in `dtype`
+    parameters that torch.func can differentiate -> (N, O) in `dtype`
     """
     return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
 
@@ -174,7 +178,8 @@ def name_of(activation):
     """PyTorch's own activations are what they print; of any other module nothing is known, and each is its own."""
     is_torchs = type(activation).__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear')
     name = repr(activation) if is_torchs else f'{type(activation).__name__} {id(activation)}'
-    ACTIVATIONS.setdefault(name, activation)
+    if name not in ACTIVATIONS:
+        ACTIVATIONS[name] = activation
     return name
 
 
@@ -186,7 +191,7 @@ def spline_linear_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, acti
         if backend == 'triton':
             import triton_kernels
 
-            return triton_kernels.forward(x, w, knots.contiguous(), k, activation)
+            return triton_kernels.forward(x, w, knots, k, activation)
         make_columns, _ = passes(backend, knots, k, activation)
         y = x.new_empty(x.size(0), w.size(0), dtype=dtype)
         for rows in chunks(x, w, backend):
@@ -205,11 +210,11 @@ def spline_linear_backward(
         if backend == 'triton':
             import triton_kernels
 
-            dx, dw = triton_kernels.backward(grad, x, w, knots.contiguous(), k, activation, needed)
+            dx, dw = triton_kernels.backward(grad, x, w, knots, k, activation, needed)
             return dx, dw.to(weight.dtype)
         make_columns, take_back = passes(backend, knots, k, activation)
-        dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
-        dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if needed[1] else weight.new_empty(0)
+        dx = x.new_empty(x.shape if needed[0] else 0)
+        dw = weight.new_zeros(weight.shape if needed[1] else 0, dtype=torch.promote_types(weight.dtype, torch.float32))
         for rows in chunks(x, w, backend):
             if needed[1]:
                 accumulate(dw, grad[rows].t(), make_columns(x[rows], dtype).flatten(1))
@@ -225,7 +230,7 @@ def _(x, weight, knots, k, activation, dtype):
 
 @spline_linear_backward.register_fake
 def _(grad, x, weight, knots, k, activation, dtype, needed):
-    return tuple(torch.empty_like(tensor) if need else tensor.new_empty(0) for tensor, need in zip((x, weight), needed))
+    return tuple(tensor.new_empty(tensor.shape if need else 0) for tensor, need in zip((x, weight), needed))
 
 
 def keep(ctx, inputs, output):
@@ -267,7 +272,7 @@ def accumulate(total, a, b):
 
 
 def choose_backend(x, knots, k, activation, dtype):
-    """The fastest of BACKENDS that suits the input; the fused ones want uniform knots and an order from 1 to 3."""
+    """The fastest way that suits the input; the fused ones want uniform knots and an order from 1 to 3."""
     if k not in FUSED_ORDERS or basis_function(knots) is not uniform_bases:
         return 'plain'
     if BACKEND != 'auto':
@@ -282,18 +287,15 @@ def triton_works(activation, device, dtype):
     """Whether the kernels run on this GPU, tried on tiles of their full size."""
     if not importlib.util.find_spec('triton'):
         return False
-    import triton_kernels
-
-    if activation not in triton_kernels.ACTIVATIONS:
-        return False
-    x, w, knots = (
-        torch.zeros(256, 256, device=device),
-        torch.zeros(256, 5 * 256, device=device, dtype=dtype),
-        torch.arange(6.0, device=device),
-    )
     try:
-        y = triton_kernels.forward(x, w, knots.repeat(256, 1), 1, activation)
-        triton_kernels.backward(y, x, w, knots.repeat(256, 1), 1, activation, [True, True])
+        import triton_kernels
+
+        if activation not in triton_kernels.ACTIVATIONS:
+            return False
+        x, w = torch.zeros(256, 256, device=device), torch.zeros(256, 5 * 256, device=device, dtype=dtype)
+        knots = torch.arange(7.0, device=device).repeat(256, 1)
+        y = triton_kernels.forward(x, w, knots, 2, activation)
+        triton_kernels.backward(y, x, w, knots, 2, activation, [True, True])
         torch.cuda.synchronize(device)
         return True
     except Exception as error:  # whatever a compiler or a card can raise: the other passes do the same work
@@ -318,8 +320,9 @@ def reason(error):
 def passes(backend, knots, k, activation):
     """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
     if backend == 'compiled':
-        make_columns, take_back = compiled(fused_columns), compiled(fused_input_gradient)
-        settings = *scale(*to_working_dtype(knots)), knots.size(1) - 1 - k, k, activation
+        K = knots.size(1) - 1 - k
+        make_columns, take_back = (compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient))
+        settings = *scale(*to_working_dtype(knots)), K, k, activation
     else:
         make_columns, take_back = columns, input_gradient
         settings = knots, k, ACTIVATIONS[activation], basis_function(knots)
@@ -327,6 +330,10 @@ def passes(backend, knots, k, activation):
 
 
 @functools.cache
-def compiled(function):
-    """For any number of rows and features."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def compiled(function, K, k, activation):
+    """
+    A compiled pass, for any number of rows and features. Its code is a copy, because PyTorch counts recompilations by code and
+    gives up after a few.
+    """
+    code = function.__code__.replace(co_name=f'{function.__name__}_{K}_{k}_{activation}')
+    return torch.compile(types.FunctionType(code, function.__globals__), dynamic=True)

@@ -302,13 +302,14 @@ class GPT(nn.Module):
         The tokens of `generate` as they come, (B, 1) each. Rows of the head from vocab_size on are padding, never drawn.
         With a cache each token is computed once, as long as all of them fit into block_size. Beyond that the window moves and
         with it the position of every token in it, so the window is computed anew for each token, as without a cache.
+        The weights must not change before the last token.
         """
         block_size = self.config.block_size
         with packed_weights(self):
             caches = None
             for _ in range(max_new_tokens):
                 if not caches or caches[0].length == block_size:
-                    caches, fresh = self.new_caches() if use_cache else None, idx[:, -block_size:]
+                    caches, fresh = self.new_caches() if use_cache and idx.size(1) < block_size else None, idx[:, -block_size:]
                 logits, _ = self(fresh, caches=caches)
                 fresh = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
                 idx = torch.cat((idx, fresh), dim=1)

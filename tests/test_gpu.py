@@ -1,9 +1,12 @@
 """What needs a GPU; skipped where there is none."""
 
+import copy
+
 import pytest
 import torch
 from helpers import TINY, flags, load, run
 
+import kernels
 from kan import KANLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
@@ -24,6 +27,22 @@ def test_layer_equals_the_one_on_the_cpu(spline_order):
         results.append([tensor.cpu() for tensor in (y, *gradients)])
     for here, there in zip(*results):
         torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings('error:the Triton kernels')
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_layer_that_runs_in_triton_equals_the_one_on_the_cpu(dtype, tolerance):
+    pytest.importorskip('triton')
+    layer = KANLinear(70, 50)
+    twin, x = copy.deepcopy(layer).cuda(), torch.randn(300, 70)
+    assert kernels.choose_backend(x.cuda(), twin.grid, 3, 'SiLU()', dtype) == 'triton'
+    with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+        y = twin(x.cuda())
+    y.float().sin().sum().backward()
+    expected = layer(x)
+    expected.sin().sum().backward()
+    torch.testing.assert_close(y.float().cpu(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(twin.base_weight.grad.cpu(), layer.base_weight.grad, rtol=tolerance, atol=30 * tolerance)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])

@@ -1,6 +1,8 @@
 """KAN layers against scipy's B-splines, efficient-kan and numpy's least squares."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -234,6 +236,16 @@ def test_changing_the_grid_in_place_changes_the_bases():
     assert torch.equal(layer(x), twin(x))
 
 
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=['deepcopy', 'pickle'])
+def test_copies_of_an_updated_layer_use_its_grid(copied):
+    layer, x = make_layer(3, make_knots('uniform', 3)), torch.randn(50, I, dtype=torch.float64)
+    layer(x)
+    layer.update_grid(x)
+    twin = copied(layer)
+    assert torch.equal(twin(x), layer(x))
+    assert kernels.basis_function(twin.grid) is kernels.recursive_bases
+
+
 @pytest.mark.parametrize('made_inside', [True, False])
 def test_update_grid_in_inference_mode_changes_the_bases(made_inside):
     layer, x = KANLinear(I, O), torch.randn(50, I)
@@ -296,6 +308,11 @@ def test_base_activation_is_the_one_asked_for(activation):
 def test_base_activation_with_parameters_is_refused():
     with pytest.raises(ValueError, match='PReLU'):
         KANLinear(I, O, base_activation=nn.PReLU)
+
+
+def test_base_activation_that_changes_its_input_is_refused():
+    with pytest.raises(ValueError, match='inplace'):
+        KANLinear(I, O, base_activation=lambda: nn.SiLU(inplace=True))
 
 
 def test_bias_is_added_once():

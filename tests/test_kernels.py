@@ -1,5 +1,6 @@
 """The spline operator and its fused passes against the plain formula, and how it is chosen which of them runs."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -104,9 +105,8 @@ def test_compiled_passes(monkeypatch, k, G, dtype, activation):
     knots, weight = knots.double() if dtype == torch.float64 else knots, before.clone()
     weight[0, -1] += 1  # of an activation, in an output of order ten
     with pytest.raises(AssertionError):  # the comparison notices one weight
-        close(
-            actual := results(spline_linear, x, weight, knots, grad, k, activation), in_float64(*make(150, 19, 3, k, G, dtype), k=k), 0.01
-        )
+        actual = results(spline_linear, x, weight, knots, grad, k, activation)
+        close(actual, in_float64(x, before, knots, grad, k=k, activation=activation), TOLERANCES[dtype])
 
 
 @needs_compiler
@@ -155,7 +155,7 @@ def test_activations_that_print_alike_are_not_taken_for_each_other():
     actual = [results(spline_linear, x, weight, knots, grad, activation=activation) for activation in (square, cube)]
     for result, activation in zip(actual, (square, cube)):
         close(result, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
-    assert kernels.name_of(nn.SiLU()) == kernels.name_of(nn.SiLU()) != kernels.name_of(nn.SiLU(inplace=True))
+    assert kernels.name_of(nn.SiLU()) == kernels.name_of(nn.SiLU()) != kernels.name_of(nn.GELU())
 
 
 def test_operators_pass_pytorchs_own_checks():
@@ -165,6 +165,17 @@ def test_operators_pass_pytorchs_own_checks():
     weight.requires_grad_()
     settings = (knots, 3, name, torch.float32)
     torch.library.opcheck(kernels.spline_linear_forward, (x, weight, *settings))
+
+
+def test_more_grids_than_the_compiler_counts(monkeypatch):
+    monkeypatch.setattr(kernels, 'BACKEND', 'compiled')
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    kernels.compiled.cache_clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for G in range(1, 11):
+            x, weight, knots, grad = make(70, 5, 2, k=1, G=G)
+            close(results(spline_linear, x, weight, knots, grad, 1), in_float64(x, weight, knots, grad, k=1), 1e-5)
+    kernels.compiled.cache_clear()
 
 
 # inside a compiled model
@@ -180,6 +191,20 @@ def test_compiled_model_has_no_graph_break_and_equal_gradients(autocast):
             y = module(x)
         outcomes.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))))
     close(outcomes[1], outcomes[0], 0.02 if autocast else 1e-5)
+
+
+@needs_compiler
+def test_compiled_layer_takes_a_transposed_input_and_compiles_once():
+    layer, outcomes = KANLinear(6, 4), []
+    compiled, counters = torch.compile(layer, fullgraph=True), torch._dynamo.utils.counters
+    counters.clear()
+    for module in layer, compiled, compiled:
+        x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).t().requires_grad_()
+        y = module(x)
+        outcomes.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, layer.base_weight])))
+    close(outcomes[1], outcomes[0], 1e-5)
+    close(outcomes[2], outcomes[0], 1e-5)
+    assert counters['stats']['unique_graphs'] == 1
 
 
 # which backend
@@ -199,6 +224,18 @@ def test_backend_follows_the_input_and_the_override(monkeypatch):
     assert choose(large, knots) == 'plain'
     monkeypatch.setattr(kernels, 'BACKEND', 'compiled')
     assert choose(small, knots) == 'compiled' and choose(small, make(1, 32, 1, irregular=True)[2]) == 'plain'
+
+
+def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
+    triton_kernels = pytest.importorskip('triton_kernels', exc_type=ImportError)
+    monkeypatch.setattr(triton_kernels, 'forward', lambda *arguments: 1 / 0)
+    kernels.triton_works.cache_clear()
+    with pytest.warns(UserWarning, match='Triton kernels do not work here.*ZeroDivisionError') as warned:
+        assert not kernels.triton_works('SiLU()', torch.device('cpu'), torch.float32)
+        assert not kernels.triton_works('SiLU()', torch.device('cpu'), torch.float32)
+    assert len(warned) == 1
+    assert not kernels.triton_works('Softplus()', torch.device('cpu'), torch.float32)
+    kernels.triton_works.cache_clear()
 
 
 WITHOUT_A_COMPILER = """

@@ -64,6 +64,12 @@ def test_stop_ends_a_sample_before_it(trained):
         assert sample(trained, stop=stop) == ['ROMEO:' + generated.partition(stop)[0]]
 
 
+def test_stop_ends_each_of_several_samples(trained):
+    whole = sample(trained, num_samples=3)
+    stop = whole[1][20]
+    assert sample(trained, num_samples=3, stop=stop) == ['ROMEO:' + text[6:].partition(stop)[0] for text in whole]
+
+
 def test_text_arrives_while_it_is_generated(trained):
     process = start(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'max_new_tokens': 10**6}))
     try:
