@@ -3,8 +3,8 @@ The vanilla GPT with as many parameters as the KAN-GPT (within 1 %) in micro siz
 
     python train.py config/train_shakespeare_char_micro_balanced.py
 
-Not run to its end here: on a 2-core Xeon (AMX; torch 2.13, float32) an iteration takes 20.9 s
-and 14.2 GB, so 5000 of them some 29 hours. Meant for a GPU.
+Not run to its end here: on a 2-core Xeon (AMX; torch 2.13, float32) an iteration takes 11.6 s
+and 12.9 GB, so 5000 of them some 16 hours. Meant for a GPU.
 """
 
 out_dir = 'out-shakespeare-char-micro-balanced'
