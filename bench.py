@@ -26,7 +26,7 @@ from tqdm import tqdm
 import kernels
 from checkpoint import versions
 from configurator import ROOT, configure, read_file
-from device import autocast, device_name, keep_memory, peak_memory, pick_device
+from device import autocast, device_name, keep_memory, peak_memory, pick_device, pick_dtype
 from kan import KAN, KANLinear
 from model import GPT, GPTConfig
 
@@ -58,7 +58,7 @@ LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
 
 def list_cases():
     """What there is to measure: [dtype, where, name] each."""
-    precisions = dtypes.split(',')
+    precisions = [pick_dtype(dtype, device) for dtype in dtypes.split(',')]
     if suite == 'layer':
         cases = [[dtype, f'{I} {O} {N}', name] for I, O, N in SHAPES for dtype in precisions for name in LAYERS]
     elif suite == 'step':
@@ -71,7 +71,13 @@ def list_cases():
     missing = [peer for peer, package in PEERS.items() if importlib.util.find_spec(package) is None]
     if missing and suite != 'sample':
         print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
-    return [case for case in cases if case[2] not in missing and re.search(only, ' '.join(case))]
+    try:
+        chosen = [case for case in cases if case[2] not in missing and re.search(only, ' '.join(case))]
+    except re.error as error:
+        raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
+    if not chosen:
+        raise ValueError(f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}')
+    return chosen
 
 
 # what a process measures: a function that runs once and returns its seconds

@@ -27,8 +27,6 @@ CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one 
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
 WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
-
-
 UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
 
 

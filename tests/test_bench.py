@@ -27,5 +27,14 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
     assert row['peak_bytes'] > 1e6 and report['hardware'] and report['versions']['torch']
 
 
-def test_unknown_suite_is_named(tmp_path):
-    assert 'expected layer, step or sample' in complaint(tmp_path, 'bench.py', '--suite=lawyer', '--device=cpu')
+@pytest.mark.parametrize(
+    'flag, message',
+    [
+        ('--suite=lawyer', 'expected layer, step or sample'),
+        ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
+        ('--only=(', 'not a regular expression'),
+        ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, flag, message):
+    assert message in complaint(tmp_path, 'bench.py', flag, '--device=cpu')
