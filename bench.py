@@ -263,3 +263,5 @@ else:
     print_table(rows)
     about = dict(suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds)
     print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'keep': keep, 'rows': rows}))
+    if all('error' in row for row in rows):
+        sys.exit('error: every case failed')
