@@ -69,14 +69,14 @@ def list_cases():
     else:
         raise ValueError(f'suite={suite!r}: expected layer, step or sample')
     missing = [peer for peer, package in PEERS.items() if importlib.util.find_spec(package) is None]
-    if missing and suite != 'sample':
-        print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
     try:
         chosen = [case for case in cases if case[2] not in missing and re.search(only, ' '.join(case))]
     except re.error as error:
         raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
     if not chosen:
         raise ValueError(f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}')
+    if missing and suite != 'sample':
+        print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
     return chosen
 
 
