@@ -1,4 +1,5 @@
 import pytest
+import torch
 from helpers import write_dataset
 
 
@@ -6,3 +7,17 @@ from helpers import write_dataset
 def dataset(tmp_path_factory):
     """A small data set by character, as the path that --dataset takes."""
     return write_dataset(tmp_path_factory.mktemp('dataset'))
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """On small tensors the threads of torch and numpy only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seed():
+    torch.manual_seed(0)

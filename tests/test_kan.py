@@ -19,18 +19,7 @@ I, O = 4, 3
 NAMES = ['base_weight', 'spline_weight', 'spline_scaler', 'grid']
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """On tensors this small the threads of torch and numpy only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
 
 @pytest.fixture

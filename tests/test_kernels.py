@@ -17,18 +17,11 @@ from kernels import plain_spline_linear, spline_linear
 needs_compiler = pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='torch.compile needs a C++ compiler')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """On tensors this small the threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+def nothing_compiled():
     torch._dynamo.reset()
 
 

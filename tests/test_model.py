@@ -16,18 +16,7 @@ TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn
 SLOTS = [dict(use_kan=False), *(dict(use_kan=True, kan_targets=targets) for targets in TARGETS)]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """On tensors this small the threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
 
 def make(**kwargs):

@@ -69,22 +69,18 @@ def count_with_any_numpy(patch):
 
 
 @pytest.fixture(autouse=True, scope='module')
-def run_here():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def run_here(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == 'cpu':
             patch.setenv('TRITON_INTERPRET', '1')
             round_as_a_gpu(patch)
             count_with_any_numpy(patch)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, seed):
     """Tiles of 16 and two splits, so that small tensors take many."""
-    torch.manual_seed(0)
     blocks = dict(BLOCK_N=16, BLOCK_I=16, BLOCK_O=16)
     monkeypatch.setattr(triton_kernels, 'TILES', {key: {**tile, **blocks} for key, tile in TILES.items()})
     monkeypatch.setattr(triton_kernels, 'splits', lambda x, programs: 2)
