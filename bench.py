@@ -38,6 +38,7 @@ rounds = 3  # processes of each case
 repeats = 3  # timed repeats in each process, after an untimed one
 only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
 dropout = -1.0  # of the models of suite step; -1 is what their config files say
+operators = 0  # also list this many operators of each case, those that take most of the time of one more run
 keep = True  # keep freed memory, as train.py does on a CPU; False: PyTorch as it comes
 case = ''  # what a process measures, as JSON
 # -----------------------------------------------------------------------------
@@ -206,7 +207,17 @@ def measure():
     before = peak_memory(device)
     run = {'layer': prepare_layer, 'step': prepare_step, 'sample': prepare_sample}[suite](dtype, where, name)
     run()
-    return {'seconds': [run() for _ in range(repeats)], 'peak_bytes': peak_memory(device) - before}
+    seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
+    return {'seconds': seconds, 'peak_bytes': peak_bytes, 'operators': profile(run) if operators else []}
+
+
+def profile(run):
+    """[[operator, how often it ran, its own seconds]] of one run, those that take most first."""
+    with torch.profiler.profile() as profiler:
+        run()
+    kind = 'device' if device.startswith('cuda') else 'cpu'
+    measured = [[e.key, e.count, getattr(e, f'self_{kind}_time_total') / 1e6] for e in profiler.key_averages()]
+    return sorted(measured, key=lambda operator: -operator[2])[:operators]
 
 
 # the rounds and the table
@@ -219,7 +230,7 @@ def run_rounds(cases):
         if 'error' in row:
             continue
         one = json.dumps([row['dtype'], row['where'], row['name']])
-        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, keep=keep, case=one)
+        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep, case=one)
         command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -227,6 +238,7 @@ def run_rounds(cases):
             continue
         result = json.loads(done.stdout.split('\n')[-2])
         row['peak_bytes'] = max(row['peak_bytes'], result['peak_bytes'])
+        row['operators'] = result['operators']
         for repeat in result['seconds']:
             for part, seconds in {**repeat, 'total': sum(repeat.values())}.items():
                 row['seconds'].setdefault(part, []).append(seconds)
@@ -249,6 +261,8 @@ def print_table(rows):
         times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in [*parts, 'total'])
         ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
         print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB')
+        for name, count, seconds in row['operators']:
+            print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
 
 
 def describe(seconds):

@@ -38,3 +38,12 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
 )
 def test_mistakes_are_named(tmp_path, flag, message):
     assert message in complaint(tmp_path, 'bench.py', flag, '--device=cpu')
+
+
+def test_operators_are_listed_with_their_times(tmp_path):
+    done = run(tmp_path, 'bench.py', '--only=float32 96 384 2048 nn.Linear$', '--device=cpu', '--rounds=1', '--repeats=1', '--operators=3')
+    *table, line = done.stdout.strip().split('\n')
+    (row,) = json.loads(line)['rows']
+    names, counts, seconds = zip(*row['operators'])
+    assert 'aten::mm' in names and counts[names.index('aten::mm')] == 3  # forward, and two of the backward pass
+    assert len(names) == 3 and sorted(seconds, reverse=True) == list(seconds) and any('aten::mm' in text for text in table)
