@@ -112,7 +112,8 @@ class KANLinear(nn.Module):
 
     def compute_dtype(self):
         device_type = self.base_weight.device.type
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.base_weight.dtype
+        autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if autocast else self.base_weight.dtype
 
     def packed_weight(self):
         """(O, (K + 1) * I), basis-major, so that the loops over columns run over neighbouring features; the base weight last."""

@@ -125,7 +125,7 @@ def input_gradient(dcolumns, x, knots, k, activation, bases):
 
 
 def activation_gradient(activation, x, grad):
-    return torch.func.vjp(activation, x)[1](grad.to(x.dtype))[0]
+    return torch.func.vjp(activation.forward, x)[1](grad.to(x.dtype))[0]  # `forward`, past the hooks of a tracer
 
 
 def fused_columns(x, first, per_spacing, K, k, activation, dtype):

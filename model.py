@@ -27,17 +27,28 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
     gelu: str = 'none'  # the `approximate` of F.gelu: 'none' is exact, 'tanh' is what GPT-2 was trained with
+    mlp: str = 'mlp'  # or 'swiglu'
+    mlp_hidden: float = 4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
+    init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
     use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets; they never have a bias
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
     kan_hidden: float = 4.0  # width of a KAN MLP's hidden layer, in multiples of n_embd
+    kan_norm: bool = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
     grid_size: int = 5
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
 
     def __post_init__(self):
-        if self.n_head < 1 or (self.use_kan and round(self.kan_hidden * self.n_embd) < 1):
-            raise ValueError(f'expected n_head >= 1 and kan_hidden * n_embd >= 1, got {self.n_head} and {self.kan_hidden} * {self.n_embd}')
+        hidden = 'kan_hidden' if self.use_kan else 'mlp_hidden'
+        if self.n_head < 1 or round(getattr(self, hidden) * self.n_embd) < 1:
+            raise ValueError(
+                f'expected n_head >= 1 and {hidden} * n_embd >= 1, got {self.n_head} and {getattr(self, hidden)} * {self.n_embd}'
+            )
+        if self.mlp not in ('mlp', 'swiglu'):
+            raise ValueError(f"mlp={self.mlp!r}: expected 'mlp' or 'swiglu' (KAN layers by use_kan)")
+        if not self.init_std > 0:
+            raise ValueError(f'init_std must be greater than zero, got {self.init_std}')
         if not self.grid_min < self.grid_max:
             raise ValueError(f'grid_min must be less than grid_max, got {self.grid_min} and {self.grid_max}')
         if self.n_embd % self.n_head:
@@ -112,13 +123,29 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        hidden = round(config.mlp_hidden * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gelu = nn.GELU(approximate=config.gelu)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP (Shazeer 2020, arXiv 2002.05202, eq. 6). The first half of c_fc's outputs are the gates."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = round(config.mlp_hidden * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, value = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(F.silu(gate) * value))
 
 
 class KANMLP(nn.Module):
@@ -127,6 +154,7 @@ class KANMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.kan = make_kan(config, config.n_embd, round(config.kan_hidden * config.n_embd), config.n_embd)
+        self.norm = config.kan_norm
         self.dropout = nn.Dropout(config.dropout)
 
     @property
@@ -134,10 +162,14 @@ class KANMLP(nn.Module):
         return self.kan.layers[-1]
 
     def forward(self, x):
-        return self.dropout(self.kan(x))
+        first, second = self.kan.layers
+        x = first(x)
+        if self.norm:
+            x = F.layer_norm(x, x.shape[-1:])
+        return self.dropout(second(x))
 
 
-MLPS = {'mlp': MLP, 'kan': KANMLP}
+MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP}
 
 
 class Block(nn.Module):
@@ -146,7 +178,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLPS['kan' if config.is_kan('mlp') else 'mlp'](config)
+        self.mlp = MLPS['kan' if config.is_kan('mlp') else config.mlp](config)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
@@ -177,18 +209,21 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        wte, wpe, Linear weights   normal, std 0.02
+        wte, wpe, Linear weights   normal, std init_std (GPT-2's is 0.02)
         Linear and LayerNorm bias  zero
         LayerNorm weights          one
-        KANLinear                  as its reset_parameters says, unless below
+        KANLinear                  as its reset_parameters says, base and spline weights times init_std / 0.02
         residual projections       attn.c_proj and the last layer of the MLP, Linear or KAN (base and spline weights):
                                    the same, divided by sqrt(2 * n_layer), per the GPT-2 paper
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+                nn.init.normal_(module.weight, mean=0.0, std=self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, KANLinear):
+                module.base_weight.mul_(self.config.init_std / 0.02)
+                module.spline_weight.mul_(self.config.init_std / 0.02)
         for block in self.transformer.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 for name, p in projection.named_parameters():
@@ -263,13 +298,25 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW. Every tensor of two or more dimensions decays (matrices, splines, embeddings), biases and LayerNorms do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None):
+        """
+        AdamW. Every tensor of two or more dimensions decays (matrices, splines, embeddings), biases and LayerNorms do not.
+        Spline weights and scalers take spline_lr_scale times the learning rate and spline_weight_decay (None: weight_decay);
+        the group of theirs says so as `lr_scale`, for schedules.
+        """
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        splines = [p for name, p in params.items() if name.endswith(('.spline_weight', '.spline_scaler'))]
+        if spline_lr_scale == 1 and spline_weight_decay in (None, weight_decay):
+            splines = []  # one group with the others
+        special = {id(p) for p in splines}
+        others = [p for p in params.values() if id(p) not in special]
         groups = [
-            {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
+            {'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
         ]
+        if splines:
+            decay = weight_decay if spline_weight_decay is None else spline_weight_decay
+            groups.append({'params': splines, 'weight_decay': decay, 'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale})
         fused = device_type in ('cuda', 'cpu') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
 

@@ -26,6 +26,7 @@ import checkpoint as ckpt
 import loader
 from configurator import configure
 from device import autocast, device_name, flops_promised, get_rng, keep_memory, peak_memory, pick_device, pick_dtype, set_rng
+from flops import count_flops
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -53,10 +54,14 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # do we use bias inside LayerNorm and Linear layers?
+mlp = 'mlp'  # or 'swiglu'
+mlp_hidden = 4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
+init_std = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
 # KAN layers
 use_kan = False
 kan_targets = 'mlp'  # where: any of attn, mlp, head, joined by commas
 kan_hidden = 4.0  # width of the KAN MLP's hidden layer, in multiples of n_embd
+kan_norm = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
 grid_size = 5  # intervals of the spline grid
 spline_order = 3
 grid_min = -1.0
@@ -65,6 +70,8 @@ grid_max = 1.0
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training iterations
 weight_decay = 1e-1
+spline_lr_scale = 1.0  # learning rate of spline weights and scalers, in multiples of the others'
+spline_weight_decay = -1.0  # their weight decay; -1 is weight_decay
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
@@ -85,9 +92,11 @@ config = configure(globals())
 for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer', 'n_embd'):
     if config[name] < 1:
         raise ValueError(f'{name} must be at least 1, got {config[name]}')
-for name in ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'dropout', 'beta1', 'beta2'):
+for name in ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'spline_lr_scale', 'grad_clip', 'dropout', 'beta1', 'beta2'):
     if config[name] < 0:
         raise ValueError(f'{name} must not be negative, got {config[name]}')
+if spline_weight_decay < 0 and spline_weight_decay != -1:
+    raise ValueError(f'spline_weight_decay must not be negative, or -1 for that of the others, got {spline_weight_decay}')
 for name, end in ('dropout', 1), ('beta1', 1), ('beta2', 1), ('seed', 2**63):
     if config[name] >= end:
         raise ValueError(f'{name} must be less than {end}, got {config[name]}')
@@ -162,7 +171,8 @@ config.update(made)
 if master:
     loader.check_dataset(dataset, block_size, model.config.vocab_size)
 model.to(device)
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+spline_settings = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *spline_settings)
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 if state:  # the moments of the optimizer, at the settings of this command
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
@@ -346,6 +356,7 @@ record = dict(
     processes=world_size,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
     model_args=asdict(raw_model.config),
+    flops_per_token=count_flops(asdict(raw_model.config)),
     dataset={'name': dataset, 'source': meta.get('source'), 'splits': meta.get('splits')},
     tokens_per_iter=tokens_per_iter,
     resumed_at=iter_num or None,
@@ -394,7 +405,7 @@ while True:
     # forward, backward, update, with gradient accumulation to simulate larger batches
     t0 = time.perf_counter()
     for group in optimizer.param_groups:
-        group['lr'] = get_lr(iter_num)
+        group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
     total_loss = 0.0
     for micro_step in range(micro_steps):
         if ddp:

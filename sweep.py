@@ -1,0 +1,140 @@
+"""
+Train every combination of config files and settings, one run after another.
+
+    python sweep.py config/train_shakespeare_char_nano.py config/train_shakespeare_char_nano_kan.py --seed=1,2,3
+    python sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3,4e-3 --max_iters=300
+
+Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
+named by what sets it apart. The same command again skips the runs that are finished and resumes the one that was cut off.
+"""
+
+import ast
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+from tqdm import tqdm
+
+from configurator import ROOT, ConfigError, report
+
+INCIDENTAL = (
+    'out_dir',
+    'init_from',
+    'device',
+    'dtype',
+    'wandb_log',
+    'wandb_project',
+    'wandb_run_name',
+)  # may differ between tries of a run
+
+
+def read_command(argv):
+    """(root, config files, {setting: its values as text})"""
+    root, configs, grid = 'out-sweep', [], {}
+    for arg in argv:
+        name, equals, text = arg.removeprefix('--').partition('=')
+        if not arg.startswith('-'):
+            configs.append(arg)
+        elif not arg.startswith('--') or not equals:
+            raise ConfigError(f'expected a config file or --key=value, got {arg!r}')
+        elif name == 'root':
+            root = text
+        elif name in ('out_dir', 'init_from'):
+            raise ConfigError(f'{arg}: the runs of a sweep have folders of their own (--root=...) and start from scratch')
+        else:
+            grid[name] = text.split(',') if re.fullmatch(r'[-+.\deE_,]+', text) else [text]
+    if not configs:
+        raise ConfigError('expected at least one config file of train.py')
+    return root, configs, grid
+
+
+def list_runs(root, configs, grid):
+    """{out_dir: the arguments of train.py}"""
+    runs = {}
+    for config, values in itertools.product(configs, itertools.product(*grid.values())):
+        flags = [f'--{name}={value}' for name, value in zip(grid, values)]
+        varied = [flag.removeprefix('--') for flag, choices in zip(flags, grid.values()) if len(choices) > 1]
+        name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
+        runs[os.path.join(root, name)] = [config, *flags]
+    return runs
+
+
+def read_settings(args):
+    """The settings that train.py would run with; ConfigError with its own words where it would not."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *args, '--help'], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(done.stderr.strip().removeprefix('error: '))
+    pairs = re.findall(r'^--(\w+)=(.*)$', done.stdout, re.MULTILINE)
+    return {name: ast.literal_eval(value) for name, value in pairs}
+
+
+def read_record(out_dir):
+    try:
+        with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return {}
+
+
+def check_record(out_dir, record, settings):
+    """ConfigError where the folder holds a run with other settings than those of this command."""
+    config = record.get('config', {})
+    others = [f'{name}={config[name]!r}' for name in config if name not in INCIDENTAL and config[name] != settings.get(name)]
+    if others:
+        raise ConfigError(f'{out_dir} holds a run with {", ".join(others)}; move it away or choose another --root')
+
+
+def train(out_dir, args, max_iters, bar):
+    """Run train.py to its end, from its last checkpoint if there is one; returns its exit status."""
+    started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    before, lines = bar.n, []
+    try:
+        for line in process.stdout:
+            lines = [*lines[-20:], line]
+            if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
+                bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
+                bar.update(before + int(found[1]) - bar.n)
+    except KeyboardInterrupt:  # train.py got it as well, and saves
+        process.communicate()
+        raise
+    if process.wait():
+        tqdm.write(f'{out_dir} failed:\n{"".join(lines)}')
+    bar.update(before + max_iters - bar.n)
+    return process.returncode
+
+
+def main():
+    root, configs, grid = read_command(sys.argv[1:])
+    runs = list_runs(root, configs, grid)
+    settings = {out_dir: read_settings(args) for out_dir, args in tqdm(runs.items(), desc='reading', leave=False, disable=None)}
+    for out_dir in runs:
+        check_record(out_dir, read_record(out_dir), settings[out_dir])
+    missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]
+    print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
+    failed = []
+    with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
+        for out_dir in missing:
+            if train(out_dir, runs[out_dir], settings[out_dir]['max_iters'], bar):
+                failed.append(out_dir)
+            else:
+                final = read_record(out_dir)['final']
+                tqdm.write(f'{out_dir}: best validation loss {final["best_val_loss"]:.4f}')
+    if failed:
+        sys.exit(f'error: {len(failed)} of {len(missing)} runs failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__':
+    sys.excepthook = report
+    if sys.argv[1:] in ([], ['-h'], ['--help']):
+        print(__doc__.strip())
+        sys.exit()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('stopped; the same command goes on where it was')
