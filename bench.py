@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from tqdm import tqdm
 import kernels
 from checkpoint import versions
 from configurator import ROOT, configure, read_file
-from device import autocast, device_name, keep_memory, peak_memory, pick_device, pick_dtype
+from cost import make_step
+from device import autocast, clock, device_name, keep_memory, peak_memory, pick_device, pick_dtype
 from kan import KAN, KANLinear
 from model import GPT, GPTConfig
 
@@ -84,12 +84,6 @@ def list_cases():
 # what a process measures: a function that runs once and returns its seconds
 
 
-def clock():
-    if device != 'cpu':
-        getattr(torch, device.split(':')[0]).synchronize()
-    return time.perf_counter()
-
-
 class Rows(nn.Module):
     """A layer that takes matrices only, for inputs (..., I)."""
 
@@ -121,11 +115,11 @@ def prepare_floor(I, O, N, dtype):
     x, w, g = (torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O)))
 
     def run():
-        t0 = clock()
+        t0 = clock(device)
         y = x @ w.t()
-        t1 = clock()
+        t1 = clock(device)
         dx, dw = g @ w, g.t() @ x
-        return {'forward': t1 - t0, 'backward': clock() - t1}, (y, dx, dw)
+        return {'forward': t1 - t0, 'backward': clock(device) - t1}, (y, dx, dw)
 
     return lambda: run()[0]
 
@@ -138,12 +132,12 @@ def prepare_layer(dtype, where, name):
     g = torch.randn(N, O, device=device).to(getattr(torch, dtype))
 
     def run():
-        t0 = clock()
+        t0 = clock(device)
         with autocast(device, dtype):
             y = layer(x)
-        t1 = clock()
+        t1 = clock(device)
         torch.autograd.grad(y, [x, *layer.parameters()], g)
-        return {'forward': t1 - t0, 'backward': clock() - t1}
+        return {'forward': t1 - t0, 'backward': clock(device) - t1}
 
     return run
 
@@ -156,28 +150,14 @@ def make_gpt(config, **overrides):
 
 
 def prepare_step(dtype, where, name):
-    """A training step as in train.py, on random characters: forward, backward, clipping, AdamW."""
+    """A training step as in train.py."""
     raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
             module.layers = nn.ModuleList(make_layer(name, layer.in_features, layer.out_features) for layer in module.layers)
     raw_model.to(device)
-    model = torch.compile(raw_model) if device.startswith('cuda') else raw_model  # as train.py does
-    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.split(':')[0])
-    idx = torch.randint(65, (settings['batch_size'], settings['block_size']), device=device)
-
-    def run():
-        t0 = clock()
-        for _ in range(settings['gradient_accumulation_steps']):
-            with autocast(device, dtype):
-                loss = model(idx, idx)[1]
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return {'step': clock() - t0}
-
-    return run
+    step = make_step(raw_model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    return lambda: {'step': step()}
 
 
 def prepare_sample(dtype, where, name):
@@ -186,10 +166,10 @@ def prepare_sample(dtype, where, name):
     start = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def run():
-        t0 = clock()
+        t0 = clock(device)
         with autocast(device, dtype):
             model.generate(start, int(n_tokens), temperature=0, use_cache=name == 'cached')
-        return {'sample': clock() - t0}
+        return {'sample': clock(device) - t0}
 
     return run
 

@@ -45,6 +45,21 @@ def configure(variables, argv=None):
     return settings
 
 
+def divide(argv, names):
+    """The arguments of a script that runs or reads another one: the flags called `names` (and --help), and the rest for the other."""
+    own = [arg for arg in argv if arg in ('--help', '-h') or arg.removeprefix('--').partition('=')[0] in names]
+    return own, [arg for arg in argv if arg not in own]
+
+
+def settings_of(script, argv):
+    """The settings with which a script of this repository would run under these arguments; nothing is run."""
+    with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+        lines = ast.parse(f.read()).body
+    end = next(i for i, line in enumerate(lines) if 'configure' in ast.dump(line) and isinstance(line, (ast.Assign, ast.Expr)))
+    defaults = {line.targets[0].id: evaluate(line.value) for line in lines[:end] if isinstance(line, ast.Assign)}
+    return override(defaults, argv)
+
+
 def override(settings, argv):
     """Return a copy of `settings` with the config files and --key=value flags in `argv` applied in order."""
     settings = dict(settings)

@@ -5,6 +5,7 @@ import platform
 import re
 import resource
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -55,6 +56,13 @@ def keep_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
     except (OSError, AttributeError):  # no glibc: not Linux, or musl
         pass
+
+
+def clock(device):
+    """Seconds, once the device has done what it was given to do."""
+    if device != 'cpu':
+        getattr(torch, device.split(':')[0]).synchronize()
+    return time.perf_counter()
 
 
 def device_name(device):

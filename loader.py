@@ -84,6 +84,11 @@ def read_meta(dataset):
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
 
 
+def model_vocab_size(meta):
+    """Rows of a new model's embedding: the characters of a data set, or GPT-2's 50257 tokens padded to a multiple of 64."""
+    return meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304
+
+
 def open_split(dataset, split):
     """The tokens of a split, (n,) uint16, mapped from disk."""
     path = os.path.join(dataset_folder(dataset), f'{split}.bin')

@@ -8,7 +8,6 @@ Flags are those of train.py, where a number may be several, joined by commas. Ea
 named by what sets it apart. The same command again skips the runs that are finished and resumes the one that was cut off.
 """
 
-import ast
 import itertools
 import json
 import os
@@ -18,7 +17,13 @@ import sys
 
 from tqdm import tqdm
 
-from configurator import ROOT, ConfigError, report
+from configurator import ROOT, configure, divide, settings_of
+
+# -----------------------------------------------------------------------------
+root = 'out-sweep'  # the folder of the runs' folders
+# -----------------------------------------------------------------------------
+own, others = divide(sys.argv[1:], ['root'])
+configure(globals(), own)
 
 INCIDENTAL = (
     'out_dir',
@@ -31,27 +36,25 @@ INCIDENTAL = (
 )  # may differ between tries of a run
 
 
-def read_command(argv):
-    """(root, config files, {setting: its values as text})"""
-    root, configs, grid = 'out-sweep', [], {}
+def read_grid(argv):
+    """(config files, {setting: its values as text}) of the arguments for train.py"""
+    configs, grid = [], {}
     for arg in argv:
         name, equals, text = arg.removeprefix('--').partition('=')
         if not arg.startswith('-'):
             configs.append(arg)
         elif not arg.startswith('--') or not equals:
-            raise ConfigError(f'expected a config file or --key=value, got {arg!r}')
-        elif name == 'root':
-            root = text
+            raise ValueError(f'expected a config file or --key=value, got {arg!r}')
         elif name in ('out_dir', 'init_from'):
-            raise ConfigError(f'{arg}: the runs of a sweep have folders of their own (--root=...) and start from scratch')
+            raise ValueError(f'{arg}: the runs of a sweep have folders of their own (--root=...) and start from scratch')
         else:
             grid[name] = text.split(',') if re.fullmatch(r'[-+.\deE_,]+', text) else [text]
     if not configs:
-        raise ConfigError('expected at least one config file of train.py')
-    return root, configs, grid
+        raise ValueError('expected at least one config file of train.py')
+    return configs, grid
 
 
-def list_runs(root, configs, grid):
+def list_runs(configs, grid):
     """{out_dir: the arguments of train.py}"""
     runs = {}
     for config, values in itertools.product(configs, itertools.product(*grid.values())):
@@ -60,15 +63,6 @@ def list_runs(root, configs, grid):
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         runs[os.path.join(root, name)] = [config, *flags]
     return runs
-
-
-def read_settings(args):
-    """The settings that train.py would run with; ConfigError with its own words where it would not."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *args, '--help'], capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(done.stderr.strip().removeprefix('error: '))
-    pairs = re.findall(r'^--(\w+)=(.*)$', done.stdout, re.MULTILINE)
-    return {name: ast.literal_eval(value) for name, value in pairs}
 
 
 def read_record(out_dir):
@@ -80,11 +74,11 @@ def read_record(out_dir):
 
 
 def check_record(out_dir, record, settings):
-    """ConfigError where the folder holds a run with other settings than those of this command."""
+    """ValueError where the folder holds a run with other settings than those of this command."""
     config = record.get('config', {})
     others = [f'{name}={config[name]!r}' for name in config if name not in INCIDENTAL and config[name] != settings.get(name)]
     if others:
-        raise ConfigError(f'{out_dir} holds a run with {", ".join(others)}; move it away or choose another --root')
+        raise ValueError(f'{out_dir} holds a run with {", ".join(others)}; move it away or choose another --root')
 
 
 def train(out_dir, args, max_iters, bar):
@@ -109,32 +103,23 @@ def train(out_dir, args, max_iters, bar):
     return process.returncode
 
 
-def main():
-    root, configs, grid = read_command(sys.argv[1:])
-    runs = list_runs(root, configs, grid)
-    settings = {out_dir: read_settings(args) for out_dir, args in tqdm(runs.items(), desc='reading', leave=False, disable=None)}
-    for out_dir in runs:
-        check_record(out_dir, read_record(out_dir), settings[out_dir])
-    missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]
-    print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
-    failed = []
-    with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
-        for out_dir in missing:
-            if train(out_dir, runs[out_dir], settings[out_dir]['max_iters'], bar):
-                failed.append(out_dir)
-            else:
-                final = read_record(out_dir)['final']
-                tqdm.write(f'{out_dir}: best validation loss {final["best_val_loss"]:.4f}')
-    if failed:
-        sys.exit(f'error: {len(failed)} of {len(missing)} runs failed: {", ".join(failed)}')
-
-
-if __name__ == '__main__':
-    sys.excepthook = report
-    if sys.argv[1:] in ([], ['-h'], ['--help']):
-        print(__doc__.strip())
-        sys.exit()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('stopped; the same command goes on where it was')
+configs, grid = read_grid(others)
+runs = list_runs(configs, grid)
+settings = {out_dir: settings_of('train.py', args) for out_dir, args in runs.items()}
+for out_dir in runs:
+    check_record(out_dir, read_record(out_dir), settings[out_dir])
+missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]
+print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
+failed = []
+with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
+    for out_dir in missing:
+        try:
+            status = train(out_dir, runs[out_dir], settings[out_dir]['max_iters'], bar)
+        except KeyboardInterrupt:
+            sys.exit('stopped; the same command goes on where it was')
+        if status:
+            failed.append(out_dir)
+        else:
+            tqdm.write(f'{out_dir}: best validation loss {read_record(out_dir)["final"]["best_val_loss"]:.4f}')
+if failed:
+    sys.exit(f'error: {len(failed)} of {len(missing)} runs failed: {", ".join(failed)}')

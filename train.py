@@ -25,8 +25,8 @@ from tqdm import tqdm
 import checkpoint as ckpt
 import loader
 from configurator import configure
+from cost import count_flops
 from device import autocast, device_name, flops_promised, get_rng, keep_memory, peak_memory, pick_device, pick_dtype, set_rng
-from flops import count_flops
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -140,7 +140,7 @@ torch.manual_seed(seed)
 iter_num, best_val_loss, seconds = 0, math.inf, 0.0
 state = None
 if init_from == 'scratch':
-    vocab_size = meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304  # GPT-2's, padded to a multiple of 64
+    vocab_size = loader.model_vocab_size(meta)
     if not meta and master:
         print(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them')
     sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}

@@ -1,0 +1,148 @@
+"""
+Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
+
+    python balance.py config/train_shakespeare_char_nano_kan.py --by=params
+    python balance.py config/train_shakespeare_char_nano_kan.py --by=flops --first=width
+    python balance.py config/train_shakespeare_char_nano_kan.py --by=seconds --out=config/train_mine.py
+
+Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within 1 %, seconds are
+those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that comes closest, or the width; where
+that is not close enough, the hidden layer of its MLPs is widened or narrowed. Other flags are train.py's, e.g. --device=cpu, or
+--mlp=swiglu for the vanilla GPT.
+"""
+
+import functools
+import os
+import sys
+
+import numpy as np
+import torch
+
+import loader
+from configurator import configure, divide, settings_of
+from cost import count_flops, count_parameters, make_step
+from device import device_name, keep_memory, pick_device, pick_dtype
+from files import write_atomically
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+by = 'params'  # 'params', 'flops' or 'seconds'
+first = 'depth'  # 'depth' or 'width'
+out = ''  # the config file to write; by default the KAN's, with `_by_...` in place of `_kan`
+repeats = 7  # measured steps of each model in the table
+# -----------------------------------------------------------------------------
+own, others = divide(sys.argv[1:], ['by', 'first', 'out', 'repeats'])
+configure(globals(), own)
+if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
+    raise ValueError(f'expected --by=params, flops or seconds and --first=depth or width, got {by!r} and {first!r}')
+settings = settings_of('train.py', others)
+if not settings['use_kan']:
+    raise ValueError('expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py')
+config_file = next(arg for arg in others if not arg.startswith('-')) if any(not arg.startswith('-') for arg in others) else ''
+out = out or (config_file.removesuffix('.py').removesuffix('_kan') + f'_by_{by}' + '_wide' * (first == 'width') + '.py')
+if os.path.exists(out):
+    raise ValueError(f'{out} exists: move it away, or choose another name by --out=...')
+device = pick_device(settings['device'])
+dtype = pick_dtype(settings['dtype'], device)
+if device == 'cpu':
+    keep_memory()
+
+loader.prepare_dataset(settings['dataset'])
+fields = {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
+kan = dict(fields, vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
+
+
+def vanilla(**shape):
+    return {**kan, 'use_kan': False, **shape}
+
+
+def prepare(model_args):
+    """A training step of the model, after an untimed one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**model_args)).to(device)
+    step = make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    step()
+    return step
+
+
+def measure_seconds(*models):
+    """Median seconds per step of several models, whose steps alternate."""
+    steps = [prepare(model_args) for model_args in models]
+    return np.median([[step() for step in steps] for _ in range(repeats)], axis=0)
+
+
+def ratio(model_args):
+    """What the model costs, in multiples of what the KAN-GPT costs."""
+    if by == 'seconds':
+        reference, seconds = measure_seconds(kan, model_args)
+        return seconds / reference
+    count = count_parameters if by == 'params' else count_flops
+    return count(model_args) / count(kan)
+
+
+def closest(f, start):
+    """(n, f(n)) of the integer n >= 1 at which the growing function f comes closest to 1; f is called as seldom as can be."""
+    value = functools.cache(f)
+    low, high = 0, start
+    while value(high) < 1:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if value(middle) < 1 else (low, middle)
+    return min(((n, value(n)) for n in (low, high) if n), key=lambda pair: abs(pair[1] - 1))
+
+
+def search():
+    """The shape of the vanilla GPT that comes within the tolerance."""
+    n_head, n_embd, hidden = kan['n_head'], kan['n_embd'], round(kan['mlp_hidden'] * kan['n_embd'])
+    if first == 'depth':
+        n, found = closest(lambda n: ratio(vanilla(n_layer=n)), start=kan['n_layer'])
+        shape = dict(n_layer=n)
+    else:
+        n, found = closest(lambda n: ratio(vanilla(n_embd=n * n_head)), start=n_embd // n_head)
+        shape = dict(n_embd=n * n_head)
+        n_embd, hidden = shape['n_embd'], round(kan['mlp_hidden'] * shape['n_embd'])
+    print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
+    if abs(found - 1) > tolerance:
+        n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=hidden)
+        shape['mlp_hidden'] = n / n_embd
+        print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
+    if abs(found - 1) > tolerance:
+        raise ValueError(f'no vanilla GPT found within {tolerance:.0%}, the closest is {shape}')
+    return shape
+
+
+tolerance = 0.05 if by == 'seconds' else 0.01
+shape = search()
+chosen = vanilla(**shape)
+name, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
+models = [kan, *(vanilla(**{**shape, name: chosen[name] + n * step}) for n in (-1, 0, 1) if chosen[name] + n * step > 0)]
+rows = [(m, count_parameters(m), count_flops(m), s) for m, s in zip(models, measure_seconds(*models))]
+print(f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}')
+for m, *costs in rows:
+    name = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
+    ratios = '' if m is kan else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
+    print(
+        f'{name:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
+    )
+print(f'on {device_name(device)}, {dtype}')
+
+# the config file: what the KAN's command says of everything but KAN layers
+_, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
+figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': f'{seconds * 1e3:.0f} ms per step'}
+name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
+defaults = settings_of('train.py', [])
+settings.update(shape, out_dir=f'out-{name}', wandb_run_name=name)
+kan_settings = ('use_kan', 'kan_targets', 'kan_hidden', 'kan_norm', 'grid_size', 'spline_order', 'grid_min', 'grid_max')
+changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in kan_settings}
+header = f'''"""
+The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs: {figure[by]}.
+
+    python train.py {os.path.relpath(out)}
+
+Found by `python balance.py {' '.join(sys.argv[1:])}`.
+"""
+'''
+with write_atomically(out, 'w', encoding='utf-8') as f:
+    f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
+print(f'\nwritten: python train.py {os.path.relpath(out)}')
