@@ -55,8 +55,13 @@ def settings_of(script, argv):
     """The settings with which a script of this repository would run under these arguments; nothing is run."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
         lines = ast.parse(f.read()).body
-    end = next(i for i, line in enumerate(lines) if 'configure' in ast.dump(line) and isinstance(line, (ast.Assign, ast.Expr)))
-    defaults = {line.targets[0].id: evaluate(line.value) for line in lines[:end] if isinstance(line, ast.Assign)}
+    defaults = {}
+    for line in lines:  # plain assignments, up to the call of `configure`
+        call = getattr(line, 'value', None)
+        if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
+            break
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            defaults[line.targets[0].id] = evaluate(line.value)
     return override(defaults, argv)
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -86,7 +87,8 @@ def train(out_dir, args, max_iters, bar):
     started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)  # Ctrl-C reaches it through this process
     before, lines = bar.n, []
     try:
         for line in process.stdout:
@@ -94,8 +96,9 @@ def train(out_dir, args, max_iters, bar):
             if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
                 bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
                 bar.update(before + int(found[1]) - bar.n)
-    except KeyboardInterrupt:  # train.py got it as well, and saves
-        process.communicate()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()  # it finishes its step and saves
         raise
     if process.wait():
         tqdm.write(f'{out_dir} failed:\n{"".join(lines)}')
@@ -103,6 +106,7 @@ def train(out_dir, args, max_iters, bar):
     return process.returncode
 
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
 configs, grid = read_grid(others)
 runs = list_runs(configs, grid)
 settings = {out_dir: settings_of('train.py', args) for out_dir, args in runs.items()}

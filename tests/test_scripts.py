@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ENV, ROOT, TINY, flags, load, read_log
 
-from configurator import override, read_file
+from configurator import override, read_file, settings_of
 
 CONFIGS = sorted(ROOT.glob('config/*.py'))
 LAYERS = [  # a module imports from the rows above its own
@@ -18,20 +18,9 @@ LAYERS = [  # a module imports from the rows above its own
     {'configurator', 'device', 'kernels', 'tokenizer'},
     {'kan', 'graph', 'loader'},
     {'model', 'lora', 'tasks'},
-    {'checkpoint'},
+    {'checkpoint', 'cost'},
 ]
-HEAVY = {'matplotlib', 'wandb', 'transformers', 'peft', 'torch_geometric', 'tiktoken', 'datasets', 'scipy', 'pytest'}
-
-
-def read_defaults(script):
-    """The settings of a script, which are its plain assignments before configure()."""
-    defaults = {}
-    for line in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            if isinstance(line.value, ast.Call):
-                break
-            defaults[line.targets[0].id] = eval(ast.unparse(line.value), {})
-    return defaults
+HEAVY = {'matplotlib', 'wandb', 'transformers', 'peft', 'torch_geometric', 'tiktoken', 'datasets', 'scipy', 'pytest', 'plotly'}
 
 
 def read_command(config):
@@ -58,7 +47,7 @@ def imported(path):
 def test_config_parses_and_tells_its_command(config):
     command = read_command(config)
     assert command, f'the header of {config.name} does not say how to run it'
-    defaults = read_defaults(command[1])
+    defaults = settings_of(command[1], [])
     settings = override(defaults, [str(config)])
     changed = {name for name, value in settings.items() if value != defaults[name]}
     assert changed
@@ -69,7 +58,7 @@ def test_config_parses_and_tells_its_command(config):
 def test_configs_name_only_what_differs_from_the_defaults():
     repeated = []
     for config in CONFIGS:
-        defaults = read_defaults(read_command(config)[1])
+        defaults = settings_of(read_command(config)[1], [])
         for name, value, where in read_file(str(config)):
             if value == defaults[name]:
                 repeated.append(f'{Path(where).name} {name}')
@@ -77,9 +66,7 @@ def test_configs_name_only_what_differs_from_the_defaults():
 
 
 def test_runs_go_to_folders_of_their_own():
-    names = [
-        (override(read_defaults('train.py'), [str(path)])['out_dir'], path.name) for path in CONFIGS if path.stem.startswith('train_shake')
-    ]
+    names = [(settings_of('train.py', [str(path)])['out_dir'], path.name) for path in CONFIGS if path.stem.startswith('train_shake')]
     assert len({out_dir for out_dir, _ in names}) == len(names), names
 
 
@@ -135,7 +122,7 @@ runpy.run_path({script!r}, run_name='__main__')
     done = run_python(source, *config, '--seed=7')
     assert done.returncode == 0, done.stderr
     shown, _, modules = done.stdout.partition('IMPORTED ')
-    settings = override(read_defaults(script), [*config, '--seed=7'])
+    settings = settings_of(script, [*config, '--seed=7'])
     assert shown.endswith('\n\n' + ''.join(f'--{name}={value!r}\n' for name, value in settings.items()))
     assert '--seed=7' in shown and f'python {script}' in shown
     assert not HEAVY & {name.split('.')[0] for name in modules.split()}
@@ -187,7 +174,7 @@ def test_micro_kan_trains_and_goes_on(clone):
     assert 'step 0: train loss' in printed and 'step 100: train loss' in printed
     printed = enter(clone, f'{micro} --init_from=resume', **SMALL, device='cpu', batch_size=8, max_iters=102)
     assert 'preparing' not in printed
-    out = clone / override(read_defaults('train.py'), [str(clone / 'config' / 'train_shakespeare_char_micro_kan.py')])['out_dir']
+    out = clone / settings_of('train.py', [str(clone / 'config' / 'train_shakespeare_char_micro_kan.py')])['out_dir']
     assert load(out)['iter_num'] == 102 and load(out)['model_args']['use_kan']
     assert [line['iter'] for line in read_log(out)][-1] == 102
 
@@ -204,7 +191,7 @@ def test_nano_kan_trains_on_two_processes_and_samples(clone):
 def test_every_script_says_how_to_run_it():
     for path in ROOT.glob('*.py'):
         source = path.read_text(encoding='utf-8')
-        if path.stem != 'configurator' and 'configure(globals())' in source:
+        if path.stem != 'configurator' and 'configure(globals()' in source:
             assert f'python {path.name}' in ast.get_docstring(ast.parse(source)), path.name
 
 

@@ -1,0 +1,365 @@
+"""
+Finished runs side by side: a table, curves, and tests over seeds.
+
+    python compare.py out-sweep/*
+    python compare.py out-sweep/* --baseline=nano_balanced --out=results/nano
+    python compare.py out-sizes/* --scaling=True
+
+Takes the folders that train.py leaves behind (run.json and log.jsonl are enough). Runs that differ in nothing but their seed are one
+row: mean and standard deviation over its seeds, and a paired t-test against the baseline over the seeds both have. Writes compare.md,
+compare.json, compare.html (one file, no network needed) and the figures as PNG into --out.
+"""
+
+import html
+import json
+import math
+import os
+import re
+import sys
+
+import matplotlib
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io
+import plotly.offline
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from configurator import configure, divide
+from files import write_atomically
+
+# -----------------------------------------------------------------------------
+out = 'compare'  # the folder to write into
+baseline = ''  # the row that the others are compared with, by its name; by default the first
+mix = False  # compare even runs on other data, other validation windows or another number of tokens
+scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
+# -----------------------------------------------------------------------------
+own, folders = divide(sys.argv[1:], ['out', 'baseline', 'mix', 'scaling'])
+configure(globals(), own)
+matplotlib.use('Agg')
+
+INCIDENTAL = ('seed', 'out_dir', 'init_from', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name', 'log_interval', 'compile')
+SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
+AXES = {  # of the curves: what a line of the log says in this unit
+    'iterations': lambda group, iteration: iteration,
+    'tokens': lambda group, iteration: iteration * group['tokens_per_iter'],
+    'FLOPs': lambda group, iteration: iteration * group['tokens_per_iter'] * group['flops_per_token'],
+    'seconds': lambda group, iteration: iteration * group['seconds_per_step'],
+}
+
+
+# reading
+
+
+def read_run(folder):
+    """{folder, record, log} of a run; ValueError where there is none."""
+    try:
+        with open(os.path.join(folder, 'run.json'), encoding='utf-8') as f:
+            record = json.load(f)
+        with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
+            log = [json.loads(line) for line in f if line.endswith('\n')]
+        record['config']['seed'], record['parameters']['total'], record['tokens_per_iter'], record['dataset']['splits']
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder} holds no run of train.py: {error.filename} is missing') from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{folder}: run.json or log.jsonl is damaged or of an older train.py ({error!r})') from None
+    return {'folder': folder, 'record': record, 'log': [line for line in log if line['iter'] > 0]}
+
+
+def group_runs(runs):
+    """[{name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
+    groups = {}
+    for run in runs:
+        config = {key: value for key, value in run['record']['config'].items() if key not in INCIDENTAL}
+        key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
+        group = groups.setdefault(key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []})
+        group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
+    names = [group['name'] for group in groups.values()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f'runs with different settings have the same name: {", ".join(sorted(twice))}; rename their folders')
+    shared = os.path.commonprefix(names) if len(names) > 1 else ''
+    shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
+    for group in groups.values():
+        group['name'] = group['name'].removeprefix(shared)
+        seeds = [run['record']['config']['seed'] for run in group['finished']]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f'{group["name"]}: the same seed twice')
+    return list(groups.values())
+
+
+def name_of(folder):
+    """The folder's name without out- and the seed."""
+    name = os.path.basename(os.path.normpath(folder)).removeprefix('out-')
+    return re.sub(r'[,-]?seed[=-]?\d+', '', name)
+
+
+def check_comparable(groups):
+    """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
+    facts = {
+        'data': lambda g, record: tuple(record['dataset']['splits'][split]['sha256'] for split in ('train', 'val')),
+        'validation windows': lambda g, record: (g['config']['eval_iters'] * g['config']['batch_size'], g['config']['block_size']),
+        'tokens to train on': lambda g, record: g['config']['max_iters'] * record['tokens_per_iter'],
+    }
+    for what, fact in facts.items():
+        found = {g['name']: fact(g, (g['finished'] + g['unfinished'])[0]['record']) for g in groups}
+        if len(set(found.values())) > 1:
+            listed = '; '.join(f'{name}: {" ".join(str(v)[:12] for v in np.atleast_1d(value))}' for name, value in found.items())
+            raise ValueError(f'the runs have different {what} ({listed}); to compare them all the same, add --mix=True')
+
+
+# numbers
+
+
+def summarize(group):
+    """Add what the table and the curves show to a group of finished runs."""
+    records, logs = ([run[key] for run in group['finished']] for key in ('record', 'log'))
+    first = records[0]
+    group['seeds'] = [record['config']['seed'] for record in records]
+    group['parameters'] = first['parameters']['total']
+    group['flops_per_token'] = first.get('flops_per_token', math.nan)
+    group['tokens_per_iter'] = first['tokens_per_iter']
+    group['tokens'] = group['config']['max_iters'] * first['tokens_per_iter']
+    speeds = [line['tokens_per_s'] for log in logs for line in log if line['tokens_per_s']]
+    group['seconds_per_step'] = first['tokens_per_iter'] / float(np.median(speeds))
+    group['peak_memory'] = float(np.median([max(line['peak_mem'] for line in log) for log in logs]))
+    group['best'] = [record['final']['best_val_loss'] for record in records]
+    group['final'] = [record['final']['val_loss'] for record in records]
+    group['devices'] = sorted({f'{record["device"]}, torch {record["versions"]["torch"]}' for record in records})
+    group['by_character'] = group['config']['dataset'].endswith('_char')
+    iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
+    losses = np.array([[next(line['val_loss'] for line in log if line['iter'] == i) for i in iterations] for log in logs])
+    group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
+
+
+def deviation(values):
+    """The sample standard deviation over the first axis; NaN for one value."""
+    values = np.asarray(values, dtype=float)
+    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
+
+
+def compare_with(base, group):
+    """(mean difference of the best losses over the seeds both have, p of a paired t-test, number of these seeds); NaN for too few."""
+    pairs = [(group['best'][i], base['best'][base['seeds'].index(seed)]) for i, seed in enumerate(group['seeds']) if seed in base['seeds']]
+    difference = np.mean([ours - theirs for ours, theirs in pairs]) if pairs else math.nan
+    return float(difference), float(stats.ttest_rel(*zip(*pairs)).pvalue) if len(pairs) > 1 else math.nan, len(pairs)
+
+
+def fit_power_law(groups):
+    """loss = factor * parameters ** exponent through all runs of a family, by least squares of the logarithms; 95 % intervals."""
+    x = np.log([group['parameters'] for group in groups for _ in group['best']])
+    y = np.log([loss for group in groups for loss in group['best']])
+    fit = stats.linregress(x, y)
+    width = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.nan
+    return {'factor': math.exp(fit.intercept), 'exponent': fit.slope, 'interval': [fit.slope - width, fit.slope + width], 'runs': len(x)}
+
+
+def families(groups):
+    """{name: groups that differ in size only}, the smallest first; the name is that of the smallest."""
+    found = {}
+    for group in sorted(groups, key=lambda group: group['parameters']):
+        key = json.dumps({name: value for name, value in group['config'].items() if name not in SIZE}, sort_keys=True)
+        found.setdefault(key, []).append(group)
+    return {members[0]['name']: members for members in found.values()}
+
+
+def plain(value):
+    """As JSON has it: lists for arrays, null for what is not a number."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# the table
+
+
+def mean_and_std(values):
+    return f'{np.mean(values):.4f}' + (f' ± {deviation(values):.4f}' if len(values) > 1 else '')
+
+
+def describe_difference(group):
+    return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g})')
+
+
+COLUMNS = {  # name: (text, number to sort by)
+    'run': lambda g: (g['name'], g['name']),
+    'seeds': lambda g: (str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''), len(g['seeds'])),
+    'parameters': lambda g: (f'{g["parameters"] / 1e6:.3g}M', g['parameters']),
+    'FLOPs / token': lambda g: (f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
+    'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
+    'peak memory': lambda g: (f'{g["peak_memory"] / 1e9:.2f} GB', g['peak_memory']),
+    'tokens': lambda g: (f'{g["tokens"] / 1e6:.3g}M', g['tokens']),
+    'best val loss': lambda g: (mean_and_std(g['best']), np.mean(g['best'])),
+    'final val loss': lambda g: (mean_and_std(g['final']), np.mean(g['final'])),
+    'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
+    'bits / char': lambda g: (f'{np.mean(g["best"]) / math.log(2):.4f}' if g['by_character'] else '', np.mean(g['best'])),
+    'to baseline': lambda g: (describe_difference(g) if g['base'] else '', g['difference']),
+}
+
+
+def notes(groups, base):
+    yield f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a paired t-test over the seeds'
+    yield 'that both rows have, two-sided, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is'
+    yield 'the median over evaluation intervals and seeds; FLOPs are those of matrix products, forward and backward.'
+    yield 'Measured on: ' + '; '.join(sorted({device for group in groups for device in group['devices']})) + '.'
+    for group in groups:
+        for run in group['unfinished']:
+            at = run['log'][-1]['iter'] if run['log'] else 0
+            yield f'Unfinished, not counted: {run["folder"]}, {at} of {group["config"]["max_iters"]} iterations.'
+
+
+def markdown(groups, base, laws):
+    rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups]
+    lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
+    lines += ['', *notes(groups, base), '', '![validation loss](curves.png)', '']
+    if laws:
+        lines += ['| family | loss | 95 % interval of the exponent | runs |', '|---|---|---|--:|']
+        lines += [
+            f'| {name} | {describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["runs"]} |'
+            for name, law in laws.items()
+        ]
+        lines += ['', '![scaling](scaling.png)', '']
+    return '\n'.join(lines)
+
+
+def describe(law):
+    return f'{law["factor"]:.3g} · parameters^{law["exponent"]:.4f}'
+
+
+# figures
+
+
+def draw_curves(groups):
+    figure, panels = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
+    for panel, (axis, unit) in zip(panels.flat, AXES.items()):
+        for group in groups:
+            curve = group['curve']
+            x = [unit(group, iteration) for iteration in curve['iterations']]
+            (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
+            panel.fill_between(x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2)
+        panel.set_xlabel(axis)
+        panel.set_xscale('log' if axis in ('FLOPs', 'seconds') else 'linear')
+        panel.grid(alpha=0.3)
+    figure.supylabel('validation loss, nats per token; band: one standard deviation over seeds')
+    columns = max(1, 120 // (max(len(group['name']) for group in groups) + 8))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
+    return figure
+
+
+def draw_scaling(members_of, laws):
+    figure, panel = plt.subplots(figsize=(8, 6), layout='constrained')
+    for name, law in laws.items():
+        members = members_of[name]
+        points = [(group['parameters'], loss) for group in members for loss in group['best']]
+        dots = panel.scatter(*zip(*points), s=14)
+        x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
+        panel.plot(x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}')
+    panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
+    panel.grid(alpha=0.3, which='both')
+    panel.legend()
+    return figure
+
+
+def interactive_curves(groups, axis, unit):
+    figure = go.Figure()
+    colors = [matplotlib.colors.to_hex(color) for color in plt.rcParams['axes.prop_cycle'].by_key()['color']]
+    for group, color in zip(groups, colors * len(groups)):
+        curve = group['curve']
+        x = [unit(group, iteration) for iteration in curve['iterations']]
+        text = [f'{mean:.4f} ± {std:.4f}' for mean, std in zip(curve['mean'], curve['std'])]
+        line = dict(x=x, y=curve['mean'].tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
+        figure.add_scatter(**line, text=text, hovertemplate='%{text}', mode='lines+markers')
+        if len(group['seeds']) > 1:
+            edge = [*(curve['mean'] + curve['std']), *(curve['mean'] - curve['std'])[::-1]]
+            figure.add_scatter(x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip')
+            figure.data[-1].update(legendgroup=group['name'], showlegend=False)
+    layout = dict(xaxis_title=axis, yaxis_title='validation loss', template='plotly_white', height=480, margin=dict(l=50, r=10, t=10, b=40))
+    figure.update_layout(**layout, legend=dict(orientation='h', y=-0.2), xaxis_type='log' if axis in ('FLOPs', 'seconds') else 'linear')
+    return figure
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Runs compared</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; color: #222; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 0.9rem; }}
+th, td {{ padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+th button {{ all: unset; cursor: pointer; font-weight: 600; }}
+th button:focus-visible {{ outline: 2px solid #1f77b4; }}
+th[aria-sort=ascending] button::after {{ content: " ↑"; }}
+th[aria-sort=descending] button::after {{ content: " ↓"; }}
+</style>
+<script>{plotly}</script>
+<h1>Runs compared</h1>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p>{notes}</p>
+<h2>Validation loss</h2>
+{figures}
+<script>
+for (const header of document.querySelectorAll('th')) header.querySelector('button').onclick = () => {{
+  const up = header.ariaSort !== 'ascending', body = document.querySelector('tbody'), i = header.cellIndex;
+  const key = row => {{ const v = row.cells[i].dataset.value; return isNaN(v) ? v : Number(v); }};
+  const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1);
+  body.append(...[...body.rows].sort(order));
+  for (const other of header.parentNode.cells) other.ariaSort = other === header ? (up ? 'ascending' : 'descending') : 'none';
+}};
+</script>
+</html>
+"""
+
+
+def page(groups, base):
+    cells = [[column(group) for column in COLUMNS.values()] for group in groups]
+    body = [''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text)}</td>' for text, value in row) for row in cells]
+    figures = [interactive_curves(groups, axis, unit) for axis, unit in AXES.items()]
+    return PAGE.format(
+        plotly=plotly.offline.get_plotlyjs(),
+        head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
+        body=''.join(f'<tr>{row}</tr>' for row in body),
+        notes='<br>'.join(map(html.escape, notes(groups, base))),
+        figures=''.join(
+            plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures
+        ),
+    )
+
+
+groups = group_runs([read_run(folder) for folder in folders])
+if not groups:
+    raise ValueError('expected folders of runs, e.g. python compare.py out-sweep/*')
+if not mix:
+    check_comparable(groups)
+shown = [group for group in groups if group['finished']]
+if not shown:
+    raise ValueError('none of the runs is finished')
+for group in shown:
+    summarize(group)
+base = next((group for group in shown if group['name'] == baseline), None) if baseline else shown[0]
+if base is None:
+    raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(group["name"] for group in shown)}')
+for group in shown:
+    group['base'] = group is not base and base
+    group['difference'], group['p'], group['pairs'] = compare_with(base, group)
+members_of = families(shown) if scaling else {}
+laws = {name: fit_power_law(members) for name, members in members_of.items() if len(members) > 2}
+if scaling and not laws:
+    raise ValueError('--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only')
+
+os.makedirs(out, exist_ok=True)
+table = markdown(shown, base, laws)
+public = [{key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown]
+report = plain({'baseline': base['name'], 'groups': public, 'scaling': laws})
+for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(shown, base)}.items():
+    with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
+        f.write(text)
+draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+if laws:
+    draw_scaling(members_of, laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
+print(table)
+print(f'written: {os.path.join(out, "compare.md")}, compare.json, compare.html and figures')
