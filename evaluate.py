@@ -56,8 +56,8 @@ def sum_losses(model, data, length, stride):
     for i in tqdm(range(0, len(todo), batch_size), unit='batch', disable=None):
         batch = todo[i : i + batch_size]
         x, y = loader.get_batch(data, length, [start for start, _ in batch], device)
-        for row, (_, first) in zip(y, batch):
-            row[:first] = -1  # counted in the window before
+        firsts = torch.tensor([[first] for _, first in batch], device=device)
+        y = y.masked_fill(torch.arange(length, device=device) < firsts, -1)  # counted in the window before
         with autocast(device, dtype):
             total += model(x, y)[1].item() * (y >= 0).sum().item()
     return total

@@ -13,7 +13,16 @@ from kan import KAN, KANLinear
 from model import GPT, GPTConfig, sample_token
 
 TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
-SLOTS = [dict(use_kan=False), *(dict(use_kan=True, kan_targets=targets) for targets in TARGETS)]
+SLOTS = [
+    dict(),
+    dict(mlp='swiglu'),
+    dict(use_kan=True, kan_targets='mlp', kan_norm=True),
+    *(dict(use_kan=True, kan_targets=targets) for targets in TARGETS),
+]
+
+
+def name_of_slots(slots):
+    return ' '.join(str(value) for name, value in slots.items() if name != 'use_kan') or 'vanilla'
 
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -62,7 +71,7 @@ def test_pretrained_takes_known_names_and_overrides_only():
         GPT.from_pretrained('gpt2', dict(n_layer=3))
 
 
-@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+@pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
 def test_no_position_sees_the_tokens_after_it(slots):
     """By gradient: exactly zero from every later position, not zero from every earlier one."""
     model = stir(make(**slots))
@@ -102,7 +111,7 @@ def test_without_targets_there_is_the_last_position_alone():
     torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
 
 
-@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+@pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
 def test_first_loss_is_that_of_a_guess(slots):
     model, idx = make(vocab_size=65, n_embd=64, **slots), tokens(40, 13, vocab_size=65)
     assert model(idx[:, :-1], idx[:, 1:].contiguous())[1].item() == pytest.approx(
@@ -141,7 +150,7 @@ def test_names_are_those_of_nanogpkant():
     assert shapes == [(48, 16, 8), (16, 16, 8), (64, 16, 8), (16, 64, 8)]
 
 
-@pytest.mark.parametrize('slots', SLOTS, ids=lambda slots: slots.get('kan_targets', 'vanilla'))
+@pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
 def test_targets_become_kan_layers_and_nothing_else_does(slots):
     model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, kan_hidden=1.5, **slots)
     targets = slots.get('kan_targets', '').split(',')
@@ -165,6 +174,36 @@ def test_parameters_of_the_micro_models(size, slots):
     model = GPT(GPTConfig(block_size=256, vocab_size=65, n_head=6, n_embd=192, bias=False, kan_targets='attn,mlp', **slots))
     assert f'{model.get_num_params() / 1e6:.2f}' == size
     assert model.get_num_params(non_embedding=False) - model.get_num_params() == 256 * 192
+
+
+def test_swiglu_is_its_formula_with_as_many_parameters_as_the_mlp():
+    mlp, swiglu = (make(n_embd=48, bias=True, **slots).transformer.h[0].mlp for slots in ({}, dict(mlp='swiglu', mlp_hidden=8 / 3)))
+    assert sum(p.numel() for p in swiglu.parameters() if p.dim() > 1) == sum(p.numel() for p in mlp.parameters() if p.dim() > 1)
+    x, (W, V), (b, c) = torch.randn(5, 48), stir(swiglu).c_fc.weight.chunk(2), swiglu.c_fc.bias.chunk(2)
+    gate = x @ W.t() + b
+    hidden = gate / (1 + torch.exp(-gate)) * (x @ V.t() + c)
+    torch.testing.assert_close(swiglu(x), hidden @ swiglu.c_proj.weight.t() + swiglu.c_proj.bias)
+
+
+def test_kan_norm_normalises_what_the_second_kan_layer_gets():
+    plain, normed = (stir(make(use_kan=True, kan_norm=norm), 0.5).transformer.h[0].mlp for norm in (False, True))
+    normed.load_state_dict(plain.state_dict())
+    seen, x = [], torch.randn(5, 16)
+    normed.c_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    y = normed(x)
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[0].var(-1, unbiased=False), torch.ones(5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(y, plain.kan.layers[1](F.layer_norm(plain.kan.layers[0](x), (64,))))
+    assert not torch.allclose(y, plain(x))
+
+
+def test_mlp_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="mlp='gelu': expected 'mlp' or 'swiglu'"):
+        make(mlp='gelu')
+    with pytest.raises(ValueError, match='mlp_hidden'):
+        make(mlp_hidden=0.01)
+    with pytest.raises(ValueError, match='init_std'):
+        make(init_std=0.0)
 
 
 def test_head_shares_the_token_embeddings_unless_it_is_a_kan():
@@ -196,6 +235,28 @@ def test_initial_weights_of_kan_layers(module):
     for name, expected in (('base_weight', 6), ('spline_weight', 6), ('spline_scaler', 1)):
         ratio = getattr(alone, name).std() / getattr(layer, name).std()
         assert ratio.item() == pytest.approx(math.sqrt(expected) if residual else 1, rel=0.05)
+
+
+@pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
+def test_init_std_scales_all_initial_weights(slots):
+    sizes = dict(n_embd=64, vocab_size=64, block_size=64, bias=True, **slots)
+    torch.manual_seed(0)
+    small = dict(make(**sizes).named_parameters())
+    torch.manual_seed(0)
+    for name, p in make(**sizes, init_std=0.06).named_parameters():
+        scaled = name.endswith('weight') and '.ln_' not in name  # not biases, LayerNorms and spline_scaler
+        torch.testing.assert_close(p, small[name] * (3 if scaled else 1))
+
+
+def test_splines_have_a_learning_rate_and_a_decay_of_their_own():
+    model = make(use_kan=True)
+    names = {p: name for name, p in model.named_parameters()}
+    *others, splines = model.configure_optimizers(0.3, 0.01, (0.8, 0.9), 'cpu', 3.0, 0.0).param_groups
+    assert (splines['lr'], splines['lr_scale'], splines['weight_decay']) == (pytest.approx(0.03), 3.0, 0.0)
+    assert {names[p].rsplit('.')[-1] for p in splines['params']} == {'spline_weight', 'spline_scaler'}
+    assert not any('spline' in names[p] for group in others for p in group['params'])
+    assert sum(len(group['params']) for group in (*others, splines)) == len(names)
+    assert len(model.configure_optimizers(0.3, 0.01, (0.8, 0.9), 'cpu', 1.0, 0.3).param_groups) == 2  # as without
 
 
 def test_optimizer_decays_tensors_of_two_or_more_dimensions():

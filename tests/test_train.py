@@ -35,10 +35,12 @@ from helpers import (
 )
 
 import checkpoint as ckpt
+from cost import count_flops
 from loader import write_meta, write_split
 from tokenizer import CharTokenizer
 
 NEVER = 10**6
+SPLINES = dict(spline_lr_scale=2.0, spline_weight_decay=0.0)
 
 
 def start_training(folder, dataset, out_dir='out', processes=1, **settings):
@@ -61,7 +63,7 @@ def stopped_at(stdout):
 # resume
 
 
-@pytest.mark.parametrize('processes, settings', [(1, {}), (1, KAN), (2, {})], ids=['vanilla', 'kan', 'two processes'])
+@pytest.mark.parametrize('processes, settings', [(1, {}), (1, {**KAN, **SPLINES}), (2, {})], ids=['vanilla', 'kan', 'two processes'])
 def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, settings):
     def go(out_dir, **more):
         return lambda: train(tmp_path, dataset, out_dir, processes, **settings, **more)
@@ -75,6 +77,13 @@ def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, setting
     assert same_run(tmp_path / 'straight', tmp_path / 'parts')
     assert not same_state(load(tmp_path / 'straight'), load(tmp_path / 'control'))
     assert load(tmp_path / 'straight')['iter_num'] == 4
+
+
+def test_settings_of_splines_change_the_run(tmp_path, dataset):
+    changes = dict(same={}, rate=dict(spline_lr_scale=2.0), decay=dict(spline_weight_decay=0.0), alike=dict(spline_weight_decay=0.1))
+    together(*(lambda name=name: train(tmp_path, dataset, name, **KAN, **changes[name]) for name in changes))
+    same, rate, decay, alike = (load(tmp_path / name) for name in changes)
+    assert same_state(same, alike) and not same_state(same, rate) and not same_state(same, decay)
 
 
 def test_one_and_two_processes_reach_the_same_losses(tmp_path, dataset):
@@ -234,6 +243,7 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
     record = json.loads((out / 'run.json').read_text())
     assert list(record)[-1] == 'finished'
     assert {'config', 'seed', 'commit', 'versions', 'device', 'parameters', 'dataset', 'started', 'final'} <= record.keys()
+    assert record['flops_per_token'] == count_flops(record['model_args'])
     assert record['config']['max_iters'] == 3 and record['dataset']['source'] == 'random characters'
     log = read_log(out)
     assert [line['iter'] for line in log] == [0, 2, 3]  # and evaluated
@@ -373,6 +383,8 @@ def complain(tmp_path, dataset):
         (dict(dataset='shakespear'), "no data set 'shakespear'"),
         (dict(dataset='/nowhere/at/all'), "no data set '/nowhere/at/all'"),
         (dict(beta2=2.0), 'beta2 must be less than 1'),
+        (dict(spline_weight_decay=-2.0), 'spline_weight_decay must not be negative, or -1'),
+        (dict(mlp='gelu'), "mlp='gelu': expected 'mlp' or 'swiglu'"),
         (dict(seed=2**64), 'seed must be less than'),
         (dict(init_from='gtp2'), "init_from='gtp2'"),
         (dict(init_from='resume'), 'no checkpoint in '),
