@@ -4,6 +4,7 @@ Finished runs side by side: a table, curves, and tests over seeds.
     python compare.py out-sweep/*
     python compare.py out-sweep/* --baseline=nano_balanced --out=results/nano
     python compare.py out-sizes/* --scaling=True
+    python compare.py out-pilot/* --over=learning_rate,init_std
 
 Takes the folders that train.py leaves behind (run.json and log.jsonl are enough). Runs that differ in nothing but their seed are one
 row: mean and standard deviation over its seeds, and a paired t-test against the baseline over the seeds both have. Writes compare.md,
@@ -32,9 +33,10 @@ from files import write_atomically
 out = 'compare'  # the folder to write into
 baseline = ''  # the row that the others are compared with, by its name; by default the first
 mix = False  # compare even runs on other data, other validation windows or another number of tokens
+over = ''  # two settings, joined by a comma: also a table of the best loss over the two for each family, the rows alike in all else
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
-own, folders = divide(sys.argv[1:], ['out', 'baseline', 'mix', 'scaling'])
+own, folders = divide(sys.argv[1:], ['out', 'baseline', 'mix', 'over', 'scaling'])
 configure(globals(), own)
 matplotlib.use('Agg')
 
@@ -153,13 +155,13 @@ def fit_power_law(groups):
     return {'factor': math.exp(fit.intercept), 'exponent': fit.slope, 'interval': [fit.slope - width, fit.slope + width], 'runs': len(x)}
 
 
-def families(groups):
-    """{name: groups that differ in size only}, the smallest first; the name is that of the smallest."""
+def families(groups, settings):
+    """{name: groups that differ in these settings only}; the name is the part that theirs share."""
     found = {}
-    for group in sorted(groups, key=lambda group: group['parameters']):
-        key = json.dumps({name: value for name, value in group['config'].items() if name not in SIZE}, sort_keys=True)
+    for group in groups:
+        key = json.dumps({name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True)
         found.setdefault(key, []).append(group)
-    return {members[0]['name']: members for members in found.values()}
+    return {os.path.commonprefix([g['name'] for g in members]).partition(',')[0].rstrip('-_'): members for members in found.values()}
 
 
 def plain(value):
@@ -210,7 +212,7 @@ def notes(groups, base):
             yield f'Unfinished, not counted: {run["folder"]}, {at} of {group["config"]["max_iters"]} iterations.'
 
 
-def markdown(groups, base, laws):
+def markdown(groups, base, laws, grids):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
     lines += ['', *notes(groups, base), '', '![validation loss](curves.png)', '']
@@ -221,7 +223,21 @@ def markdown(groups, base, laws):
             for name, law in laws.items()
         ]
         lines += ['', '![scaling](scaling.png)', '']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *grids])
+
+
+def grid_table(name, members, down, across):
+    """The best loss of a family's members, by one setting downwards and another across; the lowest of all in bold."""
+    losses = {(group['config'][down], group['config'][across]): np.mean(group['best']) for group in members}
+    rows, columns = (sorted({key[i] for key in losses}) for i in (0, 1))
+    lowest = min(losses.values())
+    yield f'| {name}: {down} | ' + ' | '.join(f'{across} {value}' for value in columns) + ' |'
+    yield '|---' + '|--:' * len(columns) + '|'
+    for row in rows:
+        cells = [losses.get((row, column), math.nan) for column in columns]
+        texts = ['' if math.isnan(loss) else f'**{loss:.4f}**' if loss == lowest else f'{loss:.4f}' for loss in cells]
+        yield f'| {row} | ' + ' | '.join(texts) + ' |'
+    yield ''
 
 
 def describe(law):
@@ -346,13 +362,20 @@ if base is None:
 for group in shown:
     group['base'] = group is not base and base
     group['difference'], group['p'], group['pairs'] = compare_with(base, group)
-members_of = families(shown) if scaling else {}
+if over and (over.count(',') != 1 or not set(over.split(',')) <= shown[0]['config'].keys()):
+    raise ValueError(f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std')
+grids = (
+    [line for name, members in families(shown, over.split(',')).items() for line in grid_table(name, members, *over.split(','))]
+    if over
+    else []
+)
+members_of = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else {}
 laws = {name: fit_power_law(members) for name, members in members_of.items() if len(members) > 2}
 if scaling and not laws:
     raise ValueError('--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only')
 
 os.makedirs(out, exist_ok=True)
-table = markdown(shown, base, laws)
+table = markdown(shown, base, laws, grids)
 public = [{key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown]
 report = plain({'baseline': base['name'], 'groups': public, 'scaling': laws})
 for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(shown, base)}.items():

@@ -148,6 +148,24 @@ def test_interval_of_a_power_law_is_that_of_the_textbook(tmp_path):
     assert law['interval'] == pytest.approx([coefficients[1] - width, coefficients[1] + width])
 
 
+def test_grid_of_two_settings_for_each_family(tmp_path):
+    for family, n_layer in (('deep', 4), ('flat', 1)):
+        for rate in (0.1, 0.2):
+            for std in (0.02, 0.04):
+                name = f'{family},learning_rate={rate},init_std={std}'
+                write_run(tmp_path / 'runs' / name, 1, 10 * rate + std / n_layer, n_layer=n_layer, learning_rate=rate, init_std=std)
+    table = compare(tmp_path, '--over=learning_rate,init_std')
+    deep = [
+        '| deep: learning_rate | init_std 0.02 | init_std 0.04 |',
+        '|---|--:|--:|',
+        '| 0.1 | **1.0050** | 1.0100 |',
+        '| 0.2 | 2.0050 | 2.0100 |',
+    ]
+    assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
+    folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
+    assert 'expected two settings' in complaint(tmp_path, 'compare.py', *folders, '--over=learning_rate')
+
+
 def test_page_needs_no_network(runs):
     compare(runs)
     page = re.sub(r'<script>/\*\*.*?</script>', '', (runs / 'c/compare.html').read_text(), count=1, flags=re.DOTALL)  # plotly itself
