@@ -1,12 +1,13 @@
 # make demo   a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test   the whole test suite; make lint is part of it
+# make results  the pages and figures of results/ from the records of its runs; make results-runs trains them
 # make bench  time and memory beside efficient-kan and inkan; an hour on two cores
 # make clean  remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint results bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -24,6 +25,9 @@ bench: .venv/installed-bench
 	$(BIN)/python bench.py --suite=step
 	$(BIN)/python bench.py --suite=sample
 
+results: .venv/installed-compare
+	for study in results/*/; do $(BIN)/python compare.py $$study/runs/* --out=$$study || exit 1; done
+
 clean:
 	rm -rf .venv
 
@@ -38,6 +42,10 @@ clean:
 .venv/installed-test: .venv/installed requirements-test.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
+	touch $@
+
+.venv/installed-compare: .venv/installed requirements-compare.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-compare.txt
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt

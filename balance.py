@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 import loader
-from configurator import configure, divide, settings_of
+from configurator import INCIDENTAL, configure, divide, settings_of
 from cost import count_flops, count_parameters, make_step
-from device import device_name, keep_memory, pick_device, pick_dtype
+from device import device_name, pick_device, pick_dtype, set_up
 from files import write_atomically
 from model import GPT, GPTConfig
 
@@ -29,23 +29,26 @@ from model import GPT, GPTConfig
 by = 'params'  # 'params', 'flops' or 'seconds'
 first = 'depth'  # 'depth' or 'width'
 out = ''  # the config file to write; by default the KAN's, with `_by_...` in place of `_kan`
-repeats = 7  # measured steps of each model in the table
+repeats = 7  # measured steps of each model
 # -----------------------------------------------------------------------------
 own, others = divide(sys.argv[1:], ['by', 'first', 'out', 'repeats'])
 configure(globals(), own)
+if repeats < 1:
+    raise ValueError(f'repeats must be at least 1, got {repeats}')
 if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
     raise ValueError(f'expected --by=params, flops or seconds and --first=depth or width, got {by!r} and {first!r}')
 settings = settings_of('train.py', others)
-if not settings['use_kan']:
+config_file = next((arg for arg in others if not arg.startswith('-')), '')
+if not config_file or not settings['use_kan']:
     raise ValueError('expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py')
-config_file = next(arg for arg in others if not arg.startswith('-')) if any(not arg.startswith('-') for arg in others) else ''
 out = out or (config_file.removesuffix('.py').removesuffix('_kan') + f'_by_{by}' + '_wide' * (first == 'width') + '.py')
 if os.path.exists(out):
     raise ValueError(f'{out} exists: move it away, or choose another name by --out=...')
+if not os.path.isdir(os.path.dirname(out) or '.'):
+    raise ValueError(f'--out={out}: there is no folder {os.path.dirname(out)}')
 device = pick_device(settings['device'])
 dtype = pick_dtype(settings['dtype'], device)
-if device == 'cpu':
-    keep_memory()
+set_up(device)
 
 loader.prepare_dataset(settings['dataset'])
 fields = {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
@@ -67,6 +70,7 @@ def prepare(model_args):
 
 def measure_seconds(*models):
     """Median seconds per step of several models, whose steps alternate."""
+    torch.compiler.reset()  # which gives up after a few versions of a model
     steps = [prepare(model_args) for model_args in models]
     return np.median([[step() for step in steps] for _ in range(repeats)], axis=0)
 
@@ -115,28 +119,34 @@ def search():
 tolerance = 0.05 if by == 'seconds' else 0.01
 shape = search()
 chosen = vanilla(**shape)
-name, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
-models = [kan, *(vanilla(**{**shape, name: chosen[name] + n * step}) for n in (-1, 0, 1) if chosen[name] + n * step > 0)]
+varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
+models = [kan, *(vanilla(**{**shape, varied: chosen[varied] + n * step}) for n in (-1, 0, 1) if chosen[varied] + n * step > 0)]
 rows = [(m, count_parameters(m), count_flops(m), s) for m, s in zip(models, measure_seconds(*models))]
 print(f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}')
 for m, *costs in rows:
-    name = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
+    label = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
     ratios = '' if m is kan else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
     print(
-        f'{name:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
+        f'{label:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
     )
 print(f'on {device_name(device)}, {dtype}')
 
-# the config file: what the KAN's command says of everything but KAN layers
+# the config file: what the KAN's command says, without the machine and without KAN layers
 _, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
-figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': f'{seconds * 1e3:.0f} ms per step'}
+measured = f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} of its own, on {device_name(device)}, {dtype}'
+figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': measured}[by]
+if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
+    print(f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?')
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
-settings.update(shape, out_dir=f'out-{name}', wandb_run_name=name)
-kan_settings = ('use_kan', 'kan_targets', 'kan_hidden', 'kan_norm', 'grid_size', 'spline_order', 'grid_min', 'grid_max')
-changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in kan_settings}
+left_out = {*INCIDENTAL, 'dtype', 'use_kan', 'kan_targets', 'kan_hidden', 'kan_norm', 'grid_size', 'spline_order', 'grid_min', 'grid_max'}
+left_out |= {'spline_lr_scale', 'spline_weight_decay'}
+settings.update(shape)
+changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in left_out}
+changed = {'out_dir': f'out-{name}', 'wandb_run_name': name, **changed}
 header = f'''"""
-The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs: {figure[by]}.
+The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
+{figure}.
 
     python train.py {os.path.relpath(out)}
 

@@ -26,7 +26,7 @@ import kernels
 from checkpoint import versions
 from configurator import ROOT, configure, read_file
 from cost import make_step
-from device import autocast, clock, device_name, keep_memory, peak_memory, pick_device, pick_dtype
+from device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
 from kan import KAN, KANLinear
 from model import GPT, GPTConfig
 
@@ -176,11 +176,7 @@ def prepare_sample(dtype, where, name):
 
 def measure():
     """One round of one case, in a process of its own."""
-    if device == 'cpu' and keep:
-        keep_memory()
-    if device.startswith('cuda'):
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # as in train.py
+    set_up(device, keep)
     dtype, where, name = json.loads(case)
     kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)

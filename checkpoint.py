@@ -18,6 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from datetime import UTC, datetime
 
@@ -25,7 +26,9 @@ import numpy
 import torch
 
 from files import write_atomically
+from loader import read_meta
 from model import GPT, GPTConfig
+from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -124,6 +127,23 @@ def kan_args(state):
     K, P = splines.size(-1), knots.size(-1)  # G + k and G + 2k + 1
     spline_order = P - 1 - K
     return dict(use_kan=True, kan_targets='attn,mlp', grid_size=K - spline_order, spline_order=spline_order)
+
+
+def load_tokenizer(checkpoint, vocab_size, dataset=''):
+    """The tokenizer of `dataset` if named, else the one in the checkpoint; for nanoGPT's, which has none, the one its size tells."""
+    if 'tokenizer' in checkpoint and not dataset:
+        return tokenizer_from_dict(checkpoint['tokenizer'])
+    if dataset:
+        meta = read_meta(dataset)
+        if not meta:
+            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
+        return tokenizer_from_dict(meta['tokenizer'])
+    if vocab_size in (50257, 50304):
+        return GPT2Tokenizer()
+    if vocab_size == len(TINYSHAKESPEARE_CHARS):
+        print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
+        return CharTokenizer(TINYSHAKESPEARE_CHARS)
+    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset')
 
 
 def versions():

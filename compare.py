@@ -26,7 +26,7 @@ import plotly.offline
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from configurator import configure, divide
+from configurator import INCIDENTAL, configure
 from files import write_atomically
 
 # -----------------------------------------------------------------------------
@@ -36,11 +36,10 @@ mix = False  # compare even runs on other data, other validation windows or anot
 over = ''  # two settings, joined by a comma: also a table of the best loss over the two for each family, the rows alike in all else
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
-own, folders = divide(sys.argv[1:], ['out', 'baseline', 'mix', 'over', 'scaling'])
-configure(globals(), own)
+configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
+folders = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 matplotlib.use('Agg')
 
-INCIDENTAL = ('seed', 'out_dir', 'init_from', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name', 'log_interval', 'compile')
 SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
 AXES = {  # of the curves: what a line of the log says in this unit
     'iterations': lambda group, iteration: iteration,
@@ -54,15 +53,16 @@ AXES = {  # of the curves: what a line of the log says in this unit
 
 
 def read_run(folder):
-    """{folder, record, log} of a run; ValueError where there is none."""
+    """{folder, record, log} of a run, or None where there is none."""
     try:
         with open(os.path.join(folder, 'run.json'), encoding='utf-8') as f:
             record = json.load(f)
         with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
             log = [json.loads(line) for line in f if line.endswith('\n')]
         record['config']['seed'], record['parameters']['total'], record['tokens_per_iter'], record['dataset']['splits']
-    except FileNotFoundError as error:
-        raise ValueError(f'{folder} holds no run of train.py: {error.filename} is missing') from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        print(f'left out: {folder} holds no run of train.py, {error.filename} is missing', file=sys.stderr)
+        return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{folder}: run.json or log.jsonl is damaged or of an older train.py ({error!r})') from None
     return {'folder': folder, 'record': record, 'log': [line for line in log if line['iter'] > 0]}
@@ -72,7 +72,7 @@ def group_runs(runs):
     """[{name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
     groups = {}
     for run in runs:
-        config = {key: value for key, value in run['record']['config'].items() if key not in INCIDENTAL}
+        config = {key: value for key, value in run['record']['config'].items() if key not in (*INCIDENTAL, 'seed')}
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
         group = groups.setdefault(key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []})
         group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
@@ -82,7 +82,7 @@ def group_runs(runs):
     shared = os.path.commonprefix(names) if len(names) > 1 else ''
     shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
     for group in groups.values():
-        group['name'] = group['name'].removeprefix(shared)
+        group['full_name'], group['name'] = group['name'], group['name'].removeprefix(shared)
         seeds = [run['record']['config']['seed'] for run in group['finished']]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f'{group["name"]}: the same seed twice')
@@ -98,8 +98,9 @@ def name_of(folder):
 def check_comparable(groups):
     """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
     facts = {
-        'data': lambda g, record: tuple(record['dataset']['splits'][split]['sha256'] for split in ('train', 'val')),
+        'data': lambda g, record: record['dataset']['splits'] and tuple(data['sha256'] for data in record['dataset']['splits'].values()),
         'validation windows': lambda g, record: (g['config']['eval_iters'] * g['config']['batch_size'], g['config']['block_size']),
+        'iterations between evaluations': lambda g, record: g['config']['eval_interval'],
         'tokens to train on': lambda g, record: g['config']['max_iters'] * record['tokens_per_iter'],
     }
     for what, fact in facts.items():
@@ -147,21 +148,28 @@ def compare_with(base, group):
 
 
 def fit_power_law(groups):
-    """loss = factor * parameters ** exponent through all runs of a family, by least squares of the logarithms; 95 % intervals."""
-    x = np.log([group['parameters'] for group in groups for _ in group['best']])
-    y = np.log([loss for group in groups for loss in group['best']])
-    fit = stats.linregress(x, y)
-    width = stats.t.ppf(0.975, len(x) - 2) * fit.stderr if len(x) > 2 else math.nan
-    return {'factor': math.exp(fit.intercept), 'exponent': fit.slope, 'interval': [fit.slope - width, fit.slope + width], 'runs': len(x)}
+    """
+    loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the logarithms.
+    The 95 % interval of the exponent is Student's, with as many degrees of freedom as sizes but two.
+    """
+    fit = stats.linregress([math.log(group['parameters']) for group in groups], [math.log(np.mean(group['best'])) for group in groups])
+    width = stats.t.ppf(0.975, len(groups) - 2) * fit.stderr
+    return {
+        'factor': math.exp(fit.intercept),
+        'exponent': fit.slope,
+        'interval': [fit.slope - width, fit.slope + width],
+        'sizes': len(groups),
+    }
 
 
 def families(groups, settings):
-    """{name: groups that differ in these settings only}; the name is the part that theirs share."""
+    """[(name, groups that differ in these settings only)]; the name is what theirs have in common, if anything, else the first's."""
     found = {}
     for group in groups:
         key = json.dumps({name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True)
         found.setdefault(key, []).append(group)
-    return {os.path.commonprefix([g['name'] for g in members]).partition(',')[0].rstrip('-_'): members for members in found.values()}
+    shared = [os.path.commonprefix([group['full_name'] for group in members]).rpartition(',')[0] for members in found.values()]
+    return [(name or members[0]['name'], members) for name, members in zip(shared, found.values())]
 
 
 def plain(value):
@@ -182,14 +190,16 @@ def mean_and_std(values):
 
 
 def describe_difference(group):
-    return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g})')
+    if not group['base'] or math.isnan(group['difference']):
+        return ''
+    return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g}, n = {group["pairs"]})')
 
 
 COLUMNS = {  # name: (text, number to sort by)
     'run': lambda g: (g['name'], g['name']),
     'seeds': lambda g: (str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''), len(g['seeds'])),
     'parameters': lambda g: (f'{g["parameters"] / 1e6:.3g}M', g['parameters']),
-    'FLOPs / token': lambda g: (f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
+    'FLOPs / token': lambda g: ('' if math.isnan(g['flops_per_token']) else f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
     'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
     'peak memory': lambda g: (f'{g["peak_memory"] / 1e9:.2f} GB', g['peak_memory']),
     'tokens': lambda g: (f'{g["tokens"] / 1e6:.3g}M', g['tokens']),
@@ -197,30 +207,30 @@ COLUMNS = {  # name: (text, number to sort by)
     'final val loss': lambda g: (mean_and_std(g['final']), np.mean(g['final'])),
     'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
     'bits / char': lambda g: (f'{np.mean(g["best"]) / math.log(2):.4f}' if g['by_character'] else '', np.mean(g['best'])),
-    'to baseline': lambda g: (describe_difference(g) if g['base'] else '', g['difference']),
+    'to baseline': lambda g: (describe_difference(g), g['difference']),
 }
 
 
 def notes(groups, base):
+    devices = sorted({device for group in groups for device in group.get('devices', [])})
     yield f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a paired t-test over the seeds'
     yield 'that both rows have, two-sided, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is'
     yield 'the median over evaluation intervals and seeds; FLOPs are those of matrix products, forward and backward.'
-    yield 'Measured on: ' + '; '.join(sorted({device for group in groups for device in group['devices']})) + '.'
+    yield f'Measured on: {"; ".join(devices)}.' + (' Times on different ones do not compare.' if len(devices) > 1 else '')
     for group in groups:
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0
-            yield f'Unfinished, not counted: {run["folder"]}, {at} of {group["config"]["max_iters"]} iterations.'
+            yield f'Unfinished, cut off or diverged, and not counted: {run["folder"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
 
 
 def markdown(groups, base, laws, grids):
-    rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups]
+    rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
     lines += ['', *notes(groups, base), '', '![validation loss](curves.png)', '']
     if laws:
-        lines += ['| family | loss | 95 % interval of the exponent | runs |', '|---|---|---|--:|']
+        lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
         lines += [
-            f'| {name} | {describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["runs"]} |'
-            for name, law in laws.items()
+            f'| {name} | {describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |' for name, _, law in laws
         ]
         lines += ['', '![scaling](scaling.png)', '']
     return '\n'.join([*lines, *grids])
@@ -264,10 +274,9 @@ def draw_curves(groups):
     return figure
 
 
-def draw_scaling(members_of, laws):
+def draw_scaling(laws):
     figure, panel = plt.subplots(figsize=(8, 6), layout='constrained')
-    for name, law in laws.items():
-        members = members_of[name]
+    for name, members, law in laws:
         points = [(group['parameters'], loss) for group in members for loss in group['best']]
         dots = panel.scatter(*zip(*points), s=14)
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
@@ -284,7 +293,7 @@ def interactive_curves(groups, axis, unit):
     for group, color in zip(groups, colors * len(groups)):
         curve = group['curve']
         x = [unit(group, iteration) for iteration in curve['iterations']]
-        text = [f'{mean:.4f} ± {std:.4f}' for mean, std in zip(curve['mean'], curve['std'])]
+        text = [f'{mean:.4f}' + ('' if math.isnan(std) else f' ± {std:.4f}') for mean, std in zip(curve['mean'], curve['std'])]
         line = dict(x=x, y=curve['mean'].tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
         figure.add_scatter(**line, text=text, hovertemplate='%{text}', mode='lines+markers')
         if len(group['seeds']) > 1:
@@ -321,7 +330,7 @@ th[aria-sort=descending] button::after {{ content: " ↓"; }}
 <script>
 for (const header of document.querySelectorAll('th')) header.querySelector('button').onclick = () => {{
   const up = header.ariaSort !== 'ascending', body = document.querySelector('tbody'), i = header.cellIndex;
-  const key = row => {{ const v = row.cells[i].dataset.value; return isNaN(v) ? v : Number(v); }};
+  const key = row => {{ const v = row.cells[i].dataset.value; return v === 'nan' ? Infinity : isNaN(v) ? v : Number(v); }};
   const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1);
   body.append(...[...body.rows].sort(order));
   for (const other of header.parentNode.cells) other.ariaSort = other === header ? (up ? 'ascending' : 'descending') : 'none';
@@ -332,9 +341,10 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 
 
 def page(groups, base):
-    cells = [[column(group) for column in COLUMNS.values()] for group in groups]
+    shown = [group for group in groups if group['finished']]
+    cells = [[column(group) for column in COLUMNS.values()] for group in shown]
     body = [''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text)}</td>' for text, value in row) for row in cells]
-    figures = [interactive_curves(groups, axis, unit) for axis, unit in AXES.items()]
+    figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items()]
     return PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
@@ -346,7 +356,7 @@ def page(groups, base):
     )
 
 
-groups = group_runs([read_run(folder) for folder in folders])
+groups = group_runs([run for run in map(read_run, folders) if run])
 if not groups:
     raise ValueError('expected folders of runs, e.g. python compare.py out-sweep/*')
 if not mix:
@@ -356,7 +366,7 @@ if not shown:
     raise ValueError('none of the runs is finished')
 for group in shown:
     summarize(group)
-base = next((group for group in shown if group['name'] == baseline), None) if baseline else shown[0]
+base = next((group for group in shown if baseline in (group['name'], group['full_name'])), None) if baseline else shown[0]
 if base is None:
     raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(group["name"] for group in shown)}')
 for group in shown:
@@ -364,25 +374,21 @@ for group in shown:
     group['difference'], group['p'], group['pairs'] = compare_with(base, group)
 if over and (over.count(',') != 1 or not set(over.split(',')) <= shown[0]['config'].keys()):
     raise ValueError(f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std')
-grids = (
-    [line for name, members in families(shown, over.split(',')).items() for line in grid_table(name, members, *over.split(','))]
-    if over
-    else []
-)
-members_of = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else {}
-laws = {name: fit_power_law(members) for name, members in members_of.items() if len(members) > 2}
+grids = [line for name, members in families(shown, over.split(',')) for line in grid_table(name, members, *over.split(','))] if over else []
+by_size = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else []
+laws = [(name, members, fit_power_law(members)) for name, members in by_size if len({group['parameters'] for group in members}) > 2]
 if scaling and not laws:
     raise ValueError('--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only')
 
 os.makedirs(out, exist_ok=True)
-table = markdown(shown, base, laws, grids)
+table = markdown(groups, base, laws, grids)
 public = [{key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown]
-report = plain({'baseline': base['name'], 'groups': public, 'scaling': laws})
-for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(shown, base)}.items():
+report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
+for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(groups, base)}.items():
     with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
         f.write(text)
 draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
 if laws:
-    draw_scaling(members_of, laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
+    draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
 print(table)
 print(f'written: {os.path.join(out, "compare.md")}, compare.json, compare.html and figures')

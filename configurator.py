@@ -24,6 +24,8 @@ ARITHMETIC = {
     ast.FloorDiv: operator.floordiv,
 }
 ROOT = os.path.dirname(os.path.abspath(__file__))
+# settings of train.py that may differ between tries of one run: they do not change what it learns
+INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'wandb_log', 'wandb_project', 'wandb_run_name')
 
 
 class ConfigError(ValueError):
@@ -47,7 +49,8 @@ def configure(variables, argv=None):
 
 def divide(argv, names):
     """The arguments of a script that runs or reads another one: the flags called `names` (and --help), and the rest for the other."""
-    own = [arg for arg in argv if arg in ('--help', '-h') or arg.removeprefix('--').partition('=')[0] in names]
+    flags = [f'--{name}' for name in names]
+    own = [arg for arg in argv if arg in ('--help', '-h') or arg.partition('=')[0] in flags]
     return own, [arg for arg in argv if arg not in own]
 
 

@@ -45,6 +45,15 @@ def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(device.split(':')[0], getattr(torch, dtype))
 
 
+def set_up(device, keep=True):
+    """What training on the device is fast with: TF32 on CUDA, memory kept on a CPU."""
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if device == 'cpu' and keep:
+        keep_memory()
+
+
 def keep_memory():
     """
     Tell glibc to keep what tensors free for the tensors that follow. By default large ones go back to the system and come as
@@ -60,8 +69,10 @@ def keep_memory():
 
 def clock(device):
     """Seconds, once the device has done what it was given to do."""
-    if device != 'cpu':
-        getattr(torch, device.split(':')[0]).synchronize()
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    if device == 'mps':
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

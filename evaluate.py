@@ -7,7 +7,7 @@ The exact loss of a model over a whole split: every token once, each after as mu
 
 Prints loss (nats per token), perplexity, bits per character and per byte of the text, so that models by character and by byte pair
 compare; the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last
---stride tokens count. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
+--stride tokens count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
 """
 
 import json
@@ -17,12 +17,11 @@ import torch
 from tqdm import tqdm
 
 import loader
-from checkpoint import build_model, load_checkpoint
+from checkpoint import build_model, load_checkpoint, load_tokenizer
 from configurator import configure
 from cost import count_flops
 from device import autocast, device_name, pick_device, pick_dtype
 from model import GPT
-from tokenizer import GPT2Tokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -30,9 +29,9 @@ out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train' or 'val'
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
-batch_size = 32
+batch_size = 8  # windows at a time
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
+dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
 if batch_size < 1 or stride < 0 or split not in ('train', 'val'):
@@ -78,7 +77,7 @@ if init_from == 'resume':
     model = build_model(checkpoint, dropout=0.0)
     dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
 else:
-    checkpoint = {'tokenizer': GPT2Tokenizer().to_dict()}
+    checkpoint = {'tokenizer': {'kind': 'gpt2'}}
     model = GPT.from_pretrained(init_from, dict(dropout=0.0))
 if not dataset:
     raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
@@ -86,11 +85,11 @@ loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
     raise ValueError(f'data set {dataset!r} has another vocabulary than the model was trained on: encode its text with that of the model')
-tokenizer = tokenizer_from_dict(meta['tokenizer'] if meta else checkpoint.get('tokenizer', GPT2Tokenizer().to_dict()))
+tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset if meta else '')
 data = loader.open_split(dataset, split)
 length = min(model.config.block_size, len(data) - 1)
 stride = min(stride, length) or max(1, length // 2)
-loader.check_dataset(dataset, length, model.config.vocab_size)
+loader.check_dataset(dataset, 1, model.config.vocab_size)
 model.eval()
 model.to(device)
 

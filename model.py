@@ -40,7 +40,7 @@ class GPTConfig:
     grid_max: float = 1.0
 
     def __post_init__(self):
-        hidden = 'kan_hidden' if self.use_kan else 'mlp_hidden'
+        hidden = 'kan_hidden' if self.is_kan('mlp') else 'mlp_hidden'
         if self.n_head < 1 or round(getattr(self, hidden) * self.n_embd) < 1:
             raise ValueError(
                 f'expected n_head >= 1 and {hidden} * n_embd >= 1, got {self.n_head} and {getattr(self, hidden)} * {self.n_embd}'

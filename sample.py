@@ -9,16 +9,13 @@ Checkpoints of nanoGPT and nanoGPKANT work too: put the ckpt.pt into a folder an
 """
 
 import codecs
-import sys
 
 import torch
 
-from checkpoint import build_model, load_checkpoint
+from checkpoint import build_model, load_checkpoint, load_tokenizer
 from configurator import configure
 from device import autocast, pick_device, pick_dtype
-from loader import read_meta
 from model import GPT
-from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -44,23 +41,6 @@ if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 torch.manual_seed(seed)
-
-
-def load_tokenizer(checkpoint, vocab_size):
-    """The tokenizer in the checkpoint; for nanoGPT's, which has none, that of `dataset`, or the one its size tells."""
-    if 'tokenizer' in checkpoint and not dataset:
-        return tokenizer_from_dict(checkpoint['tokenizer'])
-    if dataset:
-        meta = read_meta(dataset)
-        if not meta:
-            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
-        return tokenizer_from_dict(meta['tokenizer'])
-    if vocab_size in (50257, 50304):
-        return GPT2Tokenizer()
-    if vocab_size == len(TINYSHAKESPEARE_CHARS):
-        print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
-        return CharTokenizer(TINYSHAKESPEARE_CHARS)
-    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset')
 
 
 def read_prompt():
@@ -106,7 +86,7 @@ if init_from == 'resume':
 else:
     checkpoint = {}
     model = GPT.from_pretrained(init_from, dict(dropout=0.0))
-tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset)
 if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
 prompt = tokenizer.encode(read_prompt())

@@ -2,12 +2,14 @@
 Train every combination of config files and settings, one run after another.
 
     python sweep.py config/train_shakespeare_char_nano.py config/train_shakespeare_char_nano_kan.py --seed=1,2,3
-    python sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3,4e-3 --max_iters=300
+    python sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3 --max_iters=300 --lr_decay_iters=300
 
 Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
-named by what sets it apart. The same command again skips the runs that are finished and resumes the one that was cut off.
+named by what sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that are finished and
+resumes the one that was cut off.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,23 +20,13 @@ import sys
 
 from tqdm import tqdm
 
-from configurator import ROOT, configure, divide, settings_of
+from configurator import INCIDENTAL, ROOT, configure, divide, settings_of
 
 # -----------------------------------------------------------------------------
 root = 'out-sweep'  # the folder of the runs' folders
 # -----------------------------------------------------------------------------
 own, others = divide(sys.argv[1:], ['root'])
 configure(globals(), own)
-
-INCIDENTAL = (
-    'out_dir',
-    'init_from',
-    'device',
-    'dtype',
-    'wandb_log',
-    'wandb_project',
-    'wandb_run_name',
-)  # may differ between tries of a run
 
 
 def read_grid(argv):
@@ -46,8 +38,8 @@ def read_grid(argv):
             configs.append(arg)
         elif not arg.startswith('--') or not equals:
             raise ValueError(f'expected a config file or --key=value, got {arg!r}')
-        elif name in ('out_dir', 'init_from'):
-            raise ValueError(f'{arg}: the runs of a sweep have folders of their own (--root=...) and start from scratch')
+        elif name in ('out_dir', 'init_from', 'eval_only'):
+            raise ValueError(f'{arg}: the runs of a sweep start from scratch and have folders of their own (--root=...)')
         else:
             grid[name] = text.split(',') if re.fullmatch(r'[-+.\deE_,]+', text) else [text]
     if not configs:
@@ -62,6 +54,8 @@ def list_runs(configs, grid):
         flags = [f'--{name}={value}' for name, value in zip(grid, values)]
         varied = [flag.removeprefix('--') for flag, choices in zip(flags, grid.values()) if len(choices) > 1]
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
+        if os.path.join(root, name) in runs:
+            raise ValueError(f'two of the runs are called {name}: config files need names of their own')
         runs[os.path.join(root, name)] = [config, *flags]
     return runs
 
@@ -77,33 +71,45 @@ def read_record(out_dir):
 def check_record(out_dir, record, settings):
     """ValueError where the folder holds a run with other settings than those of this command."""
     config = record.get('config', {})
-    others = [f'{name}={config[name]!r}' for name in config if name not in INCIDENTAL and config[name] != settings.get(name)]
+    others = [f'{name}={config[name]!r}' for name in config if name not in (*INCIDENTAL, 'dtype') and config[name] != settings.get(name)]
     if others:
         raise ValueError(f'{out_dir} holds a run with {", ".join(others)}; move it away or choose another --root')
 
 
-def train(out_dir, args, max_iters, bar):
-    """Run train.py to its end, from its last checkpoint if there is one; returns its exit status."""
+def train(out_dir, args, bar):
+    """Run train.py to its end, from its last checkpoint if there is one."""
+    os.makedirs(out_dir, exist_ok=True)
     started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
-    environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)  # Ctrl-C reaches it through this process
-    before, lines = bar.n, []
+    process = subprocess.Popen(command, env={**os.environ, 'PYTHONUNBUFFERED': '1'}, **pipes)
+    before, last = bar.n, ''
     try:
-        for line in process.stdout:
-            lines = [*lines[-20:], line]
-            if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
-                bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
-                bar.update(before + int(found[1]) - bar.n)
+        with open(os.path.join(out_dir, 'train.txt'), 'a', encoding='utf-8') as f:
+            for line in process.stdout:
+                f.write(line)
+                last = line.strip() or last
+                if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
+                    bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
+                    bar.update(before + int(found[1]) - bar.n)
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        process.communicate()  # it finishes its step and saves
+        stop(process)
         raise
-    if process.wait():
-        tqdm.write(f'{out_dir} failed:\n{"".join(lines)}')
-    bar.update(before + max_iters - bar.n)
-    return process.returncode
+    process.wait()
+    return last
+
+
+def stop(process):
+    """Let train.py finish its step and save; Ctrl-C again ends it at once, as it goes to both."""
+    process.send_signal(signal.SIGTERM)
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            process.communicate()
+
+
+def say(text):
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -116,14 +122,17 @@ missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)
 print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
 failed = []
 with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
-    for out_dir in missing:
+    for i, out_dir in enumerate(missing, 1):
         try:
-            status = train(out_dir, runs[out_dir], settings[out_dir]['max_iters'], bar)
+            last = train(out_dir, runs[out_dir], bar)
         except KeyboardInterrupt:
             sys.exit('stopped; the same command goes on where it was')
-        if status:
-            failed.append(out_dir)
+        record = read_record(out_dir)
+        bar.update(sum(settings[out_dir]['max_iters'] for out_dir in missing[:i]) - bar.n)
+        if 'finished' in record:
+            say(f'{out_dir}: best validation loss {record["final"]["best_val_loss"]:.4f}')
         else:
-            tqdm.write(f'{out_dir}: best validation loss {read_record(out_dir)["final"]["best_val_loss"]:.4f}')
+            failed.append(out_dir)
+            say(f'{out_dir} did not finish: {last}')
 if failed:
-    sys.exit(f'error: {len(failed)} of {len(missing)} runs failed: {", ".join(failed)}')
+    sys.exit(f'error: {len(failed)} of {len(missing)} runs did not finish: {", ".join(failed)}')

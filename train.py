@@ -26,7 +26,7 @@ import checkpoint as ckpt
 import loader
 from configurator import configure
 from cost import count_flops
-from device import autocast, device_name, flops_promised, get_rng, keep_memory, peak_memory, pick_device, pick_dtype, set_rng
+from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng, set_up
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -108,7 +108,6 @@ device = pick_device('cpu' if ddp and device == 'auto' and not torch.cuda.is_ava
 device_type = device.split(':')[0]
 if ddp and device_type == 'cuda':
     device = f'cuda:{local_rank}'
-    torch.cuda.set_device(device)
 dtype = pick_dtype(dtype, device)
 if gradient_accumulation_steps % world_size:
     nearest = max(1, round(gradient_accumulation_steps / world_size)) * world_size
@@ -118,10 +117,7 @@ if gradient_accumulation_steps % world_size:
 config.update(device=device, dtype=dtype)
 micro_steps = gradient_accumulation_steps // world_size
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-if device_type == 'cuda':
-    torch.set_float32_matmul_precision('high')
-if device_type == 'cpu':
-    keep_memory()
+set_up(device)
 
 # data: rank 0 prepares and checks it, the others wait
 if master:
@@ -175,6 +171,9 @@ spline_settings = spline_lr_scale, None if spline_weight_decay == -1 else spline
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *spline_settings)
 scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
 if state:  # the moments of the optimizer, at the settings of this command
+    parts = [[len(group['params']) for group in groups] for groups in (optimizer.param_groups, state['optimizer']['param_groups'])]
+    if parts[0] != parts[1]:
+        raise ValueError('spline_lr_scale or spline_weight_decay set splines apart, and the run to resume did not, or the other way round')
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
     if scaler.is_enabled() and state.get('scaler'):
         scaler.load_state_dict(state['scaler'])
@@ -221,15 +220,17 @@ elif state and master:
     print(f'warning: no random state for {world_size} processes in the checkpoint, dropout starts from the seed')
 
 
-# the first signal is noted and the loop stops at the end of a step; the second one ends the process at once
+# the first signal is noted and the loop stops at the end of a step; another one ends the process at once, unless it comes within
+# a second: a terminal or a scheduler signals this process, and so does the launcher that was signalled with it
 signals = []
 
 
 def on_signal(number, frame):
-    if signals:
+    if signals and time.monotonic() - signals[0] > 1:
         os._exit(128 + number)
-    signals.append(number)
-    os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
+    if not signals:
+        os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
+    signals.append(time.monotonic())
 
 
 def is_stopping():

@@ -1,5 +1,5 @@
 """
-A KAN-GPT with KAN layers in the MLP only, normalised before each of them, on a wider grid: nano size, 1.48M parameters.
+A KAN-GPT with KAN layers in the MLP only, their inputs normalised, on a wider grid: nano size, 1.56M parameters.
 
     python train.py config/train_shakespeare_char_nano_kan_mlp.py
 """

@@ -21,7 +21,17 @@ BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 
 def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **config):
     """What train.py leaves behind, with losses loss + 1, loss and loss + 0.1 at iterations 10, 20 and 30."""
-    settings = dict(seed=seed, dataset='x_char', max_iters=30, eval_iters=2, batch_size=4, block_size=8, n_layer=1, out_dir=folder.name)
+    settings = dict(
+        seed=seed,
+        dataset='x_char',
+        max_iters=30,
+        eval_iters=2,
+        batch_size=4,
+        block_size=8,
+        n_layer=1,
+        eval_interval=10,
+        out_dir=folder.name,
+    )
     log = [dict(iter=0, val_loss=9.0, tokens_per_s=None, peak_mem=1e9)]
     for i, extra in enumerate((1.0, 0.0, 0.1), 1):
         log.append(dict(iter=10 * i, val_loss=loss + extra, tokens_per_s=100.0 * i, peak_mem=1e9 * i, seconds=1.0))
@@ -93,10 +103,22 @@ def test_baseline_by_name(runs):
     assert 'expected one of a, b, b_wide' in complaint(runs, 'compare.py', *map(str, (runs / 'runs').iterdir()), '--baseline=c')
 
 
+def test_folders_without_a_run_are_left_out_with_a_word(runs):
+    (runs / 'runs/empty').mkdir()
+    done = run_forked(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())), '--out=c')
+    assert done.returncode == 0 and 'runs/empty holds no run of train.py' in done.stderr and len(read_report(runs)['groups']) == 3
+
+
+def test_settings_with_no_finished_run_are_named(runs):
+    write_run(runs / 'runs/z', 1, 0.1, finished=False, n_layer=9)
+    table = compare(runs)
+    assert '| z |' not in table and 'runs/z, evaluated at 10 of 30 iterations' in table
+
+
 def test_unfinished_runs_are_marked_and_not_counted(runs):
     write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
     table = compare(runs)
-    assert '| a | 3 (+ 1 unfinished) |' in table and 'a,seed=4, 10 of 30 iterations' in table
+    assert '| a | 3 (+ 1 unfinished) |' in table and 'a,seed=4, evaluated at 10 of 30 iterations' in table
     assert read_report(runs)['groups'][0]['seeds'] == [1, 2, 3]
 
 
@@ -106,6 +128,7 @@ def test_unfinished_runs_are_marked_and_not_counted(runs):
         (dict(splits='1'), 'different data (a: 000000000000 000000000000; '),
         (dict(block_size=16), 'different validation windows (a: 8 8; '),
         (dict(eval_iters=3), 'different validation windows'),
+        (dict(eval_interval=20), 'different iterations between evaluations'),
         (dict(max_iters=40), 'different tokens to train on (a: 1500; '),
     ],
 )
@@ -116,8 +139,8 @@ def test_what_does_not_compare_is_refused_unless_asked(runs, change, reason):
 
 
 def test_mistakes_are_named(runs):
-    assert 'holds no run' in complaint(runs, 'compare.py', str(runs))
     assert 'expected folders' in complaint(runs, 'compare.py')
+    assert "unknown setting 'basline', did you mean 'baseline'" in complaint(runs, 'compare.py', str(runs / 'runs/a,seed=1'), '--basline=a')
     write_run(runs / 'runs/again,seed=1', 1, 1.0)
     assert 'the same seed twice' in complaint(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
     (runs / 'runs/a,seed=1/run.json').write_text('{"config": 3')
@@ -130,7 +153,7 @@ def test_power_law_of_points_that_lie_on_one(tmp_path):
             write_run(tmp_path / f'runs/d{n_layer},seed={seed}', seed, 5 * parameters**-0.1, parameters, n_layer=n_layer)
     table = compare(tmp_path, '--scaling=True')
     (law,) = read_report(tmp_path)['scaling'].values()
-    assert law['factor'] == pytest.approx(5) and law['exponent'] == pytest.approx(-0.1) and law['runs'] == 8
+    assert law['factor'] == pytest.approx(5) and law['exponent'] == pytest.approx(-0.1) and law['sizes'] == 4
     assert law['interval'] == pytest.approx([-0.1, -0.1]) and '5 · parameters^-0.1000' in table
     assert (tmp_path / 'c/scaling.png').read_bytes().startswith(b'\x89PNG')
 

@@ -38,13 +38,22 @@ def test_runs_all_then_skips_all(folder):
     assert other.startswith('error: runs/a,seed=1 holds a run with learning_rate=0.01;') and 'a,seed=4' not in os.listdir(folder / 'runs')
 
 
-def test_goes_on_with_the_run_that_was_cut_off(folder):
+@pytest.mark.parametrize(
+    'send',
+    [
+        lambda process: os.killpg(process.pid, signal.SIGINT),
+        lambda process: os.killpg(process.pid, signal.SIGTERM),
+        lambda process: process.terminate(),
+    ],
+    ids=['Ctrl-C', 'SIGTERM to all', 'SIGTERM to sweep.py'],
+)
+def test_goes_on_with_the_run_that_was_cut_off(folder, send):
     long = ('train_a.py', '--root=runs', *flags(max_iters=3000, eval_interval=100))
     process = start(folder, 'sweep.py', *long, start_new_session=True)
     read_until(process.stdout, '1 runs')
     while not (folder / 'runs/a/ckpt.pt').exists():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    send(process)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and 'the same command goes on where it was' in stderr
     at = load(folder / 'runs/a')['iter_num']
@@ -57,7 +66,7 @@ def test_goes_on_with_the_run_that_was_cut_off(folder):
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     done = run(folder, 'sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert done.returncode == 1
-    assert done.stderr.strip().endswith('error: 2 of 4 runs failed: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30')
+    assert done.stderr.strip().endswith('error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30')
     assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
 
 

@@ -147,6 +147,9 @@ def test_second_signal_exits_at_once(tmp_path, dataset):
     time.sleep(0.5)
     process.terminate()
     read_until(process.stderr, 'stopping: finishing the step and saving')
+    process.terminate()  # at once: the launcher's copy of the first
+    time.sleep(1.2)
+    assert process.poll() is None
     begin = time.monotonic()
     process.terminate()
     finish(process)
