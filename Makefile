@@ -1,13 +1,13 @@
 # make demo   a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test   the whole test suite; make lint is part of it
-# make results  the pages and figures of results/ from the records of its runs; make results-runs trains them
+# make results  the pages of results/ from the records of its runs; make results-runs trains them, hours on two cores
 # make bench  time and memory beside efficient-kan and inkan; an hour on two cores
 # make clean  remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint results bench clean
+.PHONY: demo test lint results results-runs bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -26,7 +26,13 @@ bench: .venv/installed-bench
 	$(BIN)/python bench.py --suite=sample
 
 results: .venv/installed-compare
-	for study in results/*/; do $(BIN)/python compare.py $$study/runs/* --out=$$study || exit 1; done
+	$(BIN)/python compare.py results/nano_tuning/runs/* --out=results/nano_tuning --over=learning_rate,init_std
+
+NANO = config/train_shakespeare_char_nano
+results-runs: .venv/installed
+	$(BIN)/python sweep.py $(NANO).py $(NANO)_kan.py $(NANO)_kan_mlp.py $(NANO)_balanced.py $(NANO)_swiglu.py --root=results/nano_tuning/runs \
+		--max_iters=300 --lr_decay_iters=300 --warmup_iters=30 --eval_interval=300 \
+		--learning_rate=2e-3,4e-3,8e-3 --init_std=0.02,0.04,0.08,0.16
 
 clean:
 	rm -rf .venv
