@@ -212,10 +212,13 @@ COLUMNS = {  # name: (text, number to sort by)
 
 
 def notes(groups, base):
+    """What a reader of the table has to know, a paragraph each."""
     devices = sorted({device for group in groups for device in group.get('devices', [])})
-    yield f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a paired t-test over the seeds'
-    yield 'that both rows have, two-sided, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is'
-    yield 'the median over evaluation intervals and seeds; FLOPs are those of matrix products, forward and backward.'
+    yield (
+        f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a two-sided paired t-test over the n '
+        'seeds that both rows have, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is the '
+        'median over evaluation intervals and seeds; FLOPs are those of matrix products, forward and backward.'
+    )
     yield f'Measured on: {"; ".join(devices)}.' + (' Times on different ones do not compare.' if len(devices) > 1 else '')
     for group in groups:
         for run in group['unfinished']:
@@ -226,7 +229,7 @@ def notes(groups, base):
 def markdown(groups, base, laws, grids):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
-    lines += ['', *notes(groups, base), '', '![validation loss](curves.png)', '']
+    lines += ['', *(line for note in notes(groups, base) for line in (note, '')), '![validation loss](curves.png)', '']
     if laws:
         lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
         lines += [
@@ -315,7 +318,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px;
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.9rem; }}
 th, td {{ padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #1f77b4; }}
 th[aria-sort=ascending] button::after {{ content: " ↑"; }}
@@ -324,7 +327,7 @@ th[aria-sort=descending] button::after {{ content: " ↓"; }}
 <script>{plotly}</script>
 <h1>Runs compared</h1>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p>{notes}</p>
+{notes}
 <h2>Validation loss</h2>
 {figures}
 <script>
@@ -349,7 +352,7 @@ def page(groups, base):
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
         body=''.join(f'<tr>{row}</tr>' for row in body),
-        notes='<br>'.join(map(html.escape, notes(groups, base))),
+        notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
         figures=''.join(
             plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures
         ),
