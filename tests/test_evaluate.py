@@ -10,8 +10,8 @@ from helpers import SHAPE, TINY, TOKENIZER, complaint, make_checkpoint, read_log
 from torch.nn import functional as F
 
 from checkpoint import build_model
-from loader import open_split
-from tokenizer import CharTokenizer
+from loader import open_split, write_meta, write_split
+from tokenizer import CharTokenizer, GPT2Tokenizer
 
 T = SHAPE['block_size']
 
@@ -78,6 +78,34 @@ def test_split_shorter_than_the_context(model_and_data, tmp_path):
     folder, _, _ = model_and_data
     dataset = write_dataset(tmp_path / 'short', n_val=T - 3)
     assert evaluate(folder, f'--dataset={dataset}')['tokens'] == T - 4
+
+
+def test_checkpoint_of_nanogpt(model_and_data, tmp_path):
+    """Without a vocabulary and with the prefix of torch.compile: that of the data set, and the same loss."""
+    folder, dataset, checkpoint = model_and_data
+    ours = evaluate(folder, f'--dataset={dataset}')
+    model_args = {
+        name: checkpoint['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    }
+    state = {f'_orig_mod.{name}': p for name, p in checkpoint['model'].items()}
+    torch.save({'model': state, 'model_args': model_args, 'config': {'dataset': dataset}}, tmp_path / 'ckpt.pt')
+    theirs = evaluate(tmp_path, '--out_dir=.')
+    assert theirs['loss'] == ours['loss'] and theirs['bits_per_byte'] == ours['bits_per_byte']
+
+
+def test_weights_of_gpt2_on_byte_pairs(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=50257)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
+    tokenizer = GPT2Tokenizer()
+    text = 'A rose is a rose — is a rosé. ' * 9
+    for split in ('train', 'val'):
+        write_split(tmp_path, split, tokenizer.encode_ordinary(text))
+    write_meta(tmp_path, tokenizer, 'a poem')
+    result = evaluate(tmp_path, f'--init_from={tmp_path}/gpt2', f'--dataset={tmp_path}')
+    first = len(tokenizer.decode_bytes(tokenizer.encode_ordinary(text)[:1]))
+    assert result['bytes'] == len(text.encode()) - first and result['chars'] == len(text) - first
+    assert result['loss'] == pytest.approx(math.log(50257), abs=0.3)
 
 
 def test_mistakes_are_named(model_and_data, tmp_path):

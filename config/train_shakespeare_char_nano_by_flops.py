@@ -1,0 +1,28 @@
+"""
+The vanilla GPT that costs what the KAN-GPT of train_shakespeare_char_nano_kan.py costs:
+12,128,832 FLOPs per token.
+
+    python train.py config/train_shakespeare_char_nano_by_flops.py
+
+Found by `python balance.py config/train_shakespeare_char_nano_kan.py --by=flops`.
+"""
+
+out_dir = 'out-shakespeare-char-nano-by-flops'
+wandb_run_name = 'shakespeare-char-nano-by-flops'
+eval_interval = 250
+eval_iters = 100
+always_save_checkpoint = False
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 2
+batch_size = 16
+block_size = 64
+n_layer = 16
+n_head = 3
+n_embd = 96
+mlp_hidden = 4.166666666666667
+learning_rate = 0.002
+max_iters = 1000
+beta2 = 0.99
+warmup_iters = 100
+lr_decay_iters = 1000
+min_lr = 0.0002
