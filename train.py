@@ -122,7 +122,7 @@ set_up(device)
 # data: rank 0 prepares and checks it, the others wait
 if master:
     loader.prepare_dataset(dataset)
-    if not eval_only:
+    if not eval_only and init_from != 'resume':
         os.makedirs(out_dir, exist_ok=True)
 while not loader.is_prepared(dataset):
     time.sleep(1)
@@ -366,6 +366,8 @@ record = dict(
 say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{tokens_per_iter:,} tokens per iteration on {record["device"]}, {world_size} process(es), {dtype}')
+if state:
+    say(f'resuming at iteration {iter_num}')
 if master and not eval_only:
     if not state and (folder := ckpt.set_aside(out_dir)):
         say(f'{out_dir} holds an earlier run: its files are moved to {folder}')

@@ -254,7 +254,7 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
     assert record['final']['val_loss'] == log[-1]['val_loss']
     assert abs(state['best_val_loss'] - min(line['val_loss'] for line in log)) < 1e-12
 
-    train(tmp_path, dataset, max_iters=5, init_from='resume', decay_lr=False)
+    assert 'resuming at iteration 3\n' in train(tmp_path, dataset, max_iters=5, init_from='resume', decay_lr=False).stdout
     log = read_log(out)
     assert [line['iter'] for line in log] == [0, 2, 3, 4, 5]
     assert log[-1]['lr'] == TINY['learning_rate']
@@ -396,6 +396,11 @@ def complain(tmp_path, dataset):
 )
 def test_bad_setting(complain, settings, words):
     assert words in complain(**settings)
+
+
+def test_resume_where_nothing_is_leaves_nothing(tmp_path, complain):
+    complain(init_from='resume')
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(
