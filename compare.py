@@ -229,7 +229,8 @@ def notes(groups, base):
 def markdown(groups, base, laws, grids):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
-    lines += ['', *(line for note in notes(groups, base) for line in (note, '')), '![validation loss](curves.png)', '']
+    lines += ['', *(line for note in notes(groups, base) for line in (note, ''))]
+    lines += ['![validation loss](curves.png)', ''] if has_curves(groups) else []
     if laws:
         lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
         lines += [
@@ -258,6 +259,10 @@ def describe(law):
 
 
 # figures
+
+
+def has_curves(groups):
+    return any(len(group['curve']['iterations']) > 1 for group in groups if group['finished'])
 
 
 def draw_curves(groups):
@@ -328,7 +333,6 @@ th[aria-sort=descending] button::after {{ content: " ↓"; }}
 <h1>Runs compared</h1>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {notes}
-<h2>Validation loss</h2>
 {figures}
 <script>
 for (const header of document.querySelectorAll('th')) header.querySelector('button').onclick = () => {{
@@ -347,15 +351,14 @@ def page(groups, base):
     shown = [group for group in groups if group['finished']]
     cells = [[column(group) for column in COLUMNS.values()] for group in shown]
     body = [''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text)}</td>' for text, value in row) for row in cells]
-    figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items()]
+    figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items() if has_curves(shown)]
     return PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
         body=''.join(f'<tr>{row}</tr>' for row in body),
         notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
-        figures=''.join(
-            plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures
-        ),
+        figures='<h2>Validation loss</h2>' * bool(figures)
+        + ''.join(plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures),
     )
 
 
@@ -390,7 +393,8 @@ report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: la
 for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(groups, base)}.items():
     with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
         f.write(text)
-draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+if has_curves(shown):
+    draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
 if laws:
     draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
 print(table)

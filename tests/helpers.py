@@ -24,7 +24,9 @@ from tokenizer import CharTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
-FORKED.set_forkserver_preload(['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'tqdm', 'pytest'])
+FORKED.set_forkserver_preload(
+    ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'tqdm', 'pytest', 'matplotlib.pyplot', 'plotly.io', 'scipy.stats']
+)
 TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
