@@ -7,30 +7,32 @@ PyTorch's counter leaves them out; attention counts whole T x T matrices, whethe
 """
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import kernels  # noqa: F401, its operators are counted
+import kernels  # noqa: F401, whose operators are counted
 from device import autocast, clock
 from model import GPT, GPTConfig
 
 
-@register_flop_formula(torch.ops.kan.spline_linear)
 def forward_flops(x, weight, *settings, out_shape=None):
     """Shapes in, a number out: a product with all K + 1 columns of each feature."""
     return 2 * x[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.kan.spline_linear_backward)
 def backward_flops(grad, x, weight, knots, k, activation, dtype, needed, out_shape=None):
     return sum(needed) * forward_flops(x, weight)
 
 
+OPERATORS = {torch.ops.kan.spline_linear: forward_flops, torch.ops.kan.spline_linear_backward: backward_flops}
+
+
 def count_flops(model_args):
     """FLOPs per token, forward and backward, of a GPT with these arguments on sequences of block_size tokens."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, too, where there is some
+
     with torch.device('meta'):
         model = GPT(GPTConfig(**model_args))
         idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
         model(idx, idx)[1].backward()
     return counter.get_total_flops() / idx.numel()
 
