@@ -52,7 +52,7 @@ def list_runs(configs, grid):
     runs = {}
     for config, values in itertools.product(configs, itertools.product(*grid.values())):
         flags = [f'--{name}={value}' for name, value in zip(grid, values)]
-        varied = [flag.removeprefix('--') for flag, choices in zip(flags, grid.values()) if len(choices) > 1]
+        varied = sorted(flag.removeprefix('--') for flag, choices in zip(flags, grid.values()) if len(choices) > 1)
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         if os.path.join(root, name) in runs:
             raise ValueError(f'two of the runs are called {name}: config files need names of their own')

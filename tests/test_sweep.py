@@ -34,6 +34,8 @@ def test_runs_all_then_skips_all(folder):
     assert before == [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
     more = run(folder, 'sweep.py', 'train_a.py', '--root=runs', '--seed=2,3', '--learning_rate=1e-2')
     assert more.stdout.startswith('2 runs, 1 of them finished')
+    same = run(folder, 'sweep.py', *command[:3], '--learning_rate=1e-2', '--seed=1,2')
+    assert same.stdout == '4 runs, 4 of them finished\n'  # in whatever order the flags come
     other = complaint(folder, 'sweep.py', 'train_a.py', '--root=runs', '--seed=1,2,4', '--learning_rate=2e-2')
     assert other.startswith('error: runs/a,seed=1 holds a run with learning_rate=0.01;') and 'a,seed=4' not in os.listdir(folder / 'runs')
 
