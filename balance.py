@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import loader
-from configurator import INCIDENTAL, configure, divide, settings_of
+from configurator import configure, divide, settings_of
 from cost import count_flops, count_parameters, make_step
 from device import device_name, pick_device, pick_dtype, set_up
 from files import write_atomically
@@ -139,11 +139,25 @@ if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
     print(f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?')
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
-left_out = {*INCIDENTAL, 'dtype', 'use_kan', 'kan_targets', 'kan_hidden', 'kan_norm', 'grid_size', 'spline_order', 'grid_min', 'grid_max'}
+left_out = {
+    'device',
+    'dtype',
+    'compile',
+    'init_from',
+    'wandb_log',
+    'use_kan',
+    'kan_targets',
+    'kan_hidden',
+    'kan_norm',
+    'grid_size',
+    'spline_order',
+    'grid_min',
+    'grid_max',
+}
 left_out |= {'spline_lr_scale', 'spline_weight_decay'}
 settings.update(shape)
 changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in left_out}
-changed = {'out_dir': f'out-{name}', 'wandb_run_name': name, **changed}
+changed.update(out_dir=f'out-{name}', wandb_run_name=name)
 header = f'''"""
 The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
 {figure}.

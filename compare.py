@@ -2,7 +2,7 @@
 Finished runs side by side: a table, curves, and tests over seeds.
 
     python compare.py out-sweep/*
-    python compare.py out-sweep/* --baseline=nano_balanced --out=results/nano
+    python compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/nano
     python compare.py out-sizes/* --scaling=True
     python compare.py out-pilot/* --over=learning_rate,init_std
 
@@ -30,7 +30,7 @@ from configurator import INCIDENTAL, configure
 from files import write_atomically
 
 # -----------------------------------------------------------------------------
-out = 'compare'  # the folder to write into
+out = 'out-compare'  # the folder to write into
 baseline = ''  # the row that the others are compared with, by its name; by default the first
 mix = False  # compare even runs on other data, other validation windows or another number of tokens
 over = ''  # two settings, joined by a comma: also a table of the best loss over the two for each family, the rows alike in all else
@@ -99,7 +99,10 @@ def check_comparable(groups):
     """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
     facts = {
         'data': lambda g, record: record['dataset']['splits'] and tuple(data['sha256'] for data in record['dataset']['splits'].values()),
-        'validation windows': lambda g, record: (g['config']['eval_iters'] * g['config']['batch_size'], g['config']['block_size']),
+        'validation windows (eval_iters * batch_size of them, block_size long)': lambda g, record: (
+            g['config']['eval_iters'] * g['config']['batch_size'],
+            g['config']['block_size'],
+        ),
         'iterations between evaluations': lambda g, record: g['config']['eval_interval'],
         'tokens to train on': lambda g, record: g['config']['max_iters'] * record['tokens_per_iter'],
     }
@@ -190,8 +193,8 @@ def mean_and_std(values):
 
 
 def describe_difference(group):
-    if not group['base'] or math.isnan(group['difference']):
-        return ''
+    if not group['base'] or not group['pairs']:
+        return 'no seed in common' if group['base'] else ''
     return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g}, n = {group["pairs"]})')
 
 
@@ -204,10 +207,10 @@ COLUMNS = {  # name: (text, number to sort by)
     'peak memory': lambda g: (f'{g["peak_memory"] / 1e9:.2f} GB', g['peak_memory']),
     'tokens': lambda g: (f'{g["tokens"] / 1e6:.3g}M', g['tokens']),
     'best val loss': lambda g: (mean_and_std(g['best']), np.mean(g['best'])),
+    'to baseline': lambda g: (describe_difference(g), g['difference']),
     'final val loss': lambda g: (mean_and_std(g['final']), np.mean(g['final'])),
     'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
     'bits / char': lambda g: (f'{np.mean(g["best"]) / math.log(2):.4f}' if g['by_character'] else '', np.mean(g['best'])),
-    'to baseline': lambda g: (describe_difference(g), g['difference']),
 }
 
 
@@ -217,7 +220,8 @@ def notes(groups, base):
     yield (
         f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a two-sided paired t-test over the n '
         'seeds that both rows have, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is the '
-        'median over evaluation intervals and seeds; FLOPs are those of matrix products, forward and backward.'
+        'median over evaluation intervals and seeds, and the seconds of the curves are that many for each step; FLOPs are those of matrix '
+        'products, forward and backward; parameters are all of them, position embeddings included.'
     )
     yield f'Measured on: {"; ".join(devices)}.' + (' Times on different ones do not compare.' if len(devices) > 1 else '')
     for group in groups:
@@ -275,6 +279,7 @@ def draw_curves(groups):
             panel.fill_between(x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2)
         panel.set_xlabel(axis)
         panel.set_xscale('log' if axis in ('FLOPs', 'seconds') else 'linear')
+        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         panel.grid(alpha=0.3)
     figure.supylabel('validation loss, nats per token; band: one standard deviation over seeds')
     columns = max(1, 120 // (max(len(group['name']) for group in groups) + 8))
@@ -308,8 +313,15 @@ def interactive_curves(groups, axis, unit):
             edge = [*(curve['mean'] + curve['std']), *(curve['mean'] - curve['std'])[::-1]]
             figure.add_scatter(x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip')
             figure.data[-1].update(legendgroup=group['name'], showlegend=False)
-    layout = dict(xaxis_title=axis, yaxis_title='validation loss', template='plotly_white', height=480, margin=dict(l=50, r=10, t=10, b=40))
+    layout = dict(
+        xaxis_title=axis,
+        yaxis_title='validation loss, nats per token (± one std)',
+        template='plotly_white',
+        height=480,
+        margin=dict(l=50, r=10, t=10, b=40),
+    )
     figure.update_layout(**layout, legend=dict(orientation='h', y=-0.2), xaxis_type='log' if axis in ('FLOPs', 'seconds') else 'linear')
+    figure.update_xaxes(tickformat='~s', **({'dtick': 'D2'} if axis in ('FLOPs', 'seconds') else {}))
     return figure
 
 

@@ -5,11 +5,10 @@ Train every combination of config files and settings, one run after another.
     python sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3 --max_iters=300 --lr_decay_iters=300
 
 Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
-named by what sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that are finished and
+named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that are finished and
 resumes the one that was cut off.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -52,7 +51,7 @@ def list_runs(configs, grid):
     runs = {}
     for config, values in itertools.product(configs, itertools.product(*grid.values())):
         flags = [f'--{name}={value}' for name, value in zip(grid, values)]
-        varied = sorted(flag.removeprefix('--') for flag, choices in zip(flags, grid.values()) if len(choices) > 1)
+        varied = sorted(flag.removeprefix('--') for flag, name in zip(flags, grid) if name == 'seed' or len(grid[name]) > 1)
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         if os.path.join(root, name) in runs:
             raise ValueError(f'two of the runs are called {name}: config files need names of their own')
@@ -66,6 +65,8 @@ def read_record(out_dir):
             return json.load(f)
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f'{f.name} is damaged ({error}): move its folder away') from None
 
 
 def check_record(out_dir, record, settings):
@@ -77,34 +78,29 @@ def check_record(out_dir, record, settings):
 
 
 def train(out_dir, args, bar):
-    """Run train.py to its end, from its last checkpoint if there is one."""
+    """Run train.py to its end, from its last checkpoint if there is one; returns its last line. Ctrl-C lets it save first."""
     os.makedirs(out_dir, exist_ok=True)
     started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, env={**os.environ, 'PYTHONUNBUFFERED': '1'}, **pipes)
-    before, last = bar.n, ''
-    try:
-        with open(os.path.join(out_dir, 'train.txt'), 'a', encoding='utf-8') as f:
-            for line in process.stdout:
-                f.write(line)
-                last = line.strip() or last
-                if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
-                    bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
-                    bar.update(before + int(found[1]) - bar.n)
-    except KeyboardInterrupt:
-        stop(process)
-        raise
-    process.wait()
+    before, last, stopped = bar.n, '', False
+    with open(os.path.join(out_dir, 'train.txt'), 'a', encoding='utf-8') as f:
+        while process.poll() is None:
+            try:
+                for line in process.stdout:
+                    f.write(line)
+                    last = line.strip() or last
+                    if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
+                        bar.set_postfix_str(f'{os.path.basename(out_dir)}: {found[2]}', refresh=False)
+                        bar.update(before + int(found[1]) - bar.n)
+                process.wait()
+            except KeyboardInterrupt:  # it finishes its step and saves; another one ends it at once
+                process.send_signal(signal.SIGTERM)
+                stopped = True
+    if stopped:
+        raise KeyboardInterrupt
     return last
-
-
-def stop(process):
-    """Let train.py finish its step and save; Ctrl-C again ends it at once, as it goes to both."""
-    process.send_signal(signal.SIGTERM)
-    while process.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):
-            process.communicate()
 
 
 def say(text):

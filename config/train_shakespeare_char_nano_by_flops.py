@@ -8,10 +8,12 @@ Found by `python balance.py config/train_shakespeare_char_nano_kan.py --by=flops
 """
 
 out_dir = 'out-shakespeare-char-nano-by-flops'
-wandb_run_name = 'shakespeare-char-nano-by-flops'
 eval_interval = 250
+log_interval = 50
 eval_iters = 100
 always_save_checkpoint = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'shakespeare-char-nano-by-flops'
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 2
 batch_size = 16

@@ -96,6 +96,12 @@ def test_curves_are_means_over_seeds_without_the_start(runs):
     assert (runs / 'c/curves.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_rows_without_a_seed_in_common_say_so(runs):
+    write_run(runs / 'runs/z', 9, 1.0, n_layer=9)
+    assert '| no seed in common |' in compare(runs)
+    assert read_report(runs)['groups'][-1]['difference'] is None
+
+
 def test_baseline_by_name(runs):
     compare(runs, '--baseline=b')
     a, b, _ = read_report(runs)['groups']
@@ -126,7 +132,7 @@ def test_unfinished_runs_are_marked_and_not_counted(runs):
     'change, reason',
     [
         (dict(splits='1'), 'different data (a: 000000000000 000000000000; '),
-        (dict(block_size=16), 'different validation windows (a: 8 8; '),
+        (dict(block_size=16), 'different validation windows (eval_iters * batch_size of them, block_size long) (a: 8 8; '),
         (dict(eval_iters=3), 'different validation windows'),
         (dict(eval_interval=20), 'different iterations between evaluations'),
         (dict(max_iters=40), 'different tokens to train on (a: 1500; '),

@@ -62,6 +62,7 @@ def test_goes_on_with_the_run_that_was_cut_off(folder, send):
     assert 0 < at < 1500
     done = run(folder, 'sweep.py', *long)
     record = json.loads((folder / 'runs/a/run.json').read_text())
+    assert f'stopped at iteration {at}' in (folder / 'runs/a/train.txt').read_text()
     assert done.returncode == 0 and record['resumed_at'] == at and 'finished' in record
 
 
@@ -73,6 +74,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
 
 
 def test_mistakes_are_named_before_anything_runs(folder):
+    os.makedirs(folder / 'damaged/a')
+    (folder / 'damaged/a/run.json').write_text('{')
+    assert 'damaged/a/run.json is damaged' in complaint(folder, 'sweep.py', 'train_a.py', '--root=damaged')
     assert 'at least one config file' in complaint(folder, 'sweep.py', '--seed=1,2')
     assert "unknown setting 'sed'" in complaint(folder, 'sweep.py', *CONFIGS, '--sed=1,2')
     assert 'folders of their own' in complaint(folder, 'sweep.py', *CONFIGS, '--out_dir=x')
