@@ -32,7 +32,7 @@ NANO = config/train_shakespeare_char_nano
 results-runs: .venv/installed
 	$(BIN)/python sweep.py $(NANO).py $(NANO)_kan.py $(NANO)_kan_mlp.py $(NANO)_balanced.py $(NANO)_swiglu.py --root=results/nano_tuning/runs \
 		--max_iters=300 --lr_decay_iters=300 --warmup_iters=30 --eval_interval=300 \
-		--learning_rate=2e-3,4e-3,8e-3 --init_std=0.02,0.04,0.08,0.16
+		--learning_rate=2e-3,4e-3,8e-3,1.6e-2 --init_std=0.02,0.04,0.08,0.16
 
 clean:
 	rm -rf .venv

@@ -24,6 +24,7 @@ import plotly.graph_objects as go
 import plotly.io
 import plotly.offline
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from scipy import stats
 
 from configurator import INCIDENTAL, configure
@@ -47,6 +48,7 @@ AXES = {  # of the curves: what a line of the log says in this unit
     'FLOPs': lambda group, iteration: iteration * group['tokens_per_iter'] * group['flops_per_token'],
     'seconds': lambda group, iteration: iteration * group['seconds_per_step'],
 }
+LOGARITHMIC = ('FLOPs', 'seconds')
 
 
 # reading
@@ -278,8 +280,11 @@ def draw_curves(groups):
             (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
             panel.fill_between(x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2)
         panel.set_xlabel(axis)
-        panel.set_xscale('log' if axis in ('FLOPs', 'seconds') else 'linear')
-        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        if axis in LOGARITHMIC:
+            panel.set_xscale('log')
+            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
         panel.grid(alpha=0.3)
     figure.supylabel('validation loss, nats per token; band: one standard deviation over seeds')
     columns = max(1, 120 // (max(len(group['name']) for group in groups) + 8))
@@ -320,8 +325,8 @@ def interactive_curves(groups, axis, unit):
         height=480,
         margin=dict(l=50, r=10, t=10, b=40),
     )
-    figure.update_layout(**layout, legend=dict(orientation='h', y=-0.2), xaxis_type='log' if axis in ('FLOPs', 'seconds') else 'linear')
-    figure.update_xaxes(tickformat='~s', **({'dtick': 'D2'} if axis in ('FLOPs', 'seconds') else {}))
+    figure.update_layout(**layout, legend=dict(orientation='h', y=-0.2))
+    figure.update_xaxes(tickformat='~g' if axis == 'seconds' else '~s', **(dict(type='log', dtick='D2') if axis in LOGARITHMIC else {}))
     return figure
 
 

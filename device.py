@@ -79,7 +79,8 @@ def clock(device):
 def device_name(device):
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
-    return f'{cpu_name()}, {torch.get_num_threads()} threads'
+    n_threads = torch.get_num_threads()
+    return f'{cpu_name()}, {n_threads} thread' + 's' * (n_threads > 1)
 
 
 def cpu_name():
