@@ -26,7 +26,7 @@ bench: .venv/installed-bench
 	$(BIN)/python bench.py --suite=sample
 
 results: .venv/installed-compare
-	$(BIN)/python compare.py results/nano_tuning/runs/* --out=results/nano_tuning --over=learning_rate,init_std
+	$(BIN)/python compare.py $(sort $(wildcard results/nano_tuning/runs/*)) --out=results/nano_tuning --over=learning_rate,init_std
 
 NANO = config/train_shakespeare_char_nano
 results-runs: .venv/installed

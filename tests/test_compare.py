@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers import complaint, run_forked
+from helpers import ROOT, complaint, run_forked
 from scipy import stats
 
 LOSSES = {  # best validation losses by seed
@@ -193,6 +193,15 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
     folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
     assert 'expected two settings' in complaint(tmp_path, 'compare.py', *folders, '--over=learning_rate')
+
+
+@pytest.mark.parametrize('study, flags', [('nano_tuning', ['--over=learning_rate,init_std'])])
+def test_pages_of_results_are_those_of_their_records(tmp_path, study, flags):
+    folders = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f'results/{study}/runs/*'))]
+    done = run_forked(ROOT, 'compare.py', *folders, f'--out={tmp_path}', *flags)
+    assert done.returncode == 0 and folders, done.stderr
+    assert (tmp_path / 'compare.md').read_text() == (ROOT / f'results/{study}/compare.md').read_text()
+    assert ' '.join(flags) in (ROOT / 'Makefile').read_text()
 
 
 def test_page_needs_no_network(runs):
