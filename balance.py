@@ -133,7 +133,7 @@ print(f'on {device_name(device)}, {dtype}')
 
 # the config file: what the KAN's command says, without the machine and without KAN layers
 _, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
-measured = f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} of its own, on {device_name(device)}, {dtype}'
+measured = f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} times as long, on {device_name(device)}, {dtype}'
 figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': measured}[by]
 if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
     print(f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?')
