@@ -48,7 +48,8 @@ def autocast(device, dtype):
 def set_up(device, keep=True):
     """What training on the device is fast with: TF32 on CUDA, memory kept on a CPU."""
     if device.startswith('cuda'):
-        torch.cuda.set_device(device)
+        if ':' in device:  # plain 'cuda' is the current one, and set_device wants an index
+            torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if device == 'cpu' and keep:
         keep_memory()

@@ -5,8 +5,8 @@ Train every combination of config files and settings, one run after another.
     python sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3 --max_iters=300 --lr_decay_iters=300
 
 Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
-named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that are finished and
-resumes the one that was cut off.
+named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that
+are finished and resumes the one that was cut off.
 """
 
 import itertools
