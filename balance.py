@@ -23,7 +23,7 @@ from configurator import configure, divide, settings_of
 from cost import count_flops, count_parameters, make_step
 from device import device_name, pick_device, pick_dtype, set_up
 from files import write_atomically
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, model_settings
 
 # -----------------------------------------------------------------------------
 by = 'params'  # 'params', 'flops' or 'seconds'
@@ -51,8 +51,7 @@ dtype = pick_dtype(settings['dtype'], device)
 set_up(device)
 
 loader.prepare_dataset(settings['dataset'])
-fields = {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
-kan = dict(fields, vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
+kan = dict(model_settings(settings), vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
 
 
 def vanilla(**shape):
@@ -153,8 +152,9 @@ left_out = {
     'spline_order',
     'grid_min',
     'grid_max',
+    'spline_lr_scale',
+    'spline_weight_decay',
 }
-left_out |= {'spline_lr_scale', 'spline_weight_decay'}
 settings.update(shape)
 changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in left_out}
 changed.update(out_dir=f'out-{name}', wandb_run_name=name)

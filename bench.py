@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import kernels
 from checkpoint import versions
-from configurator import ROOT, configure, read_file
+from configurator import ROOT, configure, settings_of
 from cost import make_step
 from device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
 from kan import KAN, KANLinear
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, model_settings
 
 # -----------------------------------------------------------------------------
 suite = 'layer'  # 'layer', 'step' or 'sample'
@@ -144,9 +144,9 @@ def prepare_layer(dtype, where, name):
 
 def make_gpt(config, **overrides):
     """The model of a config file, and its settings."""
-    settings = {name: value for name, value, _ in read_file(os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py'))}
-    settings.update(overrides, bias=False, vocab_size=65)  # bias as in train.py
-    return GPT(GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings})), settings
+    settings = settings_of('train.py', [os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py')])
+    settings.update(overrides)
+    return GPT(GPTConfig(vocab_size=65, **model_settings(settings))), settings
 
 
 def prepare_step(dtype, where, name):

@@ -63,6 +63,11 @@ class GPTConfig:
         return self.use_kan and target in self.kan_targets.split(',')
 
 
+def model_settings(settings):
+    """Those of a script's settings that are arguments of GPTConfig."""
+    return {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
+
+
 def make_kan(config, *widths):
     return KAN(widths, config.grid_size, config.spline_order, grid_range=(config.grid_min, config.grid_max))
 

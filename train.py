@@ -27,7 +27,7 @@ import loader
 from configurator import configure
 from cost import count_flops
 from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng, set_up
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, model_settings
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a gpt2 (124M) on OpenWebText
@@ -139,8 +139,7 @@ if init_from == 'scratch':
     vocab_size = loader.model_vocab_size(meta)
     if not meta and master:
         print(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them')
-    sizes = {name: config[name] for name in GPTConfig.__dataclass_fields__ if name in config}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
+    model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(config)))
 elif init_from == 'resume':
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
@@ -159,7 +158,7 @@ if block_size < model.config.block_size and not state:
     model.crop_block_size(block_size)
 if block_size != model.config.block_size:
     raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
-made = {name: getattr(model.config, name) for name in GPTConfig.__dataclass_fields__ if name in config}
+made = {name: getattr(model.config, name) for name in model_settings(config)}
 if master and any(made[name] != config[name] for name in made):
     differences = ', '.join(f'{name}={made[name]}' for name in made if made[name] != config[name])
     print(f'warning: {init_from} decides the shape of the model: {differences}')
@@ -357,7 +356,6 @@ record = dict(
     processes=world_size,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
     model_args=asdict(raw_model.config),
-    flops_per_token=count_flops(asdict(raw_model.config)),
     dataset={'name': dataset, 'source': meta.get('source'), 'splits': meta.get('splits')},
     tokens_per_iter=tokens_per_iter,
     resumed_at=iter_num or None,
@@ -371,7 +369,7 @@ if state:
 if master and not eval_only:
     if not state and (folder := ckpt.set_aside(out_dir)):
         say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
-    write_record()
+    write_record(flops_per_token=count_flops(asdict(raw_model.config)))
 
 
 # training loop

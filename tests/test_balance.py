@@ -8,7 +8,7 @@ from helpers import complaint, flags, run_forked
 from configurator import settings_of
 from cost import count_flops, count_parameters
 from loader import read_meta
-from model import GPTConfig
+from model import model_settings
 
 CONFIG = "use_kan = True\nkan_targets = 'attn,mlp'\nn_layer = 2\nn_head = {n_head}\nn_embd = {n_embd}\nblock_size = 16\nbatch_size = 2\n"
 CONFIG += 'gradient_accumulation_steps = 1\ngrid_size = {grid_size}\nlearning_rate = 1e-2\n'
@@ -43,8 +43,7 @@ def balance(folder, dataset, sizes, *args):
 
 def model_args(dataset, *args):
     settings = settings_of('train.py', [*map(str, args), f'--dataset={dataset}'])
-    fields = {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
-    return dict(fields, vocab_size=read_meta(dataset)['vocab_size'])
+    return dict(model_settings(settings), vocab_size=read_meta(dataset)['vocab_size'])
 
 
 def clocked(args):
