@@ -4,23 +4,19 @@ What a run leaves behind, and how it is read back.
     ckpt.pt        the latest state, what --init_from=resume goes on from: nanoGPT's keys + rng, scaler, tokenizer, versions
     ckpt_prev.pt   the state saved before it
     best.pt        the state with the lowest validation loss, what sample.py reads
-    run.json       resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` last
-    log.jsonl      one line per evaluation
+    run.json, log.jsonl   what records.py writes
 
 Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
 """
 
 import itertools
-import json
 import os
 import pickle
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
-from datetime import UTC, datetime
 
 import numpy
 import torch
@@ -29,8 +25,6 @@ from files import write_atomically
 from loader import read_meta
 from model import GPT, GPTConfig
 from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
-
-ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):
@@ -148,35 +142,3 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
 
 def versions():
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': numpy.__version__}
-
-
-def commit():
-    """The git commit of the code, with + for uncommitted changes; None outside a git checkout."""
-    try:
-        describe = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def now():
-    return datetime.now(UTC).isoformat(timespec='seconds')
-
-
-def write_run(out_dir, record):
-    with write_atomically(os.path.join(out_dir, 'run.json'), 'w', encoding='utf-8') as f:
-        json.dump(record, f, indent=1)
-
-
-def read_log(out_dir):
-    """The evaluations of a run, one dict each; a last line cut off by a crash is left out."""
-    try:
-        with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
-            return [json.loads(line) for line in f if line.endswith('\n')]
-    except FileNotFoundError:
-        return []
-
-
-def write_log(out_dir, lines):
-    with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(line) + '\n' for line in lines)

@@ -29,12 +29,13 @@ from scipy import stats
 
 from configurator import INCIDENTAL, configure
 from files import write_atomically
+from records import read_log, read_record
 
 # -----------------------------------------------------------------------------
 out = 'out-compare'  # the folder to write into
 baseline = ''  # the row that the others are compared with, by its name; by default the first
 mix = False  # compare even runs on other data, other validation windows or another number of tokens
-over = ''  # two settings, joined by a comma: also a table of the best loss over the two for each family, the rows alike in all else
+over = ''  # two settings, joined by a comma: also the best loss over the two for each family, the rows alike in all else
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
 configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
@@ -56,17 +57,14 @@ LOGARITHMIC = ('FLOPs', 'seconds')
 
 def read_run(folder):
     """{folder, record, log} of a run, or None where there is none."""
-    try:
-        with open(os.path.join(folder, 'run.json'), encoding='utf-8') as f:
-            record = json.load(f)
-        with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
-            log = [json.loads(line) for line in f if line.endswith('\n')]
-        record['config']['seed'], record['parameters']['total'], record['tokens_per_iter'], record['dataset']['splits']
-    except (FileNotFoundError, NotADirectoryError) as error:
-        print(f'left out: {folder} holds no run of train.py, {error.filename} is missing', file=sys.stderr)
+    record, log = read_record(folder), read_log(folder)
+    if not record:
+        print(f'left out: {folder} holds no run of train.py, it has no run.json', file=sys.stderr)
         return None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{folder}: run.json or log.jsonl is damaged or of an older train.py ({error!r})') from None
+    try:
+        record['config']['seed'], record['parameters']['total'], record['tokens_per_iter'], record['dataset']['splits']
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{folder}/run.json is damaged or of an older train.py ({error!r})') from None
     return {'folder': folder, 'record': record, 'log': [line for line in log if line['iter'] > 0]}
 
 
@@ -133,7 +131,8 @@ def summarize(group):
     group['best'] = [record['final']['best_val_loss'] for record in records]
     group['final'] = [record['final']['val_loss'] for record in records]
     group['devices'] = sorted({f'{record["device"]}, torch {record["versions"]["torch"]}' for record in records})
-    group['by_character'] = group['config']['dataset'].endswith('_char')
+    chars, splits = first['dataset'].get('val_chars'), first['dataset']['splits']
+    group['chars_per_token'] = chars / splits['val']['tokens'] if chars else math.nan
     iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
     losses = np.array([[next(line['val_loss'] for line in log if line['iter'] == i) for i in iterations] for log in logs])
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
@@ -200,6 +199,11 @@ def describe_difference(group):
     return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g}, n = {group["pairs"]})')
 
 
+def bits_per_char(group):
+    """Of the best loss, by the characters of the validation text for each of its tokens; NaN where nobody counted them."""
+    return float(np.mean(group['best'])) / math.log(2) / group['chars_per_token']
+
+
 COLUMNS = {  # name: (text, number to sort by)
     'run': lambda g: (g['name'], g['name']),
     'seeds': lambda g: (str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''), len(g['seeds'])),
@@ -212,7 +216,7 @@ COLUMNS = {  # name: (text, number to sort by)
     'to baseline': lambda g: (describe_difference(g), g['difference']),
     'final val loss': lambda g: (mean_and_std(g['final']), np.mean(g['final'])),
     'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
-    'bits / char': lambda g: (f'{np.mean(g["best"]) / math.log(2):.4f}' if g['by_character'] else '', np.mean(g['best'])),
+    'bits / char': lambda g: ('' if math.isnan(bits_per_char(g)) else f'{bits_per_char(g):.4f}', bits_per_char(g)),
 }
 
 
@@ -232,7 +236,7 @@ def notes(groups, base):
             yield f'Unfinished, cut off or diverged, and not counted: {run["folder"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
 
 
-def markdown(groups, base, laws, grids):
+def markdown(groups, base, laws, grids, settings):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
     lines += ['', *(line for note in notes(groups, base) for line in (note, ''))]
@@ -243,21 +247,21 @@ def markdown(groups, base, laws, grids):
             f'| {name} | {describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |' for name, _, law in laws
         ]
         lines += ['', '![scaling](scaling.png)', '']
-    return '\n'.join([*lines, *grids])
+    for name, rows, columns, losses in grids:
+        lines += [f'| {name}: {settings[0]} | ' + ' | '.join(f'{settings[1]} {value}' for value in columns) + ' |']
+        lines += ['|---' + '|--:' * len(columns) + '|']
+        for row, cells in zip(rows, losses):
+            texts = [f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}'.replace('nan', '') for loss in cells]
+            lines += [f'| {row} | ' + ' | '.join(texts) + ' |']
+        lines += ['']
+    return '\n'.join(lines + ['![best loss over the two settings](grids.png)', ''] * bool(grids))
 
 
-def grid_table(name, members, down, across):
-    """The best loss of a family's members, by one setting downwards and another across; the lowest of all in bold."""
+def make_grid(members, down, across):
+    """(values of one setting, values of the other, the best loss of a family's members for each pair of them)"""
     losses = {(group['config'][down], group['config'][across]): np.mean(group['best']) for group in members}
     rows, columns = (sorted({key[i] for key in losses}) for i in (0, 1))
-    lowest = min(losses.values())
-    yield f'| {name}: {down} | ' + ' | '.join(f'{across} {value}' for value in columns) + ' |'
-    yield '|---' + '|--:' * len(columns) + '|'
-    for row in rows:
-        cells = [losses.get((row, column), math.nan) for column in columns]
-        texts = ['' if math.isnan(loss) else f'**{loss:.4f}**' if loss == lowest else f'{loss:.4f}' for loss in cells]
-        yield f'| {row} | ' + ' | '.join(texts) + ' |'
-    yield ''
+    return rows, columns, np.array([[losses.get((row, column), math.nan) for column in columns] for row in rows])
 
 
 def describe(law):
@@ -302,6 +306,39 @@ def draw_scaling(laws):
     panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
     panel.grid(alpha=0.3, which='both')
     panel.legend()
+    return figure
+
+
+def draw_grids(grids, settings):
+    """A panel for each family, all on one scale of colours."""
+    n = min(3, len(grids))
+    figure, panels = plt.subplots(-(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained')
+    ends = dict(vmin=min(np.nanmin(grid[-1]) for grid in grids), vmax=max(np.nanmax(grid[-1]) for grid in grids))
+    for panel in panels.flat[len(grids) :]:
+        panel.axis('off')
+    for panel, (name, rows, columns, losses) in zip(panels.flat, grids):
+        image = panel.imshow(losses, cmap='viridis', **ends)
+        panel.set_title(name, fontsize=10)
+        panel.set(xlabel=settings[1], ylabel=settings[0])
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(rows)), rows)
+        for (i, j), loss in np.ndenumerate(losses):
+            dark = image.norm(loss) < 0.6
+            weight = 'bold' if loss == np.nanmin(losses) else 'normal'
+            panel.text(j, i, f'{loss:.3f}'.replace('nan', ''), ha='center', va='center', color='w' if dark else 'k', weight=weight)
+    figure.colorbar(image, ax=panels, label='best validation loss, nats per token')
+    return figure
+
+
+def interactive_grid(grid, settings):
+    name, rows, columns, losses = grid
+    texts = [[f'{loss:.4f}'.replace('nan', '') for loss in row] for row in losses]
+    shown = dict(z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis')
+    figure = go.Figure(go.Heatmap(x=[str(value) for value in columns], y=[str(value) for value in rows], **shown))
+    layout = dict(title_text=name, title_font_size=14, xaxis_title=settings[1], yaxis_title=settings[0])
+    figure.update_layout(**layout, template='plotly_white', height=360, margin=dict(l=70, r=10, t=50, b=40))
+    figure.update_xaxes(type='category')
+    figure.update_yaxes(type='category', autorange='reversed')
     return figure
 
 
@@ -364,19 +401,24 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 """
 
 
-def page(groups, base):
+def page(groups, base, grids, settings):
     shown = [group for group in groups if group['finished']]
     cells = [[column(group) for column in COLUMNS.values()] for group in shown]
     body = [''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text)}</td>' for text, value in row) for row in cells]
     figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items() if has_curves(shown)]
+    maps = [interactive_grid(grid, settings) for grid in grids]
     return PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
         body=''.join(f'<tr>{row}</tr>' for row in body),
         notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
-        figures='<h2>Validation loss</h2>' * bool(figures)
-        + ''.join(plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures),
+        figures=section('Validation loss', figures) + section(f'Best validation loss over {" and ".join(settings)}', maps),
     )
+
+
+def section(title, figures):
+    drawn = [plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures]
+    return f'<h2>{title}</h2>{"".join(drawn)}' if drawn else ''
 
 
 groups = group_runs([run for run in map(read_run, folders) if run])
@@ -397,21 +439,28 @@ for group in shown:
     group['difference'], group['p'], group['pairs'] = compare_with(base, group)
 if over and (over.count(',') != 1 or not set(over.split(',')) <= shown[0]['config'].keys()):
     raise ValueError(f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std')
-grids = [line for name, members in families(shown, over.split(',')) for line in grid_table(name, members, *over.split(','))] if over else []
+settings = over.split(',') if over else []
+grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if over else []
 by_size = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else []
 laws = [(name, members, fit_power_law(members)) for name, members in by_size if len({group['parameters'] for group in members}) > 2]
 if scaling and not laws:
     raise ValueError('--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only')
 
 os.makedirs(out, exist_ok=True)
-table = markdown(groups, base, laws, grids)
+table = markdown(groups, base, laws, grids, settings)
 public = [{key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown]
 report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
-for name, text in {'compare.md': table, 'compare.json': json.dumps(report, indent=1), 'compare.html': page(groups, base)}.items():
+for name, text in {
+    'compare.md': table,
+    'compare.json': json.dumps(report, indent=1),
+    'compare.html': page(groups, base, grids, settings),
+}.items():
     with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
         f.write(text)
 if has_curves(shown):
     draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+if grids:
+    draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
 if laws:
     draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
 print(table)

@@ -22,6 +22,7 @@ from configurator import configure
 from cost import count_flops
 from device import autocast, device_name, pick_device, pick_dtype
 from model import GPT
+from tokenizer import measure_text
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -60,16 +61,6 @@ def sum_losses(model, data, length, stride):
         with autocast(device, dtype):
             total += model(x, y)[1].item() * (y >= 0).sum().item()
     return total
-
-
-def measure_text(tokenizer, data):
-    """(characters, bytes) of the text of tokens; characters that are cut at either end count as one."""
-    n_chars = n_bytes = 0
-    for i in range(0, len(data), 1 << 20):
-        text = tokenizer.decode_bytes(data[i : i + (1 << 20)])
-        n_bytes += len(text)
-        n_chars += sum(byte & 0xC0 != 0x80 for byte in text)  # bytes that begin a character of UTF-8
-    return n_chars, n_bytes
 
 
 if init_from == 'resume':

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from files import sha256_of, write_atomically
+from tokenizer import measure_text
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
@@ -38,7 +39,8 @@ def write_meta(folder, tokenizer, source):
     for split, path in paths.items():
         part = path + '.part'
         splits[split] = {'tokens': os.path.getsize(part) // DTYPE.itemsize, 'sha256': sha256_of(part)}
-    meta = {'source': source, 'splits': splits, 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
+    val_chars, _ = measure_text(tokenizer, np.fromfile(paths['val'] + '.part', dtype=DTYPE))  # what bits per character want
+    meta = dict(source=source, splits=splits, val_chars=val_chars, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
     for path in paths.values():

@@ -6,20 +6,21 @@ Train every combination of config files and settings, one run after another.
 
 Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
 named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that
-are finished and resumes the one that was cut off.
+are finished and resumes the one that was cut off; given twice at once, on two GPUs or cores, it shares the runs between the two.
 """
 
 import itertools
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configurator import INCIDENTAL, ROOT, configure, divide, settings_of
+from records import read_record
 
 # -----------------------------------------------------------------------------
 root = 'out-sweep'  # the folder of the runs' folders
@@ -59,16 +60,6 @@ def list_runs(configs, grid):
     return runs
 
 
-def read_record(out_dir):
-    try:
-        with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f'{f.name} is damaged ({error}): move its folder away') from None
-
-
 def check_record(out_dir, record, settings):
     """ValueError where the folder holds a run with other settings than those of this command."""
     config = record.get('config', {})
@@ -79,7 +70,6 @@ def check_record(out_dir, record, settings):
 
 def train(out_dir, args, bar):
     """Run train.py to its end, from its last checkpoint if there is one; returns its last line. Ctrl-C lets it save first."""
-    os.makedirs(out_dir, exist_ok=True)
     started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -116,16 +106,24 @@ for out_dir in runs:
     check_record(out_dir, read_record(out_dir), settings[out_dir])
 missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]
 print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
-failed = []
+failed, elsewhere = [], []
 with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
     for i, out_dir in enumerate(missing, 1):
+        os.makedirs(out_dir, exist_ok=True)
+        last = ''
         try:
-            last = train(out_dir, runs[out_dir], bar)
+            with FileLock(os.path.join(out_dir, 'sweep.lock'), blocking=False):
+                if 'finished' not in read_record(out_dir):  # by another sweep, meanwhile
+                    last = train(out_dir, runs[out_dir], bar)
+        except Timeout:
+            elsewhere.append(out_dir)
         except KeyboardInterrupt:
             sys.exit('stopped; the same command goes on where it was')
         record = read_record(out_dir)
         bar.update(sum(settings[out_dir]['max_iters'] for out_dir in missing[:i]) - bar.n)
-        if 'finished' in record:
+        if out_dir in elsewhere:
+            say(f'{out_dir} is being trained by another sweep')
+        elif 'finished' in record:
             say(f'{out_dir}: best validation loss {record["final"]["best_val_loss"]:.4f}')
         else:
             failed.append(out_dir)

@@ -90,6 +90,16 @@ def check_ids(ids, vocab_size):
     return ids
 
 
+def measure_text(tokenizer, ids):
+    """(characters, bytes) of the text of token ids (an array); characters that are cut at either end count as one."""
+    n_chars = n_bytes = 0
+    for i in range(0, len(ids), 1 << 20):
+        text = tokenizer.decode_bytes(ids[i : i + (1 << 20)])
+        n_bytes += len(text)
+        n_chars += sum(byte & 0xC0 != 0x80 for byte in text)  # bytes that begin a character of UTF-8
+    return n_chars, n_bytes
+
+
 def cache_gpt2_files():
     """
     Put the two files of GPT-2's vocabulary where tiktoken looks for them, and return that folder.

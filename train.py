@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 import loader
+import records
 from configurator import configure
 from cost import count_flops
 from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng, set_up
@@ -307,8 +308,8 @@ def write_record(**fields):
     global save_failed
     record.update(fields)
     try:
-        ckpt.write_run(out_dir, record)
-        ckpt.write_log(out_dir, log)
+        records.write_record(out_dir, record)
+        records.write_log(out_dir, log)
     except OSError as error:
         save_failed = True
         say(f'warning: the run record is not saved: {error}')
@@ -346,20 +347,20 @@ def say(text):
         tqdm.write(text) if on_terminal else print(text, flush=True)
 
 
-log = [line for line in ckpt.read_log(out_dir) if line['iter'] <= iter_num] if state else []
+log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
 record = dict(
     config=config,
     seed=seed,
-    commit=ckpt.commit(),
+    commit=records.commit(),
     versions=ckpt.versions(),
     device=device_name(device),
     processes=world_size,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
     model_args=asdict(raw_model.config),
-    dataset={'name': dataset, 'source': meta.get('source'), 'splits': meta.get('splits')},
+    dataset={'name': dataset, **{key: meta.get(key) for key in ('source', 'splits', 'val_chars')}},
     tokens_per_iter=tokens_per_iter,
     resumed_at=iter_num or None,
-    started=ckpt.now(),
+    started=records.now(),
 )
 say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
@@ -445,7 +446,7 @@ while True:
 
 bar.close()
 if finished and not eval_only and master:
-    write_record(final={**line, 'best_val_loss': best_val_loss}, finished=ckpt.now())
+    write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
 elif not finished and not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')

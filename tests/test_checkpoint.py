@@ -1,7 +1,6 @@
 """Checkpoints: plain data, whole at every moment, and refused with the file's name where they are damaged or code."""
 
 import contextlib
-import json
 import os
 import pickle
 import random
@@ -329,23 +328,7 @@ def test_full_disk_and_no_links(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
-# the record
-
-
-def test_log_survives_a_line_cut_off(tmp_path):
-    lines = [{'iter': 0, 'val_loss': 4.2}, {'iter': 2, 'val_loss': 4.0}]
-    ckpt.write_log(tmp_path, lines)
-    assert ckpt.read_log(tmp_path) == lines
-    with open(tmp_path / 'log.jsonl', 'a') as f:
-        f.write('{"iter": 4, "val_')
-    assert ckpt.read_log(tmp_path) == lines
-    assert ckpt.read_log(tmp_path / 'nowhere') == []
-
-
-def test_record_is_json(tmp_path):
-    ckpt.write_run(tmp_path, {'seed': 1, 'versions': ckpt.versions()})
-    record = json.loads((tmp_path / 'run.json').read_text())
-    assert record['versions']['torch'] == torch.__version__
+# the vocabulary
 
 
 def test_vocabulary_is_in_the_checkpoint(tmp_path):

@@ -40,7 +40,7 @@ def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **
         parameters={'total': parameters},
         flops_per_token=6.0 * parameters,
         tokens_per_iter=50,
-        dataset={'splits': {split: {'sha256': splits * 64} for split in ('train', 'val')}},
+        dataset={'splits': {split: {'sha256': splits * 64, 'tokens': 100} for split in ('train', 'val')}, 'val_chars': 400},
         device='an abacus',
         versions={'torch': '2'},
     )
@@ -85,7 +85,7 @@ def test_numbers_are_those_of_numpy_and_scipy(runs):
     assert a['tokens'] == 1500 and a['seconds_per_step'] == 0.25 and a['peak_memory'] == 3e9
     row = next(line for line in table.splitlines() if line.startswith('| b |'))
     assert f'{np.mean(ours):.4f} ± {np.std(ours, ddof=1):.4f}' in row
-    assert f'{math.exp(np.mean(ours)):.3f}' in row and f'{np.mean(ours) / math.log(2):.4f}' in row and f'p = {b["p"]:.2g}' in row
+    assert f'{math.exp(np.mean(ours)):.3f}' in row and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row and f'p = {b["p"]:.2g}' in row
 
 
 def test_curves_are_means_over_seeds_without_the_start(runs):
@@ -193,6 +193,8 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
     folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
     assert 'expected two settings' in complaint(tmp_path, 'compare.py', *folders, '--over=learning_rate')
+    assert '(grids.png)' in table and (tmp_path / 'c/grids.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
 
 
 @pytest.mark.parametrize('study, flags', [('nano_tuning', ['--over=learning_rate,init_std'])])

@@ -12,10 +12,10 @@ from tokenizer import CharTokenizer
 TOKENIZER = CharTokenizer('abcdefgh')
 
 
-def write(folder, train, val):
+def write(folder, train, val, tokenizer=TOKENIZER):
     loader.write_split(folder, 'train', train)
     loader.write_split(folder, 'val', val)
-    loader.write_meta(folder, TOKENIZER, 'the alphabet')
+    loader.write_meta(folder, tokenizer, 'the alphabet')
 
 
 @pytest.fixture
@@ -163,6 +163,11 @@ def test_damaged_file_is_named(folder, split, damage, message, meta):
         check(folder)
 
 
+def test_characters_of_the_validation_text_are_counted(tmp_path):
+    write(tmp_path, [0] * 10, [0, 2, 1, 2], CharTokenizer('aé€'))  # not its 8 bytes
+    assert loader.read_meta(str(tmp_path))['val_chars'] == 4
+
+
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_missing_file_is_named(folder, split):
     (folder / f'{split}.bin').unlink()
@@ -175,7 +180,7 @@ def test_missing_file_is_named(folder, split):
 def test_token_outside_the_vocabulary_is_named(folder, split):
     splits = {'train': np.arange(100) % 8, 'val': np.arange(40) % 8}
     splits[split][-1] = 300
-    write(folder, **splits)
+    write(folder, **splits, tokenizer=CharTokenizer(''.join(map(chr, range(301)))))
     with pytest.raises(ValueError, match=f'{split}.bin holds token id 300, but the vocabulary ends at 7'):
         check(folder)
     check(folder, vocab_size=301)

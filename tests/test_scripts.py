@@ -15,7 +15,7 @@ from configurator import override, read_file, settings_of
 CONFIGS = sorted(ROOT.glob('config/*.py'))
 LAYERS = [  # a module imports from the rows above its own
     {'files', 'triton_kernels'},
-    {'configurator', 'device', 'kernels', 'tokenizer'},
+    {'configurator', 'device', 'kernels', 'records', 'tokenizer'},
     {'kan', 'graph', 'loader'},
     {'model', 'lora', 'tasks'},
     {'checkpoint', 'cost'},

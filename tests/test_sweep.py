@@ -73,6 +73,22 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
 
 
+def test_two_at_once_share_the_runs(folder):
+    """Each is trained once: the second sweep passes over the run that the first holds, and finds the other ones done or does them."""
+    command = (*CONFIGS, '--root=runs', '--seed=1,2', *flags(max_iters=150, eval_interval=100))
+    first = start(folder, 'sweep.py', *command)
+    read_until(first.stdout, '4 runs')
+    while not (folder / 'runs/a,seed=1/run.json').exists():
+        assert first.poll() is None
+    second = run(folder, 'sweep.py', *command)
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == second.returncode == 0, stderr + second.stderr
+    assert 'a,seed=1 is being trained by another sweep' in second.stdout
+    for name in ('a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2'):
+        said = (folder / 'runs' / name / 'train.txt').read_text()
+        assert said.count('number of parameters') == 1 and 'finished' in json.loads((folder / 'runs' / name / 'run.json').read_text())
+
+
 def test_mistakes_are_named_before_anything_runs(folder):
     os.makedirs(folder / 'damaged/a')
     (folder / 'damaged/a/run.json').write_text('{')

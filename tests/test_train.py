@@ -451,10 +451,10 @@ def test_damaged_data_is_named(tmp_path, complain, damage):
 def test_token_outside_the_vocabulary_is_named(tmp_path, complain):
     few, tokenizer = tmp_path / 'few', CharTokenizer('abc')
     few.mkdir()
-    write_split(few, 'train', [0, 1, 2] * 20)
-    write_split(few, 'val', [0, 1, 2, 3] * 20)
+    write_split(few, 'train', [0, 1, 2, 3] * 20)
+    write_split(few, 'val', [0, 1, 2] * 20)
     write_meta(few, tokenizer, 'one too many')
-    assert f'{few}/val.bin holds token id 3, but the vocabulary ends at 2' in complain(dataset=few)
+    assert f'{few}/train.bin holds token id 3, but the vocabulary ends at 2' in complain(dataset=few)
 
 
 def test_resume_from_a_damaged_checkpoint(tmp_path, complain):
