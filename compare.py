@@ -313,11 +313,11 @@ def draw_grids(grids, settings):
     """A panel for each family, all on one scale of colours."""
     n = min(3, len(grids))
     figure, panels = plt.subplots(-(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained')
-    ends = dict(vmin=min(np.nanmin(grid[-1]) for grid in grids), vmax=max(np.nanmax(grid[-1]) for grid in grids))
+    low, high = loss_range(grids)
     for panel in panels.flat[len(grids) :]:
         panel.axis('off')
     for panel, (name, rows, columns, losses) in zip(panels.flat, grids):
-        image = panel.imshow(losses, cmap='viridis', **ends)
+        image = panel.imshow(losses, cmap='viridis', vmin=low, vmax=high)
         panel.set_title(name, fontsize=10)
         panel.set(xlabel=settings[1], ylabel=settings[0])
         panel.set_xticks(range(len(columns)), columns)
@@ -330,10 +330,14 @@ def draw_grids(grids, settings):
     return figure
 
 
-def interactive_grid(grid, settings):
+def loss_range(grids):
+    return min(np.nanmin(losses) for *_, losses in grids), max(np.nanmax(losses) for *_, losses in grids)
+
+
+def interactive_grid(grid, settings, low, high):
     name, rows, columns, losses = grid
     texts = [[f'{loss:.4f}'.replace('nan', '') for loss in row] for row in losses]
-    shown = dict(z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis')
+    shown = dict(z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high)
     figure = go.Figure(go.Heatmap(x=[str(value) for value in columns], y=[str(value) for value in rows], **shown))
     layout = dict(title_text=name, title_font_size=14, xaxis_title=settings[1], yaxis_title=settings[0])
     figure.update_layout(**layout, template='plotly_white', height=360, margin=dict(l=70, r=10, t=50, b=40))
@@ -377,7 +381,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px;
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.9rem; }}
 th, td {{ padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #1f77b4; }}
 th[aria-sort=ascending] button::after {{ content: " ↑"; }}
@@ -404,9 +408,12 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 def page(groups, base, grids, settings):
     shown = [group for group in groups if group['finished']]
     cells = [[column(group) for column in COLUMNS.values()] for group in shown]
-    body = [''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text)}</td>' for text, value in row) for row in cells]
+    body = [
+        ''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>' for text, value in row)
+        for row in cells
+    ]
     figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items() if has_curves(shown)]
-    maps = [interactive_grid(grid, settings) for grid in grids]
+    maps = [interactive_grid(grid, settings, *loss_range(grids)) for grid in grids]
     return PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),

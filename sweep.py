@@ -75,7 +75,7 @@ def train(out_dir, args, bar):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, env={**os.environ, 'PYTHONUNBUFFERED': '1'}, **pipes)
     before, last, stopped = bar.n, '', False
-    with open(os.path.join(out_dir, 'train.txt'), 'a', encoding='utf-8') as f:
+    with open(os.path.join(out_dir, 'train.txt'), 'a', buffering=1, encoding='utf-8') as f:
         while process.poll() is None:
             try:
                 for line in process.stdout:

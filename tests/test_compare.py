@@ -197,13 +197,21 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
 
 
-@pytest.mark.parametrize('study, flags', [('nano_tuning', ['--over=learning_rate,init_std'])])
-def test_pages_of_results_are_those_of_their_records(tmp_path, study, flags):
-    folders = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(f'results/{study}/runs/*'))]
-    done = run_forked(ROOT, 'compare.py', *folders, f'--out={tmp_path}', *flags)
-    assert done.returncode == 0 and folders, done.stderr
-    assert (tmp_path / 'compare.md').read_text() == (ROOT / f'results/{study}/compare.md').read_text()
-    assert ' '.join(flags) in (ROOT / 'Makefile').read_text()
+def read_makefile():
+    """The arguments of compare.py in `make results`, a list for each study."""
+    printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line.partition('compare.py')[2].split() for line in printed.splitlines() if 'compare.py' in line]
+
+
+@pytest.mark.parametrize('args', read_makefile(), ids=lambda args: next(arg for arg in args if arg.startswith('--out=')))
+def test_pages_of_results_are_those_of_their_records(tmp_path, args):
+    study = next(arg.removeprefix('--out=') for arg in args if arg.startswith('--out='))
+    done = run_forked(ROOT, 'compare.py', *args, f'--out={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'compare.md').read_text() == (ROOT / study / 'compare.md').read_text()
+    assert (ROOT / study / 'README.md').exists() and {path.name for path in tmp_path.glob('*.png')} == {
+        path.name for path in (ROOT / study).glob('*.png')
+    }
 
 
 def test_page_needs_no_network(runs):
