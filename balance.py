@@ -95,23 +95,27 @@ def closest(f, start):
     return min(((n, value(n)) for n in (low, high) if n), key=lambda pair: abs(pair[1] - 1))
 
 
+def fit_hidden(shape):
+    """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
+    n_embd = shape.get('n_embd', kan['n_embd'])
+    n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=round(kan['mlp_hidden'] * n_embd))
+    return dict(shape, mlp_hidden=n / n_embd), found
+
+
 def search():
     """The shape of the vanilla GPT that comes within the tolerance."""
-    n_head, n_embd, hidden = kan['n_head'], kan['n_embd'], round(kan['mlp_hidden'] * kan['n_embd'])
-    if first == 'depth':
-        n, found = closest(lambda n: ratio(vanilla(n_layer=n)), start=kan['n_layer'])
-        shape = dict(n_layer=n)
-    else:
-        n, found = closest(lambda n: ratio(vanilla(n_embd=n * n_head)), start=n_embd // n_head)
-        shape = dict(n_embd=n * n_head)
-        n_embd, hidden = shape['n_embd'], round(kan['mlp_hidden'] * shape['n_embd'])
+    shapes = {'depth': lambda n: dict(n_layer=n), 'width': lambda n: dict(n_embd=n * kan['n_head'])}[first]
+    start = {'depth': kan['n_layer'], 'width': kan['n_embd'] // kan['n_head']}[first]
+    n, found = closest(lambda n: ratio(vanilla(**shapes(n))), start)
+    shape = shapes(n)
     print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
+    for size in (n, n - 1):  # the smaller one can be widened as far as need be
+        if abs(found - 1) > tolerance and size > 0:
+            shape, found = fit_hidden(shapes(size))
+            print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
     if abs(found - 1) > tolerance:
-        n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=hidden)
-        shape['mlp_hidden'] = n / n_embd
-        print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
-    if abs(found - 1) > tolerance:
-        raise ValueError(f'no vanilla GPT found within {tolerance:.0%}, the closest is {shape}')
+        other = 'width' if first == 'depth' else 'depth'
+        raise ValueError(f'no vanilla GPT within {tolerance:.0%}, the closest is {shape} with {found:.3f} of the {by}; try --first={other}')
     return shape
 
 

@@ -62,7 +62,13 @@ def read_run(folder):
         print(f'left out: {folder} holds no run of train.py, it has no run.json', file=sys.stderr)
         return None
     try:
-        record['config']['seed'], record['parameters']['total'], record['tokens_per_iter'], record['dataset']['splits']
+        (
+            record['config']['seed'],
+            record['parameters']['total'],
+            record['tokens_per_iter'],
+            record['flops_per_token'],
+            record['dataset']['splits'],
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f'{folder}/run.json is damaged or of an older train.py ({error!r})') from None
     return {'folder': folder, 'record': record, 'log': [line for line in log if line['iter'] > 0]}
@@ -77,16 +83,26 @@ def group_runs(runs):
         group = groups.setdefault(key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []})
         group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
     names = [group['name'] for group in groups.values()]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f'runs with different settings have the same name: {", ".join(sorted(twice))}; rename their folders')
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(describe_clash(*[group for group in groups.values() if group['name'] == name]))
     shared = os.path.commonprefix(names) if len(names) > 1 else ''
     shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
     for group in groups.values():
         group['full_name'], group['name'] = group['name'], group['name'].removeprefix(shared)
-        seeds = [run['record']['config']['seed'] for run in group['finished']]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f'{group["name"]}: the same seed twice')
+        folders = {}
+        for run in group['finished']:
+            if (seed := run['record']['config']['seed']) in folders:
+                raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["folder"]}')
+            folders[seed] = run['folder']
     return list(groups.values())
+
+
+def describe_clash(one, other, *_):
+    folders = [(group['finished'] + group['unfinished'])[0]['folder'] for group in (one, other)]
+    changed = [key for key in sorted(one['config'] | other['config']) if one['config'].get(key) != other['config'].get(key)]
+    listed = ', '.join(f'{key} ({one["config"].get(key)!r} and {other["config"].get(key)!r})' for key in changed) or 'their data'
+    return f'{folders[0]} and {folders[1]} would be one row, but differ in {listed}: leave one out, or rename its folder'
 
 
 def name_of(folder):
@@ -98,7 +114,7 @@ def name_of(folder):
 def check_comparable(groups):
     """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
     facts = {
-        'data': lambda g, record: record['dataset']['splits'] and tuple(data['sha256'] for data in record['dataset']['splits'].values()),
+        'data': lambda g, record: tuple(data['sha256'] for data in (record['dataset']['splits'] or {}).values()) or g['config']['dataset'],
         'validation windows (eval_iters * batch_size of them, block_size long)': lambda g, record: (
             g['config']['eval_iters'] * g['config']['batch_size'],
             g['config']['block_size'],
@@ -122,11 +138,12 @@ def summarize(group):
     first = records[0]
     group['seeds'] = [record['config']['seed'] for record in records]
     group['parameters'] = first['parameters']['total']
-    group['flops_per_token'] = first.get('flops_per_token', math.nan)
+    group['flops_per_token'] = first['flops_per_token']
     group['tokens_per_iter'] = first['tokens_per_iter']
     group['tokens'] = group['config']['max_iters'] * first['tokens_per_iter']
-    speeds = [line['tokens_per_s'] for log in logs for line in log if line['tokens_per_s']]
-    group['seconds_per_step'] = first['tokens_per_iter'] / float(np.median(speeds))
+    speeds = [line['tokens_per_s'] / first['tokens_per_iter'] for log in logs for line in log if line['tokens_per_s']]
+    speeds = speeds or [log[-1]['iter'] / log[-1]['seconds'] for log in logs]  # resumed at the only evaluation
+    group['seconds_per_step'] = 1 / float(np.median(speeds))
     group['peak_memory'] = float(np.median([max(line['peak_mem'] for line in log) for log in logs]))
     group['best'] = [record['final']['best_val_loss'] for record in records]
     group['final'] = [record['final']['val_loss'] for record in records]
@@ -172,8 +189,12 @@ def families(groups, settings):
     for group in groups:
         key = json.dumps({name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True)
         found.setdefault(key, []).append(group)
-    shared = [os.path.commonprefix([group['full_name'] for group in members]).rpartition(',')[0] for members in found.values()]
-    return [(name or members[0]['name'], members) for name, members in zip(shared, found.values())]
+    named = {}
+    for members in found.values():
+        parts = [group['full_name'].split(',') for group in members]
+        name = ','.join(part for part in parts[0] if all(part in others for others in parts))
+        named[name if name and name not in named else members[0]['full_name']] = members
+    return list(named.items())
 
 
 def plain(value):
@@ -196,7 +217,8 @@ def mean_and_std(values):
 def describe_difference(group):
     if not group['base'] or not group['pairs']:
         return 'no seed in common' if group['base'] else ''
-    return f'{group["difference"]:+.4f}' + ('' if math.isnan(group['p']) else f' (p = {group["p"]:.2g}, n = {group["pairs"]})')
+    p = '' if math.isnan(group['p']) else f'p = {group["p"]:.2g}, '
+    return f'{group["difference"]:+.4f} ({p}n = {group["pairs"]})'
 
 
 def bits_per_char(group):
@@ -208,7 +230,7 @@ COLUMNS = {  # name: (text, number to sort by)
     'run': lambda g: (g['name'], g['name']),
     'seeds': lambda g: (str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''), len(g['seeds'])),
     'parameters': lambda g: (f'{g["parameters"] / 1e6:.3g}M', g['parameters']),
-    'FLOPs / token': lambda g: ('' if math.isnan(g['flops_per_token']) else f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
+    'FLOPs / token': lambda g: (f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
     'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
     'peak memory': lambda g: (f'{g["peak_memory"] / 1e9:.2f} GB', g['peak_memory']),
     'tokens': lambda g: (f'{g["tokens"] / 1e6:.3g}M', g['tokens']),

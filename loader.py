@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from files import sha256_of, write_atomically
 from tokenizer import measure_text
@@ -65,9 +66,12 @@ def prepare_dataset(dataset):
     if not os.path.exists(script):
         known = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, 'prepare.py')))
         raise ValueError(f'no data set {dataset!r}: {folder} has no train.bin and val.bin; known: {", ".join(known)}')
-    print(f'data set {dataset!r} is missing, preparing it: python {os.path.relpath(script)}', flush=True)
-    if subprocess.run([sys.executable, script]).returncode:
-        raise ValueError(f'preparing data set {dataset!r} failed, see above')
+    with FileLock(os.path.join(folder, 'prepare.lock')):
+        if is_prepared(dataset):  # by another process, meanwhile
+            return
+        print(f'data set {dataset!r} is missing, preparing it: python {os.path.relpath(script)}', flush=True)
+        if subprocess.run([sys.executable, script]).returncode:
+            raise ValueError(f'preparing data set {dataset!r} failed, see above')
 
 
 def read_meta(dataset):

@@ -55,7 +55,7 @@ def list_runs(configs, grid):
         varied = sorted(flag.removeprefix('--') for flag, name in zip(flags, grid) if name == 'seed' or len(grid[name]) > 1)
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         if os.path.join(root, name) in runs:
-            raise ValueError(f'two of the runs are called {name}: config files need names of their own')
+            raise ValueError(f'two of the runs are called {name}: name each config file and each value once')
         runs[os.path.join(root, name)] = [config, *flags]
     return runs
 
@@ -102,6 +102,13 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
 configs, grid = read_grid(others)
 runs = list_runs(configs, grid)
 settings = {out_dir: settings_of('train.py', args) for out_dir, args in runs.items()}
+known = {}
+for out_dir, chosen in settings.items():
+    if chosen['init_from'] != 'scratch' or chosen['eval_only']:
+        raise ValueError(f'{runs[out_dir][0]}: the runs of a sweep are trained from scratch, not with init_from or eval_only')
+    other = known.setdefault(str({key: value for key, value in chosen.items() if key not in INCIDENTAL}), out_dir)
+    if other != out_dir:
+        raise ValueError(f'{other} and {out_dir} would be the same run')
 for out_dir in runs:
     check_record(out_dir, read_record(out_dir), settings[out_dir])
 missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]

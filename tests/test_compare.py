@@ -148,7 +148,7 @@ def test_mistakes_are_named(runs):
     assert 'expected folders' in complaint(runs, 'compare.py')
     assert "unknown setting 'basline', did you mean 'baseline'" in complaint(runs, 'compare.py', str(runs / 'runs/a,seed=1'), '--basline=a')
     write_run(runs / 'runs/again,seed=1', 1, 1.0)
-    assert 'the same seed twice' in complaint(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert 'seed 1 of a is there twice: ' in complaint(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
     (runs / 'runs/a,seed=1/run.json').write_text('{"config": 3')
     assert 'damaged' in complaint(runs, 'compare.py', str(runs / 'runs/a,seed=1'))
 
@@ -197,21 +197,47 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
 
 
-def read_makefile():
-    """The arguments of compare.py in `make results`, a list for each study."""
+@pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/README.md')))
+def test_pages_of_results_are_those_of_their_records(tmp_path, study):
+    """`make results` would leave them as they are."""
     printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [line.partition('compare.py')[2].split() for line in printed.splitlines() if 'compare.py' in line]
-
-
-@pytest.mark.parametrize('args', read_makefile(), ids=lambda args: next(arg for arg in args if arg.startswith('--out=')))
-def test_pages_of_results_are_those_of_their_records(tmp_path, args):
-    study = next(arg.removeprefix('--out=') for arg in args if arg.startswith('--out='))
+    (args,) = (line.partition('compare.py')[2].split() for line in printed.splitlines() if f' --out=results/{study} ' in line + ' ')
     done = run_forked(ROOT, 'compare.py', *args, f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'compare.md').read_text() == (ROOT / study / 'compare.md').read_text()
-    assert (ROOT / study / 'README.md').exists() and {path.name for path in tmp_path.glob('*.png')} == {
-        path.name for path in (ROOT / study).glob('*.png')
-    }
+    assert (tmp_path / 'compare.md').read_text() == (ROOT / 'results' / study / 'compare.md').read_text()
+    assert {path.name for path in tmp_path.glob('*.png')} == {path.name for path in ROOT.glob(f'results/{study}/*.png')}
+
+
+def test_rows_of_one_name_are_told_apart(runs):
+    write_run(runs / 'runs/a,seed=7', 7, 1.0, n_layer=1, dtype='bfloat16')
+    words = complaint(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert "runs/a,seed=7 would be one row, but differ in dtype (None and 'bfloat16')" in words
+
+
+def test_data_without_checksums_is_told_apart_by_its_name(runs):
+    for folder in (runs / 'runs').iterdir():
+        record = json.loads((folder / 'run.json').read_text())
+        record['dataset']['splits'] = None
+        record['config']['dataset'] = './one' if folder.name.startswith('a') else './two'
+        (folder / 'run.json').write_text(json.dumps(record))
+    assert 'different data (a: ./one; b: ./two' in complaint(runs, 'compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+
+
+def test_time_of_a_run_resumed_at_its_only_evaluation(runs):
+    folder = write_run(runs / 'runs/z', 1, 1.0, n_layer=9)
+    (folder / 'log.jsonl').write_text(json.dumps(dict(iter=30, val_loss=1.0, tokens_per_s=None, peak_mem=1e9, seconds=6.0)) + '\n')
+    compare(runs)
+    assert read_report(runs)['groups'][-1]['seconds_per_step'] == pytest.approx(0.2)
+
+
+def test_families_that_share_their_first_settings_keep_their_names(tmp_path):
+    for scale in (1, 3):
+        for n_layer in (1, 2, 3):
+            name = f'nano,n_layer={n_layer},spline_lr_scale={scale}'
+            write_run(tmp_path / 'runs' / name, 1, 2 / n_layer**scale, 1000 * n_layer, n_layer=n_layer, spline_lr_scale=scale)
+    compare(tmp_path, '--scaling=True')
+    laws = read_report(tmp_path)['scaling']
+    assert {name: round(law['exponent'], 3) for name, law in laws.items()} == {'nano,spline_lr_scale=1': -1, 'nano,spline_lr_scale=3': -3}
 
 
 def test_page_needs_no_network(runs):

@@ -93,6 +93,14 @@ def test_checkpoint_of_nanogpt(model_and_data, tmp_path):
     assert theirs['loss'] == ours['loss'] and theirs['bits_per_byte'] == ours['bits_per_byte']
 
 
+def test_another_vocabulary_is_refused_where_the_checkpoint_holds_none(model_and_data, tmp_path):
+    _, _, checkpoint = model_and_data
+    torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')
+    other = write_dataset(tmp_path / 'few', tokenizer=CharTokenizer('abcdef'))
+    words = complaint(tmp_path, 'evaluate.py', '--out_dir=.', f'--dataset={other}')
+    assert f'has 6 different tokens, the model {TOKENIZER.vocab_size}: not its vocabulary' in words
+
+
 def test_weights_of_gpt2_on_byte_pairs(tmp_path):
     transformers = pytest.importorskip('transformers')
     sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=50257)

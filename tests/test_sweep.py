@@ -97,4 +97,8 @@ def test_mistakes_are_named_before_anything_runs(folder):
     assert "unknown setting 'sed'" in complaint(folder, 'sweep.py', *CONFIGS, '--sed=1,2')
     assert 'folders of their own' in complaint(folder, 'sweep.py', *CONFIGS, '--out_dir=x')
     assert 'expected a config file or --key=value' in complaint(folder, 'sweep.py', *CONFIGS, '-seed=1')
+    assert 'name each config file and each value once' in complaint(folder, 'sweep.py', *CONFIGS, '--seed=1,1')
+    assert 'would be the same run' in complaint(folder, 'sweep.py', *CONFIGS, '--learning_rate=1e-3,0.001')
+    (folder / 'train_gpt2.py').write_text("init_from = 'gpt2'\n")
+    assert 'trained from scratch' in complaint(folder, 'sweep.py', 'train_gpt2.py', '--seed=1,2')
     assert not (folder / 'out-sweep').exists()
