@@ -5,7 +5,7 @@ A KAN-GPT with KAN layers in the MLP only, their inputs normalised, on a wider g
 """
 
 out_dir = 'out-shakespeare-char-nano-kan-mlp'
-eval_interval = 250
+eval_interval = 200
 eval_iters = 100
 log_interval = 50
 always_save_checkpoint = False  # only save when the validation loss improves
@@ -21,15 +21,16 @@ block_size = 64  # context of up to 64 previous characters
 n_layer = 2
 n_head = 3
 n_embd = 96
+init_std = 0.04  # this and the learning rate: see results/nano_finalists
 
 use_kan = True
 kan_norm = True  # the hidden layer lies on the grid of the second KAN layer, too
 grid_min = -3.0
 grid_max = 3.0
 
-learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
+learning_rate = 1.6e-2
 max_iters = 1000
 lr_decay_iters = 1000  # make equal to max_iters usually
-min_lr = 2e-4  # learning_rate / 10 usually
+min_lr = 2e-4
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
 warmup_iters = 100  # not super necessary potentially

@@ -5,7 +5,7 @@ The vanilla GPT with SwiGLU in its MLPs and as many parameters as the KAN-GPT (w
 """
 
 out_dir = 'out-shakespeare-char-nano-swiglu'
-eval_interval = 250
+eval_interval = 200
 eval_iters = 100
 log_interval = 50
 always_save_checkpoint = False  # only save when the validation loss improves
@@ -21,13 +21,14 @@ block_size = 64  # context of up to 64 previous characters
 n_layer = 20
 n_head = 3
 n_embd = 96
+init_std = 0.08  # this and the learning rate: see results/nano_finalists
 
 mlp = 'swiglu'
 mlp_hidden = 8 / 3  # three matrices with as many parameters as the MLP's two
 
-learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
+learning_rate = 4e-3
 max_iters = 1000
 lr_decay_iters = 1000  # make equal to max_iters usually
-min_lr = 2e-4  # learning_rate / 10 usually
+min_lr = 2e-4
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
 warmup_iters = 100  # not super necessary potentially
