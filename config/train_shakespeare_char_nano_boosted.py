@@ -7,7 +7,7 @@ Measured once, seed 1337, on the nine plays: 3.0 minutes of training on a 2-core
 """
 
 out_dir = 'out-shakespeare-char-nano-boosted'
-eval_interval = 250
+eval_interval = 200
 eval_iters = 100
 log_interval = 50
 always_save_checkpoint = False  # only save when the validation loss improves
@@ -23,10 +23,11 @@ block_size = 64  # context of up to 64 previous characters
 n_layer = 16
 n_head = 3
 n_embd = 96
+init_std = 0.08  # this and the learning rate: see results/nano_finalists
 
-learning_rate = 2e-3  # with baby networks and few iterations can afford to go higher
+learning_rate = 4e-3
 max_iters = 1000
 lr_decay_iters = 1000  # make equal to max_iters usually
-min_lr = 2e-4  # learning_rate / 10 usually
+min_lr = 2e-4
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
 warmup_iters = 100  # not super necessary potentially

@@ -8,7 +8,7 @@ Found by `python balance.py config/train_shakespeare_char_nano_kan.py --by=flops
 """
 
 out_dir = 'out-shakespeare-char-nano-by-flops'
-eval_interval = 250
+eval_interval = 200
 log_interval = 50
 eval_iters = 100
 always_save_checkpoint = False
@@ -21,8 +21,9 @@ block_size = 64
 n_layer = 16
 n_head = 3
 n_embd = 96
+init_std = 0.08
 mlp_hidden = 4.166666666666667
-learning_rate = 0.002
+learning_rate = 0.004
 max_iters = 1000
 beta2 = 0.99
 warmup_iters = 100
