@@ -255,7 +255,8 @@ def notes(groups, base):
     for group in groups:
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0
-            yield f'Unfinished, cut off or diverged, and not counted: {run["folder"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
+            state = 'Diverged' if 'failed' in run['record'] else 'Unfinished'
+            yield f'{state}, not counted: {run["folder"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
 
 
 def markdown(groups, base, laws, grids, settings):

@@ -1,7 +1,7 @@
 """
 What a run writes down beside its checkpoints, read and written without torch.
 
-    run.json    resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` last
+    run.json    resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` (or `failed`) last
     log.jsonl   one line per evaluation
 """
 

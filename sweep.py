@@ -6,7 +6,7 @@ Train every combination of config files and settings, one run after another.
 
 Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
 named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that
-are finished and resumes the one that was cut off; given twice at once, on two GPUs or cores, it shares the runs between the two.
+finished or diverged and resumes the one that was cut off; given twice at once, on two GPUs or cores, it shares the runs between the two.
 """
 
 import itertools
@@ -120,7 +120,7 @@ with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit
         last = ''
         try:
             with FileLock(os.path.join(out_dir, 'sweep.lock'), blocking=False):
-                if 'finished' not in read_record(out_dir):  # by another sweep, meanwhile
+                if not {'finished', 'failed'} & read_record(out_dir).keys():
                     last = train(out_dir, runs[out_dir], bar)
         except Timeout:
             elsewhere.append(out_dir)
@@ -134,6 +134,6 @@ with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit
             say(f'{out_dir}: best validation loss {record["final"]["best_val_loss"]:.4f}')
         else:
             failed.append(out_dir)
-            say(f'{out_dir} did not finish: {last}')
+            say(f'{out_dir} did not finish: {record.get("failed", last)}')
 if failed:
-    sys.exit(f'error: {len(failed)} of {len(missing)} runs did not finish: {", ".join(failed)}')
+    sys.exit(f'error: {len(failed)} of {len(runs)} runs did not finish: {", ".join(failed)}')

@@ -315,6 +315,13 @@ def write_record(**fields):
         say(f'warning: the run record is not saved: {error}')
 
 
+def give_up(reason):
+    """End a run that diverged, before it does harm to what is saved."""
+    if master and not eval_only:
+        write_record(failed=reason)
+    sys.exit(f'error: {reason}; the checkpoints are untouched')
+
+
 def log_to_wandb(line):
     """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
     global wandb_log
@@ -383,7 +390,7 @@ while True:
     is_last = iter_num >= max_iters
     losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
     if losses and not math.isfinite(losses['train'] + losses['val']):
-        sys.exit(f'error: the evaluated loss is not finite at iteration {iter_num}; the checkpoints are untouched')
+        give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         tokens_per_s = (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
@@ -423,9 +430,7 @@ while True:
         total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
     lossf = all_reduce(float(total_loss))[0] / world_size
     if not math.isfinite(lossf):
-        sys.exit(
-            f'error: the loss or its gradient is not finite at iteration {iter_num}; stopped before the update, the checkpoints are untouched'
-        )
+        give_up(f'the loss or its gradient is not finite at iteration {iter_num}')
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -121,10 +121,17 @@ def test_settings_with_no_finished_run_are_named(runs):
     assert '| z |' not in table and 'runs/z, evaluated at 10 of 30 iterations' in table
 
 
+def test_diverged_runs_are_marked(runs):
+    folder = write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
+    record = json.loads((folder / 'run.json').read_text())
+    (folder / 'run.json').write_text(json.dumps({**record, 'failed': 'the loss is not finite'}))
+    assert 'Diverged, not counted: ' in compare(runs)
+
+
 def test_unfinished_runs_are_marked_and_not_counted(runs):
     write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
     table = compare(runs)
-    assert '| a | 3 (+ 1 unfinished) |' in table and 'a,seed=4, evaluated at 10 of 30 iterations' in table
+    assert '| a | 3 (+ 1 unfinished) |' in table and f'Unfinished, not counted: {runs}/runs/a,seed=4, evaluated at 10 of 30' in table
     assert read_report(runs)['groups'][0]['seeds'] == [1, 2, 3]
 
 

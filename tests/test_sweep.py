@@ -71,6 +71,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     assert done.returncode == 1
     assert done.stderr.strip().endswith('error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30')
     assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
+    before = (folder / 'runs/a,learning_rate=1e30/train.txt').read_text()
+    again = run(folder, 'sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
+    assert again.returncode == 1 and again.stderr == done.stderr and 'not finite' in again.stdout
+    assert (folder / 'runs/a,learning_rate=1e30/train.txt').read_text() == before  # not tried again
 
 
 def test_two_at_once_share_the_runs(folder):

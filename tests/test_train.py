@@ -191,7 +191,8 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, dataset):
     assert (tmp_path / 'nan' / 'ckpt.pt').read_bytes() == before
     assert all(p.isfinite().all() for p in load(tmp_path / 'diverging')['model'].values())
     for name in 'nan', 'diverging':
-        assert 'finished' not in json.loads((tmp_path / name / 'run.json').read_text())
+        record = json.loads((tmp_path / name / 'run.json').read_text())
+        assert 'finished' not in record and 'is not finite at iteration' in record['failed']
 
 
 def test_evaluated_loss_that_is_not_finite_stops_too(tmp_path, dataset):
