@@ -18,15 +18,11 @@ import os
 import re
 import sys
 
-import matplotlib
 import numpy as np
-import plotly.graph_objects as go
-import plotly.io
 import plotly.offline
-from matplotlib import pyplot as plt
-from matplotlib import ticker
 from scipy import stats
 
+import figures
 from configurator import INCIDENTAL, configure
 from files import write_atomically
 from records import read_log, read_record
@@ -40,16 +36,8 @@ scaling = False  # fit a power law of loss and parameters to every family, the r
 # -----------------------------------------------------------------------------
 configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
 folders = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
-matplotlib.use('Agg')
 
 SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
-AXES = {  # of the curves: what a line of the log says in this unit
-    'iterations': lambda group, iteration: iteration,
-    'tokens': lambda group, iteration: iteration * group['tokens_per_iter'],
-    'FLOPs': lambda group, iteration: iteration * group['tokens_per_iter'] * group['flops_per_token'],
-    'seconds': lambda group, iteration: iteration * group['seconds_per_step'],
-}
-LOGARITHMIC = ('FLOPs', 'seconds')
 
 
 # reading
@@ -263,11 +251,12 @@ def markdown(groups, base, laws, grids, settings):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
     lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
     lines += ['', *(line for note in notes(groups, base) for line in (note, ''))]
-    lines += ['![validation loss](curves.png)', ''] if has_curves(groups) else []
+    lines += ['![validation loss](curves.png)', ''] if figures.has_curves(groups) else []
     if laws:
         lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
         lines += [
-            f'| {name} | {describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |' for name, _, law in laws
+            f'| {name} | {figures.describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |'
+            for name, _, law in laws
         ]
         lines += ['', '![scaling](scaling.png)', '']
     for name, rows, columns, losses in grids:
@@ -287,168 +276,27 @@ def make_grid(members, down, across):
     return rows, columns, np.array([[losses.get((row, column), math.nan) for column in columns] for row in rows])
 
 
-def describe(law):
-    return f'{law["factor"]:.3g} · parameters^{law["exponent"]:.4f}'
+# the page
 
 
-# figures
-
-
-def has_curves(groups):
-    return any(len(group['curve']['iterations']) > 1 for group in groups if group['finished'])
-
-
-def draw_curves(groups):
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
-    for panel, (axis, unit) in zip(panels.flat, AXES.items()):
-        for group in groups:
-            curve = group['curve']
-            x = [unit(group, iteration) for iteration in curve['iterations']]
-            (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
-            panel.fill_between(x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2)
-        panel.set_xlabel(axis)
-        if axis in LOGARITHMIC:
-            panel.set_xscale('log')
-            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            panel.xaxis.set_minor_locator(ticker.NullLocator())
-        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
-        panel.grid(alpha=0.3)
-    figure.supylabel('validation loss, nats per token; band: one standard deviation over seeds')
-    columns = max(1, 120 // (max(len(group['name']) for group in groups) + 8))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
-    return figure
-
-
-def draw_scaling(laws):
-    figure, panel = plt.subplots(figsize=(8, 6), layout='constrained')
-    for name, members, law in laws:
-        points = [(group['parameters'], loss) for group in members for loss in group['best']]
-        dots = panel.scatter(*zip(*points), s=14)
-        x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
-        panel.plot(x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}')
-    panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
-    panel.grid(alpha=0.3, which='both')
-    panel.legend()
-    return figure
-
-
-def draw_grids(grids, settings):
-    """A panel for each family, all on one scale of colours."""
-    n = min(3, len(grids))
-    figure, panels = plt.subplots(-(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained')
-    low, high = loss_range(grids)
-    for panel in panels.flat[len(grids) :]:
-        panel.axis('off')
-    for panel, (name, rows, columns, losses) in zip(panels.flat, grids):
-        image = panel.imshow(losses, cmap='viridis', vmin=low, vmax=high)
-        panel.set_title(name, fontsize=10)
-        panel.set(xlabel=settings[1], ylabel=settings[0])
-        panel.set_xticks(range(len(columns)), columns)
-        panel.set_yticks(range(len(rows)), rows)
-        for (i, j), loss in np.ndenumerate(losses):
-            dark = image.norm(loss) < 0.6
-            weight = 'bold' if loss == np.nanmin(losses) else 'normal'
-            panel.text(j, i, f'{loss:.3f}'.replace('nan', ''), ha='center', va='center', color='w' if dark else 'k', weight=weight)
-    figure.colorbar(image, ax=panels, label='best validation loss, nats per token')
-    return figure
-
-
-def loss_range(grids):
-    return min(np.nanmin(losses) for *_, losses in grids), max(np.nanmax(losses) for *_, losses in grids)
-
-
-def interactive_grid(grid, settings, low, high):
-    name, rows, columns, losses = grid
-    texts = [[f'{loss:.4f}'.replace('nan', '') for loss in row] for row in losses]
-    shown = dict(z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high)
-    figure = go.Figure(go.Heatmap(x=[str(value) for value in columns], y=[str(value) for value in rows], **shown))
-    layout = dict(title_text=name, title_font_size=14, xaxis_title=settings[1], yaxis_title=settings[0])
-    figure.update_layout(**layout, template='plotly_white', height=360, margin=dict(l=70, r=10, t=50, b=40))
-    figure.update_xaxes(type='category')
-    figure.update_yaxes(type='category', autorange='reversed')
-    return figure
-
-
-def interactive_curves(groups, axis, unit):
-    figure = go.Figure()
-    colors = [matplotlib.colors.to_hex(color) for color in plt.rcParams['axes.prop_cycle'].by_key()['color']]
-    for group, color in zip(groups, colors * len(groups)):
-        curve = group['curve']
-        x = [unit(group, iteration) for iteration in curve['iterations']]
-        text = [f'{mean:.4f}' + ('' if math.isnan(std) else f' ± {std:.4f}') for mean, std in zip(curve['mean'], curve['std'])]
-        line = dict(x=x, y=curve['mean'].tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
-        figure.add_scatter(**line, text=text, hovertemplate='%{text}', mode='lines+markers')
-        if len(group['seeds']) > 1:
-            edge = [*(curve['mean'] + curve['std']), *(curve['mean'] - curve['std'])[::-1]]
-            figure.add_scatter(x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip')
-            figure.data[-1].update(legendgroup=group['name'], showlegend=False)
-    layout = dict(
-        xaxis_title=axis,
-        yaxis_title='validation loss, nats per token (± one std)',
-        template='plotly_white',
-        height=480,
-        margin=dict(l=50, r=10, t=10, b=40),
-    )
-    figure.update_layout(**layout, legend=dict(orientation='h', y=-0.2))
-    figure.update_xaxes(tickformat='~g' if axis == 'seconds' else '~s', **(dict(type='log', dtick='D2') if axis in LOGARITHMIC else {}))
-    return figure
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Runs compared</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; color: #222; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; }}
-th, td {{ padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }}
-th button {{ all: unset; cursor: pointer; font-weight: 600; }}
-th button:focus-visible {{ outline: 2px solid #1f77b4; }}
-th[aria-sort=ascending] button::after {{ content: " ↑"; }}
-th[aria-sort=descending] button::after {{ content: " ↓"; }}
-</style>
-<script>{plotly}</script>
-<h1>Runs compared</h1>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-{notes}
-{figures}
-<script>
-for (const header of document.querySelectorAll('th')) header.querySelector('button').onclick = () => {{
-  const up = header.ariaSort !== 'ascending', body = document.querySelector('tbody'), i = header.cellIndex;
-  const key = row => {{ const v = row.cells[i].dataset.value; return v === 'nan' ? Infinity : isNaN(v) ? v : Number(v); }};
-  const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1);
-  body.append(...[...body.rows].sort(order));
-  for (const other of header.parentNode.cells) other.ariaSort = other === header ? (up ? 'ascending' : 'descending') : 'none';
-}};
-</script>
-</html>
-"""
-
-
-def page(groups, base, grids, settings):
+def page(groups, base, laws, grids, settings):
     shown = [group for group in groups if group['finished']]
     cells = [[column(group) for column in COLUMNS.values()] for group in shown]
     body = [
         ''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>' for text, value in row)
         for row in cells
     ]
-    figures = [interactive_curves(shown, axis, unit) for axis, unit in AXES.items() if has_curves(shown)]
-    maps = [interactive_grid(grid, settings, *loss_range(grids)) for grid in grids]
-    return PAGE.format(
+    curves = [figures.interactive_curves(shown, axis, unit) for axis, unit in figures.AXES.items() if figures.has_curves(shown)]
+    maps = [figures.interactive_grid(grid, settings, *figures.loss_range(grids)) for grid in grids]
+    return figures.PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
         body=''.join(f'<tr>{row}</tr>' for row in body),
         notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
-        figures=section('Validation loss', figures) + section(f'Best validation loss over {" and ".join(settings)}', maps),
+        figures=figures.section('Validation loss', curves)
+        + figures.section('Scaling', [figures.interactive_scaling(laws)] if laws else [])
+        + figures.section(f'Best validation loss over {" and ".join(settings)}', maps),
     )
-
-
-def section(title, figures):
-    drawn = [plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures]
-    return f'<h2>{title}</h2>{"".join(drawn)}' if drawn else ''
 
 
 groups = group_runs([run for run in map(read_run, folders) if run])
@@ -483,15 +331,15 @@ report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: la
 for name, text in {
     'compare.md': table,
     'compare.json': json.dumps(report, indent=1),
-    'compare.html': page(groups, base, grids, settings),
+    'compare.html': page(groups, base, laws, grids, settings),
 }.items():
     with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
         f.write(text)
-if has_curves(shown):
-    draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+if figures.has_curves(shown):
+    figures.draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
 if grids:
-    draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
+    figures.draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
 if laws:
-    draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
+    figures.draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
 print(table)
 print(f'written: {os.path.join(out, "compare.md")}, compare.json, compare.html and figures')

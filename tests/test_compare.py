@@ -169,6 +169,7 @@ def test_power_law_of_points_that_lie_on_one(tmp_path):
     assert law['factor'] == pytest.approx(5) and law['exponent'] == pytest.approx(-0.1) and law['sizes'] == 4
     assert law['interval'] == pytest.approx([-0.1, -0.1]) and '5 · parameters^-0.1000' in table
     assert (tmp_path / 'c/scaling.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 1
 
 
 def test_interval_of_a_power_law_is_that_of_the_textbook(tmp_path):
