@@ -14,7 +14,7 @@ from configurator import override, read_file, settings_of
 
 CONFIGS = sorted(ROOT.glob('config/*.py'))
 LAYERS = [  # a module imports from the rows above its own
-    {'files', 'triton_kernels'},
+    {'figures', 'files', 'triton_kernels'},
     {'configurator', 'device', 'kernels', 'records', 'tokenizer'},
     {'kan', 'graph', 'loader'},
     {'model', 'lora', 'tasks'},
@@ -193,6 +193,16 @@ def test_every_script_says_how_to_run_it():
         source = path.read_text(encoding='utf-8')
         if path.stem != 'configurator' and 'configure(globals()' in source:
             assert f'python {path.name}' in ast.get_docstring(ast.parse(source)), path.name
+
+
+def test_main_table_of_the_readme_is_that_of_its_study():
+    def read_rows(path):
+        lines = [line.strip('|').split('|') for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('| ')]
+        return {name.strip('` '): {cell.strip() for cell in cells} for name, *cells in lines}
+
+    rows, measured = read_rows(ROOT / 'README.md'), read_rows(ROOT / 'results/nano/compare.md')
+    for name in measured.keys() - {'run', '---'}:
+        assert len(rows[name] & measured[name]) >= (5 if name == 'nano_balanced' else 6), name
 
 
 def test_no_text_of_the_repository_names_a_folder_of_one_machine():
