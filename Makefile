@@ -29,19 +29,21 @@ RUNS = $(sort $(wildcard results/$(1)/runs/*))
 results: .venv/installed-compare
 	$(BIN)/python compare.py $(call RUNS,nano_tuning) --out=results/nano_tuning --over=learning_rate,init_std
 	$(BIN)/python compare.py $(call RUNS,nano_finalists) --out=results/nano_finalists
-	$(BIN)/python compare.py $(call RUNS,nano) --out=results/nano --baseline=nano_balanced
+	$(BIN)/python compare.py $(call RUNS,nano) --out=results/nano --baseline=nano_kan
+	$(BIN)/python compare.py --out=results/nano_longer --mix=True --baseline=nano_kan $(call RUNS,nano_longer) $(sort $(wildcard results/nano/runs/*_nano_kan?seed*))
 
 NANO = config/train_shakespeare_char_nano
 results-runs: .venv/installed
 	$(BIN)/python sweep.py $(NANO).py $(NANO)_kan.py $(NANO)_kan_mlp.py $(NANO)_balanced.py $(NANO)_swiglu.py --root=results/nano_tuning/runs \
 		--max_iters=300 --lr_decay_iters=300 --warmup_iters=30 --eval_interval=300 \
 		--learning_rate=2e-3,4e-3,8e-3,1.6e-2 --init_std=0.02,0.04,0.08,0.16
-	$(BIN)/python sweep.py $(NANO).py $(NANO)_balanced.py --root=results/nano_finalists/runs --eval_interval=1000 --learning_rate=4e-3,8e-3 --init_std=0.08
+	$(BIN)/python sweep.py $(NANO).py $(NANO)_balanced.py --root=results/nano_finalists/runs --eval_interval=1000 --learning_rate=2e-3,4e-3,8e-3 --init_std=0.08
 	$(BIN)/python sweep.py $(NANO)_kan.py --root=results/nano_finalists/runs --eval_interval=1000 --learning_rate=4e-3,8e-3 --init_std=0.04
 	$(BIN)/python sweep.py $(NANO)_kan_mlp.py --root=results/nano_finalists/runs --eval_interval=1000 --learning_rate=8e-3,1.6e-2 --init_std=0.04
 	$(BIN)/python sweep.py $(NANO)_swiglu.py --root=results/nano_finalists/runs --eval_interval=1000 --learning_rate=2e-3,4e-3,1.6e-2 --init_std=0.08
 	$(BIN)/python sweep.py $(NANO).py $(NANO)_kan.py $(NANO)_kan_mlp.py $(NANO)_balanced.py $(NANO)_by_flops.py $(NANO)_by_seconds.py $(NANO)_swiglu.py \
 		--root=results/nano/runs --seed=1,2,3,4,5
+	$(BIN)/python sweep.py $(NANO).py --root=results/nano_longer/runs --seed=1 --max_iters=7800 --lr_decay_iters=7800 --eval_interval=1300
 
 clean:
 	rm -rf .venv

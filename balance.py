@@ -7,7 +7,8 @@ Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
 
 Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within 1 %, seconds are
 those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that comes closest, or the width; where
-that is not close enough, the hidden layer of its MLPs is widened or narrowed. Other flags are train.py's, e.g. --device=cpu, or
+that is not close enough, the hidden layer of its MLPs is widened or narrowed. The recipe is the KAN-GPT's; its learning_rate and
+init_std need not suit the vanilla GPT (sweep.py tells). Other flags are train.py's, e.g. --device=cpu, or
 --mlp=swiglu for the vanilla GPT.
 """
 
@@ -173,4 +174,5 @@ Found by `python balance.py {' '.join(sys.argv[1:])}`.
 '''
 with write_atomically(out, 'w', encoding='utf-8') as f:
     f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
-print(f'\nwritten: python train.py {os.path.relpath(out)}')
+print('\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: sweep.py tries others')
+print(f'written: python train.py {os.path.relpath(out)}')

@@ -1,9 +1,10 @@
 """
-The vanilla GPT with as many parameters as the KAN-GPT (within 1 %) in nano size, 2.22M parameters.
+The vanilla GPT with as many parameters as the KAN-GPT (within 1 %) in nano size, 2.23M parameters.
 
     python train.py config/train_shakespeare_char_nano_balanced.py
 
-Measured once, seed 1337, on the nine plays: 3.8 minutes of training on a 2-core Xeon (AMX; torch 2.13, float32), validation loss 1.866.
+Measured over five seeds (results/nano): validation loss 1.697 ± 0.011, 6.3 minutes of training steps on one core of a Xeon
+(AMX; torch 2.13, float32).
 """
 
 out_dir = 'out-shakespeare-char-nano-balanced'

@@ -3,7 +3,8 @@ The KAN-GPT: KAN layers in attention and MLP in nano size, 2.22M parameters.
 
     python train.py config/train_shakespeare_char_nano_kan.py
 
-Measured once, seed 1337, on the nine plays: 3.3 minutes of training on a 2-core Xeon (AMX; torch 2.13, float32), validation loss 1.770.
+Measured over five seeds (results/nano): validation loss 1.678 ± 0.007, 5.2 minutes of training steps on one core of a Xeon
+(AMX; torch 2.13, float32).
 """
 
 out_dir = 'out-shakespeare-char-nano-kan'
