@@ -31,6 +31,7 @@ results: .venv/installed-compare
 	$(BIN)/python compare.py $(call RUNS,nano_finalists) --out=results/nano_finalists
 	$(BIN)/python compare.py $(call RUNS,nano) --out=results/nano --baseline=nano_kan
 	$(BIN)/python compare.py --out=results/nano_longer --mix=True --baseline=nano_kan $(call RUNS,nano_longer) $(sort $(wildcard results/nano/runs/*_nano_kan?seed*))
+	$(BIN)/python compare.py --out=results/nano_scaling --scaling=True $(call RUNS,nano_scaling) $(foreach family,nano nano_kan nano_kan_mlp,$(sort $(wildcard results/nano/runs/*_$(family)?seed*)))
 
 NANO = config/train_shakespeare_char_nano
 results-runs: .venv/installed
@@ -44,6 +45,8 @@ results-runs: .venv/installed
 	$(BIN)/python sweep.py $(NANO).py $(NANO)_kan.py $(NANO)_kan_mlp.py $(NANO)_balanced.py $(NANO)_by_flops.py $(NANO)_by_seconds.py $(NANO)_swiglu.py \
 		--root=results/nano/runs --seed=1,2,3,4,5
 	$(BIN)/python sweep.py $(NANO).py --root=results/nano_longer/runs --seed=1 --max_iters=7800 --lr_decay_iters=7800 --eval_interval=1300
+	$(BIN)/python sweep.py $(NANO).py --root=results/nano_scaling/runs --seed=1 --n_embd=24,48,192
+	$(BIN)/python sweep.py $(NANO)_kan.py $(NANO)_kan_mlp.py --root=results/nano_scaling/runs --seed=1 --n_embd=24,48
 
 clean:
 	rm -rf .venv

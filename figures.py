@@ -64,6 +64,9 @@ def draw_scaling(laws):
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
         panel.plot(x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}')
     panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
+    panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
+    panel.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.grid(alpha=0.3, which='both')
     panel.legend()
     return figure
@@ -147,6 +150,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px;
 table {{ border-collapse: collapse; font-size: 0.9rem; }}
 th, td {{ padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }}
+td:not(:first-child) wbr {{ display: none; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #1f77b4; }}
 th[aria-sort=ascending] button::after {{ content: " ↑"; }}
