@@ -135,7 +135,7 @@ def interactive_scaling(laws):
         figure.add_scatter(x=x, y=law['factor'] * x ** law['exponent'], name=f'{name}: {describe(law)}', line_color=color, hoverinfo='skip')
     figure.update_layout(xaxis_title='parameters', yaxis_title='best validation loss, nats per token', **LAYOUT)
     figure.update_xaxes(type='log', dtick='D2', tickformat='~s')
-    figure.update_yaxes(type='log', dtick=0.05)
+    figure.update_yaxes(type='log', dtick='L0.1', tickformat='~r')
     return figure
 
 
