@@ -109,11 +109,12 @@ for out_dir, chosen in settings.items():
     other = known.setdefault(str({key: value for key, value in chosen.items() if key not in INCIDENTAL}), out_dir)
     if other != out_dir:
         raise ValueError(f'{other} and {out_dir} would be the same run')
-for out_dir in runs:
-    check_record(out_dir, read_record(out_dir), settings[out_dir])
-missing = [out_dir for out_dir in runs if 'finished' not in read_record(out_dir)]
+found = {out_dir: read_record(out_dir) for out_dir in runs}
+for out_dir, record in found.items():
+    check_record(out_dir, record, settings[out_dir])
+missing = [out_dir for out_dir, record in found.items() if 'finished' not in record]
 print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished', flush=True)
-failed, elsewhere = [], []
+failed = []
 with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit='iter', disable=None) as bar:
     for i, out_dir in enumerate(missing, 1):
         os.makedirs(out_dir, exist_ok=True)
@@ -123,12 +124,12 @@ with tqdm(total=sum(settings[out_dir]['max_iters'] for out_dir in missing), unit
                 if not {'finished', 'failed'} & read_record(out_dir).keys():
                     last = train(out_dir, runs[out_dir], bar)
         except Timeout:
-            elsewhere.append(out_dir)
+            last = None
         except KeyboardInterrupt:
             sys.exit('stopped; the same command goes on where it was')
         record = read_record(out_dir)
         bar.update(sum(settings[out_dir]['max_iters'] for out_dir in missing[:i]) - bar.n)
-        if out_dir in elsewhere:
+        if last is None:
             say(f'{out_dir} is being trained by another sweep')
         elif 'finished' in record:
             say(f'{out_dir}: best validation loss {record["final"]["best_val_loss"]:.4f}')
