@@ -22,7 +22,7 @@ import numpy
 import torch
 
 from files import write_atomically
-from loader import read_meta
+from loader import model_vocab_size, read_meta
 from model import GPT, GPTConfig
 from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 
@@ -131,7 +131,12 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
         meta = read_meta(dataset)
         if not meta:
             raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
-        return tokenizer_from_dict(meta['tokenizer'])
+        tokenizer = tokenizer_from_dict(meta['tokenizer'])
+        if vocab_size not in (tokenizer.vocab_size, model_vocab_size(meta)):
+            raise ValueError(
+                f'data set {dataset!r} has {tokenizer.vocab_size} different tokens, the model {vocab_size}: not its vocabulary'
+            )
+        return tokenizer
     if vocab_size in (50257, 50304):
         return GPT2Tokenizer()
     if vocab_size == len(TINYSHAKESPEARE_CHARS):

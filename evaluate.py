@@ -76,11 +76,6 @@ loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
     raise ValueError(f'data set {dataset!r} has another vocabulary than the model was trained on: encode its text with that of the model')
-sizes = {'gpt2': (50257, 50304)}.get(meta['tokenizer']['kind'], (meta['vocab_size'],)) if meta else (model.config.vocab_size,)
-if model.config.vocab_size not in sizes:
-    raise ValueError(
-        f'data set {dataset!r} has {meta["vocab_size"]} different tokens, the model {model.config.vocab_size}: not its vocabulary'
-    )
 tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset if meta else '')
 data = loader.open_split(dataset, split)
 length = min(model.config.block_size, len(data) - 1)

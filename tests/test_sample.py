@@ -9,6 +9,7 @@ import torch
 from helpers import SHAPE, TOKENIZER, complaint, flags, make_checkpoint, run, run_forked, start, together, write_dataset
 
 from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
 
 ROMEO = dict(start='ROMEO:', device='cpu', num_samples=1, max_new_tokens=40, temperature=1.0)
 END = '\n---------------\n'
@@ -151,6 +152,8 @@ def test_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
     assert 'name a data set that has it by --dataset' in complaint(tmp_path, 'sample.py', *args)
     dataset = write_dataset(tmp_path / 'data')
     assert sample(tmp_path, dataset=dataset)[0].startswith('ROMEO:')
+    other = write_dataset(tmp_path / 'few', tokenizer=CharTokenizer('abcdef'))
+    assert 'not its vocabulary' in complaint(tmp_path, 'sample.py', *args, f'--dataset={other}')
     os.remove(Path(dataset, 'meta.json'))
     assert 'meta.json' in complaint(tmp_path, 'sample.py', *args, f'--dataset={dataset}')
 
