@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kernels import name_of, recursive_bases, spline_linear, to_working_dtype
 
@@ -98,12 +99,21 @@ class KANLinear(nn.Module):
     @property
     def scaled_spline_weight(self):
         """(O, I, K), the spline coefficients that act."""
-        return self.spline_weight * (self.spline_scaler.unsqueeze(-1) if self.enable_standalone_scale_spline else 1.0)
+        return self.scale_splines(self.spline_weight)
 
-    def forward(self, x):
-        """(..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights."""
+    def scale_splines(self, spline_weight):
+        return spline_weight * self.spline_scaler.unsqueeze(-1) if self.enable_standalone_scale_spline else spline_weight
+
+    def forward(self, x, base_weight=None, spline_weight=None):
+        """
+        (..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights.
+        An adapter gives other weights to take in place of its own.
+        """
         self.check_input(x)
-        weight = self.packed_weight() if self._packed is None or torch.is_grad_enabled() else self._packed
+        own = base_weight is None and spline_weight is None
+        weight = self._packed if own and not torch.is_grad_enabled() else None
+        if weight is None:
+            weight = self.packed_weight(base_weight, spline_weight)
         dtype = self.compute_dtype()
         y = spline_linear(x.reshape(-1, self.in_features), weight, self.grid, self.spline_order, self.base_activation, dtype)
         if self.bias is not None:
@@ -115,9 +125,11 @@ class KANLinear(nn.Module):
         autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
         return torch.get_autocast_dtype(device_type) if autocast else self.base_weight.dtype
 
-    def packed_weight(self):
+    def packed_weight(self, base_weight=None, spline_weight=None):
         """(O, (K + 1) * I), basis-major, so that the loops over columns run over neighbouring features; the base weight last."""
-        return torch.cat([self.scaled_spline_weight.transpose(1, 2), self.base_weight.unsqueeze(1)], 1).flatten(1)
+        base = self.base_weight if base_weight is None else base_weight
+        splines = self.scale_splines(self.spline_weight if spline_weight is None else spline_weight)
+        return torch.cat([splines.transpose(1, 2), base.unsqueeze(1)], 1).flatten(1)
 
     def check_input(self, x):
         if x.size(-1) != self.in_features:
@@ -189,6 +201,16 @@ class KANLinear(nn.Module):
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
+
+
+def is_linear(layer):
+    """nn.Linear, or a kind of it that computes the same; not that of nn.MultiheadAttention, which reads its weight and never calls it."""
+    return type(layer).forward is nn.Linear.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def is_conv1d(layer):
+    """transformers' Conv1D, a linear layer with a weight of (I, O), by its looks: transformers need not be there."""
+    return type(layer).__name__ == 'Conv1D' and hasattr(layer, 'nf')
 
 
 def to_float64(tensor):

@@ -1,0 +1,761 @@
+"""
+Low-rank adapters for any PyTorch model. A frozen layer gets a small path that trains, or a small change of its weights:
+
+    lora       y = W x + s B A x                  Hu et al. 2021, arXiv 2106.09685, eq. 3; s = alpha / rank
+    kan        y = W x + s phi_out(phi_in(x))     two small KAN layers in place of A and B, as in kolmg-lora; cannot be merged
+    kan_base   of a KAN layer, W_base + s B A and W_spline + s B' A'    arXiv 2504.10490, its splines as a matrix
+
+and with each of them rsLoRA (s = alpha / sqrt(rank), arXiv 2312.03732), DoRA (every row of the weights gets a length that trains,
+arXiv 2402.09353, eq. 5) and LoRA+ (B and phi_out at a higher learning rate, arXiv 2402.12354).
+
+    add_lora(model, LoRAConfig(kind='kan', rank=16))
+    optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-3, weight_decay=0.0))
+    ...
+    save_lora(model, 'my-adapter')
+
+Legend: I, O features in and out; r rank.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from files import write_atomically
+from kan import KANLinear, is_conv1d, is_linear
+
+KINDS = ('lora', 'kan', 'kan_base')
+TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
+    ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
+    ('query', 'value'),  # BERT, RoBERTa
+    ('q_lin', 'v_lin'),  # DistilBERT
+    ('c_attn',),  # GPT-2, and the GPT of model.py
+    ('query_key_value',),  # GPT-NeoX, BLOOM
+    ('qkv',),  # ViT in timm
+    ('SelfAttention.q', 'SelfAttention.v'),  # T5
+)
+SQUASHES = {
+    'none': lambda x, low, high: x,
+    'clamp': lambda x, low, high: x.clamp(low, high),
+    'tanh': lambda x, low, high: (low + high) / 2 + (high - low) / 2 * torch.tanh((2 * x - low - high) / (high - low)),
+    'norm': lambda x, low, high: F.layer_norm(x, x.shape[-1:]),
+}
+
+
+@dataclass
+class LoRAConfig:
+    """Names and defaults are kolmg-lora's; `kind`, `squash` and PEFT's `modules_to_save` are additions."""
+
+    kind: str = 'lora'
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05  # of what goes into the adapter
+    target_modules: tuple = ()  # names of layers, or of modules that hold some; () is the attention projections, see TARGETS
+    modules_to_save: tuple = ()  # names of modules that train in full, in a copy saved with the adapter: a new head
+    rs_lora: bool = False
+    use_dora: bool = False
+    lora_plus_ratio: float = 1.0  # learning rate of B and phi_out over that of the others
+    grid_size: int = 4
+    spline_order: int = 1
+    grid_range: tuple = (-1.0, 1.0)
+    kan_scale_noise: float = 0.1  # std of the spline weights of phi_in at the start, times sqrt(I)
+    kan_scale_base: float = 1.0  # bound of its base weights, times sqrt(I)
+    squash: str = 'tanh'  # what brings the inputs of a KAN layer onto its grid: a key of SQUASHES
+
+    def __post_init__(self):
+        for field in fields(self):
+            setattr(self, field.name, checked(field.name, getattr(self, field.name), type(field.default)))
+        for name, choices in ('kind', KINDS), ('squash', tuple(SQUASHES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got {getattr(self, name)!r}')
+        for name in ('alpha', 'lora_plus_ratio'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be a positive number, got {getattr(self, name)}')
+        for name in ('kan_scale_noise', 'kan_scale_base'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be a number of at least 0, got {getattr(self, name)}')
+        if self.rank < 1:
+            raise ValueError(f'rank must be at least 1, got {self.rank}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout must be at least 0 and less than 1, got {self.dropout}')
+        KANLinear(1, 1, self.grid_size, self.spline_order, grid_range=self.grid_range)  # names a grid that cannot be
+
+    @property
+    def scaling(self):
+        return self.alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
+
+
+def checked(name, value, wanted):
+    """A setting in its own type, whether it comes from code or from JSON."""
+    if wanted is tuple:
+        value = value.split(',') if isinstance(value, str) else [] if value is None else value
+        number = name == 'grid_range'
+        if isinstance(value, (list, tuple, set)) and all(isinstance(item, (int, float) if number else str) for item in value):
+            return tuple(value) if not isinstance(value, set) else tuple(sorted(value))
+    elif wanted is float and type(value) is int:
+        return float(value)
+    elif type(value) is wanted:
+        return value
+    raise ValueError(f'{name} must be {"a list of names" if wanted is tuple else f"of type {wanted.__name__}"}, got {value!r}')
+
+
+# the layers that an adapter can act on
+
+
+def kinds_of(layer):
+    """The kinds of adapter that a layer can have."""
+    if isinstance(layer, KANLinear):
+        return ('kan', 'kan_base')
+    if is_linear(layer) or is_conv1d(layer):
+        return ('lora', 'kan')
+    return ('lora',) if isinstance(layer, nn.Embedding) else ()
+
+
+def weights(layer):
+    """{parameter: the (O, n) view of it that an adapter changes}; to an embedding, which maps one-hot vectors, n is their size."""
+    if isinstance(layer, KANLinear):
+        return {'base_weight': layer.base_weight, 'spline_weight': layer.spline_weight.flatten(1)}
+    return {'weight': layer.weight.t() if is_transposed(layer) else layer.weight}
+
+
+def is_transposed(layer):
+    return is_conv1d(layer) or isinstance(layer, nn.Embedding)
+
+
+def row_norms(layer, updates=None):
+    """Lengths of the rows of all its weights side by side, (O,), with the (O, n) updates added."""
+    rows = [w.to(adapter_dtype(w)) + (updates[name] if updates else 0) for name, w in weights(layer).items()]
+    return torch.cat(rows, 1).norm(dim=1)
+
+
+def adapter_dtype(w):
+    """Adapters train in float32 beside a base in half precision, which would round small steps away."""
+    return torch.promote_types(w.dtype, torch.float32)
+
+
+# adapters: called with the layer and its inputs, they return its output with the adapter
+
+
+class Adapter(nn.Module):
+    """What a LoRALayer holds for one name. Its parameters are the ones that train."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def fast_parameters(self):
+        """Those that LoRA+ gives a higher learning rate."""
+        return []
+
+    def adapted(self, layer):
+        """{parameter: what it would have to be for the layer to do without the adapter}. Raises ValueError where there is no such."""
+        raise NotImplementedError
+
+
+class LowRank(Adapter):
+    """lora and kan_base: every weight W of the layer becomes W + s B A."""
+
+    def __init__(self, layer, config):
+        super().__init__(config)
+        self.scaling, self.dropout = config.scaling, nn.Dropout(config.dropout)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name, w in weights(layer).items():
+            A = torch.empty(config.rank, w.size(1), dtype=adapter_dtype(w), device=w.device)
+            B = torch.empty(w.size(0), config.rank, dtype=adapter_dtype(w), device=w.device)
+            if isinstance(layer, nn.Embedding):  # one-hot inputs meet one column of A: it starts at zero, B at random
+                nn.init.zeros_(A), nn.init.normal_(B)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5)), nn.init.zeros_(B)
+            self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
+        self.magnitude = nn.Parameter(row_norms(layer).detach()) if config.use_dora else None
+
+    def fast_parameters(self):
+        return self.lora_B.parameters()
+
+    def updates(self, dropout=nn.Identity()):
+        """{parameter: s B A, (O, n)}"""
+        return {name: self.scaling * (self.lora_B[name] @ dropout(A)) for name, A in self.lora_A.items()}
+
+    def row_scale(self, layer, updates):
+        """(O,): what DoRA multiplies the rows W + s B A by. Their length counts as a constant in the gradient (section 4.3)."""
+        return self.magnitude / row_norms(layer, updates).detach()
+
+    def adapted(self, layer, dropout=nn.Identity()):
+        updates = self.updates(dropout)
+        scale = 1.0 if self.magnitude is None else self.row_scale(layer, updates).unsqueeze(1)
+        rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
+        stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
+        return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
+
+    def forward(self, layer, x):
+        if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights; dropout leaves out columns
+            return layer(x, **self.adapted(layer, self.dropout))
+        y, A, B = layer(x), self.lora_A['weight'], self.scaling * self.lora_B['weight']
+        if isinstance(layer, nn.Embedding):
+            update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
+        else:
+            update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
+        if self.magnitude is not None:
+            update = rescaled(y, update, layer, self.row_scale(layer, self.updates()))
+        return y + update.to(y.dtype)
+
+
+class KANBottleneck(nn.Module):
+    """phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), both on their grid. Zero at the start."""
+
+    def __init__(self, in_features, out_features, config):
+        super().__init__()
+        settings = dict(grid_size=config.grid_size, spline_order=config.spline_order, grid_range=config.grid_range)
+        settings.update(scale_base=config.kan_scale_base, enable_standalone_scale_spline=False)
+        self.phi_in = KANLinear(in_features, config.rank, **settings)
+        self.phi_out = KANLinear(config.rank, out_features, **settings)
+        nn.init.normal_(self.phi_in.spline_weight, std=config.kan_scale_noise / math.sqrt(in_features))
+        nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
+        self.squash, (self.low, self.high) = SQUASHES[config.squash], config.grid_range
+
+    def forward(self, x):
+        h = self.phi_in(self.squash(x, self.low, self.high))
+        return self.phi_out(self.squash(h, self.low, self.high))
+
+
+class KANAdapter(Adapter):
+    """kan: s phi_out(phi_in(x)) beside the layer; DoRA rescales what the layer itself gives, as in kolmg-lora, but for its bias."""
+
+    def __init__(self, layer, config):
+        super().__init__(config)
+        self.scaling, self.dropout = config.scaling, nn.Dropout(config.dropout)
+        w = next(iter(weights(layer).values()))
+        with torch.device(w.device):
+            self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
+        self.magnitude = nn.Parameter(row_norms(layer).detach()) if config.use_dora else None
+
+    def fast_parameters(self):
+        return self.bottleneck.phi_out.parameters()
+
+    def forward(self, layer, x):
+        y, update = layer(x), self.scaling * self.bottleneck(self.dropout(x))
+        if self.magnitude is not None:
+            update = update + rescaled(y, 0, layer, self.magnitude / row_norms(layer).detach())
+        return y + update.to(y.dtype)
+
+    def adapted(self, layer):
+        raise ValueError(
+            "a 'kan' adapter is not linear in its input, so no weight can hold it: keep the adapter, or take the nearest linear "
+            'map by fit_linear(model, batches), which measures what is lost'
+        )
+
+
+class TrainedCopy(Adapter):
+    """A copy of a module that trains in its place."""
+
+    def __init__(self, module, config):
+        super().__init__(config)
+        self.copy = copy.deepcopy(module).requires_grad_(True)
+
+    def forward(self, module, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+    def adapted(self, module):
+        return {name: p.detach().clone() for name, p in self.copy.named_parameters()}
+
+
+CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}
+
+
+def sizes(layer):
+    """(I, O)"""
+    O, I = next(iter(weights(layer).values())).shape
+    return I, O
+
+
+def rescaled(y, update, layer, scale):
+    """What is to be added to y = W x + bias to have scale * (W x) + scale * update + bias; nothing while scale is 1."""
+    bias = getattr(layer, 'bias', None)
+    return scale * update + (scale - 1) * (y if bias is None else y - bias)
+
+
+# a model with adapters
+
+
+class LoRALayer(nn.Module):
+    """A frozen module and its adapters by name, of which one is active, or none."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.adapters = base_layer, nn.ModuleDict()
+        self.active = None
+        self.unmerged = None  # while an adapter is merged: the base layer's own parameters
+
+    # of code that asks a layer for its dtype, or ties weights
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: getattr(self.base_layer, 'bias', None))
+
+    @property
+    def adapter(self):
+        return self.adapters[self.active] if self.active in self.adapters else None
+
+    def forward(self, *args, **kwargs):
+        if self.adapter is None or self.unmerged is not None:
+            return self.base_layer(*args, **kwargs)
+        return self.adapter(self.base_layer, *args, **kwargs)
+
+    def swap(self, parameters):
+        """Other parameters for the base layer; returns those it had. The old ones live on, shared ones where they are shared."""
+        before = {}
+        for path, p in parameters.items():
+            owner, _, name = path.rpartition('.')
+            owner = self.base_layer.get_submodule(owner)
+            before[path] = getattr(owner, name)
+            setattr(owner, name, p if isinstance(p, nn.Parameter) else nn.Parameter(p, requires_grad=False))
+        return before
+
+
+def lora_layers(model):
+    """{path: LoRALayer}"""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def add_lora(model, config, name='default'):
+    """
+    Freeze a model and give it an adapter, which becomes the active one. Changes the model in place and returns it: the layers
+    named by the config are wrapped in LoRALayer. Its outputs stay what they were until the adapter has learned something.
+    ValueError names what there is where a target matches nothing.
+    """
+    copies = {path: 'copy' for path in find_modules_to_save(model, config)}
+    within = tuple(path + '.' for path in copies)
+    targets = {path: config.kind for path in find_targets(model, config) if not path.startswith(within)} | copies
+    install(model, make_adapters(model, config, targets), name)
+    return model
+
+
+def make_adapters(model, config, targets):
+    """{path: an adapter for the module at that path}, the model untouched; targets {path: kind or 'copy'}"""
+    return {path: CLASSES[kind](base_of(model.get_submodule(path)), config) for path, kind in targets.items()}
+
+
+def install(model, adapters, name):
+    if not name.isidentifier():
+        raise ValueError(f'the name of an adapter must be a Python name, got {name!r}')
+    if any(name in layer.adapters for layer in lora_layers(model).values()):
+        raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
+    if is_merged(model):
+        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before adding another')
+    for path, adapter in adapters.items():
+        module = model.get_submodule(path)
+        if not isinstance(module, LoRALayer):
+            parent, _, child = path.rpartition('.')
+            setattr(model.get_submodule(parent), child, module := LoRALayer(module).train(module.training))
+        module.adapters[name] = adapter.train(module.training)
+    set_lora(model, name)
+
+
+def base_of(module):
+    return module.base_layer if isinstance(module, LoRALayer) else module
+
+
+def set_lora(model, name):
+    """Make the adapter of this name the active one, or none by None. The active one trains, all else is frozen."""
+    layers = lora_layers(model)
+    names = sorted({name for layer in layers.values() for name in layer.adapters})
+    if name is not None and name not in names:
+        raise ValueError(f'the model has no adapter named {name!r}, only {", ".join(names) or "none at all"}')
+    if is_merged(model):
+        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before another can be active')
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.active = name
+        if layer.adapter is not None:
+            layer.adapter.requires_grad_(True)
+
+
+def active_lora(model):
+    """The LoRALayers whose adapter is at work, {path: LoRALayer}; ValueError if there are none."""
+    layers = {path: layer for path, layer in lora_layers(model).items() if layer.adapter is not None}
+    if not layers:
+        raise ValueError('the model has no active adapter: add_lora or load_lora give it one, set_lora switches between them')
+    return layers
+
+
+@contextmanager
+def lora_off(model):
+    """Inside, the model is the base model, also where an adapter is merged."""
+    layers = lora_layers(model).values()
+    before = [(layer, layer.active, layer.unmerged and layer.swap(layer.unmerged)) for layer in layers]
+    for layer in layers:
+        layer.active = None
+    try:
+        yield
+    finally:
+        for layer, active, merged in before:
+            layer.active = active
+            if merged:
+                layer.swap(merged)
+
+
+# which layers
+
+
+def matches(path, target):
+    """Whether the path of a module is that of a target, or lies within it: `c_attn` and `h.0` both match h.0.attn.c_attn."""
+    return f'.{target}.' in f'.{path}.'
+
+
+def find_targets(model, config):
+    """The paths of the layers that a config names."""
+    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no Linear, Conv1D, KANLinear or Embedding that could be adapted')
+    targets = config.target_modules or next((group for group in TARGETS if all(any_match(layers, name) for name in group)), None)
+    if not targets:
+        raise ValueError(f'no attention projections with a known name: set target_modules to some of {names_of(layers)}')
+    for target in targets:
+        if not any_match(layers, target):
+            raise ValueError(f'target_modules: nothing to adapt by the name {target!r}; there is {names_of(layers)}')
+    named = {path for path in layers if any(path == target or path.endswith('.' + target) for target in targets)}
+    chosen = [path for path in layers if any(matches(path, target) for target in targets)]
+    fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
+    wrong = next((path for path in chosen if path in named and path not in fitting), None) or (chosen[0] if not fitting else None)
+    if wrong:
+        kinds = ' or '.join(map(repr, kinds_of(layers[wrong])))
+        raise ValueError(f'{wrong} is a {type(layers[wrong]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}')
+    tied = tied_modules(model)
+    for path in named & tied.keys() & set(fitting):
+        print(f'{path} shares its weight with {", ".join(tied[path])}, which the adapter does not change')
+    return [path for path in fitting if path in named or path not in tied]
+
+
+def named_base_modules(model):
+    """named_modules of the model as it was without adapters."""
+    wrapped = ()
+    for path, module in model.named_modules():
+        if not path.startswith(wrapped):
+            yield path, base_of(module)
+        if isinstance(module, LoRALayer):
+            wrapped += (path + '.',)
+
+
+def any_match(paths, target):
+    return any(matches(path, target) for path in paths)
+
+
+def names_of(layers):
+    """The last names of the paths, each once, with their number: c_attn (12), c_proj (24)"""
+    names = [path.rpartition('.')[2] for path in layers]
+    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names))
+
+
+def tied_modules(model):
+    """{path: the paths of the modules with the same weight}"""
+    owners = {}
+    for path, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(path.removesuffix('.base_layer'))
+    return {path: [other for other in paths if other != path] for paths in owners.values() if len(paths) > 1 for path in paths}
+
+
+def find_modules_to_save(model, config):
+    modules = [path for path, _ in named_base_modules(model) if path]
+    found = []
+    for target in config.modules_to_save:
+        paths = [path for path in modules if path == target or path.endswith('.' + target)]
+        if not paths:
+            children = ', '.join(name for name, _ in model.named_children())
+            raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
+        found += paths
+    return found
+
+
+# merging, for the kinds that are linear in the layer's input
+
+
+def is_merged(model):
+    return any(layer.unmerged is not None for layer in lora_layers(model).values())
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """
+    Put the active adapter into the weights of its layers, which then run as fast as the base model. Exact up to the rounding of
+    the weights' dtype. ValueError, and nothing done, where the adapter is a 'kan' or one is merged already.
+    """
+    if is_merged(model):
+        raise ValueError('an adapter is merged already: unmerge_lora(model) gives the base its own weights back')
+    layers = active_lora(model)
+    adapted = {path: layer.adapter.adapted(layer.base_layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.unmerged = layer.swap(adapted[path])
+    dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for new in adapted.values() for p in new.values()}))
+    print(f'merged into {len(layers)} layers: exact up to the rounding of {dtypes}')
+    return model
+
+
+def unmerge_lora(model):
+    """The reverse of merge_lora. The base weights are the very same as before, bit for bit."""
+    if not is_merged(model):
+        raise ValueError('no adapter is merged into the model')
+    for layer in lora_layers(model).values():
+        if layer.unmerged is not None:
+            layer.swap(layer.unmerged)
+            layer.unmerged = None
+    return model
+
+
+def remove_lora(model):
+    """The model without wrappers and adapters: the base model, or what merge_lora has made of it. Its weights stay frozen."""
+    for path, layer in lora_layers(model).items():
+        parent, _, child = path.rpartition('.')
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    return model
+
+
+def fit_linear(model, batches, name='linear'):
+    """
+    The linear map nearest to an active 'kan' adapter on the data that the model meets in `batches` (each a tensor, a tuple or a
+    dict of the model's inputs), as another adapter that can be merged: by least squares, with a bias where the layer has one.
+    Four fifths of the rows make the fit, every fifth row measures it: {path: error of the map / size of what it stands for}, both
+    as root mean squares. ValueError where there is no 'kan' adapter, or its layer is not linear.
+    """
+    layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
+    if not layers:
+        raise ValueError('fit_linear replaces adapters of kind kan, and the active one is linear: merge_lora(model) is exact')
+    kans = [path for path, layer in layers.items() if isinstance(layer.base_layer, KANLinear)]
+    if kans:
+        raise ValueError(f'{kans[0]} is a KAN layer: its weights cannot hold a linear map, so there is nothing to fit')
+    moments = {path: [Moments(), Moments()] for path in layers}
+    hooks = [layer.register_forward_hook(collect(moments[path])) for path, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    adapters, errors = {}, {}
+    for path, layer in active_lora(model).items():
+        adapters[path] = copy.deepcopy(layer.adapter)
+        if path in layers:
+            adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
+            fitted, errors[path] = solve(*moments[path], bias=layer.bias is not None)
+            with torch.no_grad():
+                weights(adapters[path].copy)['weight'].add_(fitted[:, :-1])
+                if layer.bias is not None:
+                    adapters[path].copy.bias.add_(fitted[:, -1])
+    install(model, adapters, name)
+    return errors
+
+
+class Moments:
+    """Sums over rows of x x', x d' and d d', in float64; x has a one at its end."""
+
+    def __init__(self):
+        self.xx = self.xd = self.dd = self.rows = 0
+
+    def add(self, x, d):
+        x, d = F.pad(x.double(), (0, 1), value=1.0), d.double()
+        self.xx, self.xd, self.dd = self.xx + x.T @ x, self.xd + x.T @ d, self.dd + d.square().sum()
+        self.rows += len(x)
+
+
+def collect(moments):
+    def hook(layer, inputs, output):
+        d = output - layer.base_layer(*inputs)
+        x, d = inputs[0].reshape(-1, inputs[0].size(-1)), d.reshape(-1, d.size(-1))
+        start = sum(side.rows for side in moments)
+        held = (torch.arange(start, start + len(x), device=x.device) % 5) == 4
+        for side, rows in zip(moments, (~held, held)):
+            side.add(x[rows], d[rows])
+
+    return hook
+
+
+def solve(fit, held, bias):
+    """(the (O, I + 1) map of least squares, its error on the rows held back)"""
+    if not fit.rows or not held.rows:
+        raise ValueError('fit_linear needs at least five rows of data')
+    n = len(fit.xx) - (not bias)
+    M = torch.zeros_like(fit.xd)
+    M[:n] = torch.linalg.pinv(fit.xx[:n, :n], rtol=1e-12, hermitian=True) @ fit.xd[:n]
+    residual = held.dd - 2 * (M * held.xd).sum() + (M * (held.xx @ M)).sum()
+    return M.T, math.sqrt(max(0.0, residual.item()) / held.dd.item()) if held.dd > 0 else 0.0
+
+
+# files
+
+
+def save_lora(model, folder):
+    """
+    Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its config and the
+    identity of the base model, and is all that load_lora reads; adapter_config.json is that header for people and tools.
+    """
+    from safetensors.torch import save
+
+    if is_merged(model):
+        raise ValueError('the adapter is merged into the model: unmerge_lora(model) before it is saved')
+    layers = active_lora(model)
+    ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
+    stray = next((path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours), None)
+    if stray:
+        raise ValueError(f'{stray} trains but is not part of the adapter and would be lost: name its module in modules_to_save')
+    record = {
+        'config': asdict(next(iter(layers.values())).adapter.config),
+        'layers': {path: [kind_of(layer.adapter), describe(layer.base_layer)] for path, layer in layers.items()},
+        'base': base_identity(model),
+    }
+    tensors = {f'{path}.{name}': p.contiguous() for path, layer in layers.items() for name, p in layer.adapter.state_dict().items()}
+    os.makedirs(folder, exist_ok=True)
+    with write_atomically(os.path.join(folder, 'adapter_model.safetensors')) as f:
+        f.write(save(tensors, {'adapter': json.dumps(record)}))
+    with write_atomically(os.path.join(folder, 'adapter_config.json'), 'w', 'utf-8') as f:
+        f.write(json.dumps(record, indent=2) + '\n')
+
+
+def kind_of(adapter):
+    return 'copy' if isinstance(adapter, TrainedCopy) else adapter.config.kind
+
+
+def describe(module):
+    """Linear(weight 768x768, bias 768)"""
+    shapes = (f'{name} {"x".join(map(str, p.shape))}' for name, p in module.named_parameters())
+    return f'{type(module).__name__}({", ".join(shapes)})'
+
+
+def base_identity(model):
+    """The class of the model, the number of its own parameters, and the sha256 of their names, shapes and bytes."""
+    digest, count = hashlib.sha256(), 0
+    adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    own = {name.replace('.base_layer.', '.'): p for name, p in model.named_parameters() if id(p) not in adapters}
+    for name in sorted(own):
+        p = own[name].detach().cpu().contiguous()
+        digest.update(f'{name} {p.dtype} {tuple(p.shape)}'.encode())
+        digest.update(p.reshape(-1).view(torch.uint8).numpy())
+        count += p.numel()
+    return {'class': type(model).__name__, 'parameters': count, 'sha256': digest.hexdigest()}
+
+
+def load_lora(model, folder, name='default', check_base=True):
+    """
+    Give a model the adapter that save_lora wrote, under a name, and make it the active one. Everything is checked before the
+    model is touched; ValueError says what does not fit. check_base=False takes any base of the same layers, e.g. one in bfloat16.
+    """
+    record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
+    try:
+        config = LoRAConfig(**record['config'])
+        targets = {path: kind for path, (kind, _) in record['layers'].items()}
+        base = {key: record['base'][key] for key in ('class', 'parameters', 'sha256')}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})') from None
+    if check_base and base != (found := base_identity(model)):
+        raise ValueError(
+            f'{folder} belongs to another base: {base["class"]}, {base["parameters"]:,} parameters, sha256 {base["sha256"][:12]}; this '
+            f'is {found["class"]}, {found["parameters"]:,}, {found["sha256"][:12]}. load_lora(..., check_base=False) takes it anyway'
+        )
+    modules = dict(named_base_modules(model))
+    for path, (kind, was) in record['layers'].items():
+        found = describe(modules[path]) if path in modules else 'not there'
+        if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
+            raise ValueError(f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}')
+    adapters = make_adapters(model, config, targets)
+    wanted = {f'{path}.{key}': (adapters[path], key, p) for path in adapters for key, p in adapters[path].state_dict().items()}
+    if wanted.keys() != tensors.keys():
+        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
+    for key, (_, _, p) in wanted.items():
+        if p.shape != tensors[key].shape or p.dtype != tensors[key].dtype:
+            raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)} {tensors[key].dtype}, not {tuple(p.shape)} {p.dtype}')
+    for path, adapter in adapters.items():
+        adapter.load_state_dict({key: tensors[f'{path}.{key}'] for key in adapter.state_dict()})
+    install(model, adapters, name)
+    return model
+
+
+def read_adapter(path):
+    """(the record in the header, {name: tensor}) of a file of save_lora"""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        raise ValueError(f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors, as save_lora writes it')
+    try:
+        with safe_open(path, 'pt') as f:
+            record = json.loads((f.metadata() or {}).get('adapter', 'null'))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f'{path} is cut off or damaged ({" ".join(str(error).split())[:200]})') from None
+    if not isinstance(record, dict):
+        raise ValueError(f'{path} has no header of save_lora: an adapter of PEFT is loaded by PeftModel.from_pretrained')
+    return record, tensors
+
+
+# training and reporting
+
+
+def lora_param_groups(model, lr, weight_decay):
+    """
+    Parameter groups of the active adapter for an optimizer: matrices and splines decay, vectors do not, and B and phi_out learn
+    at lora_plus_ratio * lr (LoRA+). Groups with a rate of their own say so as `lr_scale`, for schedules.
+    """
+    groups = {}
+    for layer in active_lora(model).values():
+        fast = {id(p) for p in layer.adapter.fast_parameters()}
+        for p in layer.adapter.parameters():
+            scale = layer.adapter.config.lora_plus_ratio if id(p) in fast else 1.0
+            groups.setdefault((scale, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
+    return [{'params': ps, 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale} for (scale, decay), ps in groups.items()]
+
+
+VARIANTS = (  # name, path, whether it merges, settings
+    ('LoRA', 'B A', 'yes', dict(kind='lora')),
+    ('rsLoRA', 'B A, alpha / sqrt(rank)', 'yes', dict(kind='lora', rs_lora=True)),
+    ('LoRA+', 'B A, B faster', 'yes', dict(kind='lora', lora_plus_ratio=16.0)),
+    ('DoRA', 'B A, row lengths', 'yes', dict(kind='lora', use_dora=True)),
+    ('KAN-LoRA', 'phi_out(phi_in)', 'no', dict(kind='kan')),
+    ('KAN-DoRA', 'phi_out(phi_in), row lengths', 'no', dict(kind='kan', use_dora=True)),
+    ('KAN-base LoRA', 'B A on base and splines', 'yes', dict(kind='kan_base')),
+)
+
+
+def lora_report(model):
+    """
+    Two tables as text: what trains in each layer and in all, and what every variant would take at the same rank on those of the
+    layers that can have it. Bytes are those of the tensors; the file has a header besides, some hundred bytes per tensor.
+    """
+    layers = active_lora(model)
+    adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+    rows = [('layer', 'adapter', 'trainable', 'frozen', 'share', 'bytes')]
+    for path, layer in layers.items():
+        rows.append((path, kind_of(layer.adapter), *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters()))))
+    rows.append(('total', '', *cells([layer.adapter for layer in layers.values()], total)))
+    config = next(iter(layers.values())).adapter.config
+    variants = [(f'rank {config.rank}', 'path', 'merges', 'layers', *rows[0][2:])]
+    for label, path, merges, settings in VARIANTS:
+        fitting = [layer.base_layer for layer in layers.values() if settings['kind'] in kinds_of(layer.base_layer)]
+        settings = replace(config, **{**dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0), **settings})
+        sketches = [CLASSES[settings.kind](copy.deepcopy(layer).to('meta'), settings) for layer in fitting]
+        variants.append((label, path, merges, str(len(fitting)), *(cells(sketches, total) if fitting else '----')))
+    return '\n\n'.join(map(aligned, (rows, variants)))
+
+
+def cells(adapters, frozen):
+    """trainable, frozen, share, bytes"""
+    tensors = [p for adapter in adapters for p in adapter.parameters()]
+    trainable = sum(p.numel() for p in tensors)
+    size = sum(t.nbytes for adapter in adapters for t in adapter.state_dict().values())
+    return f'{trainable:,}', f'{frozen:,}', f'{trainable / (trainable + frozen):.2%}', f'{size:,}'
+
+
+def aligned(rows):
+    """Columns side by side: text to the left, numbers to the right."""
+    columns = list(zip(*rows))
+    widths = [max(map(len, column)) for column in columns]
+    left = [column[1][:1].isalpha() or not column[1] for column in columns]
+    return '\n'.join('  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip() for row in rows)
