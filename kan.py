@@ -203,16 +203,6 @@ class KANLinear(nn.Module):
         return f'{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
 
 
-def is_linear(layer):
-    """nn.Linear, or a kind of it that computes the same; not that of nn.MultiheadAttention, which reads its weight and never calls it."""
-    return type(layer).forward is nn.Linear.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
-
-
-def is_conv1d(layer):
-    """transformers' Conv1D, a linear layer with a weight of (I, O), by its looks: transformers need not be there."""
-    return type(layer).__name__ == 'Conv1D' and hasattr(layer, 'nf')
-
-
 def to_float64(tensor):
     """Least squares need it; MPS has none, so there the work moves to the CPU."""
     return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
@@ -279,3 +269,130 @@ class KAN(nn.Module):
 
     def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
         return sum(layer.regularization_loss(regularize_activation, regularize_entropy) for layer in self.layers)
+
+
+# KAN layers in models made of others
+
+
+def kanify(model, targets=None, init='preserve', train='all', absorb=None, **settings):
+    """
+    Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
+
+    targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an nn.ModuleList
+              or nn.Sequential), so that heads stay as they are. A layer that shares its weight is left out unless named itself.
+    init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the model still gives
+              what it gave; 'fresh': as KANLinear starts.
+    train     'all', or 'splines' to freeze all else in the model: a spline adapter.
+    absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base activation of
+              the KAN layer, so that its splines lie beside the activation and not behind it.
+    settings  of KANLinear: grid_size, spline_order, grid_range ...
+
+    Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
+    """
+    if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
+        raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r} and {train!r}")
+    if init == 'preserve':
+        settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
+    paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
+    absorbed = find_absorbed(model, paths, absorb or {})
+    before = sum(p.numel() for p in model.parameters())
+    layers = {path: model.get_submodule(absorbed[path]) if path in absorbed else None for path in paths}
+    layers = {path: to_kan(model.get_submodule(path), init, activation, settings) for path, activation in layers.items()}
+    for path, layer in (layers | dict.fromkeys(absorbed.values(), nn.Identity())).items():
+        model.set_submodule(path, layer)
+    if train == 'splines':
+        model.requires_grad_(False)
+        for layer in layers.values():
+            layer.spline_weight.requires_grad_(True)
+    after, training = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'{len(layers)} layers became KAN layers: {before:,} -> {after:,} parameters, {training:,} of them train')
+    return model
+
+
+@torch.no_grad()
+def to_kan(layer, init, activation, settings):
+    """A KANLinear for a linear layer, with `activation` (None: that of the settings) as its base activation."""
+    weight = layer.weight.t() if is_conv1d(layer) else layer.weight
+    O, I = weight.shape
+    if activation is not None:
+        settings = settings | dict(base_activation=lambda: activation)
+    with torch.device(weight.device):
+        kan = KANLinear(I, O, bias=layer.bias is not None, **settings).to(weight.dtype).train(layer.training)
+    if init == 'preserve':
+        kan.base_weight.copy_(weight)
+        kan.spline_weight.zero_()
+        if layer.bias is not None:
+            kan.bias.copy_(layer.bias)
+    return kan
+
+
+def is_linear(layer):
+    """nn.Linear, or a kind of it that computes the same; not that of nn.MultiheadAttention, which reads its weight and never calls it."""
+    return type(layer).forward is nn.Linear.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def is_conv1d(layer):
+    """transformers' Conv1D, a linear layer with a weight of (I, O), by its looks: transformers need not be there."""
+    return type(layer).__name__ == 'Conv1D' and hasattr(layer, 'nf')
+
+
+def find_linear(model, targets):
+    """The paths of the linear layers that targets name, in order."""
+    layers = [path for path, module in model.named_modules() if path and (is_linear(module) or is_conv1d(module))]
+    if targets is None:
+        chosen = [path for path in layers if in_block(model, path)]
+    else:
+        chosen = choose(layers, targets)
+    if not chosen:
+        raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers) or "none at all"}')
+    tied = tied_modules(model)
+    return [path for path in chosen if path not in tied or is_named(path, targets or ())]
+
+
+def in_block(model, path):
+    """Whether the layer at a path lies within an entry of an nn.ModuleList or nn.Sequential."""
+    parents = [path[:i] for i, character in enumerate(path) if character == '.']
+    return any(isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)) for parent in parents[:-1])
+
+
+def find_absorbed(model, paths, absorb):
+    """{path of a layer: path of the activation that it takes in}, both under the same parent"""
+    modules, found = dict(model.named_modules()), {}
+    for layer, activation in absorb.items():
+        pairs = [(path, path.removesuffix(layer) + activation) for path in paths if is_named(path, [layer])]
+        pairs = {path: other for path, other in pairs if other in modules}
+        if not pairs:
+            raise ValueError(f'absorb: found no layer {layer!r} among the targets with {activation!r} beside it')
+        found.update(pairs)
+    return found
+
+
+# layers by their names
+
+
+def choose(paths, targets):
+    """The paths that targets name: `c_attn`, `attn` and `h.0` all name h.0.attn.c_attn. ValueError where one names nothing."""
+    for target in targets:
+        if not any(f'.{target}.' in f'.{path}.' for path in paths):
+            raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths) or "none at all"}')
+    return [path for path in paths if any(f'.{target}.' in f'.{path}.' for target in targets)]
+
+
+def is_named(path, targets):
+    """Whether a target names the layer at a path itself, and not a module that holds it."""
+    return any(f'.{path}'.endswith(f'.{target}') for target in targets)
+
+
+def names_of(paths):
+    """Their last names, each once, with their number: c_attn (12), c_proj (24)"""
+    names = [path.rpartition('.')[2] for path in paths]
+    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names))
+
+
+def tied_modules(model):
+    """{path: paths of the modules that share a parameter with the one at that path}"""
+    owners = {}
+    for path, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(path)
+    return {path: [other for other in paths if other != path] for paths in owners.values() if len(paths) > 1 for path in paths}

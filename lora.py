@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from files import write_atomically
-from kan import KANLinear, is_conv1d, is_linear
+from kan import KANLinear, choose, is_conv1d, is_linear, is_named, names_of, tied_modules
 
 KINDS = ('lora', 'kan', 'kan_base')
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
@@ -129,8 +129,12 @@ def is_transposed(layer):
     return is_conv1d(layer) or isinstance(layer, nn.Embedding)
 
 
+@torch.no_grad()
 def row_norms(layer, updates=None):
-    """Lengths of the rows of all its weights side by side, (O,), with the (O, n) updates added."""
+    """
+    Lengths of the rows of all its weights side by side, (O,), with the (O, n) updates added. To the gradient they are constants
+    (DoRA, section 4.3).
+    """
     rows = [w.to(adapter_dtype(w)) + (updates[name] if updates else 0) for name, w in weights(layer).items()]
     return torch.cat(rows, 1).norm(dim=1)
 
@@ -174,36 +178,34 @@ class LowRank(Adapter):
             else:
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5)), nn.init.zeros_(B)
             self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
-        self.magnitude = nn.Parameter(row_norms(layer).detach()) if config.use_dora else None
+        self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
 
     def fast_parameters(self):
         return self.lora_B.parameters()
 
-    def updates(self, dropout=nn.Identity()):
+    def updates(self, drop=False):
         """{parameter: s B A, (O, n)}"""
-        return {name: self.scaling * (self.lora_B[name] @ dropout(A)) for name, A in self.lora_A.items()}
+        return {name: self.scaling * (self.lora_B[name] @ (self.dropout(A) if drop else A)) for name, A in self.lora_A.items()}
 
-    def row_scale(self, layer, updates):
-        """(O,): what DoRA multiplies the rows W + s B A by. Their length counts as a constant in the gradient (section 4.3)."""
-        return self.magnitude / row_norms(layer, updates).detach()
-
-    def adapted(self, layer, dropout=nn.Identity()):
-        updates = self.updates(dropout)
-        scale = 1.0 if self.magnitude is None else self.row_scale(layer, updates).unsqueeze(1)
+    def adapted(self, layer, drop=False):
+        updates = self.updates(drop)
+        scale = 1.0 if self.magnitude is None else (self.magnitude / row_norms(layer, updates)).unsqueeze(1)
         rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
         stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
         return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
 
     def forward(self, layer, x):
         if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights; dropout leaves out columns
-            return layer(x, **self.adapted(layer, self.dropout))
+            return layer(x, **self.adapted(layer, drop=True))
         y, A, B = layer(x), self.lora_A['weight'], self.scaling * self.lora_B['weight']
         if isinstance(layer, nn.Embedding):
             update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
         else:
             update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
         if self.magnitude is not None:
-            update = rescaled(y, update, layer, self.row_scale(layer, self.updates()))
+            with torch.no_grad():
+                lengths = row_norms(layer, self.updates())
+            update = rescaled(y, update, layer, self.magnitude / lengths)
         return y + update.to(y.dtype)
 
 
@@ -218,11 +220,12 @@ class KANBottleneck(nn.Module):
         self.phi_out = KANLinear(config.rank, out_features, **settings)
         nn.init.normal_(self.phi_in.spline_weight, std=config.kan_scale_noise / math.sqrt(in_features))
         nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
-        self.squash, (self.low, self.high) = SQUASHES[config.squash], config.grid_range
+        self.squash, self.grid_range = config.squash, config.grid_range
 
     def forward(self, x):
-        h = self.phi_in(self.squash(x, self.low, self.high))
-        return self.phi_out(self.squash(h, self.low, self.high))
+        squash = SQUASHES[self.squash]
+        h = self.phi_in(squash(x, *self.grid_range))
+        return self.phi_out(squash(h, *self.grid_range))
 
 
 class KANAdapter(Adapter):
@@ -234,7 +237,7 @@ class KANAdapter(Adapter):
         w = next(iter(weights(layer).values()))
         with torch.device(w.device):
             self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
-        self.magnitude = nn.Parameter(row_norms(layer).detach()) if config.use_dora else None
+        self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
 
     def fast_parameters(self):
         return self.bottleneck.phi_out.parameters()
@@ -242,7 +245,7 @@ class KANAdapter(Adapter):
     def forward(self, layer, x):
         y, update = layer(x), self.scaling * self.bottleneck(self.dropout(x))
         if self.magnitude is not None:
-            update = update + rescaled(y, 0, layer, self.magnitude / row_norms(layer).detach())
+            update = update + rescaled(y, 0, layer, self.magnitude / row_norms(layer))
         return y + update.to(y.dtype)
 
     def adapted(self, layer):
@@ -328,7 +331,7 @@ def add_lora(model, config, name='default'):
     named by the config are wrapped in LoRALayer. Its outputs stay what they were until the adapter has learned something.
     ValueError names what there is where a target matches nothing.
     """
-    copies = {path: 'copy' for path in find_modules_to_save(model, config)}
+    copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
     targets = {path: config.kind for path in find_targets(model, config) if not path.startswith(within)} | copies
     install(model, make_adapters(model, config, targets), name)
@@ -350,8 +353,8 @@ def install(model, adapters, name):
     for path, adapter in adapters.items():
         module = model.get_submodule(path)
         if not isinstance(module, LoRALayer):
-            parent, _, child = path.rpartition('.')
-            setattr(model.get_submodule(parent), child, module := LoRALayer(module).train(module.training))
+            module = LoRALayer(module).train(module.training)
+            model.set_submodule(path, module)
         module.adapters[name] = adapter.train(module.training)
     set_lora(model, name)
 
@@ -402,33 +405,28 @@ def lora_off(model):
 # which layers
 
 
-def matches(path, target):
-    """Whether the path of a module is that of a target, or lies within it: `c_attn` and `h.0` both match h.0.attn.c_attn."""
-    return f'.{target}.' in f'.{path}.'
-
-
 def find_targets(model, config):
     """The paths of the layers that a config names."""
-    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
-    if not layers:
-        raise ValueError(f'{type(model).__name__} has no Linear, Conv1D, KANLinear or Embedding that could be adapted')
-    targets = config.target_modules or next((group for group in TARGETS if all(any_match(layers, name) for name in group)), None)
-    if not targets:
-        raise ValueError(f'no attention projections with a known name: set target_modules to some of {names_of(layers)}')
-    for target in targets:
-        if not any_match(layers, target):
-            raise ValueError(f'target_modules: nothing to adapt by the name {target!r}; there is {names_of(layers)}')
-    named = {path for path in layers if any(path == target or path.endswith('.' + target) for target in targets)}
-    chosen = [path for path in layers if any(matches(path, target) for target in targets)]
+    layers = {path: module for path, module in named_base_modules(model) if path and kinds_of(module)}
+    targets = config.target_modules or default_targets(layers)
+    chosen = choose(layers, targets)
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
-    wrong = next((path for path in chosen if path in named and path not in fitting), None) or (chosen[0] if not fitting else None)
+    wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
     if wrong:
-        kinds = ' or '.join(map(repr, kinds_of(layers[wrong])))
-        raise ValueError(f'{wrong} is a {type(layers[wrong]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}')
-    tied = tied_modules(model)
-    for path in named & tied.keys() & set(fitting):
-        print(f'{path} shares its weight with {", ".join(tied[path])}, which the adapter does not change')
-    return [path for path in fitting if path in named or path not in tied]
+        kinds = ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
+        raise ValueError(f'{wrong[0]} is a {type(layers[wrong[0]]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}')
+    tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
+    for path in fitting:
+        if path in tied and is_named(path, targets):
+            print(f'{path} shares its weight with {", ".join(tied[path])}, which the adapter leaves alone')
+    return [path for path in fitting if path not in tied or is_named(path, targets)]
+
+
+def default_targets(layers):
+    for group in TARGETS:
+        if all(any(is_named(path, [name]) or f'.{name}.' in path for path in layers) for name in group):
+            return group
+    raise ValueError(f'found no attention projections by a known name: set target_modules; there is {names_of(layers) or "none at all"}')
 
 
 def named_base_modules(model):
@@ -441,30 +439,11 @@ def named_base_modules(model):
             wrapped += (path + '.',)
 
 
-def any_match(paths, target):
-    return any(matches(path, target) for path in paths)
-
-
-def names_of(layers):
-    """The last names of the paths, each once, with their number: c_attn (12), c_proj (24)"""
-    names = [path.rpartition('.')[2] for path in layers]
-    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names))
-
-
-def tied_modules(model):
-    """{path: the paths of the modules with the same weight}"""
-    owners = {}
-    for path, module in model.named_modules():
-        for p in module.parameters(recurse=False):
-            owners.setdefault(id(p), []).append(path.removesuffix('.base_layer'))
-    return {path: [other for other in paths if other != path] for paths in owners.values() if len(paths) > 1 for path in paths}
-
-
 def find_modules_to_save(model, config):
     modules = [path for path, _ in named_base_modules(model) if path]
     found = []
     for target in config.modules_to_save:
-        paths = [path for path in modules if path == target or path.endswith('.' + target)]
+        paths = [path for path in modules if is_named(path, [target])]
         if not paths:
             children = ', '.join(name for name, _ in model.named_children())
             raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
@@ -510,8 +489,7 @@ def unmerge_lora(model):
 def remove_lora(model):
     """The model without wrappers and adapters: the base model, or what merge_lora has made of it. Its weights stay frozen."""
     for path, layer in lora_layers(model).items():
-        parent, _, child = path.rpartition('.')
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        model.set_submodule(path, layer.base_layer)
     return model
 
 
