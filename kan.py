@@ -97,6 +97,11 @@ class KANLinear(nn.Module):
             self.bias.zero_()
 
     @property
+    def weight(self):
+        """base_weight, for code of other models that looks at the dtype or device of a linear layer's weight."""
+        return self.base_weight
+
+    @property
     def scaled_spline_weight(self):
         """(O, I, K), the spline coefficients that act."""
         return self.scale_splines(self.spline_weight)
