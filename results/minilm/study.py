@@ -1,0 +1,257 @@
+"""
+A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): full fine-tuning, its head alone, low-rank adapters, their
+KAN forms, and splines grown into its own layers, side by side.
+
+$ python data/minilm/prepare.py && python data/sst/prepare.py
+$ OMP_NUM_THREADS=1 python results/minilm/study.py   # in two shells, to share the runs
+
+Three stages: `search` picks the learning rate of each method (and what keeps a KAN on its grid) by a part of train that is held out,
+`final` trains on all of train with several seeds, `time` measures steps and memory, one process after another. Each run has a process and
+a record of its own in runs/; what has a record is not run again. At the end README.md, accuracy.png and the checks against PEFT are made.
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / 'data')]
+
+import torch
+import torch.nn as nn
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from configurator import ROOT, configure
+from device import device_name, keep_memory, peak_memory
+from files import write_atomically
+from kan import KANLinear, kanify
+from lora import LoRAConfig, add_lora, lora_param_groups, save_lora
+from sentiment import read_sst
+
+# -----------------------------------------------------------------------------
+seeds = '1,2,3'  # of the final runs
+stages = 'search,final,time'
+run = ''  # what a process runs, as JSON
+# -----------------------------------------------------------------------------
+configure(globals())
+
+HERE = Path(__file__).resolve().parent
+MODEL, DATA = Path(ROOT, 'data/minilm'), Path(ROOT, 'data/sst')
+BATCH, WEIGHT_DECAY, WARMUP = 32, 0.01, 0.06
+ADAPTER_RATES = (5e-4, 1.5e-3, 4.5e-3)
+METHODS = {  # settings of LoRAConfig, where it is an adapter; learning rates to try
+    'full': (None, (5e-5, 1e-4, 2e-4)),
+    'head only': (None, (1e-3, 4e-3, 1.6e-2)),
+    'LoRA': (dict(), ADAPTER_RATES),
+    'rsLoRA': (dict(rs_lora=True), ADAPTER_RATES),
+    'DoRA': (dict(use_dora=True), ADAPTER_RATES),
+    'LoRA+': (dict(lora_plus_ratio=4.0), ADAPTER_RATES),
+    'LoRA, rank 96': (dict(rank=96), ADAPTER_RATES),  # as many parameters as KAN-LoRA
+    'KAN-LoRA': (dict(kind='kan'), ADAPTER_RATES),
+    'KAN-DoRA': (dict(kind='kan', use_dora=True), ADAPTER_RATES),
+    'kanified': (None, ADAPTER_RATES),
+}
+SQUASHED = {  # KAN-LoRA with other ways of keeping inputs on the grid
+    'KAN-LoRA, none': (dict(kind='kan', squash='none'), ADAPTER_RATES),
+    'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), ADAPTER_RATES),
+    'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), ADAPTER_RATES),
+    'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), ADAPTER_RATES),
+}
+
+
+# the model and its methods
+
+
+class Classifier(nn.Module):
+    """Sentence vectors as MiniLM's authors make them, the mean over the tokens, and a linear layer of five classes."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, 5)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
+        mask = attention_mask.unsqueeze(-1)
+        return self.head((x * mask).sum(1) / mask.sum(1))  # (B, 5)
+
+
+def load_model():
+    from transformers import AutoModel, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Classifier(AutoModel.from_pretrained(MODEL, dtype=torch.float32))
+
+
+def apply_method(model, method, lr, batch):
+    """Give the model what the method trains; returns parameter groups."""
+    settings, _ = (METHODS | SQUASHED)[method]
+    if settings is not None:
+        add_lora(model, LoRAConfig(modules_to_save=('head',), **settings))
+        return lora_param_groups(model, lr, WEIGHT_DECAY)
+    if method != 'full':
+        model.requires_grad_(False)
+    if method == 'kanified':
+        kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1, grid_eps=1.0)
+        fit_grids(model, batch)
+    model.head.requires_grad_(True)
+    return [{'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
+
+
+def fit_grids(model, batch):
+    """Lay the grid of each KAN layer over the inputs that it meets in a batch."""
+    layers = [module for module in model.modules() if isinstance(module, KANLinear)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.update_grid(inputs[0])) for layer in layers]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+
+
+def count_bytes(model, method):
+    """What the trained part takes as a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        if (METHODS | SQUASHED)[method][0] is not None:
+            save_lora(model, folder)
+            return Path(folder, 'adapter_model.safetensors').stat().st_size
+    grids = {name: tensor for name, tensor in model.named_buffers() if name.endswith('.grid')}
+    return len(save({name: p for name, p in model.named_parameters() if p.requires_grad} | grids))
+
+
+# data
+
+
+def load_split(name, tokenizer):
+    rows = read_sst(DATA / f'{name}.csv')
+    return list(zip(tokenizer([sentence for _, sentence, _ in rows])['input_ids'], [label for _, _, label in rows]))
+
+
+def make_batches(rows, shuffle):
+    """Batches of sentences of about the same length: [(inputs, labels)]. `shuffle` is a random.Random, or None."""
+    rows = list(rows)
+    if shuffle:
+        shuffle.shuffle(rows)
+    pool = 20 * BATCH if shuffle else len(rows)
+    rows = [row for i in range(0, len(rows), pool) for row in sorted(rows[i : i + pool], key=lambda row: len(row[0]))]
+    batches = [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+    if shuffle:
+        shuffle.shuffle(batches)
+    return batches
+
+
+def collate(rows):
+    ids = [torch.tensor(row) for row, _ in rows]
+    pad = nn.utils.rnn.pad_sequence
+    inputs = {'input_ids': pad(ids, batch_first=True), 'attention_mask': pad([torch.ones_like(row) for row in ids], batch_first=True)}
+    return inputs, torch.tensor([label for _, label in rows])
+
+
+# a run
+
+
+def train(stage, method, lr, seed):
+    """One run, in a process of its own; returns its record."""
+    from transformers import AutoTokenizer
+
+    keep_memory()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows, dev = load_split('train', tokenizer), load_split('dev', tokenizer)
+    if stage == 'search':  # half of train to learn from, an eighth to choose by; the dev set is only reported, at the end
+        random.Random(0).shuffle(rows)
+        rows, dev = rows[: len(rows) // 2], rows[-len(rows) // 8 :]
+    torch.manual_seed(seed)
+    model = load_model()
+    batches = make_batches(rows, random.Random(seed))
+    if stage == 'time':
+        batches, dev = [batch for batch in batches if 24 <= batch[0]['input_ids'].size(1) <= 28][:13], []
+    groups = apply_method(model, method, lr, batches[0][0])
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, len(batches)))
+    parameters = [p for group in groups for p in group['params']]
+    loaded, seconds, losses = peak_memory('cpu'), [], []
+    model.train()
+    for inputs, labels in tqdm(batches, desc=f'{stage} {method} {lr:g}', disable=None):
+        start = time.perf_counter()
+        loss = F.cross_entropy(model(**inputs), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    record = dict(stage=stage, method=method, lr=lr, seed=seed, steps=len(batches), trainable=sum(p.numel() for p in parameters))
+    if stage == 'time':
+        return record | dict(seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method))
+    return record | dict(accuracy=score(model, dev), loss=statistics.mean(losses[-50:]))
+
+
+def scale(step, steps):
+    """Linear warm-up, then linear decay to zero."""
+    return min((step + 1) / max(1, WARMUP * steps), (steps - step) / steps)
+
+
+@torch.no_grad()
+def score(model, rows):
+    """The share of rows whose label the model gives."""
+    model.eval()
+    return sum((model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)) / len(rows)
+
+
+# all runs
+
+
+def path_of(stage, method, lr, seed):
+    return HERE / 'runs' / f'{stage},{method.replace(" ", "_")},lr={lr:g},seed={seed}.json'
+
+
+def read_records():
+    return [json.loads(path.read_text(encoding='utf-8')) for path in sorted((HERE / 'runs').glob('*.json'))]
+
+
+def best_rate(method):
+    """The learning rate with which the search got furthest."""
+    found = [record for record in read_records() if record['stage'] == 'search' and record['method'] == method]
+    rates = {record['lr']: record['accuracy'] for record in found}
+    if missing := set((METHODS | SQUASHED)[method][1]) - rates.keys():
+        raise ValueError(f'the search of {method} is not finished: {sorted(missing)}')
+    return max(sorted(rates), key=rates.get)
+
+
+def list_runs(stage):
+    if stage == 'search':
+        return [(stage, method, lr, 0) for method, (_, rates) in (METHODS | SQUASHED).items() for lr in rates]
+    if stage == 'time':
+        return [(stage, method, best_rate(method), seed) for seed in range(3) for method in METHODS]
+    return [(stage, method, best_rate(method), int(seed)) for some in (METHODS, SQUASHED) for seed in seeds.split(',') for method in some]
+
+
+def run_all(runs):
+    """Run what has no record, each in a process; a run that another shell is at is left to it."""
+    (HERE / 'runs').mkdir(exist_ok=True)
+    for one in tqdm(runs, unit='run', disable=None):
+        path = path_of(*one)
+        try:
+            with FileLock(str(path) + '.lock', blocking=False):
+                if not path.exists():
+                    done = subprocess.run([sys.executable, __file__, f'--run={json.dumps(one)}'], stdout=subprocess.PIPE, text=True)
+                    if done.returncode:
+                        sys.exit(f'error: {path.stem} failed')
+                    with write_atomically(path, 'w', 'utf-8') as f:
+                        f.write(done.stdout.splitlines()[-1] + '\n')
+        except Timeout:
+            continue
+
+
+if run:
+    print(json.dumps(train(*json.loads(run))))
+    sys.exit()
+for stage in stages.split(','):
+    run_all(list_runs(stage))
