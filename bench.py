@@ -4,9 +4,10 @@ Time and memory of layers, of training steps and of sampling: ours and, where in
     python bench.py --suite=layer
     python bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
     python bench.py --suite=sample
+    python bench.py --suite=adapter
 
-`pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0`, whose copy of efficient-kan is measured, bring the
-others. Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases.
+`pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
+of efficient-kan is measured. Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases.
 Prints a table, then one line of JSON with every number in it.
 """
 
@@ -28,10 +29,11 @@ from configurator import ROOT, configure, settings_of
 from cost import make_step
 from device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
 from kan import KAN, KANLinear
+from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig, model_settings
 
 # -----------------------------------------------------------------------------
-suite = 'layer'  # 'layer', 'step' or 'sample'
+suite = 'layer'  # 'layer', 'step', 'sample' or 'adapter'
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
 rounds = 3  # processes of each case
@@ -45,8 +47,8 @@ case = ''  # what a process measures, as JSON
 configure(globals())
 device = pick_device(device)
 
-PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan'}  # and the packages that have them
-LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', *PEERS]
+PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lora': 'kolmg_lora'}  # and the packages that have them
+LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
 SHAPES = [(192, 768, 16384), (768, 192, 16384), (96, 384, 2048), (768, 3072, 2048)]  # features in, features out, rows
 SIZES = ['micro', 'nano']
 MODELS = {
@@ -54,6 +56,13 @@ MODELS = {
     'vanilla, equal parameters': '_balanced',
     **dict.fromkeys(LAYERS[2:], '_kan'),
 }  # and the end of their config's name
+ADAPTERS = {  # settings of LoRAConfig, and who else has it
+    'LoRA': (dict(), 'peft'),
+    'rsLoRA': (dict(rs_lora=True), 'peft'),
+    'DoRA': (dict(use_dora=True), 'peft'),
+    'KAN-LoRA': (dict(kind='kan'), 'kolmg-lora'),
+    'KAN-DoRA': (dict(kind='kan', use_dora=True), 'kolmg-lora'),
+}
 LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
 
 
@@ -67,16 +76,20 @@ def list_cases():
     elif suite == 'sample':
         wheres = [f'{config} {block_size} {n}' for config in ('micro', 'micro_kan') for block_size, n in LENGTHS]
         cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ('uncached', 'cached')]
+    elif suite == 'adapter':
+        names = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
+        cases = [[dtype, '768 768 8192', name] for dtype in precisions for name in ['nn.Linear', *names]]
     else:
-        raise ValueError(f'suite={suite!r}: expected layer, step or sample')
-    missing = [peer for peer, package in PEERS.items() if importlib.util.find_spec(package) is None]
+        raise ValueError(f'suite={suite!r}: expected layer, step, sample or adapter')
+    named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
+    missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
     try:
-        chosen = [case for case in cases if case[2] not in missing and re.search(only, ' '.join(case))]
+        chosen = [case for case in cases if not case[2].endswith((*missing, '-')) and re.search(only, ' '.join(case))]
     except re.error as error:
         raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
     if not chosen:
         raise ValueError(f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}')
-    if missing and suite != 'sample':
+    if missing:
         print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
     return chosen
 
@@ -104,7 +117,27 @@ def make_layer(name, I, O):
         from inkan import KANLayer
 
         return Rows(KANLayer(I, O))
+    if name.partition(',')[0] in ADAPTERS:
+        return make_adapted(name, I, O)
     return nn.Linear(I, O, bias=False) if name == 'nn.Linear' else KANLinear(I, O)
+
+
+def make_adapted(name, I, O):
+    """A frozen linear layer with an adapter of rank 16, ours or a peer's."""
+    name, _, peer = name.partition(', ')
+    options, model = ADAPTERS[name][0], nn.Sequential(nn.Linear(I, O))
+    if peer == 'peft':
+        from peft import LoraConfig, get_peft_model
+
+        options = dict(use_dora=options.get('use_dora', False), use_rslora=options.get('rs_lora', False))
+        get_peft_model(model, LoraConfig(target_modules=['0'], r=16, lora_alpha=32, lora_dropout=0.05, **options))
+    elif peer == 'kolmg-lora':
+        from kolmg_lora import add_kolmg_lora
+
+        add_kolmg_lora(model, target_modules=['0'], use_dora=options.get('use_dora', False))
+    else:
+        add_lora(model, LoRAConfig(target_modules='0', **options))
+    return model
 
 
 def prepare_floor(I, O, N, dtype):
@@ -130,13 +163,14 @@ def prepare_layer(dtype, where, name):
         return prepare_floor(I, O, N, dtype)
     layer, x = make_layer(name, I, O).to(device), torch.randn(N, I, device=device, requires_grad=True)
     g = torch.randn(N, O, device=device).to(getattr(torch, dtype))
+    trained = [p for p in layer.parameters() if p.requires_grad]
 
     def run():
         t0 = clock(device)
         with autocast(device, dtype):
             y = layer(x)
         t1 = clock(device)
-        torch.autograd.grad(y, [x, *layer.parameters()], g)
+        torch.autograd.grad(y, [x, *trained], g)
         return {'forward': t1 - t0, 'backward': clock(device) - t1}
 
     return run
@@ -181,7 +215,7 @@ def measure():
     kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
     before = peak_memory(device)
-    run = {'layer': prepare_layer, 'step': prepare_step, 'sample': prepare_sample}[suite](dtype, where, name)
+    run = {'layer': prepare_layer, 'step': prepare_step, 'sample': prepare_sample, 'adapter': prepare_layer}[suite](dtype, where, name)
     run()
     seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
     return {'seconds': seconds, 'peak_bytes': peak_bytes, 'operators': profile(run) if operators else []}

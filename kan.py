@@ -15,7 +15,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kernels import name_of, recursive_bases, spline_linear, to_working_dtype
 
@@ -332,8 +331,8 @@ def to_kan(layer, init, activation, settings):
 
 
 def is_linear(layer):
-    """nn.Linear, or a kind of it that computes the same; not that of nn.MultiheadAttention, which reads its weight and never calls it."""
-    return type(layer).forward is nn.Linear.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+    """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
+    return type(layer).forward is nn.Linear.forward and layer.weight.is_floating_point()
 
 
 def is_conv1d(layer):
@@ -341,15 +340,22 @@ def is_conv1d(layer):
     return type(layer).__name__ == 'Conv1D' and hasattr(layer, 'nf')
 
 
+def named_layers(model):
+    """
+    named_modules, less the layers of PyTorch's own attention and encoder layers: those read the weights of their linear layers and
+    do not always call them, so that what stands in the place of one would be passed by in silence.
+    """
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
+    return {path: module for path, module in model.named_modules() if path and id(module) not in read}
+
+
 def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
-    layers = [path for path, module in model.named_modules() if path and (is_linear(module) or is_conv1d(module))]
-    if targets is None:
-        chosen = [path for path in layers if in_block(model, path)]
-    else:
-        chosen = choose(layers, targets)
+    layers = [path for path, module in named_layers(model).items() if is_linear(module) or is_conv1d(module)]
+    chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets)
     if not chosen:
-        raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers) or "none at all"}')
+        raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
     tied = tied_modules(model)
     return [path for path in chosen if path not in tied or is_named(path, targets or ())]
 
@@ -379,7 +385,7 @@ def choose(paths, targets):
     """The paths that targets name: `c_attn`, `attn` and `h.0` all name h.0.attn.c_attn. ValueError where one names nothing."""
     for target in targets:
         if not any(f'.{target}.' in f'.{path}.' for path in paths):
-            raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths) or "none at all"}')
+            raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths)}')
     return [path for path in paths if any(f'.{target}.' in f'.{path}.' for target in targets)]
 
 
@@ -391,7 +397,7 @@ def is_named(path, targets):
 def names_of(paths):
     """Their last names, each once, with their number: c_attn (12), c_proj (24)"""
     names = [path.rpartition('.')[2] for path in paths]
-    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names))
+    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names)) or 'none'
 
 
 def tied_modules(model):

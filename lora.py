@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from files import write_atomically
-from kan import KANLinear, choose, is_conv1d, is_linear, is_named, names_of, tied_modules
+from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules
 
 KINDS = ('lora', 'kan', 'kan_base')
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
@@ -41,10 +41,18 @@ TARGETS = (  # the attention projections of model families by their names; the f
     ('qkv',),  # ViT in timm
     ('SelfAttention.q', 'SelfAttention.v'),  # T5
 )
+
+
+def squash_tanh(x, low, high):
+    """The identity in the middle of the grid, bending towards its ends."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return torch.tanh(x) if (middle, half) == (0, 1) else middle + half * torch.tanh((x - middle) / half)
+
+
 SQUASHES = {
     'none': lambda x, low, high: x,
     'clamp': lambda x, low, high: x.clamp(low, high),
-    'tanh': lambda x, low, high: (low + high) / 2 + (high - low) / 2 * torch.tanh((2 * x - low - high) / (high - low)),
+    'tanh': squash_tanh,
     'norm': lambda x, low, high: F.layer_norm(x, x.shape[-1:]),
 }
 
@@ -57,7 +65,7 @@ class LoRAConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05  # of what goes into the adapter
-    target_modules: tuple = ()  # names of layers, or of modules that hold some; () is the attention projections, see TARGETS
+    target_modules: tuple = ()  # names of layers, or of modules that hold some; () is the attention projections, by TARGETS
     modules_to_save: tuple = ()  # names of modules that train in full, in a copy saved with the adapter: a new head
     rs_lora: bool = False
     use_dora: bool = False
@@ -202,15 +210,16 @@ class LowRank(Adapter):
             update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
         else:
             update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
+        y, dtype = y + update, y.dtype
         if self.magnitude is not None:
             with torch.no_grad():
                 lengths = row_norms(layer, self.updates())
-            update = rescaled(y, update, layer, self.magnitude / lengths)
-        return y + update.to(y.dtype)
+            y = rescaled(y, layer, self.magnitude / lengths)
+        return y.to(dtype)
 
 
 class KANBottleneck(nn.Module):
-    """phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), both on their grid. Zero at the start."""
+    """scaling * phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), inputs brought onto the grid of each. Zero at the start."""
 
     def __init__(self, in_features, out_features, config):
         super().__init__()
@@ -222,10 +231,10 @@ class KANBottleneck(nn.Module):
         nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
         self.squash, self.grid_range = config.squash, config.grid_range
 
-    def forward(self, x):
-        squash = SQUASHES[self.squash]
+    def forward(self, x, scaling=1.0):
+        squash, out = SQUASHES[self.squash], self.phi_out
         h = self.phi_in(squash(x, *self.grid_range))
-        return self.phi_out(squash(h, *self.grid_range))
+        return out(squash(h, *self.grid_range), scaling * out.base_weight, scaling * out.spline_weight)
 
 
 class KANAdapter(Adapter):
@@ -243,10 +252,10 @@ class KANAdapter(Adapter):
         return self.bottleneck.phi_out.parameters()
 
     def forward(self, layer, x):
-        y, update = layer(x), self.scaling * self.bottleneck(self.dropout(x))
+        y, update = layer(x), self.bottleneck(self.dropout(x), self.scaling)
         if self.magnitude is not None:
-            update = update + rescaled(y, 0, layer, self.magnitude / row_norms(layer))
-        return y + update.to(y.dtype)
+            return (rescaled(y, layer, self.magnitude / row_norms(layer)) + update).to(y.dtype)
+        return (y + update).to(y.dtype)
 
     def adapted(self, layer):
         raise ValueError(
@@ -278,10 +287,10 @@ def sizes(layer):
     return I, O
 
 
-def rescaled(y, update, layer, scale):
-    """What is to be added to y = W x + bias to have scale * (W x) + scale * update + bias; nothing while scale is 1."""
+def rescaled(y, layer, scale):
+    """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
     bias = getattr(layer, 'bias', None)
-    return scale * update + (scale - 1) * (y if bias is None else y - bias)
+    return y * scale if bias is None else y * scale + bias * (1 - scale)
 
 
 # a model with adapters
@@ -406,10 +415,10 @@ def lora_off(model):
 
 
 def find_targets(model, config):
-    """The paths of the layers that a config names."""
-    layers = {path: module for path, module in named_base_modules(model) if path and kinds_of(module)}
+    """The paths of the layers that a config names. Embeddings and layers that share their weight have to be named themselves."""
+    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    chosen = choose(layers, targets)
+    chosen = [path for path in choose(layers, targets) if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
     wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
     if wrong:
@@ -426,13 +435,13 @@ def default_targets(layers):
     for group in TARGETS:
         if all(any(is_named(path, [name]) or f'.{name}.' in path for path in layers) for name in group):
             return group
-    raise ValueError(f'found no attention projections by a known name: set target_modules; there is {names_of(layers) or "none at all"}')
+    raise ValueError(f'found no attention projections by a known name: set target_modules; there is {names_of(layers)}')
 
 
 def named_base_modules(model):
-    """named_modules of the model as it was without adapters."""
+    """named_layers of the model as it was without adapters."""
     wrapped = ()
-    for path, module in model.named_modules():
+    for path, module in named_layers(model).items():
         if not path.startswith(wrapped):
             yield path, base_of(module)
         if isinstance(module, LoRALayer):
@@ -440,7 +449,7 @@ def named_base_modules(model):
 
 
 def find_modules_to_save(model, config):
-    modules = [path for path, _ in named_base_modules(model) if path]
+    modules = [path for path, _ in named_base_modules(model)]
     found = []
     for target in config.modules_to_save:
         paths = [path for path in modules if is_named(path, [target])]

@@ -21,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / 'data')]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'data'))
 
 import torch
 import torch.nn as nn
@@ -189,7 +190,9 @@ def train(stage, method, lr, seed):
         losses.append(loss.item())
     record = dict(stage=stage, method=method, lr=lr, seed=seed, steps=len(batches), trainable=sum(p.numel() for p in parameters))
     if stage == 'time':
-        return record | dict(seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method))
+        return record | dict(
+            seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method)
+        )
     return record | dict(accuracy=score(model, dev), loss=statistics.mean(losses[-50:]))
 
 
