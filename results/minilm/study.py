@@ -5,14 +5,12 @@ KAN forms, and splines grown into its own layers, side by side.
 $ python data/minilm/prepare.py && python data/sst/prepare.py
 $ OMP_NUM_THREADS=1 python results/minilm/study.py   # in two shells, to share the runs
 
-Three stages: `search` picks the learning rate of each method (and what keeps a KAN on its grid) by a part of train that is held out,
-`final` trains on all of train with several seeds, `time` measures steps and memory, one process after another. Each run has a process and
+`search` looks for the learning rate of each method by a part of train that is held out, `widen` tries a higher one where the highest
+won, `final` trains on all of train with several seeds, `time` measures steps and memory and wants the machine for itself. Each run has a process and
 a record of its own in runs/; what has a record is not run again. At the end README.md, accuracy.png and the checks against PEFT are made.
 """
 
 import json
-import math
-import os
 import random
 import statistics
 import subprocess
@@ -32,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import ROOT, configure
-from device import device_name, keep_memory, peak_memory
+from device import keep_memory, peak_memory
 from files import write_atomically
 from kan import KANLinear, kanify
 from lora import LoRAConfig, add_lora, lora_param_groups, save_lora
@@ -40,7 +38,7 @@ from sentiment import read_sst
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
-stages = 'search,final,time'
+stages = 'search,widen,final,time'
 run = ''  # what a process runs, as JSON
 # -----------------------------------------------------------------------------
 configure(globals())
@@ -229,28 +227,35 @@ def best_rate(method):
 
 
 def list_runs(stage):
+    tried = [(method, rates) for method, (_, rates) in (METHODS | SQUASHED).items()]
     if stage == 'search':
-        return [(stage, method, lr, 0) for method, (_, rates) in (METHODS | SQUASHED).items() for lr in rates]
+        return [(stage, method, lr, 0) for method, rates in tried for lr in rates]
+    if stage == 'widen':
+        return [('search', method, 3 * rates[-1], 0) for method, rates in tried if best_rate(method) >= rates[-1]]
     if stage == 'time':
         return [(stage, method, best_rate(method), seed) for seed in range(3) for method in METHODS]
     return [(stage, method, best_rate(method), int(seed)) for some in (METHODS, SQUASHED) for seed in seeds.split(',') for method in some]
 
 
 def run_all(runs):
-    """Run what has no record, each in a process; a run that another shell is at is left to it."""
+    """Run what has no record, each in a process of its own; what another shell is at is waited for in the end."""
     (HERE / 'runs').mkdir(exist_ok=True)
-    for one in tqdm(runs, unit='run', disable=None):
-        path = path_of(*one)
-        try:
-            with FileLock(str(path) + '.lock', blocking=False):
-                if not path.exists():
-                    done = subprocess.run([sys.executable, __file__, f'--run={json.dumps(one)}'], stdout=subprocess.PIPE, text=True)
-                    if done.returncode:
-                        sys.exit(f'error: {path.stem} failed')
-                    with write_atomically(path, 'w', 'utf-8') as f:
-                        f.write(done.stdout.splitlines()[-1] + '\n')
-        except Timeout:
-            continue
+    for blocking in (False, True):
+        for one in tqdm(runs, unit='run', disable=None):
+            try:
+                with FileLock(path_of(*one).with_suffix('.lock'), blocking=blocking):
+                    if not path_of(*one).exists():
+                        run_one(one)
+            except Timeout:
+                continue
+
+
+def run_one(one):
+    done = subprocess.run([sys.executable, __file__, f'--run={json.dumps(one)}'], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f'error: {path_of(*one).stem} failed')
+    with write_atomically(path_of(*one), 'w', 'utf-8') as f:
+        f.write(done.stdout.splitlines()[-1] + '\n')
 
 
 if run:
