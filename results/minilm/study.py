@@ -6,11 +6,13 @@ $ python data/minilm/prepare.py && python data/sst/prepare.py
 $ OMP_NUM_THREADS=1 python results/minilm/study.py   # in two shells, to share the runs
 
 `search` looks for the learning rate of each method by a part of train that is held out, `widen` tries a higher one where the highest
-won, `final` trains on all of train with several seeds, `time` measures steps and memory and wants the machine for itself. Each run has a process and
-a record of its own in runs/; what has a record is not run again. At the end README.md, accuracy.png and the checks against PEFT are made.
+won, `final` trains on all of train with several seeds, `time` measures steps and memory, `peft` compares with PEFT's own adapters; the
+last two want the machine for themselves. Each run has a process and a record of its own in runs/, and what has a record is not run again.
+Then table.md and accuracy.png are made from the records, by --stages= without running anything.
 """
 
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -33,12 +35,12 @@ from configurator import ROOT, configure
 from device import keep_memory, peak_memory
 from files import write_atomically
 from kan import KANLinear, kanify
-from lora import LoRAConfig, add_lora, lora_param_groups, save_lora
+from lora import LoRAConfig, add_lora, fit_linear, lora_layers, lora_param_groups, save_lora
 from sentiment import read_sst
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
-stages = 'search,widen,final,time'
+stages = 'search,widen,final,time,peft'
 run = ''  # what a process runs, as JSON
 # -----------------------------------------------------------------------------
 configure(globals())
@@ -161,6 +163,8 @@ def train(stage, method, lr, seed):
     """One run, in a process of its own; returns its record."""
     from transformers import AutoTokenizer
 
+    if stage == 'peft':
+        return dict(stage=stage, method=method, lr=lr, seed=seed, **compare_with_peft(method))
     keep_memory()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows, dev = load_split('train', tokenizer), load_split('dev', tokenizer)
@@ -191,7 +195,11 @@ def train(stage, method, lr, seed):
         return record | dict(
             seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method)
         )
-    return record | dict(accuracy=score(model, dev), loss=statistics.mean(losses[-50:]))
+    record |= dict(accuracy=score(model, dev), loss=statistics.mean(losses[-50:]))
+    if (stage, method) == ('final', 'KAN-LoRA'):  # what its nearest linear map would do
+        record['linear_error'] = statistics.mean(fit_linear(model, [inputs for inputs, _ in batches[:60]]).values())
+        record['linear_accuracy'] = score(model, dev)
+    return record
 
 
 def scale(step, steps):
@@ -204,6 +212,59 @@ def score(model, rows):
     """The share of rows whose label the model gives."""
     model.eval()
     return sum((model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)) / len(rows)
+
+
+# against PEFT
+
+
+def compare_with_peft(method):
+    """Ours and PEFT's adapter with the same weights: largest differences relative to the largest value, and seconds per step."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    keep_memory()
+    rows = load_split('train', AutoTokenizer.from_pretrained(MODEL))
+    inputs, labels = [batch for batch in make_batches(rows, random.Random(0)) if 24 <= batch[0]['input_ids'].size(1) <= 28][0]
+    settings, _ = METHODS[method]
+    torch.manual_seed(0)
+    ours, theirs = load_model(), load_model()
+    theirs.load_state_dict(ours.state_dict())
+    options = dict(use_dora=settings.get('use_dora', False), use_rslora=settings.get('rs_lora', False))
+    add_lora(ours, LoRAConfig(**settings))
+    get_peft_model(theirs.encoder, LoraConfig(target_modules=['query', 'value'], r=16, lora_alpha=32, lora_dropout=0.05, **options))
+    pairs = []
+    for path, layer in lora_layers(ours).items():
+        adapter, other = layer.adapter, theirs.get_submodule(path)
+        pairs += [(adapter.lora_A['weight'], other.lora_A['default'].weight), (adapter.lora_B['weight'], other.lora_B['default'].weight)]
+        if adapter.magnitude is not None:
+            pairs.append((adapter.magnitude, other.lora_magnitude_vector['default'].weight))
+    for p, other in pairs:
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.02)
+        other.data.copy_(p.data)
+    ours.eval(), theirs.eval()
+    outputs = [model(**inputs) for model in (ours, theirs)]
+    for y in outputs:
+        F.cross_entropy(y, labels).backward()
+    gradients = max(difference(p.grad, other.grad) for p, other in pairs)
+    seconds = time_steps([ours.train(), theirs.train()], inputs, labels)
+    return dict(outputs=difference(*outputs), gradients=gradients, seconds=seconds[0], peft_seconds=seconds[1])
+
+
+def difference(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def time_steps(models, inputs, labels, repeats=15):
+    """Median seconds of forward and backward of each model, measured in turns."""
+    seconds = [[] for _ in models]
+    for _ in range(repeats):
+        for model, mine in zip(models, seconds):
+            start = time.perf_counter()
+            F.cross_entropy(model(**inputs), labels).backward()
+            mine.append(time.perf_counter() - start)
+            model.zero_grad()
+    return [statistics.median(mine[2:]) for mine in seconds]
 
 
 # all runs
@@ -234,6 +295,10 @@ def list_runs(stage):
         return [('search', method, 3 * rates[-1], 0) for method, rates in tried if best_rate(method) >= rates[-1]]
     if stage == 'time':
         return [(stage, method, best_rate(method), seed) for seed in range(3) for method in METHODS]
+    if stage == 'peft':
+        return [(stage, method, 0, seed) for seed in range(3) for method in ('LoRA', 'rsLoRA', 'DoRA')]
+    if stage != 'final':
+        raise ValueError(f'stages: expected any of search, widen, final, time, peft, got {stage!r}')
     return [(stage, method, best_rate(method), int(seed)) for some in (METHODS, SQUASHED) for seed in seeds.split(',') for method in some]
 
 
@@ -258,8 +323,108 @@ def run_one(one):
         f.write(done.stdout.splitlines()[-1] + '\n')
 
 
+# the page
+
+
+def mean_of(records, key):
+    return statistics.mean(record[key] for record in records)
+
+
+def describe(values):
+    return f'{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}'
+
+
+def to_baseline(values, baseline):
+    """Points above the baseline, and p of a paired t-test over the seeds."""
+    from scipy.stats import ttest_rel
+
+    if values == baseline:
+        return ''
+    return f'{100 * (statistics.mean(values) - statistics.mean(baseline)):+.2f} (p = {ttest_rel(values, baseline).pvalue:.2g})'
+
+
+def accuracies(records, method):
+    """By seed."""
+    found = [record for record in records if record['stage'] == 'final' and record['method'] == method]
+    return [record['accuracy'] for record in sorted(found, key=lambda record: record['seed'])]
+
+
+def make_tables(records):
+    of = {(stage, method): [] for stage in ('search', 'final', 'time', 'peft') for method in METHODS | SQUASHED}
+    for record in records:
+        of[record['stage'], record['method']].append(record)
+    baseline = accuracies(records, 'LoRA')
+    lines = [
+        '| method | trains | dev accuracy, % | to LoRA | learning rate | s / epoch | peak memory | on disk |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    for method in METHODS:
+        values, final, timed = accuracies(records, method), of['final', method], of['time', method]
+        seconds = statistics.median(record['seconds'] for record in timed) * final[0]['steps']
+        memory, size = max(record['peak_bytes'] for record in timed) / 1e6, timed[0]['bytes'] / 1e6
+        cells = [f'{final[0]["trainable"]:,}', describe(values), to_baseline(values, baseline), f'{final[0]["lr"]:.3g}']
+        lines.append(f'| {method} | {" | ".join(cells)} | {seconds:.0f} | {memory:.0f} MB | {size:.2f} MB |')
+    lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | dev accuracy, % | to tanh | learning rate |', '|---|--:|--:|--:|--:|']
+    baseline = accuracies(records, 'KAN-LoRA')
+    for method in ('KAN-LoRA', *SQUASHED):
+        values, held = accuracies(records, method), max(record['accuracy'] for record in of['search', method])
+        name = method.partition(', ')[2] or 'tanh'
+        lines.append(f'| {name} | {100 * held:.2f} | {describe(values)} | {to_baseline(values, baseline)} | {best_rate(method):.3g} |')
+    lines += ['', '| against PEFT | outputs differ by | gradients by | ms / step | PEFT | ratio |', '|---|--:|--:|--:|--:|--:|']
+    for method in ('LoRA', 'rsLoRA', 'DoRA'):
+        rounds = of['peft', method]
+        apart = [max(record[key] for record in rounds) for key in ('outputs', 'gradients')]
+        ours, theirs = (1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds'))
+        ratio = statistics.median(record['seconds'] / record['peft_seconds'] for record in rounds)
+        lines.append(f'| {method} | {apart[0]:.1e} | {apart[1]:.1e} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |')
+    fitted = of['final', 'KAN-LoRA']
+    error, linear = mean_of(fitted, 'linear_error'), describe([record['linear_accuracy'] for record in fitted])
+    lines += ['', f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.']
+    return '\n'.join(lines) + '\n'
+
+
+def draw(records):
+    """Accuracy over trained parameters: a point for each seed, a bar for the mean."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    from matplotlib import ticker
+
+    figure, panel = plt.subplots(figsize=(10, 6), layout='constrained')
+    places = {}
+    for method in METHODS:
+        values = [100 * value for value in accuracies(records, method)]
+        x = next(record['trainable'] for record in records if record['stage'] == 'final' and record['method'] == method)
+        mean = statistics.mean(values)
+        color = 'tab:orange' if 'KAN' in method or method == 'kanified' else 'tab:blue'
+        panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.5, color=color)
+        panel.plot([x], [mean], '_', markersize=22, markeredgewidth=2.5, color=color)
+        places.setdefault(round(math.log10(x), 1), []).append((mean, x, method, color))
+    for column in places.values():  # labels beside the bars, apart from each other
+        last = -math.inf
+        for mean, x, method, color in sorted(column):
+            last = max(mean, last + 0.45)
+            panel.annotate(method, (x, mean), (x * 1.18, last), textcoords='data', va='center', fontsize=10, color=color)
+    panel.set_xscale('log')
+    panel.set_xlim(1200, 1.2e8)
+    panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    panel.set_xlabel('parameters that train')
+    panel.set_ylabel('accuracy on dev, %; a point per seed, a bar for their mean')
+    panel.grid(alpha=0.3)
+    figure.savefig(HERE / 'accuracy.png', dpi=110)
+
+
 if run:
     print(json.dumps(train(*json.loads(run))))
     sys.exit()
-for stage in stages.split(','):
+if not (MODEL / 'model.safetensors').exists() or not (DATA / 'meta.json').exists():
+    raise ValueError('the model or the data is not there: python data/minilm/prepare.py && python data/sst/prepare.py')
+for stage in filter(None, stages.split(',')):
     run_all(list_runs(stage))
+records = read_records()
+table = make_tables(records)
+with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
+    f.write(table)
+draw(records)
+print(table, end='')
