@@ -29,7 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from files import write_atomically
-from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules
+from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, to_float64
 
 KINDS = ('lora', 'kan', 'kan_base')
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
@@ -91,6 +91,8 @@ class LoRAConfig:
                 raise ValueError(f'{name} must be a number of at least 0, got {getattr(self, name)}')
         if self.rank < 1:
             raise ValueError(f'rank must be at least 1, got {self.rank}')
+        if self.squash == 'norm' and self.rank == 1:
+            raise ValueError("squash='norm' makes a zero of a single number: rank must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout must be at least 0 and less than 1, got {self.dropout}')
         KANLinear(1, 1, self.grid_size, self.spline_order, grid_range=self.grid_range)  # names a grid that cannot be
@@ -102,16 +104,20 @@ class LoRAConfig:
 
 def checked(name, value, wanted):
     """A setting in its own type, whether it comes from code or from JSON."""
+    if name == 'grid_range':
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(end) in (int, float) for end in value):
+            return tuple(map(float, value))
+        raise ValueError(f'grid_range must be two numbers, got {value!r}')
     if wanted is tuple:
-        value = value.split(',') if isinstance(value, str) else [] if value is None else value
-        number = name == 'grid_range'
-        if isinstance(value, (list, tuple, set)) and all(isinstance(item, (int, float) if number else str) for item in value):
-            return tuple(value) if not isinstance(value, set) else tuple(sorted(value))
-    elif wanted is float and type(value) is int:
+        names = value.split(',') if isinstance(value, str) else () if value is None else value
+        if isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names):
+            return tuple(sorted(names) if isinstance(names, set) else names)
+        raise ValueError(f'{name} must be a list of names, got {value!r}')
+    if wanted is float and type(value) is int:
         return float(value)
-    elif type(value) is wanted:
-        return value
-    raise ValueError(f'{name} must be {"a list of names" if wanted is tuple else f"of type {wanted.__name__}"}, got {value!r}')
+    if type(value) is not wanted:
+        raise ValueError(f'{name} must be of type {wanted.__name__}, got {value!r}')
+    return value
 
 
 # the layers that an adapter can act on
@@ -145,6 +151,11 @@ def row_norms(layer, updates=None):
     """
     rows = [w.to(adapter_dtype(w)) + (updates[name] if updates else 0) for name, w in weights(layer).items()]
     return torch.cat(rows, 1).norm(dim=1)
+
+
+def row_scale(magnitude, lengths):
+    """What DoRA multiplies each row by, (O,); 1 for a row of zeros, which has no direction to keep."""
+    return torch.where(lengths > 0, magnitude / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
 
 
 def adapter_dtype(w):
@@ -197,7 +208,7 @@ class LowRank(Adapter):
 
     def adapted(self, layer, drop=False):
         updates = self.updates(drop)
-        scale = 1.0 if self.magnitude is None else (self.magnitude / row_norms(layer, updates)).unsqueeze(1)
+        scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
         rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
         stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
         return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
@@ -214,7 +225,7 @@ class LowRank(Adapter):
         if self.magnitude is not None:
             with torch.no_grad():
                 lengths = row_norms(layer, self.updates())
-            y = rescaled(y, layer, self.magnitude / lengths)
+            y = rescaled(y, layer, row_scale(self.magnitude, lengths))
         return y.to(dtype)
 
 
@@ -252,10 +263,15 @@ class KANAdapter(Adapter):
         return self.bottleneck.phi_out.parameters()
 
     def forward(self, layer, x):
-        y, update = layer(x), self.bottleneck(self.dropout(x), self.scaling)
+        y = layer(x)
+        return (y + self.update(layer, x, y)).to(y.dtype)
+
+    def update(self, layer, x, y):
+        """What is to be added to the layer's output y."""
+        update = self.bottleneck(self.dropout(x.to(self.bottleneck.phi_in.weight.dtype)), self.scaling)
         if self.magnitude is not None:
-            return (rescaled(y, layer, self.magnitude / row_norms(layer)) + update).to(y.dtype)
-        return (y + update).to(y.dtype)
+            update = update + (rescaled(y, layer, row_scale(self.magnitude, row_norms(layer))) - y)
+        return update
 
     def adapted(self, layer):
         raise ValueError(
@@ -269,6 +285,9 @@ class TrainedCopy(Adapter):
 
     def __init__(self, module, config):
         super().__init__(config)
+        inner = next((path for path, layer in lora_layers(module).items()), None)
+        if inner is not None:
+            raise ValueError(f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double')
         self.copy = copy.deepcopy(module).requires_grad_(True)
 
     def forward(self, module, *args, **kwargs):
@@ -548,7 +567,7 @@ class Moments:
         self.xx = self.xd = self.dd = self.rows = 0
 
     def add(self, x, d):
-        x, d = F.pad(x.double(), (0, 1), value=1.0), d.double()
+        x, d = F.pad(to_float64(x), (0, 1), value=1.0), to_float64(d)
         self.xx, self.xd, self.dd = self.xx + x.T @ x, self.xd + x.T @ d, self.dd + d.square().sum()
         self.rows += len(x)
 

@@ -376,6 +376,24 @@ def test_a_target_within_a_saved_module_is_part_of_its_copy():
     assert list(lora_layers(model)) == ['a', 'head']
 
 
+def test_a_module_with_adapters_inside_is_not_copied():
+    model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.Linear(4, 4))})
+    add_lora(model, LoRAConfig(target_modules='head'))
+    with pytest.raises(ValueError, match='modules_to_save: 0 in Sequential.* has an adapter of its own'):
+        add_lora(model, LoRAConfig(target_modules='a', modules_to_save='head'), 'other')
+
+
+def test_dora_beside_a_row_of_zeros_stays_finite():
+    for kind in 'lora', 'kan':
+        model, x = make('Linear')
+        model.layer.weight.data[1] = 0
+        y = model.layer(x)
+        add_lora(model, LoRAConfig(kind=kind, rank=R, target_modules='layer', use_dora=True, dropout=0.0))
+        assert torch.equal(model.layer(x), y)
+        train_steps(model, x)
+        assert model.layer(x).isfinite().all()
+
+
 # groups and report
 
 
@@ -503,7 +521,9 @@ BAD_CONFIGS = [
     (dict(rs_lora=1), 'rs_lora must be of type bool, got 1'),
     (dict(target_modules=5), 'target_modules must be a list of names, got 5'),
     (dict(grid_range=(1, -1)), 'low < high'),
-    (dict(grid_range=('a', 'b')), 'grid_range must be'),
+    (dict(grid_range=('a', 'b')), 'grid_range must be two numbers'),
+    (dict(grid_range=(0, 1, 2)), 'grid_range must be two numbers'),
+    (dict(squash='norm', rank=1), 'rank must be at least 2'),
     (dict(grid_size=0), 'grid_size must be at least 1'),
     (dict(kan_scale_noise=-0.1), 'kan_scale_noise must be'),
 ]

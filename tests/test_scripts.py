@@ -18,7 +18,7 @@ LAYERS = [  # a module imports from the rows above its own
     {'configurator', 'device', 'kernels', 'records', 'tokenizer'},
     {'kan', 'graph', 'loader'},
     {'model', 'lora', 'tasks'},
-    {'checkpoint', 'cost'},
+    {'checkpoint', 'cost', 'peft_kan'},
 ]
 HEAVY = {'matplotlib', 'wandb', 'transformers', 'peft', 'torch_geometric', 'tiktoken', 'datasets', 'scipy', 'pytest', 'plotly'}
 
