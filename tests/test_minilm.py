@@ -37,7 +37,9 @@ def clone(tmp_path_factory):
 
 def run(clone, *args):
     env = {**ENV, 'HF_HUB_OFFLINE': '1'}
-    return subprocess.run([sys.executable, 'results/minilm/study.py', *args], cwd=clone, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, 'results/minilm/study.py', *args], cwd=clone, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,4 +81,4 @@ def test_the_page_comes_from_the_records(clone):
 
 def test_a_stage_that_is_not_there(clone):
     done = run(clone, '--stages=all')
-    assert done.returncode == 1 and done.stderr.startswith("error: stages: expected any of search, widen") and done.stderr.count('\n') == 1
+    assert done.returncode == 1 and done.stderr.startswith('error: stages: expected any of search, widen') and done.stderr.count('\n') == 1

@@ -5,8 +5,8 @@ KAN forms, and splines grown into its own layers, side by side.
 $ python data/minilm/prepare.py && python data/sst/prepare.py
 $ OMP_NUM_THREADS=1 python results/minilm/study.py   # in two shells, to share the runs
 
-`search` looks for the learning rate of each method by a part of train that is held out, `widen` tries a higher one where the highest
-won, `final` trains on all of train with several seeds, `time` measures steps and memory, `peft` compares with PEFT's own adapters; the
+`search` looks for the learning rate of each method by a part of train that is held out, `widen` tries further ones where the highest or
+the lowest won, `final` trains on all of train with several seeds, `time` measures steps and memory, `peft` compares with PEFT's own adapters; the
 last two want the machine for themselves. Each run has a process and a record of its own in runs/, and what has a record is not run again.
 Then table.md and accuracy.png are made from the records, by --stages= without running anything.
 """
@@ -48,7 +48,7 @@ configure(globals())
 HERE = Path(__file__).resolve().parent
 MODEL, DATA = Path(ROOT, 'data/minilm'), Path(ROOT, 'data/sst')
 BATCH, WEIGHT_DECAY, WARMUP = 32, 0.01, 0.06
-ADAPTER_RATES = (5e-4, 1.5e-3, 4.5e-3)
+ADAPTER_RATES, KAN_RATES = (5e-4, 1.5e-3, 4.5e-3), (1.67e-4, 5e-4, 1.5e-3)
 METHODS = {  # settings of LoRAConfig, where it is an adapter; learning rates to try
     'full': (None, (5e-5, 1e-4, 2e-4)),
     'head only': (None, (1e-3, 4e-3, 1.6e-2)),
@@ -57,15 +57,15 @@ METHODS = {  # settings of LoRAConfig, where it is an adapter; learning rates to
     'DoRA': (dict(use_dora=True), ADAPTER_RATES),
     'LoRA+': (dict(lora_plus_ratio=4.0), ADAPTER_RATES),
     'LoRA, rank 96': (dict(rank=96), ADAPTER_RATES),  # as many parameters as KAN-LoRA
-    'KAN-LoRA': (dict(kind='kan'), ADAPTER_RATES),
-    'KAN-DoRA': (dict(kind='kan', use_dora=True), ADAPTER_RATES),
-    'kanified': (None, ADAPTER_RATES),
+    'KAN-LoRA': (dict(kind='kan'), KAN_RATES),
+    'KAN-DoRA': (dict(kind='kan', use_dora=True), KAN_RATES),
+    'kanified': (None, (5.56e-5, 1.67e-4, 5e-4)),
 }
 SQUASHED = {  # KAN-LoRA with other ways of keeping inputs on the grid
-    'KAN-LoRA, none': (dict(kind='kan', squash='none'), ADAPTER_RATES),
-    'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), ADAPTER_RATES),
-    'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), ADAPTER_RATES),
-    'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), ADAPTER_RATES),
+    'KAN-LoRA, none': (dict(kind='kan', squash='none'), KAN_RATES),
+    'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), KAN_RATES),
+    'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), KAN_RATES),
+    'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), KAN_RATES),
 }
 
 
@@ -278,13 +278,25 @@ def read_records():
     return [json.loads(path.read_text(encoding='utf-8')) for path in sorted((HERE / 'runs').glob('*.json'))]
 
 
-def best_rate(method):
-    """The learning rate with which the search got furthest."""
+def searched(method):
+    """{learning rate: accuracy on what was held out}, in order."""
     found = [record for record in read_records() if record['stage'] == 'search' and record['method'] == method]
-    rates = {record['lr']: record['accuracy'] for record in found}
+    rates = {record['lr']: record['accuracy'] for record in sorted(found, key=lambda record: record['lr'])}
     if missing := set((METHODS | SQUASHED)[method][1]) - rates.keys():
         raise ValueError(f'the search of {method} is not finished: {sorted(missing)}')
-    return max(sorted(rates), key=rates.get)
+    return rates
+
+
+def best_rate(method):
+    rates = searched(method)
+    return max(rates, key=rates.get)
+
+
+def next_rate(method):
+    """Three times the highest rate or a third of the lowest, where that one is the best; else None."""
+    rates, best = list(searched(method)), best_rate(method)
+    factor = {rates[-1]: 3, rates[0]: 1 / 3}.get(best)
+    return factor and float(f'{factor * best:.3g}')
 
 
 def list_runs(stage):
@@ -292,7 +304,8 @@ def list_runs(stage):
     if stage == 'search':
         return [(stage, method, lr, 0) for method, rates in tried for lr in rates]
     if stage == 'widen':
-        return [('search', method, 3 * rates[-1], 0) for method, rates in tried if best_rate(method) >= rates[-1]]
+        beyond = [(method, next_rate(method)) for method, _ in tried]
+        return [('search', method, lr, 0) for method, lr in beyond if lr]
     if stage == 'time':
         return [(stage, method, best_rate(method), seed) for seed in range(3) for method in METHODS]
     if stage == 'peft':
@@ -421,7 +434,10 @@ if run:
 if stages and not ((MODEL / 'model.safetensors').exists() and (DATA / 'meta.json').exists()):
     raise ValueError('the model or the data is not there: python data/minilm/prepare.py && python data/sst/prepare.py')
 for stage in filter(None, stages.split(',')):
-    run_all(list_runs(stage))
+    runs = list_runs(stage)
+    run_all(runs)
+    while stage == 'widen' and runs:
+        run_all(runs := list_runs(stage))
 records = read_records()
 table = make_tables(records)
 with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
