@@ -39,7 +39,7 @@ dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by comm
 rounds = 3  # processes of each case
 repeats = 3  # timed repeats in each process, after an untimed one
 only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
-dropout = -1.0  # of the models of suite step; -1 is what their config files say
+dropout = -1.0  # of the models of suite step and of adapters; -1 is what their config files and LoRAConfig say
 operators = 0  # also list this many operators of each case, those that take most of the time of one more run
 keep = True  # keep freed memory, as train.py does on a CPU; False: PyTorch as it comes
 case = ''  # what a process measures, as JSON
@@ -126,17 +126,18 @@ def make_adapted(name, I, O):
     """A frozen linear layer with an adapter of rank 16, ours or a peer's."""
     name, _, peer = name.partition(', ')
     options, model = ADAPTERS[name][0], nn.Sequential(nn.Linear(I, O))
+    p = LoRAConfig.dropout if dropout < 0 else dropout
     if peer == 'peft':
         from peft import LoraConfig, get_peft_model
 
         options = dict(use_dora=options.get('use_dora', False), use_rslora=options.get('rs_lora', False))
-        get_peft_model(model, LoraConfig(target_modules=['0'], r=16, lora_alpha=32, lora_dropout=0.05, **options))
+        get_peft_model(model, LoraConfig(target_modules=['0'], r=16, lora_alpha=32, lora_dropout=p, **options))
     elif peer == 'kolmg-lora':
         from kolmg_lora import add_kolmg_lora
 
-        add_kolmg_lora(model, target_modules=['0'], use_dora=options.get('use_dora', False))
+        add_kolmg_lora(model, target_modules=['0'], dropout=p, use_dora=options.get('use_dora', False))
     else:
-        add_lora(model, LoRAConfig(target_modules='0', **options))
+        add_lora(model, LoRAConfig(target_modules='0', dropout=p, **options))
     return model
 
 

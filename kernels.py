@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
 CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
+CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
 WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
 UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
@@ -253,6 +254,8 @@ spline_linear_backward.register_autograd(refuse)
 def chunks(x, w, backend):
     """Slices of rows, as equal as can be, whose columns in the dtype of w (O, (K + 1) * I) fill CHUNK_BYTES; at least 64 each."""
     N, size = x.size(0), CHUNK_BYTES[backend] if x.device.type == 'cpu' else CHUNK_BYTES_GPU
+    if x.device.type == 'cpu' and w.size(0) <= 64:
+        size = min(size, CHUNK_BYTES_NARROW)
     n = max(64, size // (w.size(1) * w.element_size()))
     n = math.ceil(N / math.ceil(N / n)) if N else 1
     return [slice(start, start + n) for start in range(0, N, n)]

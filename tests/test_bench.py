@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import complaint, run
 
-PARTS = {'layer': {'forward', 'backward', 'total'}, 'step': {'step', 'total'}, 'sample': {'sample', 'total'}}
+PARTS = {**dict.fromkeys(('layer', 'adapter'), {'forward', 'backward', 'total'}), 'step': {'step', 'total'}, 'sample': {'sample', 'total'}}
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,9 @@ PARTS = {'layer': {'forward', 'backward', 'total'}, 'step': {'step', 'total'}, '
         ('layer', 'float32 96 384 2048 nn.Linear$'),
         ('step', 'float32 nano KANLinear, plain passes$'),
         ('sample', 'float32 micro 256 255 cached$'),
+        ('adapter', 'bfloat16 768 768 8192 KAN-DoRA$'),
+        ('adapter', 'bfloat16 768 768 8192 KAN-LoRA, kolmg-lora$'),
+        ('adapter', 'bfloat16 768 768 8192 DoRA, peft$'),
     ],
 )
 def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
@@ -30,7 +33,7 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
 @pytest.mark.parametrize(
     'flag, message',
     [
-        ('--suite=lawyer', 'expected layer, step or sample'),
+        ('--suite=lawyer', 'expected layer, step, sample or adapter'),
         ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
         ('--only=(', 'not a regular expression'),
         ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),
