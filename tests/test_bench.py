@@ -15,7 +15,6 @@ PARTS = {**dict.fromkeys(('layer', 'adapter'), {'forward', 'backward', 'total'})
         ('step', 'float32 nano KANLinear, plain passes$'),
         ('sample', 'float32 micro 256 255 cached$'),
         ('adapter', 'bfloat16 768 768 8192 KAN-DoRA$'),
-        ('adapter', 'bfloat16 768 768 8192 KAN-LoRA, kolmg-lora$'),
         ('adapter', 'bfloat16 768 768 8192 DoRA, peft$'),
     ],
 )
