@@ -31,7 +31,7 @@ bench: .venv/installed-bench
 minilm: .venv/installed-peft
 	test -e data/minilm/model.safetensors || $(BIN)/python data/minilm/prepare.py
 	test -e data/sst/meta.json || $(BIN)/python data/sst/prepare.py $(if $(SST),--source="$(SST)")
-	OMP_NUM_THREADS=1 $(BIN)/python results/minilm/study.py
+	OMP_NUM_THREADS=1 $(BIN)/python results/minilm/study.py --stages=search,widen,final,time,peft
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
 results: .venv/installed-compare .venv/installed-peft

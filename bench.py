@@ -84,7 +84,7 @@ def list_cases():
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
     try:
-        chosen = [case for case in cases if not case[2].endswith((*missing, '-')) and re.search(only, ' '.join(case))]
+        chosen = [case for case in cases if not case[2].endswith(tuple(missing)) and re.search(only, ' '.join(case))]
     except re.error as error:
         raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
     if not chosen:

@@ -286,9 +286,10 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, **set
               or nn.Sequential), so that heads stay as they are. A layer that shares its weight is left out unless named itself.
     init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the model still gives
               what it gave; 'fresh': as KANLinear starts.
-    train     'all', or 'splines' to freeze all else in the model: a spline adapter.
+    train     'all': a KAN layer trains if the layer it replaces does; 'splines' freezes all else in the model: a spline adapter.
     absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base activation of
-              the KAN layer, so that its splines lie beside the activation and not behind it.
+              the KAN layer, so that its splines lie beside the activation and not behind it. What the activation gives must go
+              nowhere else.
     settings  of KANLinear: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
@@ -322,6 +323,7 @@ def to_kan(layer, init, activation, settings):
         settings = settings | dict(base_activation=lambda: activation)
     with torch.device(weight.device):
         kan = KANLinear(I, O, bias=layer.bias is not None, **settings).to(weight.dtype).train(layer.training)
+    kan.requires_grad_(layer.weight.requires_grad)
     if init == 'preserve':
         kan.base_weight.copy_(weight)
         kan.spline_weight.zero_()
@@ -332,7 +334,8 @@ def to_kan(layer, init, activation, settings):
 
 def is_linear(layer):
     """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
-    return type(layer).forward is nn.Linear.forward and layer.weight.is_floating_point()
+    plain = type(layer).forward is nn.Linear.forward and not hasattr(layer, 'parametrizations')
+    return plain and layer.weight.is_floating_point()
 
 
 def is_conv1d(layer):
@@ -347,7 +350,7 @@ def named_layers(model):
     """
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
-    return {path: module for path, module in model.named_modules() if path and id(module) not in read}
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path and id(module) not in read}
 
 
 def find_linear(model, targets):
@@ -403,7 +406,7 @@ def names_of(paths):
 def tied_modules(model):
     """{path: paths of the modules that share a parameter with the one at that path}"""
     owners = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(path)
     return {path: [other for other in paths if other != path] for paths in owners.values() if len(paths) > 1 for path in paths}

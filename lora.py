@@ -21,8 +21,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -38,7 +40,6 @@ TARGETS = (  # the attention projections of model families by their names; the f
     ('q_lin', 'v_lin'),  # DistilBERT
     ('c_attn',),  # GPT-2, and the GPT of model.py
     ('query_key_value',),  # GPT-NeoX, BLOOM
-    ('qkv',),  # ViT in timm
     ('SelfAttention.q', 'SelfAttention.v'),  # T5
 )
 
@@ -129,7 +130,7 @@ def kinds_of(layer):
         return ('kan', 'kan_base')
     if is_linear(layer) or is_conv1d(layer):
         return ('lora', 'kan')
-    return ('lora',) if isinstance(layer, nn.Embedding) else ()
+    return ('lora',) if type(layer).forward is nn.Embedding.forward else ()
 
 
 def weights(layer):
@@ -171,14 +172,14 @@ class Adapter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, nn.Dropout(config.dropout)
 
     def fast_parameters(self):
         """Those that LoRA+ gives a higher learning rate."""
         return []
 
-    def adapted(self, layer):
-        """{parameter: what it would have to be for the layer to do without the adapter}. Raises ValueError where there is no such."""
+    def merged(self, layer):
+        """A module that does what the layer does with the adapter. ValueError where there is none."""
         raise NotImplementedError
 
 
@@ -187,7 +188,6 @@ class LowRank(Adapter):
 
     def __init__(self, layer, config):
         super().__init__(config)
-        self.scaling, self.dropout = config.scaling, nn.Dropout(config.dropout)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, w in weights(layer).items():
             A = torch.empty(config.rank, w.size(1), dtype=adapter_dtype(w), device=w.device)
@@ -202,21 +202,11 @@ class LowRank(Adapter):
     def fast_parameters(self):
         return self.lora_B.parameters()
 
-    def updates(self, drop=False):
-        """{parameter: s B A, (O, n)}"""
-        return {name: self.scaling * (self.lora_B[name] @ (self.dropout(A) if drop else A)) for name, A in self.lora_A.items()}
-
-    def adapted(self, layer, drop=False):
-        updates = self.updates(drop)
-        scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
-        rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
-        stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
-        return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
-
     def forward(self, layer, x):
-        if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights; dropout leaves out columns
-            return layer(x, **self.adapted(layer, drop=True))
-        y, A, B = layer(x), self.lora_A['weight'], self.scaling * self.lora_B['weight']
+        if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights
+            kept = self.dropout(torch.ones_like(self.lora_A['base_weight'][0]))  # dropout is of features, the same for all rows
+            return layer(x, **self.adapted(layer, kept))
+        y, A, B = layer(x), self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
         if isinstance(layer, nn.Embedding):
             update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
         else:
@@ -228,9 +218,31 @@ class LowRank(Adapter):
             y = rescaled(y, layer, row_scale(self.magnitude, lengths))
         return y.to(dtype)
 
+    def updates(self, kept=None):
+        """{parameter: s B A, (O, n)}; `kept` (I,) is a factor of each feature, of which a row of A holds the numbers side by side."""
+        A = dict(self.lora_A.items())
+        if kept is not None:
+            A = {name: (a.unflatten(1, (len(kept), -1)) * kept.unsqueeze(1)).flatten(1) for name, a in A.items()}
+        return {name: self.config.scaling * (self.lora_B[name] @ a) for name, a in A.items()}
+
+    def adapted(self, layer, kept=None):
+        """{parameter: the weight with the adapter, as the layer stores it}"""
+        updates = self.updates(kept)
+        scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
+        rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
+        stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
+        return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
+
+    def merged(self, layer):
+        layer = copy.copy(layer)
+        layer._parameters = dict(layer._parameters)  # its own, so that the weights of the layer itself stay where they are
+        for name, w in self.adapted(layer).items():
+            setattr(layer, name, nn.Parameter(w, requires_grad=False))
+        return layer
+
 
 class KANBottleneck(nn.Module):
-    """scaling * phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), inputs brought onto the grid of each. Zero at the start."""
+    """s phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), inputs brought onto the grid of each. Zero at the start."""
 
     def __init__(self, in_features, out_features, config):
         super().__init__()
@@ -240,12 +252,12 @@ class KANBottleneck(nn.Module):
         self.phi_out = KANLinear(config.rank, out_features, **settings)
         nn.init.normal_(self.phi_in.spline_weight, std=config.kan_scale_noise / math.sqrt(in_features))
         nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
-        self.squash, self.grid_range = config.squash, config.grid_range
+        self.config = config
 
-    def forward(self, x, scaling=1.0):
-        squash, out = SQUASHES[self.squash], self.phi_out
-        h = self.phi_in(squash(x, *self.grid_range))
-        return out(squash(h, *self.grid_range), scaling * out.base_weight, scaling * out.spline_weight)
+    def forward(self, x):
+        squash, s, out = SQUASHES[self.config.squash], self.config.scaling, self.phi_out
+        h = self.phi_in(squash(x, *self.config.grid_range))
+        return out(squash(h, *self.config.grid_range), s * out.base_weight, s * out.spline_weight)
 
 
 class KANAdapter(Adapter):
@@ -253,7 +265,6 @@ class KANAdapter(Adapter):
 
     def __init__(self, layer, config):
         super().__init__(config)
-        self.scaling, self.dropout = config.scaling, nn.Dropout(config.dropout)
         w = next(iter(weights(layer).values()))
         with torch.device(w.device):
             self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
@@ -268,12 +279,12 @@ class KANAdapter(Adapter):
 
     def update(self, layer, x, y):
         """What is to be added to the layer's output y."""
-        update = self.bottleneck(self.dropout(x.to(self.bottleneck.phi_in.weight.dtype)), self.scaling)
+        update = self.bottleneck(self.dropout(x.to(self.bottleneck.phi_in.weight.dtype)))
         if self.magnitude is not None:
             update = update + (rescaled(y, layer, row_scale(self.magnitude, row_norms(layer))) - y)
         return update
 
-    def adapted(self, layer):
+    def merged(self, layer):
         raise ValueError(
             "a 'kan' adapter is not linear in its input, so no weight can hold it: keep the adapter, or take the nearest linear "
             'map by fit_linear(model, batches), which measures what is lost'
@@ -285,7 +296,7 @@ class TrainedCopy(Adapter):
 
     def __init__(self, module, config):
         super().__init__(config)
-        inner = next((path for path, layer in lora_layers(module).items()), None)
+        inner = next(iter(lora_layers(module)), None)
         if inner is not None:
             raise ValueError(f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double')
         self.copy = copy.deepcopy(module).requires_grad_(True)
@@ -293,8 +304,8 @@ class TrainedCopy(Adapter):
     def forward(self, module, *args, **kwargs):
         return self.copy(*args, **kwargs)
 
-    def adapted(self, module):
-        return {name: p.detach().clone() for name, p in self.copy.named_parameters()}
+    def merged(self, module):
+        return self.copy
 
 
 CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}
@@ -321,10 +332,10 @@ class LoRALayer(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer, self.adapters = base_layer, nn.ModuleDict()
-        self.active = None
-        self.unmerged = None  # while an adapter is merged: the base layer's own parameters
+        self.active, self.off = None, False
+        self.unmerged = None  # the base layer itself, while one with the adapter merged into it stands in its place
 
-    # of code that asks a layer for its dtype, or ties weights
+    # for code that looks at the dtype or device of a layer
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: getattr(self.base_layer, 'bias', None))
 
@@ -333,19 +344,11 @@ class LoRALayer(nn.Module):
         return self.adapters[self.active] if self.active in self.adapters else None
 
     def forward(self, *args, **kwargs):
-        if self.adapter is None or self.unmerged is not None:
+        if self.off and self.unmerged is not None:
+            return self.unmerged(*args, **kwargs)
+        if self.off or self.adapter is None or self.unmerged is not None:
             return self.base_layer(*args, **kwargs)
         return self.adapter(self.base_layer, *args, **kwargs)
-
-    def swap(self, parameters):
-        """Other parameters for the base layer; returns those it had. The old ones live on, shared ones where they are shared."""
-        before = {}
-        for path, p in parameters.items():
-            owner, _, name = path.rpartition('.')
-            owner = self.base_layer.get_submodule(owner)
-            before[path] = getattr(owner, name)
-            setattr(owner, name, p if isinstance(p, nn.Parameter) else nn.Parameter(p, requires_grad=False))
-        return before
 
 
 def lora_layers(model):
@@ -372,8 +375,8 @@ def make_adapters(model, config, targets):
 
 
 def install(model, adapters, name):
-    if not name.isidentifier():
-        raise ValueError(f'the name of an adapter must be a Python name, got {name!r}')
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}')
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
     if is_merged(model):
@@ -417,17 +420,14 @@ def active_lora(model):
 @contextmanager
 def lora_off(model):
     """Inside, the model is the base model, also where an adapter is merged."""
-    layers = lora_layers(model).values()
-    before = [(layer, layer.active, layer.unmerged and layer.swap(layer.unmerged)) for layer in layers]
-    for layer in layers:
-        layer.active = None
+    before = [(layer, layer.off) for layer in lora_layers(model).values()]
+    for layer, _ in before:
+        layer.off = True
     try:
         yield
     finally:
-        for layer, active, merged in before:
-            layer.active = active
-            if merged:
-                layer.swap(merged)
+        for layer, off in before:
+            layer.off = off
 
 
 # which layers
@@ -476,7 +476,7 @@ def find_modules_to_save(model, config):
             children = ', '.join(name for name, _ in model.named_children())
             raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
         found += paths
-    return found
+    return [path for path in found if not path.startswith(tuple(other + '.' for other in found))]
 
 
 # merging, for the kinds that are linear in the layer's input
@@ -495,10 +495,10 @@ def merge_lora(model):
     if is_merged(model):
         raise ValueError('an adapter is merged already: unmerge_lora(model) gives the base its own weights back')
     layers = active_lora(model)
-    adapted = {path: layer.adapter.adapted(layer.base_layer) for path, layer in layers.items()}
+    merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
     for path, layer in layers.items():
-        layer.unmerged = layer.swap(adapted[path])
-    dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for new in adapted.values() for p in new.values()}))
+        layer.unmerged, layer.base_layer = layer.base_layer, merged[path]
+    dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()}))
     print(f'merged into {len(layers)} layers: exact up to the rounding of {dtypes}')
     return model
 
@@ -509,8 +509,7 @@ def unmerge_lora(model):
         raise ValueError('no adapter is merged into the model')
     for layer in lora_layers(model).values():
         if layer.unmerged is not None:
-            layer.swap(layer.unmerged)
-            layer.unmerged = None
+            layer.base_layer, layer.unmerged = layer.unmerged, None
     return model
 
 
@@ -524,9 +523,10 @@ def remove_lora(model):
 def fit_linear(model, batches, name='linear'):
     """
     The linear map nearest to an active 'kan' adapter on the data that the model meets in `batches` (each a tensor, a tuple or a
-    dict of the model's inputs), as another adapter that can be merged: by least squares, with a bias where the layer has one.
-    Four fifths of the rows make the fit, every fifth row measures it: {path: error of the map / size of what it stands for}, both
-    as root mean squares. ValueError where there is no 'kan' adapter, or its layer is not linear.
+    dict of the model's inputs), as another adapter that can be merged: by least squares over all rows, padding too, with a bias
+    where the layer has one. Every fifth batch, of fewer than five the last, is kept out of the fit and measures it:
+    {path: error of the map / size of what it stands for}, as root mean squares, before rounding to the dtype of the weights.
+    ValueError where there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
     """
     layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
     if not layers:
@@ -534,65 +534,63 @@ def fit_linear(model, batches, name='linear'):
     kans = [path for path, layer in layers.items() if isinstance(layer.base_layer, KANLinear)]
     if kans:
         raise ValueError(f'{kans[0]} is a KAN layer: its weights cannot hold a linear map, so there is nothing to fit')
-    moments = {path: [Moments(), Moments()] for path in layers}
-    hooks = [layer.register_forward_hook(collect(moments[path])) for path, layer in layers.items()]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    batches = list(batches)
+    if len(batches) < 2:
+        raise ValueError(f'fit_linear needs at least two batches, one to fit and one to measure, got {len(batches)}')
+    held = batches[4::5] or batches[-1:]
+    fit = collect_moments(model, layers, [batch for batch in batches if not any(batch is other for other in held)])
+    measured = collect_moments(model, layers, held)
     adapters, errors = {}, {}
     for path, layer in active_lora(model).items():
         adapters[path] = copy.deepcopy(layer.adapter)
         if path in layers:
             adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
-            fitted, errors[path] = solve(*moments[path], bias=layer.bias is not None)
+            M = solve(fit[path], layer.bias is not None)
+            errors[path] = relative_error(M, measured[path])
             with torch.no_grad():
-                weights(adapters[path].copy)['weight'].add_(fitted[:, :-1])
+                weights(adapters[path].copy)['weight'].add_(M[:-1].T)
                 if layer.bias is not None:
-                    adapters[path].copy.bias.add_(fitted[:, -1])
+                    adapters[path].copy.bias.add_(M[-1])
     install(model, adapters, name)
     return errors
 
 
-class Moments:
-    """Sums over rows of x x', x d' and d d', in float64; x has a one at its end."""
+@torch.no_grad()
+def collect_moments(model, layers, batches):
+    """{path: [x'x, x'd, d'd]} of the layers' inputs x, with a one at their end, and of what their adapters add, d; in float64"""
+    moments = {path: [0, 0, 0] for path in layers}
 
-    def __init__(self):
-        self.xx = self.xd = self.dd = self.rows = 0
+    def add(layer, inputs, output, sums):
+        x, d = inputs[0], layer.adapter.update(layer.base_layer, inputs[0], layer.base_layer(inputs[0]))
+        x, d = (to_float64(rows.reshape(-1, rows.size(-1))) for rows in (F.pad(x, (0, 1), value=1.0), d))
+        sums[:] = sums[0] + x.T @ x, sums[1] + x.T @ d, sums[2] + d.square().sum()
 
-    def add(self, x, d):
-        x, d = F.pad(to_float64(x), (0, 1), value=1.0), to_float64(d)
-        self.xx, self.xd, self.dd = self.xx + x.T @ x, self.xd + x.T @ d, self.dd + d.square().sum()
-        self.rows += len(x)
-
-
-def collect(moments):
-    def hook(layer, inputs, output):
-        d = output - layer.base_layer(*inputs)
-        x, d = inputs[0].reshape(-1, inputs[0].size(-1)), d.reshape(-1, d.size(-1))
-        start = sum(side.rows for side in moments)
-        held = (torch.arange(start, start + len(x), device=x.device) % 5) == 4
-        for side, rows in zip(moments, (~held, held)):
-            side.add(x[rows], d[rows])
-
-    return hook
+    hooks = [layer.register_forward_hook(partial(add, sums=moments[path])) for path, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return moments
 
 
-def solve(fit, held, bias):
-    """(the (O, I + 1) map of least squares, its error on the rows held back)"""
-    if not fit.rows or not held.rows:
-        raise ValueError('fit_linear needs at least five rows of data')
-    n = len(fit.xx) - (not bias)
-    M = torch.zeros_like(fit.xd)
-    M[:n] = torch.linalg.pinv(fit.xx[:n, :n], rtol=1e-12, hermitian=True) @ fit.xd[:n]
-    residual = held.dd - 2 * (M * held.xd).sum() + (M * (held.xx @ M)).sum()
-    return M.T, math.sqrt(max(0.0, residual.item()) / held.dd.item()) if held.dd > 0 else 0.0
+def solve(moments, bias):
+    """The (I + 1, O) map of least squares, its last row zero without a bias."""
+    xx, xd, _ = moments
+    n, M = len(xx) - (not bias), torch.zeros_like(xd)
+    M[:n] = torch.linalg.pinv(xx[:n, :n], rtol=1e-12, hermitian=True) @ xd[:n]
+    return M
+
+
+def relative_error(M, moments):
+    xx, xd, dd = moments
+    residual = dd - 2 * (M * xd).sum() + (M * (xx @ M)).sum()
+    return math.sqrt(residual.clamp_min(0) / dd) if dd > 0 else 0.0
 
 
 # files
@@ -615,9 +613,9 @@ def save_lora(model, folder):
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
         'layers': {path: [kind_of(layer.adapter), describe(layer.base_layer)] for path, layer in layers.items()},
-        'base': base_identity(model),
+        'base': base_identity(model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]),
     }
-    tensors = {f'{path}.{name}': p.contiguous() for path, layer in layers.items() for name, p in layer.adapter.state_dict().items()}
+    tensors = {f'{path}.{name}': p.detach().clone() for path, layer in layers.items() for name, p in layer.adapter.state_dict().items()}
     os.makedirs(folder, exist_ok=True)
     with write_atomically(os.path.join(folder, 'adapter_model.safetensors')) as f:
         f.write(save(tensors, {'adapter': json.dumps(record)}))
@@ -635,17 +633,20 @@ def describe(module):
     return f'{type(module).__name__}({", ".join(shapes)})'
 
 
-def base_identity(model):
-    """The class of the model, the number of its own parameters, and the sha256 of their names, shapes and bytes."""
+def base_identity(model, copied=()):
+    """
+    The class of the model, and the number and the sha256 of what its state dict holds, without adapters and without the modules
+    at the paths `copied`, which an adapter brings along.
+    """
+    left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
     digest, count = hashlib.sha256(), 0
-    adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    own = {name.replace('.base_layer.', '.'): p for name, p in model.named_parameters() if id(p) not in adapters}
-    for name in sorted(own):
-        p = own[name].detach().cpu().contiguous()
-        digest.update(f'{name} {p.dtype} {tuple(p.shape)}'.encode())
-        digest.update(p.reshape(-1).view(torch.uint8).numpy())
-        count += p.numel()
-    return {'class': type(model).__name__, 'parameters': count, 'sha256': digest.hexdigest()}
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(left_out):
+            tensor = tensor.cpu().contiguous()
+            digest.update(f'{name.replace(".base_layer.", ".")} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            count += tensor.numel()
+    return {'class': type(model).__name__, 'numbers': count, 'sha256': digest.hexdigest()}
 
 
 def load_lora(model, folder, name='default', check_base=True):
@@ -653,17 +654,19 @@ def load_lora(model, folder, name='default', check_base=True):
     Give a model the adapter that save_lora wrote, under a name, and make it the active one. Everything is checked before the
     model is touched; ValueError says what does not fit. check_base=False takes any base of the same layers, e.g. one in bfloat16.
     """
+    if is_merged(model):
+        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before another is loaded')
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
     try:
         config = LoRAConfig(**record['config'])
         targets = {path: kind for path, (kind, _) in record['layers'].items()}
-        base = {key: record['base'][key] for key in ('class', 'parameters', 'sha256')}
+        base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})') from None
-    if check_base and base != (found := base_identity(model)):
+    if check_base and base != (found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])):
         raise ValueError(
-            f'{folder} belongs to another base: {base["class"]}, {base["parameters"]:,} parameters, sha256 {base["sha256"][:12]}; this '
-            f'is {found["class"]}, {found["parameters"]:,}, {found["sha256"][:12]}. load_lora(..., check_base=False) takes it anyway'
+            f'{folder} belongs to another base: {base["class"]} of {base["numbers"]} numbers, sha256 {str(base["sha256"])[:12]}; this is '
+            f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. load_lora(..., check_base=False) takes it anyway'
         )
     modules = dict(named_base_modules(model))
     for path, (kind, was) in record['layers'].items():
@@ -671,13 +674,13 @@ def load_lora(model, folder, name='default', check_base=True):
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
             raise ValueError(f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}')
     adapters = make_adapters(model, config, targets)
-    wanted = {f'{path}.{key}': (adapters[path], key, p) for path in adapters for key, p in adapters[path].state_dict().items()}
+    wanted = {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
-    for key, (_, _, p) in wanted.items():
-        if p.shape != tensors[key].shape or p.dtype != tensors[key].dtype:
-            raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)} {tensors[key].dtype}, not {tuple(p.shape)} {p.dtype}')
+    for key, p in wanted.items():
+        if p.shape != tensors[key].shape:
+            raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
     for path, adapter in adapters.items():
         adapter.load_state_dict({key: tensors[f'{path}.{key}'] for key in adapter.state_dict()})
     install(model, adapters, name)
@@ -731,8 +734,9 @@ VARIANTS = (  # name, path, whether it merges, settings
 
 def lora_report(model):
     """
-    Two tables as text: what trains in each layer and in all, and what every variant would take at the same rank on those of the
-    layers that can have it. Bytes are those of the tensors; the file has a header besides, some hundred bytes per tensor.
+    Two tables as text: what trains in each layer and in all, and what every variant would take at the same rank, with the same
+    modules_to_save, on those of the layers that can have it. Bytes are those of the tensors; the file has a header besides, some
+    hundred bytes per tensor.
     """
     layers = active_lora(model)
     adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
@@ -741,21 +745,21 @@ def lora_report(model):
     for path, layer in layers.items():
         rows.append((path, kind_of(layer.adapter), *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters()))))
     rows.append(('total', '', *cells([layer.adapter for layer in layers.values()], total)))
+    copies = [layer.adapter for layer in layers.values() if isinstance(layer.adapter, TrainedCopy)]
+    bases = [copy.deepcopy(layer.base_layer).to('meta') for layer in layers.values() if layer.adapter not in copies]
     config = next(iter(layers.values())).adapter.config
     variants = [(f'rank {config.rank}', 'path', 'merges', 'layers', *rows[0][2:])]
     for label, path, merges, settings in VARIANTS:
-        fitting = [layer.base_layer for layer in layers.values() if settings['kind'] in kinds_of(layer.base_layer)]
-        settings = replace(config, **{**dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0), **settings})
-        sketches = [CLASSES[settings.kind](copy.deepcopy(layer).to('meta'), settings) for layer in fitting]
-        variants.append((label, path, merges, str(len(fitting)), *(cells(sketches, total) if fitting else '----')))
+        settings = replace(config, **dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0) | settings)
+        sketches = [CLASSES[settings.kind](base, settings) for base in bases if settings.kind in kinds_of(base)]
+        variants.append((label, path, merges, str(len(sketches)), *(cells(sketches + copies, total) if sketches else '----')))
     return '\n\n'.join(map(aligned, (rows, variants)))
 
 
 def cells(adapters, frozen):
     """trainable, frozen, share, bytes"""
-    tensors = [p for adapter in adapters for p in adapter.parameters()]
-    trainable = sum(p.numel() for p in tensors)
-    size = sum(t.nbytes for adapter in adapters for t in adapter.state_dict().values())
+    trainable = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    size = sum(tensor.nbytes for adapter in adapters for tensor in adapter.state_dict().values())
     return f'{trainable:,}', f'{frozen:,}', f'{trainable / (trainable + frozen):.2%}', f'{size:,}'
 
 

@@ -148,6 +148,13 @@ def test_splines_alone_can_train(capsys):
     assert not torch.allclose(run(model), logits, atol=1e-3)
 
 
+def test_frozen_layers_stay_frozen():
+    model = make('GPT2LMHeadModel').requires_grad_(False)
+    model.transformer.h[0].requires_grad_(True)
+    kanify(model)
+    assert all(p.requires_grad == ('h.0.' in name) for name, p in model.named_parameters())
+
+
 def test_tied_weights_are_left_alone_unless_named():
     model = make('GPT2LMHeadModel')
     assert 'lm_head' not in kans(kanify(model, ('h', 'transformer')))

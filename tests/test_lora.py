@@ -1,10 +1,12 @@
 """Adapters: what each kind computes, what trains, what merges, what a file brings back, and what is refused."""
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch.nn as nn
 from helpers import ENV, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kolmg_lora import KOLMGLoRALinear
+from kolmg_lora import KOLMGLoRAConfig, KOLMGLoRALinear
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -240,13 +242,14 @@ def test_merged_equals_unmerged_and_comes_back_bit_for_bit(kind, layer, options,
     model, x = make(layer, kind, dropout=0.3, **options)
     randomise(model).eval()
     before, y = base_state(model), model.layer(x)
+    with lora_off(model):
+        base = model.layer(x)
     for _ in range(2):
         merge_lora(model)
         assert 'exact' in capsys.readouterr().out
         assert torch.allclose(model.layer(x), y, rtol=1e-5, atol=1e-5)
-        assert not equal_states(base_state(model), before)
         with lora_off(model):
-            assert equal_states(base_state(model), before)
+            assert torch.equal(model.layer(x), base)
         with pytest.raises(ValueError, match='merged already'):
             merge_lora(model)
         assert torch.allclose(model.layer(x), y, rtol=1e-5, atol=1e-5)
@@ -291,28 +294,75 @@ def test_merging_a_tied_layer_leaves_the_other_alone(capsys):
     assert model.lm_head.base_layer.weight is model.transformer.wte.weight is wte
 
 
+def test_the_base_can_be_had_at_any_time():
+    model, x = make('Linear')
+    y = model.layer(x)
+    for name in 'a', 'b':
+        add_lora(model, LoRAConfig(rank=R, target_modules='layer'), name)
+    randomise(model).eval()
+    b = model.layer(x)
+    with pytest.raises(KeyError), lora_off(model), lora_off(model):
+        raise KeyError
+    with lora_off(model):
+        with lora_off(model):
+            pass
+        assert torch.equal(model.layer(x), y)
+        merge_lora(model)
+        assert torch.equal(model.layer(x), y)
+    merged = model.layer(x)
+    assert torch.allclose(merged, b, atol=1e-5)
+    with lora_off(model):
+        unmerge_lora(model)
+        set_lora(model, 'a')
+        assert torch.equal(model.layer(x), y)
+    assert not torch.equal(model.layer(x), b)
+    set_lora(model, 'b')
+    assert torch.equal(model.layer(x), b)
+
+
+def test_a_merged_model_moves_as_a_whole():
+    model, x = make('Linear', 'lora')
+    before = base_state(randomise(model))
+    unmerge_lora(merge_lora(model).double())
+    assert model.layer.base_layer.weight.dtype == torch.float64
+    assert equal_states(base_state(model.float()), before)
+
+
 # the linear map nearest to a kan adapter
 
 
-def test_fit_linear_is_the_least_squares_map_and_measures_what_is_lost():
+@pytest.mark.parametrize('shape', [(60,), (6, 10)])
+@pytest.mark.parametrize('wrap', [lambda x: x, lambda x: (x,), lambda x: dict(x=x), lambda x: UserDict(x=x)])
+def test_fit_linear_is_the_least_squares_map_and_measures_what_is_lost(shape, wrap):
     model, _ = make('Linear', 'kan', torch.float64)
     randomise(model)
     model.forward = lambda x: model.layer(x)
-    x = torch.randn(500, I, dtype=torch.float64)
-    d = model.layer(x) - model.layer.base_layer(x)
+    batches = [torch.randn(*shape, I, dtype=torch.float64) for _ in range(7)]
+    x = torch.cat(batches).reshape(-1, I)
+    d = (model.layer(x) - model.layer.base_layer(x)).detach().numpy()
     y = model.layer(x)
-    errors = fit_linear(model, x.split(90))
-    held = torch.arange(500) % 5 == 4
-    ones = torch.cat([x, torch.ones(500, 1)], 1)
-    M = np.linalg.lstsq(ones[~held].numpy(), d[~held].detach().numpy(), rcond=None)[0]
-    left = d.detach().numpy() - ones.numpy() @ M
-    expected = np.linalg.norm(left[held]) / np.linalg.norm(d[held].detach().numpy())
+    errors = fit_linear(model, map(wrap, batches))
+    held = np.arange(len(x)) // 60 == 4
+    ones = np.concatenate([x.numpy(), np.ones((len(x), 1))], 1)
+    M = np.linalg.lstsq(ones[~held], d[~held], rcond=None)[0]
+    left = d - ones @ M
+    expected = np.linalg.norm(left[held]) / np.linalg.norm(d[held])
     assert errors.keys() == {'layer'} and 0.05 < errors['layer'] == pytest.approx(expected, rel=1e-6)
-    assert np.allclose((model.layer(x) - y).detach().numpy(), -left, atol=1e-8)
+    assert np.allclose((model.layer(x) - y).detach().numpy(), -left, atol=1e-8) and model.training
     fitted = model.layer(x)
     assert torch.equal(merge_lora(model).layer(x), fitted)
     set_lora(unmerge_lora(model), 'default')
     assert torch.equal(model.layer(x), y)
+
+
+def test_fit_linear_leaves_modes_and_other_adapters_as_they_are():
+    model = nn.Sequential(nn.Linear(I, I), nn.BatchNorm1d(I).eval(), nn.Linear(I, O, bias=False))
+    add_lora(model, LoRAConfig(kind='kan', target_modules='2', modules_to_save='0'))
+    randomise(model)
+    x = torch.randn(40, I)
+    fit_linear(model, x.split(10))
+    assert model.training and not model[1].training and torch.equal(model[0](x), model[0].adapters['default'](None, x))
+    assert set(model[0].adapters) == {'default', 'linear'}
 
 
 def test_fit_linear_refuses_what_it_cannot_fit():
@@ -324,8 +374,8 @@ def test_fit_linear_refuses_what_it_cannot_fit():
         fit_linear(model, [x])
     model, x = make('Linear', 'kan')
     model.forward = lambda x: model.layer(x)
-    with pytest.raises(ValueError, match='five rows'):
-        fit_linear(model, [x[0, :3]])
+    with pytest.raises(ValueError, match='at least two batches, .* got 1'):
+        fit_linear(model, [x])
 
 
 # several adapters, and modules that train in full
@@ -349,8 +399,9 @@ def test_several_adapters_take_turns():
         set_lora(model, 'd')
     with pytest.raises(ValueError, match="already has an adapter named 'a'"):
         add_lora(model, LoRAConfig(target_modules='layer'), 'a')
-    with pytest.raises(ValueError, match='Python name'):
-        add_lora(model, LoRAConfig(target_modules='layer'), 'a.b')
+    for name in 'a.b', 'train':
+        with pytest.raises(ValueError, match='Python name'):
+            add_lora(model, LoRAConfig(target_modules='layer'), name)
 
 
 def test_modules_to_save_train_in_a_copy():
@@ -373,6 +424,12 @@ def test_modules_to_save_train_in_a_copy():
 def test_a_target_within_a_saved_module_is_part_of_its_copy():
     model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))})
     add_lora(model, LoRAConfig(target_modules=('a', 'head'), modules_to_save='head'))
+    assert list(lora_layers(model)) == ['a', 'head']
+
+
+def test_a_module_within_a_saved_module_is_saved_once():
+    model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.Linear(4, 4))})
+    add_lora(model, LoRAConfig(target_modules='a', modules_to_save=('head.0', 'head')))
     assert list(lora_layers(model)) == ['a', 'head']
 
 
@@ -462,6 +519,11 @@ MODELS = {
         ['attention.q_lin', 'attention.v_lin'],
     ),
     'Llama': (lambda: tiny('Llama', **ENCODER), ['self_attn.q_proj', 'self_attn.v_proj']),
+    'GPT-NeoX': (lambda: tiny('GPTNeoX', **ENCODER), ['attention.query_key_value']),
+    'T5': (
+        lambda: tiny('T5', d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40),
+        ['SelfAttention.q', 'SelfAttention.v'],
+    ),
     'ViT': (
         lambda: tiny('ViT', **{**ENCODER, 'image_size': 16, 'patch_size': 8, 'vocab_size': None}),
         ['attention.q_proj', 'attention.v_proj'],
@@ -535,6 +597,30 @@ def test_a_config_that_cannot_be_says_so(config, message):
         LoRAConfig(**config)
 
 
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, x):
+        return 8 * super().forward(x)
+
+
+@pytest.mark.parametrize('layer', [ScaledEmbedding(I, O), nn.utils.parametrizations.weight_norm(nn.Linear(I, O))])
+def test_layers_that_compute_something_else_are_not_adapted(layer):
+    with pytest.raises(ValueError, match="nothing|no layer to replace or adapt by the name 'layer'; there is none"):
+        add_lora(nn.ModuleDict({'layer': layer}), LoRAConfig(target_modules='layer'))
+
+
+def test_a_module_at_two_places_is_left_alone():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({'a': nn.ModuleDict({'f': shared}), 'b': nn.ModuleDict({'f': shared, 'g': nn.Linear(4, 4)})})
+    assert list(lora_layers(add_lora(model, LoRAConfig(target_modules=('a', 'b'))))) == ['b.g']
+
+
+def test_defaults_are_those_of_kolmg_lora():
+    theirs = inspect.signature(KOLMGLoRAConfig).parameters
+    shared = theirs.keys() & vars(LoRAConfig()).keys() - {'target_modules'}
+    assert theirs.keys() - shared == {'target_modules', 'train_ffn'}
+    assert all(getattr(LoRAConfig(), name) == theirs[name].default for name in shared)
+
+
 # files
 
 
@@ -593,9 +679,8 @@ def rewrite(folder, change):
 CHANGES = [
     (lambda t, r: t.pop('layer.magnitude'), r"missing \['layer.magnitude'\], not expected nothing"),
     (lambda t, r: t.update(other=torch.zeros(1)), r"missing nothing, not expected \['other'\]"),
-    (lambda t, r: t.update({'layer.magnitude': torch.zeros(O + 1)}), r'layer.magnitude is \(6,\) torch.float32, not \(5,\)'),
-    (lambda t, r: t.update({'layer.magnitude': torch.zeros(O, dtype=torch.float64)}), r'torch.float64, not \(5,\) torch.float32'),
-    (lambda t, r: r['config'].update(rank=R + 1), r'is \(3, 6\) torch.float32, not \(4, 6\)'),
+    (lambda t, r: t.update({'layer.magnitude': torch.zeros(O + 1)}), r'layer.magnitude is \(6,\), expected \(5,\)'),
+    (lambda t, r: r['config'].update(rank=R + 1), r'is \(3, 6\), expected \(4, 6\)'),
     (lambda t, r: r['config'].update(rank='3'), 'rank must be of type int'),
     (lambda t, r: r['config'].update(surprise=1), 'surprise'),
     (lambda t, r: r['layers'].update(there=['kan', 'Linear(weight 5x6, bias 5)']), 'there was Linear.*; in this model it is not there'),
@@ -640,11 +725,50 @@ def test_an_adapter_of_another_model_is_refused_unless_asked(tmp_path):
     model = make_base()
     with torch.no_grad():
         model.layer.weight[0, 0] += 1e-6
-    with pytest.raises(ValueError, match=r'another base: ModuleDict, 47 parameters, sha256 \w{12}; this is ModuleDict, 47'):
+    with pytest.raises(ValueError, match=r'another base: ModuleDict of 35 numbers, sha256 \w{12}; this is ModuleDict of 35'):
         load_lora(model, tmp_path)
     assert torch.allclose(load_lora(model, tmp_path, check_base=False).layer(x), saved.layer(x), atol=1e-4)
     with pytest.raises(ValueError, match=r'layer was Linear\(weight 5x6, bias 5\).*; in this model it is Linear\(weight 5x6\)'):
         load_lora(make_base('Linear without bias'), tmp_path, check_base=False)
+
+
+def test_a_saved_module_may_start_from_other_numbers(tmp_path):
+    """A head is new, and random, in every process."""
+    saved, x = make_saved(tmp_path)
+    model = make_base()
+    nn.init.normal_(model.head.weight)
+    assert torch.equal(load_lora(model, tmp_path).head(saved.layer(x)), saved.head(saved.layer(x)))
+
+
+def test_an_adapter_goes_onto_its_base_in_bfloat16_if_asked(tmp_path):
+    saved, x = make_saved(tmp_path)
+    model = load_lora(make_base().bfloat16(), tmp_path, check_base=False)
+    assert model.head.adapter.copy.weight.dtype == torch.bfloat16
+    assert torch.allclose(model.layer(x.bfloat16()).float(), saved.layer(x), rtol=0.05, atol=0.05)
+
+
+def test_another_grid_is_another_base(tmp_path):
+    make_saved(tmp_path, 'KANLinear', 'kan_base')
+    model = make_base('KANLinear')
+    model.layer.grid.mul_(3)
+    with pytest.raises(ValueError, match='another base'):
+        load_lora(model, tmp_path)
+
+
+def test_a_saved_module_may_share_tensors_and_have_buffers(tmp_path):
+    model = nn.ModuleDict({'layer': nn.Linear(I, O), 'head': nn.Sequential(nn.Linear(O, O), nn.BatchNorm1d(O), nn.Linear(O, O))})
+    model.head[2].weight = model.head[0].weight
+    before = copy.deepcopy(model)
+    add_lora(model, LoRAConfig(target_modules='layer', modules_to_save='head'))
+    randomise(model)
+    x = torch.randn(20, O)
+    model.head(x)  # statistics of the copy move
+    model.eval()
+    y = model.head(x)
+    save_lora(model, tmp_path)
+    assert torch.equal(load_lora(before.eval(), tmp_path).head(x), y)
+    assert torch.equal(merge_lora(model).head(x), y)
+    assert not torch.equal(unmerge_lora(model).head.base_layer(x), y)
 
 
 def test_what_trains_beside_the_adapter_is_not_lost(tmp_path):
@@ -805,6 +929,16 @@ def test_models_with_adapters_are_copied_and_pickled():
         randomise(model).eval()
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other.layer(x), model.layer(x))
+
+
+def test_dropout_of_kan_base_leaves_out_features():
+    model, _ = make('KANLinear', 'kan_base', dropout=0.5)
+    randomise(model)
+    kept = torch.tensor([0.0, 2, 0, 2, 2, 0])
+    updates = model.layer.adapter.updates(kept)
+    for name, whole in model.layer.adapter.updates().items():
+        whole, part = whole.view(O, I, -1), updates[name].view(O, I, -1)
+        assert torch.allclose(part, whole * kept[:, None], atol=1e-6) and not part[:, 0].any() and part[:, 1].all()
 
 
 def test_dropout_acts_in_training_alone():

@@ -328,7 +328,7 @@ def test_same_as_lora(tiny, options, dtype):
     reference = add_lora(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), config)
     pairs = list(zip(layers_of(model).values(), lora_layers(reference).values(), strict=True))
     for ours, layer in pairs:
-        assert ours.kanlora_adapters['default'].scaling == layer.adapter.scaling
+        assert ours.kanlora_adapters['default'].config.scaling == layer.adapter.config.scaling
         layer.adapter.load_state_dict(ours.kanlora_adapters['default'].state_dict())
     results = [m(tokens(), labels=tokens()) for m in (model, reference)]
     assert torch.equal(results[0].logits, results[1].logits)
@@ -354,7 +354,7 @@ def test_starts_as_the_base_model_and_leaves_it(tiny):
 def test_dora_and_rslora():
     model = adapted(Toy(), target_modules=['first'], use_dora=True, use_rslora=True, r=4, lora_alpha=8)
     layer = layers_of(model)['base_model.model.first'].kanlora_adapters['default']
-    assert layer.scaling == 4 and layer.magnitude.shape == (8,)
+    assert layer.config.scaling == 4 and layer.magnitude.shape == (8,)
     model(torch.randn(5, 6)).square().sum().backward()
     assert layer.magnitude.grad.abs().min() > 0
 

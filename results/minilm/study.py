@@ -3,7 +3,8 @@ A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): fu
 KAN forms, and splines grown into its own layers, side by side.
 
 $ python data/minilm/prepare.py && python data/sst/prepare.py
-$ OMP_NUM_THREADS=1 python results/minilm/study.py   # in two shells, to share the runs
+$ OMP_NUM_THREADS=1 python results/minilm/study.py                      # in two shells, to share the runs
+$ OMP_NUM_THREADS=1 python results/minilm/study.py --stages=time,peft   # in one, when all else is done
 
 `search` looks for the learning rate of each method by a part of train that is held out, `widen` tries further ones where the highest or
 the lowest won, `final` trains on all of train with several seeds, `time` measures steps and memory, `peft` compares with PEFT's own adapters; the
@@ -40,7 +41,7 @@ from sentiment import read_sst
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
-stages = 'search,widen,final,time,peft'
+stages = 'search,widen,final'
 run = ''  # what a process runs, as JSON
 # -----------------------------------------------------------------------------
 configure(globals())
@@ -173,6 +174,7 @@ def train(stage, method, lr, seed):
         rows, dev = rows[: len(rows) // 2], rows[-len(rows) // 8 :]
     torch.manual_seed(seed)
     model = load_model()
+    loaded = peak_memory('cpu')
     batches = make_batches(rows, random.Random(seed))
     if stage == 'time':
         batches, dev = [batch for batch in batches if 24 <= batch[0]['input_ids'].size(1) <= 28][:13], []
@@ -180,7 +182,7 @@ def train(stage, method, lr, seed):
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, len(batches)))
     parameters = [p for group in groups for p in group['params']]
-    loaded, seconds, losses = peak_memory('cpu'), [], []
+    seconds = []
     model.train()
     for inputs, labels in tqdm(batches, desc=f'{stage} {method} {lr:g}', disable=None):
         start = time.perf_counter()
@@ -189,13 +191,12 @@ def train(stage, method, lr, seed):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
         seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
     record = dict(stage=stage, method=method, lr=lr, seed=seed, steps=len(batches), trainable=sum(p.numel() for p in parameters))
     if stage == 'time':
         return record | dict(
             seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method)
         )
-    record |= dict(accuracy=score(model, dev), loss=statistics.mean(losses[-50:]))
+    record['accuracy'] = score(model, dev)
     if (stage, method) == ('final', 'KAN-LoRA'):  # what its nearest linear map would do
         record['linear_error'] = statistics.mean(fit_linear(model, [inputs for inputs, _ in batches[:60]]).values())
         record['linear_accuracy'] = score(model, dev)
@@ -231,6 +232,7 @@ def compare_with_peft(method):
     theirs.load_state_dict(ours.state_dict())
     options = dict(use_dora=settings.get('use_dora', False), use_rslora=settings.get('rs_lora', False))
     add_lora(ours, LoRAConfig(**settings))
+    theirs.head.requires_grad_(False)
     get_peft_model(theirs.encoder, LoraConfig(target_modules=['query', 'value'], r=16, lora_alpha=32, lora_dropout=0.05, **options))
     pairs = []
     for path, layer in lora_layers(ours).items():
@@ -358,39 +360,48 @@ def to_baseline(values, baseline):
 
 def accuracies(records, method):
     """By seed."""
-    found = [record for record in records if record['stage'] == 'final' and record['method'] == method]
-    return [record['accuracy'] for record in sorted(found, key=lambda record: record['seed'])]
+    return [record['accuracy'] for record in sorted(finals(records, method), key=lambda record: record['seed'])]
+
+
+def finals(records, method):
+    """The final runs of a method at the learning rate that its search has found."""
+    rate = best_rate(method)
+    return [record for record in records if (record['stage'], record['method'], record['lr']) == ('final', method, rate)]
 
 
 def make_tables(records):
-    of = {(stage, method): [] for stage in ('search', 'final', 'time', 'peft') for method in METHODS | SQUASHED}
+    of = {}
     for record in records:
-        of[record['stage'], record['method']].append(record)
+        of.setdefault((record['stage'], record['method']), []).append(record)
     baseline = accuracies(records, 'LoRA')
     lines = [
-        '| method | trains | dev accuracy, % | to LoRA | learning rate | s / epoch | peak memory | on disk |',
+        '| method | trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk |',
         '|---|--:|--:|--:|--:|--:|--:|--:|',
     ]
     for method in METHODS:
-        values, final, timed = accuracies(records, method), of['final', method], of['time', method]
-        seconds = statistics.median(record['seconds'] for record in timed) * final[0]['steps']
+        values, final, timed = accuracies(records, method), finals(records, method), of['time', method]
+        seconds = statistics.median(record['seconds'] for record in timed)
         memory, size = max(record['peak_bytes'] for record in timed) / 1e6, timed[0]['bytes'] / 1e6
         cells = [f'{final[0]["trainable"]:,}', describe(values), to_baseline(values, baseline), f'{final[0]["lr"]:.3g}']
-        lines.append(f'| {method} | {" | ".join(cells)} | {seconds:.0f} | {memory:.0f} MB | {size:.2f} MB |')
+        lines.append(f'| {method} | {" | ".join(cells)} | {1e3 * seconds:.0f} | {memory:.0f} MB | {size:.2f} MB |')
     lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | dev accuracy, % | to tanh | learning rate |', '|---|--:|--:|--:|--:|']
     baseline = accuracies(records, 'KAN-LoRA')
     for method in ('KAN-LoRA', *SQUASHED):
         values, held = accuracies(records, method), max(record['accuracy'] for record in of['search', method])
         name = method.partition(', ')[2] or 'tanh'
         lines.append(f'| {name} | {100 * held:.2f} | {describe(values)} | {to_baseline(values, baseline)} | {best_rate(method):.3g} |')
-    lines += ['', '| against PEFT | outputs differ by | gradients by | ms / step | PEFT | ratio |', '|---|--:|--:|--:|--:|--:|']
+    lines += [
+        '',
+        '| against PEFT | outputs differ by | gradients by | forward + backward, ms | PEFT | ratio |',
+        '|---|--:|--:|--:|--:|--:|',
+    ]
     for method in ('LoRA', 'rsLoRA', 'DoRA'):
         rounds = of['peft', method]
         apart = [max(record[key] for record in rounds) for key in ('outputs', 'gradients')]
         ours, theirs = (1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds'))
         ratio = statistics.median(record['seconds'] / record['peft_seconds'] for record in rounds)
         lines.append(f'| {method} | {apart[0]:.1e} | {apart[1]:.1e} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |')
-    fitted = of['final', 'KAN-LoRA']
+    fitted = finals(records, 'KAN-LoRA')
     error, linear = mean_of(fitted, 'linear_error'), describe([record['linear_accuracy'] for record in fitted])
     lines += ['', f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.']
     return '\n'.join(lines) + '\n'
@@ -408,7 +419,7 @@ def draw(records):
     places = {}
     for method in METHODS:
         values = [100 * value for value in accuracies(records, method)]
-        x = next(record['trainable'] for record in records if record['stage'] == 'final' and record['method'] == method)
+        x = finals(records, method)[0]['trainable']
         mean = statistics.mean(values)
         color = 'tab:orange' if 'KAN' in method or method == 'kanified' else 'tab:blue'
         panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.5, color=color)
