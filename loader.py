@@ -72,6 +72,8 @@ def prepare_dataset(dataset):
         print(f'data set {dataset!r} is missing, preparing it: python {os.path.relpath(script)}', flush=True)
         if subprocess.run([sys.executable, script]).returncode:
             raise ValueError(f'preparing data set {dataset!r} failed, see above')
+        if not is_prepared(dataset):
+            raise ValueError(f'data set {dataset!r} is not one to pre-train on: its prepare.py writes no train.bin and val.bin')
 
 
 def read_meta(dataset):

@@ -263,3 +263,9 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
     (tmp_path / 'val.bin').unlink()
     with pytest.raises(ValueError, match='preparing data set .* failed'):
         loader.prepare_dataset(str(tmp_path))
+
+
+def test_data_of_another_kind_is_not_trained_on(tmp_path):
+    (tmp_path / 'prepare.py').write_text('print("reviews.csv")')
+    with pytest.raises(ValueError, match='not one to pre-train on'):
+        prepare_dataset(str(tmp_path))
