@@ -268,4 +268,4 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
 def test_data_of_another_kind_is_not_trained_on(tmp_path):
     (tmp_path / 'prepare.py').write_text('print("reviews.csv")')
     with pytest.raises(ValueError, match='not one to pre-train on'):
-        prepare_dataset(str(tmp_path))
+        loader.prepare_dataset(str(tmp_path))
