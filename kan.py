@@ -359,8 +359,15 @@ def find_linear(model, targets):
     chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets)
     if not chosen:
         raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
-    tied = tied_modules(model)
-    return [path for path in chosen if path not in tied or is_named(path, targets or ())]
+    return without_tied(chosen, tied_modules(model), targets or ())
+
+
+def without_tied(paths, tied, targets):
+    """The paths less those of layers that share their weight, unless a target names them themselves; ValueError if none is left."""
+    left = [path for path in paths if path not in tied or is_named(path, targets)]
+    if not left:
+        raise ValueError(f'{paths[0]} shares its weight with {", ".join(tied[paths[0]])}: it is left alone unless named itself')
+    return left
 
 
 def in_block(model, path):

@@ -31,7 +31,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from files import write_atomically
-from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, to_float64
+from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, to_float64, without_tied
 
 KINDS = ('lora', 'kan', 'kan_base')
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
@@ -447,7 +447,7 @@ def find_targets(model, config):
     for path in fitting:
         if path in tied and is_named(path, targets):
             print(f'{path} shares its weight with {", ".join(tied[path])}, which the adapter leaves alone')
-    return [path for path in fitting if path not in tied or is_named(path, targets)]
+    return without_tied(fitting, tied, targets)
 
 
 def default_targets(layers):

@@ -9,6 +9,7 @@ from helpers import TINY
 from transformers.pytorch_utils import Conv1D
 
 from kan import KANLinear, kanify
+from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -162,6 +163,14 @@ def test_tied_weights_are_left_alone_unless_named():
     logits = run(model)
     assert list(kans(kanify(model, 'lm_head'))) == ['lm_head']
     assert torch.allclose(run(model), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_of_tied_layers_alone_is_named_as_such():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({'a': nn.ModuleDict({'f': shared}), 'b': nn.ModuleDict({'f': shared})})
+    for replace in (lambda: kanify(model, 'a'), lambda: add_lora(model, LoRAConfig(target_modules='a'))):
+        with pytest.raises(ValueError, match='a.f shares its weight with b.f: it is left alone unless named itself'):
+            replace()
 
 
 BAD = [
