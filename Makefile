@@ -34,7 +34,7 @@ minilm: .venv/installed-peft
 	OMP_NUM_THREADS=1 $(BIN)/python results/minilm/study.py --stages=search,widen,final,time,peft
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
-results: .venv/installed-compare .venv/installed-peft
+results: .venv/installed-compare
 	$(BIN)/python results/minilm/study.py --stages=
 	$(BIN)/python compare.py $(call RUNS,nano_tuning) --out=results/nano_tuning --over=learning_rate,init_std
 	$(BIN)/python compare.py $(call RUNS,nano_finalists) --out=results/nano_finalists
