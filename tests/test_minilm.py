@@ -45,7 +45,7 @@ def run(clone, *args):
 @pytest.mark.parametrize(
     'one, found',
     [
-        (['search', 'LoRA, rank 96', 1e-3, 0], dict(steps=7, trainable=2 * 96 * 16 + 45)),
+        (['search', 'LoRA, rank 96', 1e-3, 0], dict(steps=5, trainable=2 * 96 * 16 + 45)),
         (['final', 'KAN-LoRA', 1e-3, 1], dict(steps=13, trainable=2 * 16 * 16 * 6 + 45)),
         (['time', 'kanified', 1e-3, 0], dict(trainable=2 * 8 * 8 * 5 + 45)),
         (['peft', 'DoRA', 0, 0], {}),

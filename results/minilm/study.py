@@ -7,8 +7,8 @@ $ OMP_NUM_THREADS=1 python results/minilm/study.py                      # in two
 $ OMP_NUM_THREADS=1 python results/minilm/study.py --stages=time,peft   # in one, when all else is done
 
 `search` looks for the learning rate of each method by a part of train that is held out, `widen` tries further ones where the highest or
-the lowest won, `final` trains on all of train with several seeds, `time` measures steps and memory, `peft` compares with PEFT's own adapters; the
-last two want the machine for themselves. Each run has a process and a record of its own in runs/, and what has a record is not run again.
+the lowest won, `final` trains on all of train with several seeds, `squash` compares ways of keeping the inputs of KAN-LoRA on its grid, `time`
+measures steps and memory, `peft` compares with PEFT's own adapters; the last two want the machine for themselves. Each run has a process and a record of its own in runs/, and what has a record is not run again.
 Then table.md and accuracy.png are made from the records, by --stages= without running anything.
 """
 
@@ -41,7 +41,7 @@ from sentiment import read_sst
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
-stages = 'search,widen,final'
+stages = 'search,widen,final,squash'
 run = ''  # what a process runs, as JSON
 # -----------------------------------------------------------------------------
 configure(globals())
@@ -49,24 +49,25 @@ configure(globals())
 HERE = Path(__file__).resolve().parent
 MODEL, DATA = Path(ROOT, 'data/minilm'), Path(ROOT, 'data/sst')
 BATCH, WEIGHT_DECAY, WARMUP = 32, 0.01, 0.06
-ADAPTER_RATES, KAN_RATES = (5e-4, 1.5e-3, 4.5e-3), (1.67e-4, 5e-4, 1.5e-3)
+HEAD_RATE = 4.5e-3  # of the new head beside all that trains; alone it has a search of its own
+LOW, HIGH = (5e-4, 1.5e-3, 4.5e-3), (1.5e-3, 4.5e-3, 1.35e-2)
 METHODS = {  # settings of LoRAConfig, where it is an adapter; learning rates to try
     'full': (None, (5e-5, 1e-4, 2e-4)),
-    'head only': (None, (1e-3, 4e-3, 1.6e-2)),
-    'LoRA': (dict(), ADAPTER_RATES),
-    'rsLoRA': (dict(rs_lora=True), ADAPTER_RATES),
-    'DoRA': (dict(use_dora=True), ADAPTER_RATES),
-    'LoRA+': (dict(lora_plus_ratio=4.0), ADAPTER_RATES),
-    'LoRA, rank 96': (dict(rank=96), ADAPTER_RATES),  # as many parameters as KAN-LoRA
-    'KAN-LoRA': (dict(kind='kan'), KAN_RATES),
-    'KAN-DoRA': (dict(kind='kan', use_dora=True), KAN_RATES),
-    'kanified': (None, (5.56e-5, 1.67e-4, 5e-4)),
+    'head only': (None, (4e-3, 1.6e-2, 4.8e-2)),
+    'LoRA': (dict(), HIGH),
+    'rsLoRA': (dict(rs_lora=True), LOW),
+    'DoRA': (dict(use_dora=True), HIGH),
+    'LoRA+': (dict(lora_plus_ratio=4.0), LOW),
+    'LoRA, rank 96': (dict(rank=96), HIGH),  # as many parameters as KAN-LoRA
+    'KAN-LoRA': (dict(kind='kan'), LOW),
+    'KAN-DoRA': (dict(kind='kan', use_dora=True), LOW),
+    'kanified': (None, (5.6e-5, 1.7e-4, 5e-4)),
 }
-SQUASHED = {  # KAN-LoRA with other ways of keeping inputs on the grid
-    'KAN-LoRA, none': (dict(kind='kan', squash='none'), KAN_RATES),
-    'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), KAN_RATES),
-    'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), KAN_RATES),
-    'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), KAN_RATES),
+SQUASHED = {  # KAN-LoRA with other ways of keeping inputs on the grid, at its learning rate
+    'KAN-LoRA, none': (dict(kind='kan', squash='none'), ()),
+    'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), ()),
+    'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), ()),
+    'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), ()),
 }
 
 
@@ -99,14 +100,25 @@ def apply_method(model, method, lr, batch):
     settings, _ = (METHODS | SQUASHED)[method]
     if settings is not None:
         add_lora(model, LoRAConfig(modules_to_save=('head',), **settings))
-        return lora_param_groups(model, lr, WEIGHT_DECAY)
-    if method != 'full':
-        model.requires_grad_(False)
-    if method == 'kanified':
-        kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1, grid_eps=1.0)
-        fit_grids(model, batch)
-    model.head.requires_grad_(True)
-    return [{'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
+        groups = lora_param_groups(model, lr, WEIGHT_DECAY)
+    else:
+        if method != 'full':
+            model.requires_grad_(False)
+        if method == 'kanified':
+            kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1, grid_eps=1.0)
+            fit_grids(model, batch)
+        model.head.requires_grad_(True)
+        groups = [{'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
+    if method == 'head only':
+        return groups
+    head = {
+        p: {'params': [p], 'lr': HEAD_RATE, 'weight_decay': WEIGHT_DECAY * (p.dim() - 1)}
+        for p in model.head.parameters()
+        if p.requires_grad
+    }
+    for group in groups:
+        group['params'] = [p for p in group['params'] if p not in head]
+    return [group for group in groups if group['params']] + list(head.values())
 
 
 def fit_grids(model, batch):
@@ -169,9 +181,9 @@ def train(stage, method, lr, seed):
     keep_memory()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows, dev = load_split('train', tokenizer), load_split('dev', tokenizer)
-    if stage == 'search':  # half of train to learn from, an eighth to choose by; the dev set is only reported, at the end
+    if stage in ('search', 'squash'):  # a third of train to learn from, an eighth to choose by; dev is only reported, at the end
         random.Random(0).shuffle(rows)
-        rows, dev = rows[: len(rows) // 2], rows[-len(rows) // 8 :]
+        rows, dev = rows[: len(rows) // 3], rows[-len(rows) // 8 :]
     torch.manual_seed(seed)
     model = load_model()
     loaded = peak_memory('cpu')
@@ -284,7 +296,7 @@ def searched(method):
     """{learning rate: accuracy on what was held out}, in order."""
     found = [record for record in read_records() if record['stage'] == 'search' and record['method'] == method]
     rates = {record['lr']: record['accuracy'] for record in sorted(found, key=lambda record: record['lr'])}
-    if missing := set((METHODS | SQUASHED)[method][1]) - rates.keys():
+    if missing := set(METHODS[method][1]) - rates.keys():
         raise ValueError(f'the search of {method} is not finished: {sorted(missing)}')
     return rates
 
@@ -298,23 +310,23 @@ def next_rate(method):
     """Three times the highest rate or a third of the lowest, where that one is the best; else None."""
     rates, best = list(searched(method)), best_rate(method)
     factor = {rates[-1]: 3, rates[0]: 1 / 3}.get(best)
-    return factor and float(f'{factor * best:.3g}')
+    return factor and float(f'{factor * best:.2g}')
 
 
 def list_runs(stage):
-    tried = [(method, rates) for method, (_, rates) in (METHODS | SQUASHED).items()]
+    many = [int(seed) for seed in seeds.split(',')]
     if stage == 'search':
-        return [(stage, method, lr, 0) for method, rates in tried for lr in rates]
+        return [(stage, method, lr, 0) for method, (_, rates) in METHODS.items() for lr in rates]
     if stage == 'widen':
-        beyond = [(method, next_rate(method)) for method, _ in tried]
+        beyond = [(method, next_rate(method)) for method in METHODS]
         return [('search', method, lr, 0) for method, lr in beyond if lr]
-    if stage == 'time':
-        return [(stage, method, best_rate(method), seed) for seed in range(3) for method in METHODS]
+    if stage == 'squash':
+        return [(stage, method, best_rate('KAN-LoRA'), seed) for seed in many for method in ('KAN-LoRA', *SQUASHED)]
+    if stage in ('final', 'time'):
+        return [(stage, method, best_rate(method), seed) for seed in many for method in METHODS]
     if stage == 'peft':
-        return [(stage, method, 0, seed) for seed in range(3) for method in ('LoRA', 'rsLoRA', 'DoRA')]
-    if stage != 'final':
-        raise ValueError(f'stages: expected any of search, widen, final, time, peft, got {stage!r}')
-    return [(stage, method, best_rate(method), int(seed)) for some in (METHODS, SQUASHED) for seed in seeds.split(',') for method in some]
+        return [(stage, method, 0, seed) for seed in many for method in ('LoRA', 'rsLoRA', 'DoRA')]
+    raise ValueError(f'stages: expected any of search, widen, final, squash, time, peft, got {stage!r}')
 
 
 def run_all(runs):
@@ -358,50 +370,46 @@ def to_baseline(values, baseline):
     return f'{100 * (statistics.mean(values) - statistics.mean(baseline)):+.2f} (p = {ttest_rel(values, baseline).pvalue:.2g})'
 
 
-def accuracies(records, method):
-    """By seed."""
-    return [record['accuracy'] for record in sorted(finals(records, method), key=lambda record: record['seed'])]
+def select(records, stage, method):
+    """The runs of a method in a stage, at the learning rate that its search has found, by seed."""
+    rate = 0 if stage == 'peft' else best_rate('KAN-LoRA' if stage == 'squash' else method)
+    found = [record for record in records if (record['stage'], record['method'], record['lr']) == (stage, method, rate)]
+    return sorted(found, key=lambda record: record['seed'])
 
 
-def finals(records, method):
-    """The final runs of a method at the learning rate that its search has found."""
-    rate = best_rate(method)
-    return [record for record in records if (record['stage'], record['method'], record['lr']) == ('final', method, rate)]
+def accuracies(records, stage, method):
+    return [record['accuracy'] for record in select(records, stage, method)]
 
 
 def make_tables(records):
-    of = {}
-    for record in records:
-        of.setdefault((record['stage'], record['method']), []).append(record)
-    baseline = accuracies(records, 'LoRA')
+    baseline = accuracies(records, 'final', 'LoRA')
     lines = [
         '| method | trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk |',
         '|---|--:|--:|--:|--:|--:|--:|--:|',
     ]
     for method in METHODS:
-        values, final, timed = accuracies(records, method), finals(records, method), of['time', method]
+        values, final, timed = accuracies(records, 'final', method), select(records, 'final', method), select(records, 'time', method)
         seconds = statistics.median(record['seconds'] for record in timed)
         memory, size = max(record['peak_bytes'] for record in timed) / 1e6, timed[0]['bytes'] / 1e6
         cells = [f'{final[0]["trainable"]:,}', describe(values), to_baseline(values, baseline), f'{final[0]["lr"]:.3g}']
         lines.append(f'| {method} | {" | ".join(cells)} | {1e3 * seconds:.0f} | {memory:.0f} MB | {size:.2f} MB |')
-    lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | dev accuracy, % | to tanh | learning rate |', '|---|--:|--:|--:|--:|']
-    baseline = accuracies(records, 'KAN-LoRA')
+    lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | to tanh |', '|---|--:|--:|']
+    baseline = accuracies(records, 'squash', 'KAN-LoRA')
     for method in ('KAN-LoRA', *SQUASHED):
-        values, held = accuracies(records, method), max(record['accuracy'] for record in of['search', method])
-        name = method.partition(', ')[2] or 'tanh'
-        lines.append(f'| {name} | {100 * held:.2f} | {describe(values)} | {to_baseline(values, baseline)} | {best_rate(method):.3g} |')
+        values = accuracies(records, 'squash', method)
+        lines.append(f'| {method.partition(", ")[2] or "tanh"} | {describe(values)} | {to_baseline(values, baseline)} |')
     lines += [
         '',
         '| against PEFT | outputs differ by | gradients by | forward + backward, ms | PEFT | ratio |',
         '|---|--:|--:|--:|--:|--:|',
     ]
     for method in ('LoRA', 'rsLoRA', 'DoRA'):
-        rounds = of['peft', method]
+        rounds = select(records, 'peft', method)
         apart = [max(record[key] for record in rounds) for key in ('outputs', 'gradients')]
         ours, theirs = (1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds'))
         ratio = statistics.median(record['seconds'] / record['peft_seconds'] for record in rounds)
         lines.append(f'| {method} | {apart[0]:.1e} | {apart[1]:.1e} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |')
-    fitted = finals(records, 'KAN-LoRA')
+    fitted = select(records, 'final', 'KAN-LoRA')
     error, linear = mean_of(fitted, 'linear_error'), describe([record['linear_accuracy'] for record in fitted])
     lines += ['', f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.']
     return '\n'.join(lines) + '\n'
@@ -418,8 +426,8 @@ def draw(records):
     figure, panel = plt.subplots(figsize=(10, 6), layout='constrained')
     places = {}
     for method in METHODS:
-        values = [100 * value for value in accuracies(records, method)]
-        x = finals(records, method)[0]['trainable']
+        values = [100 * value for value in accuracies(records, 'final', method)]
+        x = select(records, 'final', method)[0]['trainable']
         mean = statistics.mean(values)
         color = 'tab:orange' if 'KAN' in method or method == 'kanified' else 'tab:blue'
         panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.5, color=color)
