@@ -198,7 +198,9 @@ def train(stage, method, lr, seed):
     model.train()
     for inputs, labels in tqdm(batches, desc=f'{stage} {method} {lr:g}', disable=None):
         start = time.perf_counter()
-        loss = F.cross_entropy(model(**inputs), labels)
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(**inputs)
+        loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
@@ -224,7 +226,8 @@ def scale(step, steps):
 def score(model, rows):
     """The share of rows whose label the model gives."""
     model.eval()
-    return sum((model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)) / len(rows)
+    with torch.autocast('cpu', torch.bfloat16):
+        return sum((model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)) / len(rows)
 
 
 # against PEFT
