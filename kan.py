@@ -288,14 +288,16 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, **set
               what it gave; 'fresh': as KANLinear starts.
     train     'all': a KAN layer trains if the layer it replaces does; 'splines' freezes all else in the model: a spline adapter.
     absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base activation of
-              the KAN layer, so that its splines lie beside the activation and not behind it. What the activation gives must go
-              nowhere else.
+              the KAN layer, so that its splines lie beside the activation and not behind it. Not for gated MLPs: what the
+              activation gives must go to that layer, as it is, and nowhere else.
     settings  of KANLinear: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
     """
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
         raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r} and {train!r}")
+    if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
+        raise ValueError('the model has adapters: kanify comes before them')
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)

@@ -66,7 +66,7 @@ class LoRAConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05  # of what goes into the adapter
-    target_modules: tuple = ()  # names of layers, or of modules that hold some; () is the attention projections, by TARGETS
+    target_modules: tuple = ()  # names of layers, or of modules, whose layers of the right kind it means; () is TARGETS
     modules_to_save: tuple = ()  # names of modules that train in full, in a copy saved with the adapter: a new head
     rs_lora: bool = False
     use_dora: bool = False
@@ -362,6 +362,9 @@ def add_lora(model, config, name='default'):
     named by the config are wrapped in LoRALayer. Its outputs stay what they were until the adapter has learned something.
     ValueError names what there is where a target matches nothing.
     """
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; configs of PEFT go to its get_peft_model')
+    refuse_merged(model)
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
     targets = {path: config.kind for path in find_targets(model, config) if not path.startswith(within)} | copies
@@ -379,8 +382,6 @@ def install(model, adapters, name):
         raise ValueError(f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}')
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
-    if is_merged(model):
-        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before adding another')
     for path, adapter in adapters.items():
         module = model.get_submodule(path)
         if not isinstance(module, LoRALayer):
@@ -400,8 +401,7 @@ def set_lora(model, name):
     names = sorted({name for layer in layers.values() for name in layer.adapters})
     if name is not None and name not in names:
         raise ValueError(f'the model has no adapter named {name!r}, only {", ".join(names) or "none at all"}')
-    if is_merged(model):
-        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before another can be active')
+    refuse_merged(model)
     model.requires_grad_(False)
     for layer in layers.values():
         layer.active = name
@@ -438,15 +438,19 @@ def find_targets(model, config):
     layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
     chosen = [path for path in choose(layers, targets) if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
+    if not chosen:
+        raise ValueError(f'embeddings have to be named themselves: {names_of(choose(layers, targets))}')
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
     wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
     if wrong:
         kinds = ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
-        raise ValueError(f'{wrong[0]} is a {type(layers[wrong[0]]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}')
+        raise ValueError(
+            f'{wrong[0]} is a {type(layers[wrong[0]]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}; target_modules names others'
+        )
     tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
     for path in fitting:
         if path in tied and is_named(path, targets):
-            print(f'{path} shares its weight with {", ".join(tied[path])}, which the adapter leaves alone')
+            print(f'{path} gets an adapter, and not {", ".join(tied[path])}, which shares its weight')
     return without_tied(fitting, tied, targets)
 
 
@@ -486,14 +490,19 @@ def is_merged(model):
     return any(layer.unmerged is not None for layer in lora_layers(model).values())
 
 
+def refuse_merged(model):
+    if is_merged(model):
+        raise ValueError('an adapter is merged into the model: unmerge_lora(model) comes first')
+
+
 @torch.no_grad()
 def merge_lora(model):
     """
     Put the active adapter into the weights of its layers, which then run as fast as the base model. Exact up to the rounding of
-    the weights' dtype. ValueError, and nothing done, where the adapter is a 'kan' or one is merged already.
+    the weights' dtype. ValueError, and nothing done, where the adapter is a 'kan' or one is merged already. After it,
+    unmerge_lora goes back, and remove_lora makes a plain model of it, to save.
     """
-    if is_merged(model):
-        raise ValueError('an adapter is merged already: unmerge_lora(model) gives the base its own weights back')
+    refuse_merged(model)
     layers = active_lora(model)
     merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
     for path, layer in layers.items():
@@ -523,9 +532,10 @@ def remove_lora(model):
 def fit_linear(model, batches, name='linear'):
     """
     The linear map nearest to an active 'kan' adapter on the data that the model meets in `batches` (each a tensor, a tuple or a
-    dict of the model's inputs), as another adapter that can be merged: by least squares over all rows, padding too, with a bias
-    where the layer has one. Every fifth batch, of fewer than five the last, is kept out of the fit and measures it:
-    {path: error of the map / size of what it stands for}, as root mean squares, before rounding to the dtype of the weights.
+    dict of the model's inputs), as another adapter, which becomes the active one and can be merged: by least squares over all rows,
+    padding too, with a bias where the layer has one. Every fifth batch, of fewer than five the last, is kept out of the fit and
+    measures it. Returns {path: error}, the root mean square of what the map misses over that of what the adapter adds: 0 where it
+    is exact, 1 where it is no better than nothing; before rounding to the dtype of the weights.
     ValueError where there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
     """
     layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
@@ -537,9 +547,9 @@ def fit_linear(model, batches, name='linear'):
     batches = list(batches)
     if len(batches) < 2:
         raise ValueError(f'fit_linear needs at least two batches, one to fit and one to measure, got {len(batches)}')
-    held = batches[4::5] or batches[-1:]
-    fit = collect_moments(model, layers, [batch for batch in batches if not any(batch is other for other in held)])
-    measured = collect_moments(model, layers, held)
+    held = range(4, len(batches), 5) or [len(batches) - 1]
+    fit = collect_moments(model, layers, [batch for i, batch in enumerate(batches) if i not in held])
+    measured = collect_moments(model, layers, [batches[i] for i in held])
     adapters, errors = {}, {}
     for path, layer in active_lora(model).items():
         adapters[path] = copy.deepcopy(layer.adapter)
@@ -603,8 +613,7 @@ def save_lora(model, folder):
     """
     from safetensors.torch import save
 
-    if is_merged(model):
-        raise ValueError('the adapter is merged into the model: unmerge_lora(model) before it is saved')
+    refuse_merged(model)
     layers = active_lora(model)
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
     stray = next((path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours), None)
@@ -654,8 +663,7 @@ def load_lora(model, folder, name='default', check_base=True):
     Give a model the adapter that save_lora wrote, under a name, and make it the active one. Everything is checked before the
     model is touched; ValueError says what does not fit. check_base=False takes any base of the same layers, e.g. one in bfloat16.
     """
-    if is_merged(model):
-        raise ValueError('an adapter is merged into the model: unmerge_lora(model) before another is loaded')
+    refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
     try:
         config = LoRAConfig(**record['config'])
@@ -666,7 +674,8 @@ def load_lora(model, folder, name='default', check_base=True):
     if check_base and base != (found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])):
         raise ValueError(
             f'{folder} belongs to another base: {base["class"]} of {base["numbers"]} numbers, sha256 {str(base["sha256"])[:12]}; this is '
-            f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. load_lora(..., check_base=False) takes it anyway'
+            f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. A new head with numbers of its own belongs in '
+            'modules_to_save; load_lora(..., check_base=False) takes any base of the same layers'
         )
     modules = dict(named_base_modules(model))
     for path, (kind, was) in record['layers'].items():
@@ -712,6 +721,7 @@ def lora_param_groups(model, lr, weight_decay):
     Parameter groups of the active adapter for an optimizer: matrices and splines decay, vectors do not, and B and phi_out learn
     at lora_plus_ratio * lr (LoRA+). Groups with a rate of their own say so as `lr_scale`, for schedules.
     """
+    refuse_merged(model)
     groups = {}
     for layer in active_lora(model).values():
         fast = {id(p) for p in layer.adapter.fast_parameters()}

@@ -170,8 +170,8 @@ def check_layer(path, layer):
     if not (plain and (is_linear(layer) or is_conv1d(layer))):
         detail = '' if plain else f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
         raise ValueError(
-            f'{path} is a {type(layer).__module__}.{type(layer).__name__}{detail}: a KANLORA adapter goes on nn.Linear or Conv1D of float weights, not on quantised layers. '
-            'Load the base model without quantisation, or leave the layer out by target_modules or exclude_modules'
+            f'{path} is a {type(layer).__module__}.{type(layer).__name__}{detail}: a KANLORA adapter goes on nn.Linear or Conv1D of float '
+            'weights. Leave the layer out by target_modules or exclude_modules, or if it is quantised, load the base without quantisation'
         )
 
 

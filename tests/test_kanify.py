@@ -173,6 +173,11 @@ def test_a_module_of_tied_layers_alone_is_named_as_such():
             replace()
 
 
+def test_it_comes_before_adapters():
+    with pytest.raises(ValueError, match='kanify comes before'):
+        kanify(add_lora(make('GPT2LMHeadModel'), LoRAConfig()))
+
+
 BAD = [
     (dict(targets='c_atn'), r"by the name 'c_atn'; there is c_attn \(2\), c_proj \(4\), c_fc \(2\), lm_head \(1\)"),
     (dict(init='keep'), "expected init 'preserve' or 'fresh'"),

@@ -250,7 +250,7 @@ def test_merged_equals_unmerged_and_comes_back_bit_for_bit(kind, layer, options,
         assert torch.allclose(model.layer(x), y, rtol=1e-5, atol=1e-5)
         with lora_off(model):
             assert torch.equal(model.layer(x), base)
-        with pytest.raises(ValueError, match='merged already'):
+        with pytest.raises(ValueError, match='is merged into the model: unmerge_lora'):
             merge_lora(model)
         assert torch.allclose(model.layer(x), y, rtol=1e-5, atol=1e-5)
         unmerge_lora(model)
@@ -270,6 +270,12 @@ def test_nothing_else_happens_to_a_merged_model(change):
         change(merge_lora(model))
 
 
+@pytest.mark.parametrize('config', [dict(rank=4), 'kan', LoRAConfig, None])
+def test_a_config_of_another_type_is_named(config):
+    with pytest.raises(ValueError, match='expected a LoRAConfig, got'):
+        add_lora(make('Linear')[0], config)
+
+
 def test_kan_does_not_merge_and_nothing_is_half_merged():
     model = nn.ModuleDict({'a': nn.Linear(4, 4), 'b': nn.Linear(4, 4)})
     add_lora(model, LoRAConfig(kind='kan', target_modules='a', modules_to_save='b'))
@@ -282,7 +288,7 @@ def test_kan_does_not_merge_and_nothing_is_half_merged():
 def test_merging_a_tied_layer_leaves_the_other_alone(capsys):
     model = make_gpt()
     add_lora(model, LoRAConfig(target_modules=('lm_head',)))
-    assert 'lm_head shares its weight with transformer.wte' in capsys.readouterr().out
+    assert 'lm_head gets an adapter, and not transformer.wte, which shares its weight' in capsys.readouterr().out
     wte = model.transformer.wte.weight
     before = wte.clone()
     randomise(model).eval()
@@ -553,6 +559,8 @@ BAD_TARGETS = [
     (make_gpt, dict(target_modules=('c_atn',)), r"by the name 'c_atn'; there is .*c_attn \(2\), c_proj \(4\), c_fc \(2\)"),
     (make_gpt, dict(target_modules=('c_attn', 'attn_')), "by the name 'attn_'"),
     (make_gpt, dict(kind='kan', target_modules=('wpe',)), "transformer.wpe is a Embedding: its adapters are of kind 'lora', not 'kan'"),
+    (lambda: tiny('GPT2', n_embd=16, n_layer=1, n_head=2, vocab_size=40), dict(kind='kan', target_modules=('wpe',)), "of kind 'lora'"),
+    (lambda: tiny('Bert', **ENCODER), dict(target_modules=('embeddings',)), 'have to be named themselves: word_embeddings'),
     (make_gpt, dict(kind='kan_base'), "c_attn is a Linear: its adapters are of kind 'lora' or 'kan'"),
     (make_gpt, dict(modules_to_save=('classifier',)), "no module 'classifier'; at the top there are transformer, lm_head"),
     (lambda: nn.Sequential(nn.Linear(4, 4)), dict(), r'set target_modules; there is 0 \(1\)'),
