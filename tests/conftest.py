@@ -1,6 +1,13 @@
+import contextlib
+
 import pytest
 import torch
 from helpers import write_dataset
+
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        patch.setenv('TRITON_INTERPRET', '1')  # for test_triton.py; read when triton is imported, which other packages do, too
+        import triton  # noqa: F401
 
 
 @pytest.fixture(scope='session')

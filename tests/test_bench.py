@@ -14,7 +14,7 @@ PARTS = {**dict.fromkeys(('layer', 'adapter'), {'forward', 'backward', 'total'})
         ('layer', 'float32 96 384 2048 nn.Linear$'),
         ('step', 'float32 nano KANLinear, plain passes$'),
         ('sample', 'float32 micro 256 255 cached$'),
-        ('adapter', 'bfloat16 768 768 8192 KAN-DoRA$'),
+        ('adapter', 'bfloat16 768 768 8192 rsLoRA$'),
         ('adapter', 'bfloat16 768 768 8192 DoRA, peft$'),
     ],
 )

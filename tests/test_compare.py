@@ -205,7 +205,7 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
 
 
-@pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/README.md')))
+@pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/compare.md')))
 def test_pages_of_results_are_those_of_their_records(tmp_path, study):
     """`make results` would leave them as they are."""
     printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
