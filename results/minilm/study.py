@@ -433,14 +433,14 @@ def draw(records):
         x = select(records, 'final', method)[0]['trainable']
         mean = statistics.mean(values)
         color = 'tab:orange' if 'KAN' in method or method == 'kanified' else 'tab:blue'
-        panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.5, color=color)
+        panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.35, color=color)
         panel.plot([x], [mean], '_', markersize=22, markeredgewidth=2.5, color=color)
         places.setdefault(round(math.log10(x), 1), []).append((mean, x, method, color))
     for column in places.values():  # labels beside the bars, apart from each other
         last = -math.inf
         for mean, x, method, color in sorted(column):
-            last = max(mean, last + 0.45)
-            panel.annotate(method, (x, mean), (x * 1.18, last), textcoords='data', va='center', fontsize=10, color=color)
+            last = max(mean, last + 0.19)
+            panel.annotate(method, (x, mean), (x * 1.28, last), textcoords='data', va='center', fontsize=10, color=color)
     panel.set_xscale('log')
     panel.set_xlim(1200, 1.2e8)
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
