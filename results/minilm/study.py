@@ -365,12 +365,13 @@ def describe(values):
 
 
 def to_baseline(values, baseline):
-    """Points above the baseline, and p of a paired t-test over the seeds."""
+    """Points above the baseline, and from three seeds on p of a paired t-test over them."""
     from scipy.stats import ttest_rel
 
     if values == baseline:
         return ''
-    return f'{100 * (statistics.mean(values) - statistics.mean(baseline)):+.2f} (p = {ttest_rel(values, baseline).pvalue:.2g})'
+    apart = f'{100 * (statistics.mean(values) - statistics.mean(baseline)):+.2f}'
+    return f'{apart} (p = {ttest_rel(values, baseline).pvalue:.2g})' if len(values) > 2 else apart
 
 
 def select(records, stage, method):
