@@ -167,12 +167,24 @@ def adapter_dtype(w):
 # adapters: called with the layer and its inputs, they return its output with the adapter
 
 
+class Dropout(nn.Dropout):
+    """On a CPU from 16 random bits for each number, p to the nearest 1 / 65536: PyTorch draws them one by one, in six times the time."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != 'cpu':
+            return super().forward(x)
+        n_out = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values of 16 bits
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= n_out - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - n_out))
+
+
 class Adapter(nn.Module):
     """What a LoRALayer holds for one name. Its parameters are the ones that train."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.dropout = config, nn.Dropout(config.dropout)
+        self.config, self.dropout = config, Dropout(config.dropout)
 
     def fast_parameters(self):
         """Those that LoRA+ gives a higher learning rate."""

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from kan import KANLinear
 from kernels import plain_spline_linear
 from lora import (
+    Dropout,
     LoRAConfig,
     add_lora,
     fit_linear,
@@ -947,6 +949,40 @@ def test_dropout_of_kan_base_leaves_out_features():
     for name, whole in model.layer.adapter.updates().items():
         whole, part = whole.view(O, I, -1), updates[name].view(O, I, -1)
         assert torch.allclose(part, whole * kept[:, None], atol=1e-6) and not part[:, 0].any() and part[:, 1].all()
+
+
+@pytest.mark.parametrize('p', [1e-9, 0.05, 0.5, 0.999999])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share_and_scales_the_rest(p, dtype):
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.ones(333, 1001, dtype=dtype, requires_grad=True)
+    y = dropout(x)
+    share, rounded = (y == 0).double().mean().item(), min(round(p * 2**16), 2**16 - 1) / 2**16
+    assert abs(share - rounded) <= 5 * math.sqrt(rounded * (1 - rounded) / x.numel())
+    assert y[y != 0].unique().tolist() in ([], torch.tensor([1 / (1 - rounded)], dtype=dtype).tolist())
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.equal(y), 'the gradient goes where the numbers went'
+
+
+def test_dropout_draws_every_number_by_itself():
+    torch.manual_seed(0)
+    dropout = Dropout(0.25)
+    first, second = dropout(torch.ones(2**20)) == 0, dropout(torch.ones(2**20)) == 0
+    for other in (second, *(first.roll(shift) for shift in range(1, 9))):
+        assert abs((first & other).double().mean().item() - 0.25**2) < 0.002
+    shares = (first.view(-1, 4).double().mean(0) - 0.25).abs().max()  # of the four parts of a random number of 64 bits
+    assert shares < 0.005
+
+
+def test_dropout_repeats_by_seed_and_compiled_is_the_same():
+    x, dropout = torch.randn(5, 7), Dropout(0.5)
+    torch.manual_seed(3)
+    expected = dropout(x)
+    torch.manual_seed(3)
+    assert dropout(x).equal(expected)
+    torch.manual_seed(3)
+    assert torch.compile(dropout, backend='eager')(x).equal(expected)
+    assert dropout.eval()(x) is x and Dropout(0.0)(x).equal(x)
 
 
 def test_dropout_acts_in_training_alone():
