@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors.torch import save
+from tasks import read_rows
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -37,7 +38,6 @@ from device import keep_memory, peak_memory
 from files import write_atomically
 from kan import KANLinear, kanify
 from lora import LoRAConfig, add_lora, fit_linear, lora_layers, lora_param_groups, save_lora
-from sentiment import read_sst
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
@@ -145,7 +145,7 @@ def count_bytes(model, method):
 
 
 def load_split(name, tokenizer):
-    rows = read_sst(DATA / f'{name}.csv')
+    rows = read_rows('sst', DATA / f'{name}.csv')
     return list(zip(tokenizer([sentence for _, sentence, _ in rows])['input_ids'], [label for _, _, label in rows]))
 
 

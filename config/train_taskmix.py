@@ -1,0 +1,32 @@
+"""
+A small GPT for the fine-tuning tasks where GPT-2's weights cannot be had: GPT-2's shape and byte pairs at 7.3M parameters, 6.4M of them
+the embeddings of the tokens.
+
+    python train.py config/train_taskmix.py
+"""
+
+out_dir = 'out-taskmix'
+eval_interval = 250
+eval_iters = 24
+log_interval = 50
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'taskmix'
+wandb_run_name = 'taskmix'
+
+dataset = 'taskmix'
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 256  # 2048 tokens per iteration
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = True  # as in GPT-2
+
+learning_rate = 3e-3
+max_iters = 1000
+lr_decay_iters = 1000  # make equal to max_iters usually
+min_lr = 3e-4
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100

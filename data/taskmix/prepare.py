@@ -1,0 +1,56 @@
+"""
+The text of the fine-tuning tasks in GPT-2's byte pairs, to pre-train a small GPT on where GPT-2's weights cannot be had: the sentences of
+train of SST, CFIMDB and Quora without their labels, the sonnets of train, and tinyshakespeare; as train.bin, val.bin and meta.json
+beside this file. Dev and test stay unseen.
+
+$ python data/taskmix/prepare.py
+$ python data/taskmix/prepare.py --source=my.txt   # another text in place of tinyshakespeare
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+
+from configurator import configure
+from loader import write_meta, write_split
+from tasks import COLUMNS, DATA, read_rows, read_sonnets, split_path
+from tinyshakespeare import read_text
+from tokenizer import GPT2Tokenizer
+
+source = ''  # a text file; empty: tinyshakespeare
+
+
+def read_documents(source):
+    """The texts, one after another, and a line that says where they are from."""
+    for task in (*COLUMNS, 'sonnets'):
+        if not (DATA / task / 'meta.json').exists() and subprocess.run([sys.executable, str(DATA / task / 'prepare.py')]).returncode:
+            raise OSError(f'data/{task} is not there (python data/{task}/prepare.py --source=FOLDER)')
+    documents = [text for task in COLUMNS for _, *texts, _ in read_rows(task, split_path(task, 'train')) for text in texts]
+    documents += [text for _, text in read_sonnets(split_path('sonnets', 'train'))]
+    text, description = read_text(source)
+    scenes = text.split('\n\n')  # what one speaker says
+    documents += ['\n\n'.join(scenes[i : i + 20]) for i in range(0, len(scenes), 20)]
+    return documents, f'train of {", ".join(COLUMNS)} and sonnets; {description}'
+
+
+def prepare(folder, source):
+    """Write every twentieth document for validation and the others for training into `folder`, <|endoftext|> behind each."""
+    documents, description = read_documents(source)
+    tokenizer = GPT2Tokenizer()
+    ids = [tokenizer.encode_ordinary(text) + [tokenizer.end_of_text] for text in documents]
+    for split, parts in ('val', ids[::20]), ('train', [part for i, part in enumerate(ids) if i % 20]):
+        tokens = [token for part in parts for token in part]
+        write_split(folder, split, tokens)
+        print(f'{split}.bin: {len(parts):,} documents, {len(tokens):,} tokens')
+    write_meta(folder, tokenizer, description)
+
+
+if __name__ == '__main__':
+    configure(globals())
+    try:
+        prepare(Path(__file__).resolve().parent, source)
+    except OSError as error:
+        sys.exit(f'cannot prepare taskmix: {error}')
