@@ -29,7 +29,6 @@ import torch
 import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors.torch import save
-from tasks import read_rows
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from device import keep_memory, peak_memory
 from files import write_atomically
 from kan import KANLinear, kanify
 from lora import LoRAConfig, add_lora, fit_linear, lora_layers, lora_param_groups, save_lora
+from tasks import read_rows
 
 # -----------------------------------------------------------------------------
 seeds = '1,2,3'  # of the final runs
