@@ -1,5 +1,5 @@
 """
-A GPT whose linear layers become Kolmogorov-Arnold layers by config: one read, in the shape and with the names of nanoGPT's
+A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read, in the shape and with the names of nanoGPT's
 model.py (https://github.com/karpathy/nanoGPT), so that code written for it and checkpoints saved by it work unchanged.
 """
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from graph import Edges, GraphAttention, check_graph
 from kan import KAN, KANLinear, packed_weights
 
 KAN_TARGETS = ('attn', 'mlp', 'head')
@@ -38,6 +39,14 @@ class GPTConfig:
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
+    use_graph: bool = False  # graph attention by graph.py; needs torch-geometric
+    graph_kind: str = 'gat'  # or 'gatv2'
+    graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
+    graph_heads: int = 4
+    graph_place: str = 'after'  # behind the MLP, with a gate that starts at zero; or 'attention': in place of self-attention
+    graph_window: int = 8  # window: that many tokens before
+    graph_topk: int = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
+    graph_backend: str = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
 
     def __post_init__(self):
         hidden = 'kan_hidden' if self.is_kan('mlp') else 'mlp_hidden'
@@ -51,16 +60,23 @@ class GPTConfig:
             raise ValueError(f'init_std must be greater than zero, got {self.init_std}')
         if not self.grid_min < self.grid_max:
             raise ValueError(f'grid_min must be less than grid_max, got {self.grid_min} and {self.grid_max}')
-        if self.n_embd % self.n_head:
-            below = self.n_embd // self.n_head * self.n_head
-            nearest = f'{below} or {below + self.n_head}' if below else self.n_head
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}; nearest: {nearest}')
+        if self.use_graph:
+            check_graph(self)
+        for name in ['n_head', 'graph_heads'] if self.use_graph else ['n_head']:
+            heads = getattr(self, name)
+            if self.n_embd % heads:
+                below = self.n_embd // heads * heads
+                nearest = f'{below} or {below + heads}' if below else heads
+                raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
         unknown = set(self.kan_targets.split(',')) - set(KAN_TARGETS)
         if unknown:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas')
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
+
+    def is_graph(self, place):
+        return self.use_graph and place == self.graph_place
 
 
 def model_settings(settings):
@@ -85,19 +101,30 @@ class LayerNorm(nn.Module):
 
 
 class KVCache:
-    """The keys and values that one attention layer has seen, so that each token is computed once."""
+    """What a block has computed of the tokens so far, such as keys and values, so that each token is computed once."""
 
     def __init__(self, block_size):
-        self.block_size, self.length = block_size, 0
+        self.block_size, self.kept, self.lengths = block_size, {}, {}
 
-    def extend(self, k, v):
-        """Keep k and v of the next tokens, (B, nh, T, hs), and return those of all tokens so far."""
-        B, nh, T, hs = k.size()
-        if self.length == 0:
-            self.k, self.v = k.new_empty(B, nh, self.block_size, hs), v.new_empty(B, nh, self.block_size, hs)
-        start, self.length = self.length, self.length + T
-        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+    @property
+    def length(self):
+        """The number of tokens so far."""
+        return max(self.lengths.values(), default=0)
+
+    def extend(self, name, x):
+        """Keep x of the next tokens, (..., T, n), and return that of all tokens so far."""
+        start = self.lengths.get(name, 0)
+        if start == 0:
+            self.kept[name] = x.new_empty(*x.shape[:-2], self.block_size, x.size(-1))
+        self.lengths[name] = start + x.size(-2)
+        self.kept[name][..., start : self.lengths[name], :] = x
+        return self.kept[name][..., : self.lengths[name], :]
+
+    def select(self, rows):
+        """Go on with these rows of the batch (a list), in this order; a row may come several times."""
+        for name, x in self.kept.items():
+            self.kept[name] = x.new_empty(len(rows), *x.shape[1:])
+            self.kept[name][..., : self.lengths[name], :] = x[rows, ..., : self.lengths[name], :]
 
 
 class CausalSelfAttention(nn.Module):
@@ -113,12 +140,12 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, edges=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, nh, S, hs) each, of S >= T tokens
+            k, v = cache.extend('k', k), cache.extend('v', v)  # (B, nh, S, hs) each, of S >= T tokens
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=k.size(2) == T)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side
@@ -174,6 +201,7 @@ class KANMLP(nn.Module):
         return self.dropout(second(x))
 
 
+ATTENTIONS = {'causal': CausalSelfAttention, 'graph': GraphAttention}
 MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP}
 
 
@@ -181,13 +209,18 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = ATTENTIONS['graph' if config.is_graph('attention') else 'causal'](config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLPS['kan' if config.is_kan('mlp') else config.mlp](config)
+        self.graph = None
+        if config.is_graph('after'):
+            self.ln_3, self.graph = LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, edges=None):
+        x = x + self.attn(self.ln_1(x), cache, edges)
         x = x + self.mlp(self.ln_2(x))
+        if self.graph is not None:
+            x = x + self.graph(self.ln_3(x), cache, edges)
         return x
 
 
@@ -220,6 +253,8 @@ class GPT(nn.Module):
         KANLinear                  as its reset_parameters says, base and spline weights times init_std / 0.02
         residual projections       attn.c_proj and the last layer of the MLP, Linear or KAN (base and spline weights):
                                    the same, divided by sqrt(2 * n_layer), per the GPT-2 paper
+        graph layers               the convolution as PyTorch Geometric has it: Glorot, biases zero; the gate behind the MLP zero,
+                                   so that such layers are silent at first; c_proj in place of self-attention as above
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -243,11 +278,11 @@ class GPT(nn.Module):
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
-    def forward(self, idx, targets=None, caches=None):
+    def features(self, idx, caches=None, lengths=None):
         """
-        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches from `new_caches`:
-        idx then goes on from the tokens they hold, at first any number of them, after that one at a time.
-        Returns (logits (B, T, vocab_size), loss) with targets, (logits (B, 1, vocab_size) of the last token, None) without.
+        What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from the tokens they
+        hold, at first any number of them, after that one at a time. lengths (B,), where sequences end in padding: the number of
+        tokens before it. No token sees the padding behind it, and graph layers leave it out.
         """
         B, T = idx.size()
         start = caches[0].length if caches else 0
@@ -255,11 +290,20 @@ class GPT(nn.Module):
             raise ValueError(f'cannot forward a sequence of length {start + T}, block_size is only {self.config.block_size}')
         if start > 0 and T > 1:
             raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+        caches = caches or [None] * self.config.n_layer
+        edges = Edges(self.config, idx, caches[0], lengths) if self.config.use_graph else None
         pos = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
-        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
-            x = block(x, cache)
-        x = self.transformer.ln_f(x)
+        for block, cache in zip(self.transformer.h, caches):
+            x = block(x, cache, edges)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, caches=None):
+        """
+        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches as in `features`.
+        Returns (logits (B, T, vocab_size), loss) with targets, (logits (B, 1, vocab_size) of the last token, None) without.
+        """
+        x = self.features(idx, caches)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # generation needs the last position alone
         logits = self.lm_head(x)  # (B, T, vocab_size)
@@ -338,7 +382,7 @@ class GPT(nn.Module):
         return flops_per_iter / dt / flops_promised
 
     def new_caches(self):
-        """An empty KVCache for each layer."""
+        """An empty KVCache for each block."""
         return [KVCache(self.config.block_size) for _ in self.transformer.h]
 
     @torch.no_grad()

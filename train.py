@@ -67,6 +67,15 @@ grid_size = 5  # intervals of the spline grid
 spline_order = 3
 grid_min = -1.0
 grid_max = 1.0
+# graph attention; needs torch-geometric
+use_graph = False
+graph_kind = 'gat'  # or 'gatv2'
+graph_edges = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
+graph_heads = 4
+graph_place = 'after'  # behind the MLP, with a gate that starts at zero; or 'attention': in place of self-attention
+graph_window = 8  # window: that many tokens before
+graph_topk = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
+graph_backend = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
 # adamw optimizer
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training iterations

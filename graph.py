@@ -1,0 +1,208 @@
+"""
+Graph attention for a GPT: tokens are nodes, edges say which earlier tokens a token looks at, and PyTorch Geometric's GATConv
+(arXiv 1710.10903) or GATv2Conv (arXiv 2105.14491) passes messages along them, on lists of edges or, with the same parameters and
+the same result, on masks.
+
+B, T, C   batch, tokens, width
+H, D      heads, and the width of each: C = H * D
+S         all tokens so far: the T at hand and those before them in a cache
+E         edges; the list of them is (2, E), row 0 the source j, row 1 the target i, both b * T + position
+mask      (T, S) or (B, T, S), true where target i looks at source j: at itself always, at none that comes later
+"""
+
+import functools
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+EDGES = ('causal', 'window', 'topk', 'same')
+KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
+
+
+def check_graph(config):
+    """ValueError for the graph settings of a GPTConfig that nothing can be made of."""
+    expected = dict(graph_kind=tuple(KINDS), graph_place=('after', 'attention'), graph_backend=('auto', 'dense', 'pyg'))
+    for name, choices in expected.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f'{name}={getattr(config, name)!r}: expected {", ".join(choices[:-1])} or {choices[-1]}')
+    if set(config.graph_edges.split(',')) - set(EDGES):
+        raise ValueError(f'graph_edges={config.graph_edges!r}: expected any of {", ".join(EDGES)} joined by commas')
+    for name in 'graph_heads', 'graph_window', 'graph_topk':
+        if getattr(config, name) < 1:
+            raise ValueError(f'{name} must be at least 1, got {getattr(config, name)}')
+    if config.graph_place == 'attention' and config.is_kan('attn'):
+        raise ValueError("kan_targets names attn, but graph_place='attention' leaves no attention to make a KAN of: expected mlp or head")
+
+
+def add_graph(model, **settings):
+    """
+    Put graph layers behind the MLPs of a GPT, in place, and return it. Settings are graph_kind, graph_edges and so on, by name.
+    The gates of the layers start at zero, so that the logits stay what they were.
+    """
+    unknown = [name for name in settings if not name.startswith('graph_')]
+    if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
+        raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
+    model.config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
+    for block in model.transformer.h:
+        block.ln_3, block.graph = type(block.ln_2)(model.config.n_embd, model.config.bias), GraphAttention(model.config)
+        for layer in block.ln_3, block.graph:
+            layer.to(block.ln_2.weight).train(block.training)
+    return model
+
+
+# edges
+
+
+@functools.cache
+def near_mask(N, window, device):
+    """The mask (N, N) of each token and the `window` tokens before it."""
+    with torch.inference_mode(False):  # it outlives the pass that asks for it
+        places = torch.arange(N, device=device)
+        gap = places[:, None] - places
+        return (gap >= 0) & (gap <= window)
+
+
+@functools.cache
+def near_list(N, window, device):
+    """The same edges as a list (2, E), and how many there are up to each target. Targets ascend: fewer tokens have its beginning."""
+    with torch.inference_mode(False):
+        mask = near_mask(N, window, device)
+        return mask.nonzero().t().flip(0), mask.sum(1).cumsum(0).tolist()
+
+
+class Edges:
+    """
+    The edges of one forward pass. Those that places and tokens decide are found once and shared by the layers; the most similar
+    tokens are others in each layer.
+    """
+
+    def __init__(self, config, ids, cache=None, lengths=None):
+        """
+        ids (B, T) of the tokens at hand, cache the KVCache that keeps those of the tokens so far; lengths (B,): from there on
+        tokens are padding and linked with themselves alone.
+        """
+        kinds = set(config.graph_edges.split(','))
+        window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
+        self.same, self.similar = ('causal' not in kinds and kind in kinds for kind in ('same', 'topk'))
+        self.near = config.block_size, window, ids.device
+        self.topk, self.lengths, self.size = config.graph_topk, lengths, ids.size()
+        self.ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
+
+    def cut(self, mask):
+        """The rows of the T tokens at hand: (block_size, block_size) -> (T, S)"""
+        T, S = self.size[1], self.ids.size(1)
+        return mask[S - T : S, :S]
+
+    @functools.cached_property
+    def allowed(self):
+        """What a target may look at: tokens up to itself; padding at itself alone. (T, S), with lengths (B, T, S)"""
+        N, _, device = self.near
+        mask = self.cut(near_mask(N, N, device))
+        if self.lengths is None:
+            return mask
+        T, S = mask.size()
+        real = torch.arange(S - T, S, device=device) < self.lengths[:, None]  # (B, T)
+        return mask & real.unsqueeze(-1) | self.cut(near_mask(N, 0, device))
+
+    @functools.cached_property
+    def shared(self):
+        """The mask of the edges that all layers have."""
+        mask = self.cut(near_mask(*self.near))
+        if self.same:
+            mask = mask | (self.ids[:, -self.size[1] :, None] == self.ids[:, None])
+        return mask & self.allowed
+
+    def mask(self, x, cache=None):
+        """The mask of a layer with inputs x (B, T, C)."""
+        if not self.similar:
+            return self.shared
+        x = F.normalize(x.detach().float(), dim=-1)
+        x = x if cache is None else cache.extend('similar', x)  # (B, S, C)
+        with torch.autocast(x.device.type, enabled=False):  # at half precision many tokens would be equally similar
+            similarity = x[:, -self.size[1] :] @ x.transpose(1, 2)  # (B, T, S)
+        earlier = self.cut(~near_mask(self.near[0], 0, x.device)) & self.allowed
+        similarity.masked_fill_(~earlier, -torch.inf)
+        least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
+        return self.shared | (similarity >= least) & earlier
+
+    def list(self, x):
+        """The same as a list (2, E), of tokens b * T + position; there is no cache."""
+        (B, T), device = self.size, x.device
+        if not (self.same or self.similar) and self.lengths is None:
+            edges, counts = near_list(*self.near)
+            edges, b = edges[:, None, : counts[T - 1]], torch.arange(B, device=device)[:, None]
+            return (edges + b * T).flatten(1)
+        b, target, source = self.mask(x).expand(B, T, T).nonzero().t()
+        return torch.stack((source, target)) + b * T
+
+
+# the layer
+
+
+class GraphAttention(nn.Module):
+    """GATConv or GATv2Conv over the tokens; then a projection, in place of self-attention, or a gate, behind the MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        try:
+            from torch_geometric import nn as pyg
+        except ImportError:
+            raise ValueError('graph layers need PyTorch Geometric: pip install torch-geometric') from None
+        C, self.n_head, self.kind = config.n_embd, config.graph_heads, config.graph_kind
+        conv = getattr(pyg, KINDS[self.kind])
+        self.conv = conv(C, C // self.n_head, heads=self.n_head, add_self_loops=False, bias=config.bias)
+        if config.graph_place == 'attention':
+            self.c_proj = nn.Linear(C, C, bias=config.bias)
+        else:
+            self.gate = nn.Parameter(torch.zeros(C))
+        self.dropout = nn.Dropout(config.dropout)
+        causal = 'causal' in config.graph_edges.split(',')
+        self.dense = causal if config.graph_backend == 'auto' else config.graph_backend == 'dense'
+
+    def forward(self, x, cache=None, edges=None):
+        """x (B, T, C), with a cache the tokens that follow those in it; edges: the Edges of the pass."""
+        if self.dense or cache is not None or x.is_meta:  # without data there is no list of edges
+            y = self.attend(x, edges.mask(x, cache), cache)
+        else:
+            y = self.conv(x.flatten(0, 1), edges.list(x)).view(x.size())
+        return self.dropout(y * self.gate if hasattr(self, 'gate') else self.c_proj(y))
+
+    def attend(self, x, mask, cache=None):
+        """What the convolution gives, from its parameters and a mask."""
+        B, T, C = x.size()
+        if self.kind == 'gat':
+            values = self.split(self.conv.lin(x))  # (B, H, T, D)
+            targets = (values * self.conv.att_dst.transpose(0, 1)).sum(-1, keepdim=True)  # (B, H, T, 1)
+        else:
+            values, targets = self.split(self.conv.lin_l(x)), self.split(self.conv.lin_r(x))  # (B, H, T, D) each
+        if cache is not None:
+            values = cache.extend('values', values)  # (B, H, S, D)
+        S = values.size(2)
+        bias = torch.zeros(mask.size(), device=x.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)  # (1 or B, 1, T, S)
+        if self.kind == 'gat' or x.is_meta:
+            y = self.attend_rows(targets, values, bias)
+        else:  # a few targets at a time, as there are D numbers for each pair; computed again in the backward pass
+            R = max(1, 2**24 // (B * S * C))
+            parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]  # no row looks beyond its last target
+            parts = [(targets[:, :, i : i + R], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts]
+            y = torch.cat([checkpoint(self.attend_rows, *part, use_reentrant=False) for part in parts], 2)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return y if self.conv.bias is None else y + self.conv.bias
+
+    def split(self, x):
+        """(B, T, C) -> (B, H, T, D)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+    def attend_rows(self, targets, values, bias):
+        """targets (B, H, R, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S): zero at edges, -inf elsewhere -> (B, H, R, D)"""
+        slope = self.conv.negative_slope
+        if self.kind == 'gat':
+            sources = (values * self.conv.att_src.transpose(0, 1)).sum(-1)  # (B, H, S)
+            scores = F.leaky_relu((targets + sources.unsqueeze(2)).add_(bias), slope, inplace=True)
+        else:
+            pairs = F.leaky_relu(targets.unsqueeze(3) + values.unsqueeze(2), slope, inplace=True)  # (B, H, R, S, D)
+            scores = (pairs * self.conv.att[:, :, None, None]).sum(-1).add_(bias)
+        return scores.softmax(-1).to(values.dtype) @ values
