@@ -201,7 +201,7 @@ def test_greedy_with_the_cache_equals_greedy_without_it(edges, kind):
     """From one token and from five, within the block and beyond it."""
     for place in PLACES:
         for T in (1, 5):
-            model, idx = make(graph_edges=edges, graph_kind=kind, graph_place=place), tokens(3, T)
+            model, idx = make(graph_edges=edges, graph_kind=kind, graph_place=place, vocab_size=20, bias=False), tokens(3, T)
             without = model.generate(idx, 15, temperature=0, use_cache=False)
             assert torch.equal(model.generate(idx, 15, temperature=0), without)
             assert len(without[:, T:].unique()) > 1
