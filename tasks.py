@@ -257,15 +257,15 @@ def make_batches(examples, batch_size, seed=None):
 
 def collate(batch, device):
     """
-    Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), or of sonnets the tokens that
-    follow, (B, T), -1 after the end.
+    Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where there is
+    none, or of sonnets the tokens that follow, (B, T), -1 after the end.
     """
-    is_text = batch[0].label is None
+    is_text = bool(batch[0].text)
     rows = [torch.tensor(example.ids[:-1] if is_text else example.ids) for example in batch]
     pad = torch.nn.utils.rnn.pad_sequence
     idx, lengths = pad(rows, batch_first=True), torch.tensor([len(row) for row in rows])
     if is_text:
         targets = pad([torch.tensor(example.ids[1:]) for example in batch], batch_first=True, padding_value=-1)
     else:
-        targets = torch.tensor([example.label for example in batch])
+        targets = torch.tensor([-1 if example.label is None else example.label for example in batch])
     return idx.to(device), lengths.to(device), targets.to(device)

@@ -1,0 +1,345 @@
+"""
+Fine-tune a GPT on one of four tasks: sst, cfimdb, quora, sonnets.
+
+    python finetune.py config/finetune_sst_lora.py
+    python finetune.py config/finetune_sonnets_kan_lora.py --seed=2
+    python finetune.py config/finetune_quora_graph_lora.py --init_from=gpt2
+    python finetune.py config/finetune_sst_lora.py --resume=True
+    torchrun --standalone --nproc_per_node=2 finetune.py config/finetune_sst_lora.py --gradient_accumulation_steps=2
+
+A part of train is held out to stop by; dev is scored once, at the end, with the weights that did best on that part. Ctrl-C (or SIGTERM)
+finishes the step and saves; the same command with --resume=True then goes on, bit for bit. --help shows the settings.
+"""
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import checkpoint as ckpt
+import records
+import tasks
+import variants
+from configurator import INCIDENTAL, configure
+from device import autocast, device_name, peak_memory
+from files import write_atomically
+from lora import save_lora
+from session import Session
+
+# -----------------------------------------------------------------------------
+# default config values, those of the paper (arXiv 2504.10490) where it has some
+# I/O
+out_dir = 'out-finetune'
+init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2 of transformers, or the out_dir of a run of train.py
+resume = False  # go on with the run in out_dir
+# wandb logging
+wandb_log = False  # disabled by default
+wandb_project = 'finetune'
+wandb_run_name = 'gpt2'
+# task
+task = 'sst'  # sst, cfimdb, quora, sonnets
+form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
+train_limit = 0  # learn from that many examples at most; 0 is all
+valid_fraction = 0.1  # of train, held out to stop by
+# what trains
+finetune_mode = 'adapter'  # 'full', 'head', 'adapter'
+dropout = 0.1
+# KAN layers in place of the MLPs, with what these have learned
+use_kan = False
+kan_single_layer = -1  # the only block to get them; -1 is all blocks
+grid_size = 5  # intervals of the spline grid
+spline_order = 3
+grid_min = -2.0
+grid_max = 2.0
+# adapters
+use_lora = True
+lora_kind = 'lora'  # 'lora', 'kan' (two small KAN layers), 'kan_base' (low rank, on the weights of KAN layers)
+lora_rank = 32
+lora_alpha = 64.0
+lora_dropout = 0.05
+lora_targets = 'attn,mlp'  # names of layers, or of modules that hold some, joined by commas
+rs_lora = False
+use_dora = False
+lora_plus_ratio = 1.0  # learning rate of B and phi_out over that of the others
+lora_grid_size = 4  # of 'kan'
+lora_spline_order = 1
+# graph attention behind the MLPs
+use_graph = False
+graph_kind = 'gat'  # or 'gatv2'
+graph_edges = 'causal'  # any of causal, window, topk, same, joined by commas
+graph_heads = 4
+graph_window = 8  # tokens before, of window
+graph_topk = 8  # earlier tokens, of topk
+graph_backend = 'auto'  # 'auto', 'dense', 'pyg'
+# adamw optimizer
+batch_size = 32  # examples per micro-batch
+gradient_accumulation_steps = 1  # micro-batches per step, over all processes
+epochs = 10
+patience = 2  # stop after that many epochs without a lower loss on the part held out; 0 is never
+learning_rate = 1e-3  # max learning rate; of adapters ten to a hundred times that of full fine-tuning
+weight_decay = 0.01
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
+warmup_fraction = 0.06  # of all steps; then linear decay to zero
+# sonnets
+temperature = 0.7
+top_p = 0.9
+n_beams = 1  # more than one: beam search in place of sampling
+best_of = 1  # draw that many and keep the likeliest
+# system
+seed = 1337
+backend = 'nccl'  # of several GPUs; processes on CPUs talk through gloo
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
+# -----------------------------------------------------------------------------
+config = configure(globals())
+
+for name in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'n_beams', 'best_of'):
+    if config[name] < 1:
+        raise ValueError(f'{name} must be at least 1, got {config[name]}')
+for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'temperature'):
+    if config[name] < 0:
+        raise ValueError(f'{name} must not be negative, got {config[name]}')
+for name in ('dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
+    if not 0 <= config[name] < 1:
+        raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
+tasks.find_task(task)
+session = Session(device, dtype)
+device, dtype, say = session.device, session.dtype, session.say
+config.update(device=device, dtype=dtype)
+micro_steps = session.micro_steps(gradient_accumulation_steps)
+session.join(backend)
+
+# model: with resume all of it is in the checkpoint
+torch.manual_seed(seed)
+state, step, log, best_loss, seconds, train_loss = None, 0, [], math.inf, 0.0, 0.0
+if resume:
+    state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
+    if 'finetune' not in state:
+        raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
+    changed = [name for name in config if name not in (*INCIDENTAL, 'resume') and config[name] != state['finetune'].get(name)]
+    if changed:
+        was = ', '.join(f'{name}={state["finetune"].get(name)}' for name in changed)
+        raise ValueError(f'a run is resumed by the command it began with: there {was}')
+    model, tokenizer = variants.load_task_model(state)
+    step, best_loss, seconds, train_loss = state['iter_num'], float(state['best_val_loss']), state['seconds'], state['train_loss']
+    log = [line for line in records.read_log(out_dir) if line['iter'] <= step]
+else:
+    gpt, tokenizer = variants.load_base(init_from, dropout)
+    model_args = asdict(gpt.config)
+    model = variants.make_task_model(gpt, tokenizer, config)
+model_args = state['model_args'] if state else model_args
+model.to(device)
+say(variants.trained_report(model, config))
+
+# data
+block_size = model.gpt.config.block_size
+examples = tasks.read_examples(task, 'train', tokenizer, block_size)
+train_examples, valid_examples = tasks.hold_out(examples, valid_fraction)
+if train_limit:
+    train_examples, valid_examples = train_examples[:train_limit], valid_examples[: max(1, round(train_limit * valid_fraction))]
+dev_examples = tasks.read_examples(task, 'dev', tokenizer, block_size)
+steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)
+n_steps = epochs * steps_per_epoch
+say(f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(dev_examples):,} of dev')
+say(
+    f'{n_steps:,} steps of {batch_size * gradient_accumulation_steps} examples on {device_name(device)}, {session.world_size} process(es), {dtype}'
+)
+
+betas, trained = (beta1, beta2), [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(
+    variants.param_groups(model, config), lr=learning_rate, betas=betas, fused=session.device_type in ('cpu', 'cuda')
+)
+scaler = torch.amp.GradScaler(session.device_type, enabled=dtype == 'float16')
+if state:
+    optimizer.load_state_dict(state['optimizer'])
+    if scaler.is_enabled():
+        scaler.load_state_dict(state['scaler'])
+fast_model = DDP(model, device_ids=[session.local_rank] if session.device_type == 'cuda' else None) if session.ddp else model
+torch.manual_seed(seed + session.rank)
+if state:
+    session.restore_rng(state)
+
+
+def get_lr(step):
+    """Linear warm-up, then linear decay to zero."""
+    return learning_rate * min((step + 1) / max(1, warmup_fraction * n_steps), (n_steps - step) / n_steps)
+
+
+@functools.cache
+def epoch_batches(epoch):
+    """All micro-batches of an epoch, a pure function of the seed and the epoch."""
+    return tasks.make_batches(train_examples, batch_size, seed=f'{seed} {epoch}')
+
+
+def run_step():
+    """Forward, backward, update, on the micro-batches of all processes together; returns the mean loss."""
+    place = step % steps_per_epoch * gradient_accumulation_steps
+    batches = epoch_batches(step // steps_per_epoch)[place : place + gradient_accumulation_steps]
+    n_targets = variants.count_targets(example for batch in batches for example in batch)
+    own = batches[session.rank :: session.world_size]
+    for group in optimizer.param_groups:
+        group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
+    total = 0.0
+    for i in range(micro_steps):
+        # a process without a batch of its own, at the end of an epoch, goes through one of the others' at a weight of zero
+        batch, weight = (own[i], 1.0) if i < len(own) else (batches[0], 0.0)
+        idx, lengths, targets = tasks.collate(batch, device)
+        if session.ddp:
+            fast_model.require_backward_grad_sync = i == micro_steps - 1
+        with autocast(device, dtype):
+            loss = weight * variants.sum_losses(fast_model(idx, lengths), targets) / n_targets
+        total += float(loss.detach())
+        scaler.scale(loss * session.world_size).backward()  # the gradients of processes are averaged
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    total = session.all_reduce(total)[0]
+    if not (math.isfinite(total) and (scaler.is_enabled() or norm.isfinite())):
+        give_up(f'the loss or its gradient is not finite at step {step}')
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def evaluate():
+    """{'loss', 'accuracy'} (of sonnets the loss alone) on the examples held out, each process with a share; None when told to stop."""
+    share = valid_examples[session.rank :: session.world_size]
+    found = variants.predict(model, share, batch_size, device, dtype, session.signals)
+    loss, predictions = found or (0.0, [])
+    right = sum(prediction == example.label for prediction, example in zip(predictions, share))
+    loss, right = session.all_reduce(loss, right)
+    if session.is_stopping():
+        return None
+    scores = {'loss': loss / variants.count_targets(valid_examples)}
+    return scores if task == 'sonnets' else {**scores, 'accuracy': right / len(valid_examples)}
+
+
+def save(is_best=False):
+    checkpoint = {
+        'model': model.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'model_args': model_args,
+        'finetune': config,
+        'iter_num': step,
+        'best_val_loss': best_loss,
+        'seconds': seconds,
+        'train_loss': train_loss,  # mean over the steps of the epoch so far
+        'rng': session.gather_rng(),
+        'scaler': scaler.state_dict(),
+        'tokenizer': tokenizer.to_dict(),
+        'versions': ckpt.versions(),
+    }
+    session.save(out_dir, checkpoint, is_best, f'step {step}')
+
+
+def write_record(**fields):
+    record.update(fields)
+    session.write_record(out_dir, record, log)
+
+
+def give_up(reason):
+    """End a run that diverged, before it does harm to what is saved."""
+    write_record(failed=reason)
+    sys.exit(f'error: {reason}; the checkpoints are untouched')
+
+
+def finish():
+    """Score dev with the weights that did best, and write down all that a run leaves."""
+    best = ckpt.load_checkpoint(out_dir, ['best.pt'])
+    model.load_state_dict(best['model'])
+    torch.manual_seed(seed)
+    sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
+    for split in ('dev', 'test'):
+        if not tasks.split_path(task, split).exists():
+            continue
+        examples = dev_examples if split == 'dev' else tasks.read_examples(task, split, tokenizer, block_size)
+        scores, predictions = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling)
+        variants.write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
+        if split == 'dev':
+            dev = scores
+            say(f'dev: {", ".join(f"{name} {value:.4f}" for name, value in dev.items())}')
+    if use_lora:
+        save_lora(model, os.path.join(out_dir, 'adapter'))
+    metrics = dict(task=task, dev=dev, valid=min(log, key=lambda line: line['loss']), steps=step, seconds=seconds)
+    metrics.update(trained=variants.count_trained(model)[0], peak_memory=peak_memory(device), parameters=record['parameters']['total'])
+    with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
+        json.dump(metrics, f, indent=1)
+    write_record(final=metrics, finished=records.now())
+
+
+# the record of the run
+n_trained, n_parameters = variants.count_trained(model)
+record = dict(
+    config=config,
+    seed=seed,
+    commit=records.commit(),
+    versions=ckpt.versions(),
+    device=device_name(device),
+    processes=session.world_size,
+    parameters={'total': n_parameters, 'trained': n_trained},
+    model_args=model_args,
+    dataset={'name': task, 'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(dev_examples)},
+    resumed_at=step or None,
+    started=records.now(),
+)
+if session.master:
+    os.makedirs(out_dir, exist_ok=True)
+    if not state and (folder := ckpt.set_aside(out_dir)):
+        say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
+if state:
+    say(f'resuming at step {step}')
+write_record()
+
+
+def is_done():
+    """All steps are done, or the loss on the part held out has not fallen for `patience` epochs."""
+    losses = [line['loss'] for line in log]
+    return step >= n_steps or (patience > 0 and len(losses) - 1 - losses.index(min(losses)) >= patience if losses else False)
+
+
+# training loop
+session.listen()
+bar = session.bar(n_steps, step, 'step')
+model.train()
+while True:
+    if step > 0 and step % steps_per_epoch == 0 and (not log or log[-1]['iter'] < step):
+        scores = evaluate()
+        if scores is None:
+            break
+        is_best = scores['loss'] < best_loss
+        best_loss = min(best_loss, scores['loss'])
+        line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss, lr=get_lr(step - 1), **scores)
+        log.append(line)
+        train_loss = 0.0
+        say(f'epoch {line["epoch"]}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()) + f', {seconds:.0f} s')
+        save(is_best)
+        write_record()
+        if wandb_log:
+            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
+    if is_done() or session.is_stopping():
+        break
+    t0 = time.perf_counter()
+    loss = run_step()
+    train_loss += loss / steps_per_epoch
+    step += 1
+    if session.device_type == 'cuda':
+        torch.cuda.synchronize()
+    seconds += time.perf_counter() - t0
+    bar.update()
+    bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+bar.close()
+if log and log[-1]['iter'] == step and is_done():
+    if session.master:
+        finish()
+else:
+    save()
+    say(f'stopped at step {step}; to go on: the same command with --resume=True')
+session.leave()
