@@ -14,8 +14,9 @@ demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
 	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=2 --seed=1
 
+# two processes of one thread each, which take over each other's tests when they run out of their own
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist=worksteal --durations=10
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """What the tests of the scripts share: a small data set, small models, and scripts run as a user runs them."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 300  # seconds for a script: one that hangs is ended, one on a busy machine is not
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
 FORKED.set_forkserver_preload(
@@ -79,11 +82,12 @@ def start(folder, script, *args, processes=1, **options):
 
 def run(folder, script, *args, **options):
     """A script that has run in `folder`: its returncode, stdout and stderr."""
-    process = start(folder, script, *args, **options)
+    process = start(folder, script, *args, start_new_session=True, **options)
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started, which would slow down all other tests
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -96,7 +100,7 @@ def run_forked(folder, script, *args, modules='', prelude='', env=()):
         argv = [str(ROOT / script), *map(str, args)]
         process = FORKED.Process(target=enter, args=(str(folder), argv, outputs, modules, prelude, dict(env)))
         process.start()
-        process.join(120)
+        process.join(PATIENCE)
         process.kill()
         process.join()
         return subprocess.CompletedProcess(argv, process.exitcode, *(Path(outputs, name).read_text() for name in ('stdout', 'stderr')))

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from filelock import FileLock
 from helpers import ENV, ROOT
 
 pytest.importorskip('peft')
@@ -75,7 +76,8 @@ def suite(request):
     if not source:
         source = request.config.cache.mkdir('peft') / '0.21.2'
         try:
-            source = source if source.exists() else download_source(source)
+            with FileLock(f'{source}.lock'):  # tests in several processes: one downloads
+                source = source if source.exists() else download_source(source)
         except (OSError, subprocess.TimeoutExpired) as error:
             pytest.skip(f"PEFT's source cannot be had ({error}); PEFT_SOURCE=folder names a copy of it")
     with pytest.MonkeyPatch.context() as patch:
