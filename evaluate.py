@@ -1,11 +1,14 @@
 """
-The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it.
+The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it; or its scores on a
+fine-tuning task.
 
     python evaluate.py --out_dir=out-shakespeare-char-nano-kan
     python evaluate.py --out_dir=out-shakespeare-char-nano-kan --dataset=./my-data --split=train --stride=1
     python evaluate.py --init_from=gpt2 --dataset=shakespeare
+    python evaluate.py --out_dir=out-finetune-sst-lora              # what finetune.py has made: accuracy and macro F1, of sonnets CHRF
+    python evaluate.py --init_from=gpt2 --task=quora                # the answers of a model that has not learned the task
 
-Prints loss (nats per token), perplexity, bits per character and per byte of the text, so that models by character and by byte pair
+Of a text it prints loss (nats per token), perplexity, bits per character and per byte of the text, so that models by character and by byte pair
 compare; the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last
 --stride tokens count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
 """
@@ -17,8 +20,11 @@ import torch
 from tqdm import tqdm
 
 import loader
+import scoring
+import tasks
+import variants
 from checkpoint import build_model, load_checkpoint, load_tokenizer
-from configurator import configure
+from configurator import configure, settings_of
 from cost import count_flops
 from device import autocast, device_name, pick_device, pick_dtype
 from model import GPT
@@ -28,15 +34,19 @@ from tokenizer import measure_text
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
 out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
-split = 'val'  # 'train' or 'val'
+split = 'val'  # 'train' or 'val'; of a task 'train' or 'dev', which 'val' means too
+task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
+baselines = 10  # of sonnets, that many draws for the scores that need no model
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
 batch_size = 8  # windows at a time
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
-if batch_size < 1 or stride < 0 or split not in ('train', 'val'):
-    raise ValueError(f'expected batch_size >= 1, stride >= 0, split train or val, got {batch_size}, {stride}, {split!r}')
+if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 1:
+    raise ValueError(
+        f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 1, got {batch_size}, {stride}, {split!r}, {baselines}'
+    )
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -63,52 +73,79 @@ def sum_losses(model, data, length, stride):
     return total
 
 
-if init_from == 'resume':
-    checkpoint = load_checkpoint(out_dir)
-    model = build_model(checkpoint, dropout=0.0)
-    dataset = dataset or checkpoint.get('config', {}).get('dataset', '')
-else:
-    checkpoint = {'tokenizer': {'kind': 'gpt2'}}
-    model = GPT.from_pretrained(init_from, dict(dropout=0.0))
-if not dataset:
-    raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
-loader.prepare_dataset(dataset)
-meta = loader.read_meta(dataset)
-if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
-    raise ValueError(f'data set {dataset!r} has another vocabulary than the model was trained on: encode its text with that of the model')
-tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset if meta else '')
-data = loader.open_split(dataset, split)
-length = min(model.config.block_size, len(data) - 1)
-stride = min(stride, length) or max(1, length // 2)
-loader.check_dataset(dataset, 1, model.config.vocab_size)
-model.eval()
-model.to(device)
+def evaluate_text(checkpoint):
+    """Loss, perplexity and bits of a model on a split of a data set, in a dict."""
+    if init_from == 'resume':
+        model = build_model(checkpoint, dropout=0.0)
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+    name = dataset or checkpoint.get('config', {}).get('dataset', '')
+    if not name:
+        raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
+    if split == 'dev':
+        raise ValueError(f'data set {name!r} has the splits train and val; dev is one of tasks')
+    loader.prepare_dataset(name)
+    meta = loader.read_meta(name)
+    if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
+        raise ValueError(f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that of the model')
+    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
+    data = loader.open_split(name, split)
+    length = min(model.config.block_size, len(data) - 1)
+    step = min(stride, length) or max(1, length // 2)
+    loader.check_dataset(name, 1, model.config.vocab_size)
+    model.to(device).eval()
+    total = sum_losses(model, data, length, step)
+    n_tokens, (n_chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
+    loss = total / n_tokens
+    bits_per_char, bits_per_byte = total / math.log(2) / n_chars, total / math.log(2) / n_bytes
+    print(f'{source} on {split} of {name}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
+    print(f'windows of {length} tokens, every {step}')
+    print(f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte')
+    return {
+        'loss': loss,
+        'perplexity': math.exp(loss),
+        'bits_per_char': bits_per_char,
+        'bits_per_byte': bits_per_byte,
+        'tokens': n_tokens,
+        'chars': n_chars,
+        'bytes': n_bytes,
+        'dataset': name,
+        'split': split,
+        'sha256': meta.get('splits', {}).get(split, {}).get('sha256'),
+        'stride': step,
+        'block_size': length,
+        'parameters': model.get_num_params(non_embedding=False),
+        'flops_per_token': count_flops(vars(model.config)),
+    }
 
-total = sum_losses(model, data, length, stride)
-n_tokens, (n_chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
-loss = total / n_tokens
-result = {
-    'loss': loss,
-    'perplexity': math.exp(loss),
-    'bits_per_char': total / math.log(2) / n_chars,
-    'bits_per_byte': total / math.log(2) / n_bytes,
-    'tokens': n_tokens,
-    'chars': n_chars,
-    'bytes': n_bytes,
-    'dataset': dataset,
-    'split': split,
-    'sha256': meta.get('splits', {}).get(split, {}).get('sha256'),
-    'stride': stride,
-    'block_size': length,
-    'model': out_dir if init_from == 'resume' else init_from,
-    'iter_num': checkpoint.get('iter_num'),
-    'parameters': model.get_num_params(non_embedding=False),
-    'flops_per_token': count_flops(vars(model.config)),
-    'device': device_name(device),
-    'dtype': dtype,
-}
-print(f'{result["model"]} on {split} of {dataset}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
-print(f'windows of {length} tokens, every {stride}')
-print(f'loss {loss:.4f}, perplexity {result["perplexity"]:.3f}', end=', ')
-print(f'{result["bits_per_char"]:.4f} bits per character, {result["bits_per_byte"]:.4f} bits per byte')
-print(json.dumps(result))
+
+def evaluate_task(checkpoint):
+    """The scores of a fine-tuned model on its task, or of another one on `task`, in a dict."""
+    if 'finetune' in checkpoint:
+        settings = checkpoint['finetune']
+        if task not in ('', settings['task']):
+            raise ValueError(f'task={task!r}, but {out_dir} holds a model for {settings["task"]}')
+        model, tokenizer = variants.load_task_model(checkpoint, dropout=0.0)
+    else:
+        settings = settings_of('finetune.py', [f'--task={task}', '--finetune_mode=full', '--use_lora=False'])
+        gpt, tokenizer = variants.load_base(out_dir if init_from == 'resume' else init_from, dropout=0.0)
+        model = variants.make_task_model(gpt, tokenizer, settings)
+    name, part = settings['task'], 'dev' if split == 'val' else split
+    examples = tasks.read_examples(name, part, tokenizer, model.gpt.config.block_size)
+    torch.manual_seed(settings['seed'])
+    sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
+    scores, _ = variants.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
+    print(f'{source} on {part} of {name}, {len(examples):,} examples: ' + ', '.join(f'{key} {value:.4f}' for key, value in scores.items()))
+    result = {**scores, 'task': name, 'split': part, 'examples': len(examples), 'parameters': variants.count_trained(model)[1]}
+    if name == 'sonnets':
+        others = [example.text for example in tasks.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)]
+        result['baselines'] = scoring.sonnet_baselines(others, [example.text for example in examples], range(baselines))
+        print('without a model: ' + ', '.join(f'{key} {value:.4f}' for key, value in result['baselines'].items()))
+    return result
+
+
+checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {'tokenizer': {'kind': 'gpt2'}}
+source = out_dir if init_from == 'resume' else init_from
+result = evaluate_task(checkpoint) if task or 'finetune' in checkpoint else evaluate_text(checkpoint)
+about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
+print(json.dumps({**result, **about}))

@@ -16,6 +16,7 @@ from checkpoint import build_model, load_checkpoint, load_tokenizer
 from configurator import configure
 from device import autocast, pick_device, pick_dtype
 from model import GPT
+from variants import load_task_model
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -82,7 +83,7 @@ def held_back(text):
 
 if init_from == 'resume':
     checkpoint = load_checkpoint(out_dir)
-    model = build_model(checkpoint, dropout=0.0)
+    model = load_task_model(checkpoint, dropout=0.0)[0].gpt if 'finetune' in checkpoint else build_model(checkpoint, dropout=0.0)
 else:
     checkpoint = {}
     model = GPT.from_pretrained(init_from, dict(dropout=0.0))
