@@ -47,6 +47,7 @@ task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
 train_limit = 0  # learn from that many examples at most; 0 is all
 valid_fraction = 0.1  # of train, held out to stop by
+predict_test = True  # write the predictions for test, too
 # what trains
 finetune_mode = 'adapter'  # 'full', 'head', 'adapter'
 dropout = 0.1
@@ -258,7 +259,7 @@ def finish():
     torch.manual_seed(seed)
     sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
     for split in ('dev', 'test'):
-        if not tasks.split_path(task, split).exists():
+        if split == 'test' and not (predict_test and tasks.split_path(task, split).exists()):
             continue
         examples = dev_examples if split == 'dev' else tasks.read_examples(task, split, tokenizer, block_size)
         scores, predictions = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling)
@@ -342,4 +343,5 @@ if log and log[-1]['iter'] == step and is_done():
 else:
     save()
     say(f'stopped at step {step}; to go on: the same command with --resume=True')
+del fast_model  # before its process group: the other way round, gloo aborts now and then
 session.leave()

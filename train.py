@@ -12,23 +12,21 @@ Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on
 import inspect
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 import checkpoint as ckpt
 import loader
 import records
 from configurator import configure
 from cost import count_flops
-from device import autocast, device_name, flops_promised, get_rng, peak_memory, pick_device, pick_dtype, set_rng, set_up
+from device import autocast, device_name, flops_promised, peak_memory
 from model import GPT, GPTConfig, model_settings
+from session import Session
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a gpt2 (124M) on OpenWebText
@@ -112,22 +110,12 @@ for name, end in ('dropout', 1), ('beta1', 1), ('beta2', 1), ('seed', 2**63):
         raise ValueError(f'{name} must be less than {end}, got {config[name]}')
 
 # processes and device
-rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-ddp, world_size, master = world_size > 0, max(world_size, 1), rank == 0
-device = pick_device('cpu' if ddp and device == 'auto' and not torch.cuda.is_available() else device)
-device_type = device.split(':')[0]
-if ddp and device_type == 'cuda':
-    device = f'cuda:{local_rank}'
-dtype = pick_dtype(dtype, device)
-if gradient_accumulation_steps % world_size:
-    nearest = max(1, round(gradient_accumulation_steps / world_size)) * world_size
-    raise ValueError(
-        f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {world_size} processes; nearest: {nearest}'
-    )
+session = Session(device, dtype)
+device, dtype, say, master = session.device, session.dtype, session.say, session.master
+rank, world_size, ddp, device_type = session.rank, session.world_size, session.ddp, session.device_type
 config.update(device=device, dtype=dtype)
-micro_steps = gradient_accumulation_steps // world_size
+micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-set_up(device)
 
 # data: rank 0 prepares and checks it, the others wait
 if master:
@@ -136,8 +124,7 @@ if master:
         os.makedirs(out_dir, exist_ok=True)
 while not loader.is_prepared(dataset):
     time.sleep(1)
-if ddp:
-    dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+session.join(backend)
 meta = loader.read_meta(dataset)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 
@@ -188,15 +175,6 @@ if state:  # the moments of the optimizer, at the settings of this command
         scaler.load_state_dict(state['scaler'])
 
 
-def all_reduce(*numbers):
-    """The sums of the numbers over all processes."""
-    if not ddp:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
 def compiled(model):
     """The compiled model, or with one warning the model itself where compiling fails on any process."""
     x, y = loader.get_batch(train_data, block_size, [0] * batch_size, device)
@@ -208,7 +186,7 @@ def compiled(model):
     except Exception as error:  # whatever a compiler can raise: the eager model does the same work
         failure = f'{type(error).__name__}: {error}'.splitlines()[0]
     model.zero_grad(set_to_none=True)
-    if all_reduce(failure is not None)[0] == 0:
+    if session.all_reduce(failure is not None)[0] == 0:
         return fast_model
     if master:
         print(f'warning: torch.compile failed, going on without it: {failure or "on another process"}')
@@ -220,31 +198,11 @@ if compile and device_type == 'cuda' and not eval_only:
     model = compiled(model)
 if ddp:  # constant buffers need no exchange; torch 2.13 has another name for that
     exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, **{exchange: False})
+    model = DDP(model, device_ids=[session.local_rank] if device_type == 'cuda' else None, **{exchange: False})
 
 torch.manual_seed(seed + rank)
-if state and len(state.get('rng', [])) == world_size:
-    set_rng(state['rng'][rank], device)
-elif state and master:
-    print(f'warning: no random state for {world_size} processes in the checkpoint, dropout starts from the seed')
-
-
-# the first signal is noted and the loop stops at the end of a step; another one ends the process at once, unless it comes within
-# a second: a terminal or a scheduler signals this process, and so does the launcher that was signalled with it
-signals = []
-
-
-def on_signal(number, frame):
-    if signals and time.monotonic() - signals[0] > 1:
-        os._exit(128 + number)
-    if not signals:
-        os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
-    signals.append(time.monotonic())
-
-
-def is_stopping():
-    """Whether any process was told to stop, so that all of them leave the loop together."""
-    return all_reduce(len(signals))[0] > 0
+if state:
+    session.restore_rng(state)
 
 
 @torch.no_grad()
@@ -257,7 +215,7 @@ def estimate_loss():
         starts = loader.fixed_starts(data, block_size, n_windows)
         total, share = 0.0, starts[rank::world_size]
         for i in range(0, math.ceil(len(starts) / world_size), batch_size):
-            if is_stopping():
+            if session.is_stopping():
                 raw_model.train()
                 return None
             batch = share[i : i + batch_size]
@@ -265,7 +223,7 @@ def estimate_loss():
                 x, y = loader.get_batch(data, block_size, batch, device)
                 with autocast(device, dtype):
                     total += raw_model(x, y)[1].item() * len(batch)
-        losses[split] = all_reduce(total)[0] / len(starts)
+        losses[split] = session.all_reduce(total)[0] / len(starts)
     raw_model.train()
     return losses
 
@@ -283,13 +241,7 @@ def get_lr(it):
 
 
 def save(is_best=False):
-    """Save the state of this moment. A full disk is a warning here and an exit status at the end."""
-    global save_failed
-    rng = [get_rng(device)] * world_size
-    if ddp:
-        dist.all_gather_object(rng, rng[rank])
-    if not master:
-        return
+    """Save the state of this moment."""
     checkpoint = {
         'model': raw_model.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -298,30 +250,18 @@ def save(is_best=False):
         'best_val_loss': best_val_loss,
         'config': config,
         'seconds': seconds,
-        'rng': rng,
+        'rng': session.gather_rng(),
         'scaler': scaler.state_dict(),
         'versions': ckpt.versions(),
     }
     if meta:
         checkpoint.update(tokenizer=meta['tokenizer'], data=meta['splits'])
-    try:
-        ckpt.save_checkpoint(out_dir, checkpoint, is_best)
-        say(f'saved {out_dir}/ckpt.pt at iteration {iter_num}')
-    except OSError as error:
-        save_failed = True
-        say(f'warning: iteration {iter_num} is not saved, the checkpoint before it stays: {error}')
+    session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
 def write_record(**fields):
-    """run.json and log.jsonl; a full disk is a warning."""
-    global save_failed
     record.update(fields)
-    try:
-        records.write_record(out_dir, record)
-        records.write_log(out_dir, log)
-    except OSError as error:
-        save_failed = True
-        say(f'warning: the run record is not saved: {error}')
+    session.write_record(out_dir, record, log)
 
 
 def give_up(reason):
@@ -329,20 +269,6 @@ def give_up(reason):
     if master and not eval_only:
         write_record(failed=reason)
     sys.exit(f'error: {reason}; the checkpoints are untouched')
-
-
-def log_to_wandb(line):
-    """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
-    global wandb_log
-    try:
-        import wandb
-
-        if wandb.run is None:
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config, settings={'login_timeout': 30})
-        wandb.log(line)
-    except Exception as error:
-        wandb_log = False
-        say(f'warning: no wandb from here on: {type(error).__name__}: {error}')
 
 
 def train_batch(iteration, micro_step):
@@ -353,14 +279,7 @@ def train_batch(iteration, micro_step):
 X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
-save_failed = False
-on_terminal = master and sys.stderr.isatty()
-bar = tqdm(total=max_iters, initial=iter_num, unit='iter', disable=not on_terminal, dynamic_ncols=True)
-
-
-def say(text):
-    if master:
-        tqdm.write(text) if on_terminal else print(text, flush=True)
+bar = session.bar(max_iters, iter_num, 'iter')
 
 
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
@@ -390,8 +309,7 @@ if master and not eval_only:
 
 
 # training loop
-signal.signal(signal.SIGTERM, on_signal)
-signal.signal(signal.SIGINT, on_signal)
+session.listen()
 peak = flops_promised(device, dtype)
 timed_from, iter_timed = seconds, iter_num
 while True:
@@ -407,8 +325,8 @@ while True:
         line.update(lr=get_lr(iter_num), tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
         log = [before for before in log if before['iter'] < iter_num] + [line]
-        if wandb_log and master:
-            log_to_wandb(line)
+        if wandb_log:
+            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
         if iter_num > 0 and not eval_only:
             is_best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
@@ -417,7 +335,7 @@ while True:
         if master and not eval_only:
             write_record()
     finished = is_last and losses is not None
-    if finished or eval_only or is_stopping():
+    if finished or eval_only or session.is_stopping():
         break
 
     # forward, backward, update, with gradient accumulation to simulate larger batches
@@ -437,7 +355,7 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if not scaler.is_enabled():  # the scaler itself skips steps with gradients that are not finite
         total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
-    lossf = all_reduce(float(total_loss))[0] / world_size
+    lossf = session.all_reduce(float(total_loss))[0] / world_size
     if not math.isfinite(lossf):
         give_up(f'the loss or its gradient is not finite at iteration {iter_num}')
     scaler.step(optimizer)
@@ -455,7 +373,7 @@ while True:
     if peak:
         status += f', mfu {raw_model.estimate_mfu(micro_steps * batch_size, dt, peak):.1%}'
     bar.set_postfix_str(status, refresh=False)
-    if iter_num % log_interval == 0 and not on_terminal:
+    if iter_num % log_interval == 0 and not session.on_terminal:
         say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
@@ -464,9 +382,5 @@ if finished and not eval_only and master:
 elif not finished and not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
-if ddp:
-    dist.barrier()
-    del model  # before its process group: the other way round, gloo aborts now and then
-    dist.destroy_process_group()
-if save_failed:
-    sys.exit(f'error: not everything could be saved, see the warnings above; what {out_dir} holds is whole')
+del model  # before its process group: the other way round, gloo aborts now and then
+session.leave()

@@ -1,0 +1,180 @@
+"""
+Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with its three follow-up checks.
+
+$ python train.py config/train_taskmix.py
+$ OMP_NUM_THREADS=1 python results/finetune/study.py                  # in two shells, to share the runs
+$ OMP_NUM_THREADS=1 python results/finetune/study.py --stages=time    # in one, when all else is done
+
+`search` looks for the learning rate of each variant by the part of SST's train that is held out, `final` trains each on each task,
+`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `time` measures steps and memory; this one wants the machine for
+itself. Each run is a run of finetune.py, its record a file in runs/; what has a record is not run again. Then table.md and curves.png
+are made from the records, by --stages= without running anything.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from configurator import ROOT, configure
+from files import write_atomically
+from records import read_log
+
+# -----------------------------------------------------------------------------
+init_from = 'out-taskmix'  # the model that all runs begin with
+seeds = '1,2,3'
+stages = 'search,final,rank,single'
+# -----------------------------------------------------------------------------
+configure(globals())
+
+HERE = Path(__file__).resolve().parent
+TASKS = {  # settings of each task
+    'sst': dict(train_limit=2400, epochs=3, batch_size=32),
+    'cfimdb': dict(train_limit=800, epochs=3, batch_size=16),
+    'quora': dict(train_limit=2400, epochs=3, batch_size=32),
+    'sonnets': dict(epochs=4, batch_size=8),
+}
+SCORES = {'sst': 'accuracy', 'cfimdb': 'accuracy', 'quora': 'accuracy', 'sonnets': 'chrf_continuation'}
+KAN = dict(use_kan=True, grid_size=3, spline_order=1)
+LORA = dict(lora_rank=16, lora_alpha=32, lora_targets='mlp')
+PLAIN = dict(use_lora=False)
+VARIANTS = {  # settings of finetune.py, and learning rates to try
+    'full': (dict(PLAIN, finetune_mode='full'), (3e-4, 1e-3, 3e-3)),
+    'head': (dict(PLAIN, finetune_mode='head'), (3e-3, 1e-2, 3e-2)),
+    'LoRA': (LORA, (1e-3, 3e-3, 1e-2)),
+    'LoRA, as many parameters': (dict(LORA, lora_rank=96, lora_alpha=192), (1e-3, 3e-3, 1e-2)),
+    'KAN-LoRA': (dict(LORA, lora_kind='kan'), (1e-3, 3e-3, 1e-2)),
+    'KAN-base LoRA': (dict(LORA, **KAN, lora_kind='kan_base'), (1e-3, 3e-3, 1e-2)),
+    'Graph-LoRA': (dict(LORA, use_graph=True), (1e-3, 3e-3, 1e-2)),
+    'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), (3e-4, 1e-3, 3e-3)),
+}
+PAPER = {  # LoRA is the only variant with figures of its own in the paper: GPT-2 Large
+    'LoRA': ('55.2', '99.2', '89.9 (test)', '42.1 (prompt included)'),
+}
+RANKS, ALPHAS = (4, 16, 32), (16, 32, 64)
+
+
+# a run
+
+
+def list_runs(stage):
+    """[(stage, name, task, settings)]"""
+    many = [int(seed) for seed in seeds.split(',')]
+    sst = TASKS['sst']
+    if stage == 'search':
+        short = dict(sst, train_limit=1200, epochs=2, seed=0)
+        rates = [(name, settings, lr) for name, (settings, rates) in VARIANTS.items() for lr in rates]
+        return [(stage, f'{name}, lr={lr:g}', 'sst', {**short, **settings, 'learning_rate': lr}) for name, settings, lr in rates]
+    if stage == 'final':
+        return [
+            (stage, f'{name}, {task}, seed={seed}', task, {**TASKS[task], **settings, 'learning_rate': best_rate(name), 'seed': seed})
+            for seed in many
+            for task in TASKS
+            for name, (settings, _) in VARIANTS.items()
+        ]
+    if stage == 'rank':
+        grid = [(rank, alpha, seed) for seed in many for rank in RANKS for alpha in ALPHAS]
+        rate = best_rate('LoRA')
+        return [
+            (
+                stage,
+                f'rank={rank}, alpha={alpha}, seed={seed}',
+                'sst',
+                {**sst, **LORA, 'lora_rank': rank, 'lora_alpha': alpha, 'learning_rate': rate, 'seed': seed},
+            )
+            for rank, alpha, seed in grid
+        ]
+    if stage == 'single':
+        settings, rate = VARIANTS['KAN'][0], best_rate('KAN')
+        return [
+            (
+                stage,
+                f'block={block}, seed={seed}',
+                'sst',
+                {**sst, **settings, 'kan_single_layer': block, 'learning_rate': rate, 'seed': seed},
+            )
+            for seed in many
+            for block in (0, 3)
+        ]
+    if stage == 'time':
+        short = dict(sst, train_limit=640, epochs=1, seed=1)
+        return [(stage, name, 'sst', {**short, **settings, 'learning_rate': best_rate(name)}) for name, (settings, _) in VARIANTS.items()]
+    raise ValueError(f'stages: expected any of search, final, rank, single, time, got {stage!r}')
+
+
+def path_of(stage, name):
+    return HERE / 'runs' / f'{stage}, {name}.json'.replace(', ', ',').replace(' ', '_')
+
+
+def run_all(runs):
+    """Run what has no record; what another shell is at is waited for in the end."""
+    (HERE / 'runs').mkdir(exist_ok=True)
+    for blocking in (False, True):
+        for stage, name, task, settings in tqdm(runs, desc=runs[0][0], unit='run', disable=None):
+            try:
+                with FileLock(path_of(stage, name).with_suffix('.lock'), blocking=blocking):
+                    if not path_of(stage, name).exists():
+                        run_one(stage, name, task, settings)
+            except Timeout:
+                continue
+
+
+def run_one(stage, name, task, settings):
+    """A run of finetune.py, its record kept and its checkpoints thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = dict(task=task, init_from=init_from, out_dir=folder, predict_test=False, **settings)
+        command = [sys.executable, str(Path(ROOT, 'finetune.py')), *(f'--{key}={value}' for key, value in flags.items())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f'error: {stage} {name} failed: {done.stderr.strip().splitlines()[-1]}')
+        metrics = json.loads(Path(folder, 'metrics.json').read_text(encoding='utf-8'))
+        about = json.loads(Path(folder, 'run.json').read_text(encoding='utf-8'))
+        log = [{key: line[key] for key in line if key not in ('lr',)} for line in read_log(folder)]
+    record = dict(
+        stage=stage, name=name, task=task, settings=settings, **metrics, log=log, device=about['device'], versions=about['versions']
+    )
+    with write_atomically(path_of(stage, name), 'w', 'utf-8') as f:
+        json.dump(record, f, indent=1)
+        f.write('\n')
+
+
+# reading the records
+
+
+def read_record(stage, name):
+    path = path_of(stage, name)
+    if not path.exists():
+        raise ValueError(f'{path.name} is missing: the stage {stage} is not finished')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def best_rate(variant):
+    """The learning rate with the lowest loss on what was held out."""
+    rates = VARIANTS[variant][1]
+    return min(rates, key=lambda lr: read_record('search', f'{variant}, lr={lr:g}')['valid']['loss'])
+
+
+def read_finals(variant, task):
+    return [read_record('final', f'{variant}, {task}, seed={seed}') for seed in seeds.split(',')]
+
+
+def describe(values, scale=1.0):
+    spread = f' ± {scale * statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{scale * statistics.mean(values):.1f}{spread}'
+
+
+def values_of(records, task):
+    scale = 1.0 if task == 'sonnets' else 100.0
+    return [scale * record['dev'][SCORES[task]] for record in records]
+
+
+if __name__ == '__main__':
+    for stage in filter(None, stages.split(',')):
+        run_all(list_runs(stage))
