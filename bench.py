@@ -5,10 +5,12 @@ Time and memory of layers, of training steps and of sampling: ours and, where in
     python bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
     python bench.py --suite=sample
     python bench.py --suite=adapter
+    python bench.py --suite=graph
 
 `pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
-of efficient-kan is measured. Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases.
-Prints a table, then one line of JSON with every number in it.
+of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of a training step that finds edges.
+Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases. Prints a table,
+then one line of JSON with every number in it.
 """
 
 import importlib.util
@@ -28,12 +30,13 @@ from checkpoint import versions
 from configurator import ROOT, configure, settings_of
 from cost import make_step
 from device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
+from graph import Edges
 from kan import KAN, KANLinear
 from lora import LoRAConfig, add_lora
-from model import GPT, GPTConfig, model_settings
+from model import GPT, Block, GPTConfig, model_settings
 
 # -----------------------------------------------------------------------------
-suite = 'layer'  # 'layer', 'step', 'sample' or 'adapter'
+suite = 'layer'  # 'layer', 'step', 'sample', 'adapter' or 'graph'
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
 rounds = 3  # processes of each case
@@ -64,6 +67,15 @@ ADAPTERS = {  # settings of LoRAConfig, and who else has it
     'KAN-DoRA': (dict(kind='kan', use_dora=True), 'kolmg-lora'),
 }
 LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
+ATTENTION_SHAPES = [(192, 6, 512, 8), (768, 12, 512, 8)]  # width, heads of self-attention, tokens, sequences
+ATTENTIONS = {  # settings of the layer
+    'self-attention': dict(),
+    'GAT': dict(use_graph=True),
+    'GATv2': dict(use_graph=True, graph_kind='gatv2'),
+    'GAT, window by mask': dict(use_graph=True, graph_edges='window', graph_backend='dense'),
+    'GAT, window by list': dict(use_graph=True, graph_edges='window', graph_backend='pyg'),
+}
+EDGES = ['causal', 'window', 'topk', 'same']
 
 
 def list_cases():
@@ -79,8 +91,12 @@ def list_cases():
     elif suite == 'adapter':
         names = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
         cases = [[dtype, '768 768 8192', name] for dtype in precisions for name in ['nn.Linear', *names]]
+    elif suite == 'graph':
+        wheres = [' '.join(map(str, shape)) for shape in ATTENTION_SHAPES]
+        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ATTENTIONS]
+        cases += [[dtype, size, f'{edges} edges'] for size in SIZES for dtype in precisions for edges in ('no', *EDGES)]
     else:
-        raise ValueError(f'suite={suite!r}: expected layer, step, sample or adapter')
+        raise ValueError(f'suite={suite!r}: expected layer, step, sample, adapter or graph')
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
     try:
@@ -162,8 +178,13 @@ def prepare_layer(dtype, where, name):
     I, O, N = map(int, where.split())
     if name == 'floor':
         return prepare_floor(I, O, N, dtype)
-    layer, x = make_layer(name, I, O).to(device), torch.randn(N, I, device=device, requires_grad=True)
-    g = torch.randn(N, O, device=device).to(getattr(torch, dtype))
+    return time_layer(make_layer(name, I, O), torch.randn(N, I), torch.randn(N, O), dtype)
+
+
+def time_layer(layer, x, g, dtype):
+    """Forward and backward pass on inputs x, with g the gradients of the outputs."""
+    layer.to(device)
+    x, g = x.to(device).requires_grad_(), g.to(device, getattr(torch, dtype))
     trained = [p for p in layer.parameters() if p.requires_grad]
 
     def run():
@@ -209,6 +230,52 @@ def prepare_sample(dtype, where, name):
     return run
 
 
+class Attention(nn.Module):
+    """What has the place of self-attention in a GPT with these settings; graph attention finds its edges in each pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.layer = config, Block(config).attn
+
+    def forward(self, x):
+        ids = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
+        return self.layer(x, edges=Edges(self.config, ids) if self.config.use_graph else None)
+
+
+def prepare_graph(dtype, where, name):
+    if where in SIZES:
+        return prepare_graph_step(dtype, where, name.removesuffix(' edges'))
+    C, n_head, T, B = map(int, where.split())
+    config = GPTConfig(n_embd=C, n_head=n_head, block_size=T, bias=False, graph_place='attention', **ATTENTIONS[name])
+    return time_layer(Attention(config), torch.randn(B, T, C), torch.randn(B, T, C), dtype)
+
+
+def prepare_graph_step(dtype, size, edges):
+    """A training step of a GPT with graph layers, and how much of it finds the edges."""
+    model, settings = make_gpt(size, **(dict(use_graph=True, graph_edges=edges) if edges != 'no' else {}))
+    spent = []
+
+    def timed(find):
+        def run(*args):
+            t0 = clock(device)
+            found = find(*args)
+            spent.append(clock(device) - t0)
+            return found
+
+        return run
+
+    for name in '__init__', 'bias', 'list':
+        setattr(Edges, name, timed(getattr(Edges, name)))
+    step = make_step(model.to(device), settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+
+    def run():
+        spent.clear()
+        seconds = step()
+        return {'edges': sum(spent), 'rest': seconds - sum(spent)}
+
+    return run
+
+
 def measure():
     """One round of one case, in a process of its own."""
     set_up(device, keep)
@@ -216,7 +283,8 @@ def measure():
     kernels.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
     before = peak_memory(device)
-    run = {'layer': prepare_layer, 'step': prepare_step, 'sample': prepare_sample, 'adapter': prepare_layer}[suite](dtype, where, name)
+    prepare = {'step': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(suite, prepare_layer)
+    run = prepare(dtype, where, name)
     run()
     seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
     return {'seconds': seconds, 'peak_bytes': peak_bytes, 'operators': profile(run) if operators else []}
@@ -268,10 +336,11 @@ def print_table(rows):
             print(f'  {row["name"]:44} failed: {row["error"]}')
             continue
         base = first[group]['seconds'].get('total')
-        parts = [] if len(row['seconds']) < 3 else ['forward', 'backward']
-        times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in [*parts, 'total'])
+        parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
+        times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in parts)
         ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
-        print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB')
+        share = f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges' if 'edges' in parts else ''
+        print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB{share}')
         for name, count, seconds in row['operators']:
             print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
 

@@ -3,7 +3,8 @@ What a GPT costs: parameters, FLOPs per token, seconds per training step.
 
 FLOPs are counted while the model runs on tensors without data: the matrix products of the layers and of attention, forward and
 backward, one multiplication and one addition each. Passes over single numbers (bases, activations, norms) are left out, as
-PyTorch's counter leaves them out; attention counts whole T x T matrices, whether a kernel skips the causal half or not.
+PyTorch's counter leaves them out; attention counts whole T x T matrices, whether a kernel skips the causal half or not, and graph
+attention whole ones of its coefficients, whichever edges it has.
 """
 
 import torch

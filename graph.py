@@ -128,6 +128,11 @@ class Edges:
         least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
         return self.shared | (similarity >= least) & earlier
 
+    def bias(self, x, cache=None):
+        """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
+        mask = self.mask(x, cache)
+        return torch.zeros(mask.size(), device=x.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)
+
     def list(self, x):
         """The same as a list (2, E), of tokens b * T + position; there is no cache."""
         (B, T), device = self.size, x.device
@@ -165,13 +170,13 @@ class GraphAttention(nn.Module):
     def forward(self, x, cache=None, edges=None):
         """x (B, T, C), with a cache the tokens that follow those in it; edges: the Edges of the pass."""
         if self.dense or cache is not None or x.is_meta:  # without data there is no list of edges
-            y = self.attend(x, edges.mask(x, cache), cache)
+            y = self.attend(x, edges.bias(x, cache), cache)
         else:
             y = self.conv(x.flatten(0, 1), edges.list(x)).view(x.size())
         return self.dropout(y * self.gate if hasattr(self, 'gate') else self.c_proj(y))
 
-    def attend(self, x, mask, cache=None):
-        """What the convolution gives, from its parameters and a mask."""
+    def attend(self, x, bias, cache=None):
+        """What the convolution gives on the edges of `Edges.bias`, from its parameters."""
         B, T, C = x.size()
         if self.kind == 'gat':
             values = self.split(self.conv.lin(x))  # (B, H, T, D)
@@ -181,7 +186,6 @@ class GraphAttention(nn.Module):
         if cache is not None:
             values = cache.extend('values', values)  # (B, H, S, D)
         S = values.size(2)
-        bias = torch.zeros(mask.size(), device=x.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)  # (1 or B, 1, T, S)
         if self.kind == 'gat' or x.is_meta:
             y = self.attend_rows(targets, values, bias)
         else:  # a few targets at a time, as there are D numbers for each pair; computed again in the backward pass
@@ -197,7 +201,7 @@ class GraphAttention(nn.Module):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def attend_rows(self, targets, values, bias):
-        """targets (B, H, R, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S): zero at edges, -inf elsewhere -> (B, H, R, D)"""
+        """targets (B, H, R, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S) -> (B, H, R, D)"""
         slope = self.conv.negative_slope
         if self.kind == 'gat':
             sources = (values * self.conv.att_src.transpose(0, 1)).sum(-1)  # (B, H, S)

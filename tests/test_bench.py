@@ -5,7 +5,12 @@ import json
 import pytest
 from helpers import complaint, run
 
-PARTS = {**dict.fromkeys(('layer', 'adapter'), {'forward', 'backward', 'total'}), 'step': {'step', 'total'}, 'sample': {'sample', 'total'}}
+PARTS = {
+    **dict.fromkeys(('layer', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
+    'step': {'step', 'total'},
+    'sample': {'sample', 'total'},
+    'edges': {'edges', 'rest', 'total'},
+}
 
 
 @pytest.mark.parametrize(
@@ -16,6 +21,8 @@ PARTS = {**dict.fromkeys(('layer', 'adapter'), {'forward', 'backward', 'total'})
         ('sample', 'float32 micro 256 255 cached$'),
         ('adapter', 'bfloat16 768 768 8192 rsLoRA$'),
         ('adapter', 'bfloat16 768 768 8192 DoRA, peft$'),
+        ('graph', 'float32 192 6 512 8 GAT, window by list$'),
+        ('graph', 'bfloat16 nano topk edges$'),
     ],
 )
 def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
@@ -27,14 +34,16 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
     report = json.loads(line)
     (row,) = report['rows']
     assert f'{row["dtype"]} {row["where"]} {row["name"]}$' == only and any(row['name'] in text and 'MiB' in text for text in table)
-    assert set(row['seconds']) == PARTS[suite] and all(len(seconds) == 4 and min(seconds) > 0 for seconds in row['seconds'].values())
+    assert set(row['seconds']) == PARTS['edges' if 'edges$' in only else suite] and all(
+        len(seconds) == 4 and min(seconds) > 0 for seconds in row['seconds'].values()
+    )
     assert row['peak_bytes'] > 1e6 and report['hardware'] and report['versions']['torch']
 
 
 @pytest.mark.parametrize(
     'flag, message',
     [
-        ('--suite=lawyer', 'expected layer, step, sample or adapter'),
+        ('--suite=lawyer', 'expected layer, step, sample, adapter or graph'),
         ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
         ('--only=(', 'not a regular expression'),
         ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),

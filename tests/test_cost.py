@@ -19,14 +19,17 @@ ATTENTION = 2 * 2 * T * C  # per token and layer: scores, and values summed by t
         (dict(use_kan=True), L * (4 * C * C + 9 * 8 * C * C) + V * C),
         (dict(use_kan=True, kan_targets='attn,mlp,head', grid_size=3, spline_order=2), 6 * (L * 12 * C * C + V * C)),
         (dict(dropout=0.3), L * 12 * C * C + V * C),
+        (dict(use_graph=True), L * (13 * C * C + T * C) + V * C),
+        (dict(use_graph=True, graph_kind='gatv2', graph_edges='window,topk'), L * (14 * C * C + T * C) + V * C),
+        (dict(use_graph=True, graph_place='attention'), L * (10 * C * C - T * C) + V * C),
     ],
-    ids=['vanilla', 'swiglu', 'kan mlp', 'kan everywhere', 'dropout'],
+    ids=['vanilla', 'swiglu', 'kan mlp', 'kan everywhere', 'dropout', 'gat', 'gatv2', 'gat in place of attention'],
 )
 def test_flops_are_three_times_those_of_the_forward_products(settings, products):
     assert count_flops({**SIZES, **settings}) == 3 * (2 * products + L * ATTENTION)
 
 
-@pytest.mark.parametrize('settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head')])
+@pytest.mark.parametrize('settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True)])
 def test_parameters_are_those_of_the_model(settings):
     assert count_parameters({**SIZES, **settings}) == sum(p.numel() for p in GPT(GPTConfig(**{**SIZES, **settings})).parameters())
 

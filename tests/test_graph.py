@@ -39,14 +39,14 @@ def tokens(*shape):
     return torch.randint(SIZES['vocab_size'], shape)
 
 
-class Given:
+class Given(Edges):
     """Edges that a test has drawn."""
 
     def __init__(self, mask):
         self.drawn = mask  # (B, T, T)
 
-    def mask(self, x, cache=None):
-        return self.drawn
+    def bias(self, x, cache=None):
+        return torch.where(self.drawn, 0.0, -torch.inf).unsqueeze(1)
 
     def list(self, x):
         b, target, source = self.drawn.nonzero().t()

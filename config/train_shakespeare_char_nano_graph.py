@@ -1,0 +1,35 @@
+"""
+The vanilla GPT in nano size with graph attention behind its MLPs, 0.25M parameters.
+
+    python train.py config/train_shakespeare_char_nano_graph.py
+
+Needs torch-geometric (requirements-finetune.txt).
+"""
+
+out_dir = 'out-shakespeare-char-nano-graph'
+eval_interval = 200
+eval_iters = 100
+log_interval = 50
+always_save_checkpoint = False  # only save when the validation loss improves
+
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'nano-graph'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 2  # so that two processes can share it
+batch_size = 16
+block_size = 64  # context of up to 64 previous characters
+
+n_layer = 2
+n_head = 3
+n_embd = 96
+init_std = 0.08  # this and the learning rate: see results/nano_finalists
+
+use_graph = True
+
+learning_rate = 4e-3
+max_iters = 1000
+lr_decay_iters = 1000  # make equal to max_iters usually
+min_lr = 2e-4
+beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+warmup_iters = 100  # not super necessary potentially
