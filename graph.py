@@ -121,7 +121,7 @@ class Edges:
             return self.shared
         x = F.normalize(x.detach().float(), dim=-1)
         x = x if cache is None else cache.extend('similar', x)  # (B, S, C)
-        with torch.autocast(x.device.type, enabled=False):  # at half precision many tokens would be equally similar
+        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):  # at half precision many would be equally similar
             similarity = x[:, -self.size[1] :] @ x.transpose(1, 2)  # (B, T, S)
         earlier = self.cut(~near_mask(self.near[0], 0, x.device)) & self.allowed
         similarity.masked_fill_(~earlier, -torch.inf)

@@ -20,7 +20,10 @@ ATTENTION = 2 * 2 * T * C  # per token and layer: scores, and values summed by t
         (dict(use_kan=True, kan_targets='attn,mlp,head', grid_size=3, spline_order=2), 6 * (L * 12 * C * C + V * C)),
         (dict(dropout=0.3), L * 12 * C * C + V * C),
         (dict(use_graph=True), L * (13 * C * C + T * C) + V * C),
-        (dict(use_graph=True, graph_kind='gatv2', graph_edges='window,topk'), L * (14 * C * C + T * C) + V * C),
+        (
+            dict(use_graph=True, graph_kind='gatv2', graph_edges='window,topk'),
+            L * (14 * C * C + T * C + T * C // 3) + V * C,
+        ),  # similarity: forward only
         (dict(use_graph=True, graph_place='attention'), L * (10 * C * C - T * C) + V * C),
     ],
     ids=['vanilla', 'swiglu', 'kan mlp', 'kan everywhere', 'dropout', 'gat', 'gatv2', 'gat in place of attention'],
