@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 DATA = Path(__file__).resolve().parent / 'data'
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
     'sst': (('sentence',), 'sentiment', 5),
@@ -260,6 +258,8 @@ def collate(batch, device):
     Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where there is
     none, or of sonnets the tokens that follow, (B, T), -1 after the end.
     """
+    import torch  # not needed by those who prepare data
+
     is_text = bool(batch[0].text)
     rows = [torch.tensor(example.ids[:-1] if is_text else example.ids) for example in batch]
     pad = torch.nn.utils.rnn.pad_sequence

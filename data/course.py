@@ -52,13 +52,13 @@ def prepare(folder, files, source, inspect, divide=None):
 
 
 def read_original(entry, source):
-    """The bytes of a file: from the folder `source` as they are, with CRLF for its checksum, else from its address."""
+    """The bytes of a file from its address or, with whichever ends of lines its checksum wants, from the folder `source`."""
     name, address, sha256, size = entry
     if not source:
         return download(f'{address}/{name}', sha256, size)
     content = (Path(source) / name).read_bytes()
-    crlf = content.replace(b'\r\n', b'\n').replace(b'\n', b'\r\n')
-    return crlf if hashlib.sha256(crlf).hexdigest() == sha256 else content  # git may have changed the ends of its lines
+    lf = content.replace(b'\r\n', b'\n')  # git may have changed the ends of its lines
+    return next((form for form in (lf, lf.replace(b'\n', b'\r\n')) if hashlib.sha256(form).hexdigest() == sha256), content)
 
 
 def main(variables, task, prepare):

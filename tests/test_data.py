@@ -1,10 +1,11 @@
-"""Files that are whole or absent, the plays as tinyshakespeare has them, rows of sentiment, and prepare.py from end to end."""
+"""Files that are whole or absent, the plays as tinyshakespeare has them, rows and sonnets of the tasks, and prepare.py from end to end."""
 
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'data'))
 
 import files
-import sentiment
+import tasks
 import tinyshakespeare
 from tokenizer import TINYSHAKESPEARE_CHARS, tokenizer_from_dict
 
@@ -268,9 +269,11 @@ def test_file_of_no_text_is_refused(tmp_path, content, message):
         tinyshakespeare.read_text(str(tmp_path / 'a.txt'))
 
 
-# rows of sentiment
+# rows of the tables
 
 HEADER = '\tid\tsentence\tsentiment\n'
+PAIRS = '\tid\tsentence1\tsentence2\tis_duplicate\n'
+HEADERS = {'sst': HEADER, 'cfimdb': HEADER, 'quora': PAIRS}
 
 
 def write_table(folder, text, name='a.csv'):
@@ -278,47 +281,74 @@ def write_table(folder, text, name='a.csv'):
     return folder / name
 
 
-def test_rows_are_read_in_lower_case(tmp_path, capsys):
-    path = write_table(tmp_path, HEADER + '0\ta1\t The Film , Amélie , is GREAT . \t4\n1\tb2\t Bad .\t0\n')
-    assert sentiment.read_sst(path) == [('a1', 'the film , amélie , is great .', 4), ('b2', 'bad .', 0)]
-    assert sentiment.read_sst(path, labelled=False) == [('a1', 'the film , amélie , is great .', None), ('b2', 'bad .', None)]
+def row(task, id='a', text='Good', label='1'):
+    """A line of a table; a pair has the same text twice."""
+    return '\t'.join(['0', id, *[text] * len(tasks.COLUMNS[task][0]), label])
+
+
+@pytest.mark.parametrize('task', ['sst', 'cfimdb'])
+def test_rows_are_read_in_lower_case(tmp_path, capsys, task):
+    path = write_table(tmp_path, HEADER + '0\ta1\t The Film , Amélie , is GREAT . \t1\n1\tb2\t Bad .\t0\n')
+    assert tasks.read_rows(task, path) == [('a1', 'the film , amélie , is great .', 1), ('b2', 'bad .', 0)]
+    unlabelled = [('a1', 'the film , amélie , is great .', None), ('b2', 'bad .', None)]
+    assert tasks.read_rows(task, path, labelled=False) == unlabelled
+    assert capsys.readouterr() == ('', '')
+
+
+def test_pairs_are_read_in_lower_case(tmp_path, capsys):
+    path = write_table(tmp_path, PAIRS + '7\ta1\t Who is É ?\tWho? \t1.0\n3\tb2\tHow\tWhy\t0.0\n9\tc3\tHow\tWhy\t1\n')
+    assert tasks.read_rows('quora', path) == [('a1', 'who is é ?', 'who?', 1), ('b2', 'how', 'why', 0), ('c3', 'how', 'why', 1)]
+    assert tasks.read_rows('quora', path, labelled=False)[0] == ('a1', 'who is é ?', 'who?', None)
     assert capsys.readouterr() == ('', '')
 
 
 def test_rows_are_found_by_the_names_of_their_columns(tmp_path):
     path = write_table(tmp_path, '0\t\tid\tsentence\n1\t0.0\ta1\tYes\n')  # as in the test file of the course
-    assert sentiment.read_sst(path, labelled=False) == [('a1', 'yes', None)]
+    assert tasks.read_rows('sst', path, labelled=False) == [('a1', 'yes', None)]
     path = write_table(tmp_path, '\ufeffsentiment\tsentence\tid\r\n2\tYes\ta1\r\n')  # as Windows saves it
-    assert sentiment.read_sst(path) == [('a1', 'yes', 2)]
+    assert tasks.read_rows('sst', path) == [('a1', 'yes', 2)]
+    path = write_table(tmp_path, 'is_duplicate\tsentence2\tid\tsentence1\n1.0\tB\ta1\tA\n')
+    assert tasks.read_rows('quora', path) == [('a1', 'a', 'b', 1)]
 
 
-def test_quotation_marks_are_characters(tmp_path):
-    path = write_table(tmp_path, HEADER + '0\ta\t"One\t1\n1\tb\tTwo\t2\n2\tc\tThree"\t3\n')
-    assert sentiment.read_sst(path) == [('a', '"one', 1), ('b', 'two', 2), ('c', 'three"', 3)]
+@pytest.mark.parametrize('task', HEADERS)
+def test_quotation_marks_are_characters(tmp_path, task):
+    lines = [row(task, 'a', '"One', '1'), row(task, 'b', 'Two', '0'), row(task, 'c', 'Three"', '1')]
+    read = tasks.read_rows(task, write_table(tmp_path, HEADERS[task] + '\n'.join(lines) + '\n'))
+    assert [(id, text, label) for id, text, *_, label in read] == [('a', '"one', 1), ('b', 'two', 0), ('c', 'three"', 1)]
 
 
-FAULTY = {
-    'missing': ['0\ta\t \t1', '0\t\tNo id\t1', '', '\t\t\t'],
-    'malformed': ['0\ta\tNo label', '0\ta\tA\ttab\t1', 'text'],
-    'unlabelled': ['0\ta\tText\t', '0\ta\tText\t '],
-    'mislabelled': ['0\ta\tText\t5', '0\ta\tText\t-1', '0\ta\tText\t1.0', '0\ta\tText\tgood', '0\ta\tText\t12'],
+FAULTY = {  # made of a good line of the task
+    'missing': lambda task: [row(task, text=' '), row(task, id=''), '', row(task, '', '', '')],
+    'malformed': lambda task: [row(task).rpartition('\t')[0], row(task) + '\t1', 'text'],
+    'unlabelled': lambda task: [row(task, label=''), row(task, label=' ')],
+    'mislabelled': lambda task: [row(task, label=label) for label in (str(tasks.COLUMNS[task][2]), '-1', '0.5', 'good', '12', '.0')],
 }
 
 
+@pytest.mark.parametrize('task', HEADERS)
 @pytest.mark.parametrize('fault', FAULTY)
-def test_rows_left_out_are_counted_and_named(tmp_path, capsys, fault):
-    lines = [part for line in FAULTY[fault] for part in ('0\ta\tGood\t3', line)]
-    path = write_table(tmp_path, HEADER + '\n'.join(lines) + '\n')
+def test_rows_left_out_are_counted_and_named(tmp_path, capsys, task, fault):
+    faulty = FAULTY[fault](task)[:5]
+    lines = [part for line in faulty for part in (row(task), line)]
+    path = write_table(tmp_path, HEADERS[task] + '\n'.join(lines) + '\n')
     numbers = list(range(3, 3 + len(lines), 2))
-    assert sentiment.read_sst(path) == [('a', 'good', 3)] * len(numbers)
-    named = f'{path}: {len(numbers)} row(s) left out, {sentiment.FAULTS[fault]}: line {", ".join(map(str, numbers))}\n'
-    assert capsys.readouterr().err == named
-    assert sentiment.parse_sst(path.read_bytes(), path)[1] == {name: numbers if name == fault else [] for name in sentiment.FAULTS}
+    assert [(id, text, label) for id, text, *_, label in tasks.read_rows(task, path)] == [('a', 'good', 1)] * len(numbers)
+    reason = tasks.FAULTS[fault].format(tasks.COLUMNS[task][2] - 1)
+    assert capsys.readouterr().err == f'{path}: {len(numbers)} row(s) left out, {reason}: line {", ".join(map(str, numbers))}\n'
+    expected = {name: numbers if name == fault else [] for name in tasks.FAULTS}
+    assert tasks.parse_rows(task, path.read_bytes(), path)[1] == expected
+
+
+def test_a_pair_needs_both_questions(tmp_path, capsys):
+    path = write_table(tmp_path, PAIRS + '0\ta\tOne\t \t1.0\n1\tb\t\tTwo\t1.0\n2\tc\tOne\tTwo\t1.0\n')
+    assert tasks.read_rows('quora', path) == [('c', 'one', 'two', 1)]
+    assert capsys.readouterr().err == f'{path}: 2 row(s) left out, without an id or a sentence: line 2, 3\n'
 
 
 def test_rows_left_out_have_a_line_for_each_kind(tmp_path, capsys):
     path = write_table(tmp_path, HEADER + '0\ta\tGood\t3\n' + 'text\n' * 8 + '0\ta\tText\t9\n')
-    assert len(sentiment.read_sst(path)) == 1
+    assert len(tasks.read_rows('sst', path)) == 1
     malformed, mislabelled = capsys.readouterr().err.splitlines()
     assert malformed.endswith(': line 3, 4, 5, 6, 7 and 3 more') and mislabelled.endswith(': line 11')
 
@@ -339,18 +369,64 @@ def test_rows_left_out_have_a_line_for_each_kind(tmp_path, capsys):
 def test_file_of_no_rows_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / 'a.csv').write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        sentiment.read_sst(tmp_path / 'a.csv')
+        tasks.read_rows('sst', tmp_path / 'a.csv')
+    assert '\n' not in str(error.value)
+
+
+def test_table_of_another_task_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='has no column sentence1 or sentence2 or is_duplicate: its first line has'):
+        tasks.read_rows('quora', write_table(tmp_path, HEADER + '0\ta\tText\t1\n'))
+
+
+# sonnets
+
+TITLE = 'Sonnets\nby William Shakespeare\nCreated on Jul 31, 2015, from FDT version 0.9.0.1\n\n\n'
+
+
+def sonnet(n_lines=14):
+    return '\n'.join(f'  Line {i}, of it' if i > 12 else f'Line {i}' for i in range(1, n_lines + 1))
+
+
+def book(lengths, first=1, title=TITLE):
+    return title + ''.join(f'{first + i}\n\n{sonnet(n)}\n\n' for i, n in enumerate(lengths))
+
+
+def test_sonnets_are_read_under_their_numbers():
+    text = book([14, 12, 14], first=125).replace('Line 2\n', 'Line 2  \n\n').replace('126\n', ' 126 \n')
+    expected = [('125', sonnet()), ('126', sonnet(12)), ('127', sonnet())]
+    for content in text, text.replace('\n', '\r\n'), '\ufeff' + text.rstrip('\n'):
+        assert tasks.parse_sonnets(content.encode(), 'a.txt') == expected
+    assert tasks.parse_sonnets(book([3, 4], first=145).encode(), 'a.txt', prompts=True) == [('145', sonnet(3)), ('146', sonnet(4))]
+
+
+@pytest.mark.parametrize(
+    'text, prompts, message',
+    [
+        (book([14, 11, 14]), False, 'sonnet 2 has fewer than 12 lines'),
+        (book([14, 0]), False, 'sonnet 2 has fewer than 12 lines'),
+        (book([3, 2]), True, 'sonnet 2 has fewer than 3 lines'),
+        (TITLE + sonnet(), False, 'no line is the number of a sonnet'),
+        ('', True, 'no line is the number of a sonnet'),
+        ('\udcff', False, 'not UTF-8 text'),
+    ],
+)
+def test_file_of_no_sonnets_is_refused_in_one_line(tmp_path, text, prompts, message):
+    (tmp_path / 'a.txt').write_bytes(text.encode(errors='surrogateescape'))
+    with pytest.raises(ValueError, match=rf'a\.txt is .*{message}') as error:
+        tasks.read_sonnets(tmp_path / 'a.txt', prompts)
     assert '\n' not in str(error.value)
 
 
 # prepare.py
+
+COURSE = ['sst', 'cfimdb', 'quora', 'sonnets']
 
 
 @pytest.fixture
 def repository(tmp_path):
     """A copy of the repository's code, without its data."""
     root = tmp_path / 'copy'
-    data = shutil.ignore_patterns('*.bin', '*.csv', '*.json', '*.safetensors', 'vocab.txt', '__pycache__')
+    data = shutil.ignore_patterns('*.bin', '*.csv', '*.json', '*.safetensors', '*.txt', '__pycache__')
     shutil.copytree(ROOT / 'data', root / 'data', ignore=data)
     for path in ROOT.glob('*.py'):
         shutil.copy(path, root)
@@ -393,7 +469,7 @@ def test_prepare_byte_pairs(repository, tmp_path):
     assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'gpt2'}
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'sst', 'minilm'])
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'minilm', *COURSE, 'taskmix'])
 @pytest.mark.parametrize('flag', ['--source=absent.txt', '--sorce=a.txt', 'absent.py'])
 def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
     done = run_prepare(repository, name, flag)
@@ -440,63 +516,211 @@ def load_prepare(name):
     return module
 
 
-SST = {
-    'ids-sst-train.csv': HEADER + '0\ta\t Good .\t3\n1\tb\t \t1\n2\tc\n3\td\t Bad .\t\n4\te\t Bad .\t7\n',
-    'ids-sst-dev.csv': HEADER + '0\tf\t Fine .\t2\n',
-    'ids-sst-test-student.csv': '0\t\tid\tsentence\n1\t0.0\tg\t Who knows ?\n2\t1.0\th\t I .\n',
+TEST = '0\t\tid\tsentence\n1\t0.0\tg\t Who knows ?\n2\t1.0\th\t I .\n'
+FAULTY_ROWS = '1\tb\t \t1\n2\tc\n3\td\t Bad .\t\n4\te\t Bad .\t7\n'
+FILES = {  # small ones, named as those of the course
+    'sst': {
+        'ids-sst-train.csv': HEADER + '0\ta\t Good .\t3\n' + FAULTY_ROWS,
+        'ids-sst-dev.csv': HEADER + '0\tf\t Fine .\t2\n',
+        'ids-sst-test-student.csv': TEST,
+    },
+    'cfimdb': {
+        'ids-cfimdb-train.csv': HEADER + '0\ta\t Good .\t1\n' + FAULTY_ROWS,
+        'ids-cfimdb-dev.csv': HEADER + '0\tf\t Fine .\t0\n',
+        'ids-cfimdb-test-student.csv': TEST,
+    },
+    'quora': {'quora-dev.csv': PAIRS + ''.join(f'{i}\tid{i}\tHow {i} ?\tWhy {i} ?\t{i % 2}.0\n' for i in range(60)) + '9\tb\tHow\t\t1.0\n'},
+    'sonnets': {
+        'sonnets.txt': book([14, 12]),
+        'TRUE_sonnets_held_out_dev.txt': book([14], first=132),
+        'sonnets_held_out.txt': book([3, 3, 3], first=145),
+    },
 }
 
 
 @pytest.fixture
-def treebank(tmp_path):
-    """A folder with three small files named as the course's."""
-    folder = tmp_path / 'treebank'
-    folder.mkdir()
-    for name, text in SST.items():
-        write_table(folder, text, name)
-    return folder
+def originals(tmp_path):
+    """{task: a folder with its files}"""
+    for task, texts in FILES.items():
+        (tmp_path / f'{task}-files').mkdir()
+        for name, text in texts.items():
+            write_table(tmp_path / f'{task}-files', text, name)
+    return {task: tmp_path / f'{task}-files' for task in FILES}
 
 
-def test_prepare_sentiment(repository, treebank):
+def pin(monkeypatch, prepare, contents):
+    """Let these be the files that the course has, at the addresses of a folder."""
+    pinned = {}
+    for split, (name, _, _, _) in prepare.FILES.items():
+        pinned[split] = (name, contents[name].parent.as_uri(), files.sha256_of(contents[name]), os.path.getsize(contents[name]))
+    monkeypatch.setattr(prepare, 'FILES', pinned)
+
+
+@pytest.mark.parametrize('task', ['sst', 'cfimdb'])
+def test_prepare_sentiment(repository, originals, task):
     for _ in range(2):  # once more over what is there
-        done = run_prepare(repository, 'sst', '--source=treebank')
+        done = run_prepare(repository, task, f'--source={task}-files')
         assert done.returncode == 0, done.stderr
     assert [line.rpartition(': ')[2] for line in done.stderr.splitlines()] == ['line 3', 'line 4', 'line 5', 'line 6']
-    folder = repository / 'data' / 'sst'
-    assert {path.name for path in folder.iterdir()} == {'prepare.py', 'readme.md', 'train.csv', 'dev.csv', 'test.csv', 'meta.json'}
+    folder = repository / 'data' / task
+    made = {path.name for path in folder.iterdir()} - {'readme.md'}
+    assert made == {'prepare.py', 'train.csv', 'dev.csv', 'test.csv', 'meta.json'}
     meta = json.loads((folder / 'meta.json').read_text())
-    assert meta['source'] == "files other than the course's, folder treebank"
+    assert meta['source'] == f'files other than those of the course, folder {task}-files'
     counts = {'train': (1, 1, 1, 1, 1), 'dev': (1, 0, 0, 0, 0), 'test': (2, 0, 0, 2, 0)}
-    for (split, numbers), name in zip(counts.items(), SST):
-        assert (folder / f'{split}.csv').read_bytes() == (treebank / name).read_bytes()
+    for (split, numbers), name in zip(counts.items(), FILES[task]):
+        assert (folder / f'{split}.csv').read_text() == FILES[task][name]
         expected = dict(zip(('rows', 'missing', 'malformed', 'unlabelled', 'mislabelled'), numbers))
-        assert meta['splits'][split] == {'file': name, 'sha256': files.sha256_of(treebank / name), **expected}
-        assert len(sentiment.read_sst(folder / f'{split}.csv', labelled=split != 'test')) == numbers[0]
+        assert meta['splits'][split] == {'sha256': files.sha256_of(originals[task] / name), **expected}
+        assert len(tasks.read_rows(task, folder / f'{split}.csv', labelled=split != 'test')) == numbers[0]
 
 
-def test_prepare_sentiment_refuses_before_it_writes(repository, treebank):
-    assert run_prepare(repository, 'sst', '--source=treebank').returncode == 0
-    folder = repository / 'data' / 'sst'
+def test_prepare_quora(repository, originals):
+    done = run_prepare(repository, 'quora', '--source=quora-files')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('1 row(s) left out, without an id or a sentence: line ') == 1
+    folder = repository / 'data' / 'quora'
+    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {'prepare.py', 'train.csv', 'dev.csv', 'meta.json'}
+    splits = {split: tasks.read_rows('quora', folder / f'{split}.csv') for split in ('train', 'dev')}
+    assert sorted(splits['train'] + splits['dev']) == sorted((f'id{i}', f'how {i} ?', f'why {i} ?', i % 2) for i in range(60))
+    meta = json.loads((folder / 'meta.json').read_text())['splits']
+    assert all(meta[split]['rows'] == len(rows) and meta[split]['unlabelled'] == 0 for split, rows in splits.items())
+    assert meta['train']['missing'] + meta['dev']['missing'] == 1
+
+
+def test_prepare_sonnets(repository, originals):
+    done = run_prepare(repository, 'sonnets', '--source=sonnets-files')
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    folder = repository / 'data' / 'sonnets'
+    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {'prepare.py', 'train.txt', 'dev.txt', 'test.txt', 'meta.json'}
+    meta = json.loads((folder / 'meta.json').read_text())['splits']
+    for (split, n_rows), text in zip({'train': 2, 'dev': 1, 'test': 3}.items(), FILES['sonnets'].values()):
+        assert (folder / f'{split}.txt').read_text() == text
+        assert meta[split] == {'sha256': hashlib.sha256(text.encode()).hexdigest(), 'rows': n_rows}
+    write_table(originals['sonnets'], book([14, 11]), 'sonnets.txt')
+    done = run_prepare(repository, 'sonnets', '--source=sonnets-files')
+    assert done.returncode == 1 and done.stderr == 'error: train.txt is no file of sonnets: sonnet 2 has fewer than 12 lines\n'
+    assert (folder / 'meta.json').exists() and (folder / 'train.txt').read_text() == FILES['sonnets']['sonnets.txt']
+
+
+@pytest.mark.parametrize(
+    'task, content, complaint',
+    [
+        ('sst', HEADER, 'dev.csv has no row that can be used'),
+        (
+            'cfimdb',
+            HEADER + '0\ta\tText\t2\n',
+            'dev.csv has no row that can be used; 1 row(s) left out, with a label other than 0 to 1: line 2',
+        ),
+        ('quora', '', 'train.csv has no column id or sentence1 or sentence2 or is_duplicate: its first line has []'),
+        (
+            'quora',
+            HEADER,
+            "train.csv has no column sentence1 or sentence2 or is_duplicate: its first line has ['', 'id', 'sentence', 'sentiment']",
+        ),
+        ('sonnets', TITLE, 'dev.txt is no file of sonnets: no line is the number of a sonnet'),
+    ],
+    ids=['sst', 'cfimdb', 'quora empty', 'quora', 'sonnets'],
+)
+def test_prepare_refuses_before_it_writes(originals, tmp_path, task, content, complaint):
+    prepare, folder, names = load_prepare(task).prepare, tmp_path / 'made', list(FILES[task])
+    folder.mkdir()
+    prepare(folder, str(originals[task]))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    write_table(treebank, HEADER + '0\ta\tOther\t1\n', 'ids-sst-train.csv')
-    write_table(treebank, HEADER, 'ids-sst-dev.csv')
-    done = run_prepare(repository, 'sst', '--source=treebank')
-    assert done.returncode == 1 and done.stderr == 'error: ids-sst-dev.csv has no row that can be used\n'
+    write_table(originals[task], FILES[task][names[0]].replace('Good', 'Other'), names[0])
+    write_table(originals[task], content, names[len(names) // 2])
+    with pytest.raises(ValueError) as error:
+        prepare(folder, str(originals[task]))
+    assert str(error.value) == complaint
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_prepare_sentiment_downloads_what_it_expects(treebank, tmp_path, monkeypatch):
-    prepare = load_prepare('sst')
-    monkeypatch.setattr(prepare, 'URL', treebank.as_uri())
-    with pytest.raises(ValueError, match='ids-sst-train.csv holds .* bytes, expected 1175139'):
-        prepare.prepare(tmp_path, '')
-    known = {}
-    for split, name in zip(prepare.FILES, SST):
-        known[split] = (name, files.sha256_of(treebank / name), os.path.getsize(treebank / name))
-    monkeypatch.setattr(prepare, 'FILES', known)
-    prepare.prepare(tmp_path, '')
-    assert json.loads((tmp_path / 'meta.json').read_text())['source'] == f"the course's files, {treebank.as_uri()}"
-    assert (tmp_path / 'dev.csv').read_text() == SST['ids-sst-dev.csv']
+@pytest.mark.parametrize('task', COURSE)
+def test_prepare_downloads_what_it_expects(originals, tmp_path, monkeypatch, task):
+    prepare = load_prepare(task)
+    folder = tmp_path / 'made'
+    folder.mkdir()
+    address = originals[task].as_uri()
+    expected = {split: (name, address, sha256, size) for split, (name, _, sha256, size) in prepare.FILES.items()}
+    monkeypatch.setattr(prepare, 'FILES', expected)
+    name, _, _, size = next(iter(expected.values()))
+    with pytest.raises(ValueError, match=f'{name} holds .* bytes, expected {size}'):
+        prepare.prepare(folder, '')
+    assert not list(folder.iterdir())
+    pin(monkeypatch, prepare, {name: originals[task] / name for name in FILES[task]})
+    prepare.prepare(folder, '')
+    assert json.loads((folder / 'meta.json').read_text())['source'] == f'the files of the course, {address}'
+    if task != 'quora':
+        assert [(folder / split).read_text() for split in expected] == list(FILES[task].values())
+
+
+@pytest.mark.parametrize('task', COURSE)
+def test_ends_of_lines_make_no_difference(originals, tmp_path, monkeypatch, task):
+    """Neither those that the course has nor those that a folder has."""
+    prepare, made = load_prepare(task), []
+    other = tmp_path / 'crlf'
+    other.mkdir()
+    for path in originals[task].iterdir():
+        (other / path.name).write_bytes(path.read_bytes().replace(b'\n', b'\r\n'))
+    for i, (published, source) in enumerate((a, b) for a in (originals[task], other) for b in (originals[task], other)):
+        pin(monkeypatch, prepare, {name: published / name for name in FILES[task]})
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        prepare.prepare(folder, str(source))
+        assert json.loads((folder / 'meta.json').read_text())['source'] == f'the files of the course, folder {source}'
+        made.append({path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'meta.json'})
+    assert made[0] == made[1] == made[2] == made[3] and not any(b'\r' in content for content in made[0].values())
+    path = other / next(iter(FILES[task]))
+    path.write_bytes(path.read_bytes().replace(b'Good', b'Fair').replace(b'How', b'Who').replace(b'Line', b'Verse'))
+    prepare.prepare(folder, str(other))
+    assert json.loads((folder / 'meta.json').read_text())['source'] == f'files other than those of the course, folder {other}'
+
+
+def test_pairs_are_divided_by_their_ids():
+    """Whatever else is in the file, and wherever its columns are; a tenth of them for dev."""
+    divide = load_prepare('quora').divide
+    ids = [hashlib.md5(str(i).encode()).hexdigest() for i in range(4000)]
+    dev = {id for id in ids if int(hashlib.sha256(id.encode()).hexdigest()[:4], 16) / 65536 < 0.1}
+    assert 320 < len(dev) < 480
+    lines = [f'{i}\t{id}\tHow {i} ?\tWhy {i} ?\t1.0\n' for i, id in enumerate(ids)]
+    parts = divide({'quora-dev.csv': (PAIRS + ''.join(lines)).encode()})
+    assert list(parts) == ['train.csv', 'dev.csv']
+    header, *held = parts['dev.csv'].decode().splitlines(keepends=True)
+    assert header == PAIRS and held == [line for line, id in zip(lines, ids) if id in dev]
+    assert parts['train.csv'].decode() == PAIRS + ''.join(line for line, id in zip(lines, ids) if id not in dev)
+
+    shuffled = [f'1.0\tA\tB\t {id} \n' for id in random.Random(0).sample(ids, 1000)]
+    parts = divide({'quora-dev.csv': ('\ufeffis_duplicate\tsentence1\tsentence2\tid\n' + ''.join(shuffled)).encode()})
+    held = [line.split('\t')[3].strip() for line in parts['dev.csv'].decode().splitlines()[1:]]
+    assert held == [id for line in shuffled if (id := line.split('\t')[3].strip()) in dev]
+
+
+def test_mixture_has_the_texts_of_train_alone(repository, originals, tmp_path):
+    rows = [(f'id{i}', f'Film {i} " is good .') for i in range(30)]
+    write_table(originals['sst'], HEADER + ''.join(f'{i}\t{id}\t{text}\t1\n' for i, (id, text) in enumerate(rows)), 'ids-sst-train.csv')
+    speeches = [f'SPEAKER {i}:\nI speak.' for i in range(45)]
+    (tmp_path / 'a.txt').write_text('\n\n'.join(speeches))
+    for task in COURSE:
+        load_prepare(task).prepare(repository / 'data' / task, str(originals[task]))
+    done = run_prepare(repository, 'taskmix', '--source=a.txt')
+    if 'pip cannot download' in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    folder = repository / 'data' / 'taskmix'
+    tokenizer = tokenizer_from_dict(json.loads((folder / 'meta.json').read_text())['tokenizer'])
+    train, val = (tokenizer.decode(read_split(folder, split)).split('<|endoftext|>') for split in ('train', 'val'))
+    assert train.pop() == val.pop() == ''
+
+    quora = (repository / 'data' / 'quora' / 'train.csv').read_text().splitlines()[1:]
+    documents = [text.lower() for _, text in rows] + ['good .']
+    documents += [text.lower() for line in quora for text in line.split('\t')[2:4] if '\t\t' not in line]
+    documents += [sonnet(14), sonnet(12)] + ['\n\n'.join(speeches[i : i + 20]) for i in (0, 20, 40)]
+    assert val == documents[::20] and len(val) > 3
+    assert train == [text for i, text in enumerate(documents) if i % 20]
+    unseen = [
+        text for task in tasks.COLUMNS for _, *texts, _ in tasks.read_rows(task, repository / f'data/{task}/dev.csv') for text in texts
+    ]
+    assert not set(unseen) & {*train, *val}
 
 
 def make_model(folder, names):
@@ -564,7 +788,15 @@ def test_prepare_encoder_reads_the_wheel(tmp_path, monkeypatch):
 def test_prepared_files_are_ignored_by_git():
     if not (ROOT / '.git').exists():
         pytest.skip('not a clone')
-    prepared = [f'data/sst/{name}' for name in ('train.csv', 'dev.csv', 'test.csv', 'meta.json')]
-    prepared += [f'data/minilm/{name}' for name in load_prepare('minilm').FILES]
-    done = subprocess.run(['git', 'check-ignore', '--no-index', *prepared], cwd=ROOT, capture_output=True, text=True)
+    made = {
+        **dict.fromkeys(('sst', 'cfimdb', 'quora'), ('train.csv', 'dev.csv', 'test.csv', 'meta.json')),
+        'sonnets': ('train.txt', 'dev.txt', 'test.txt', 'meta.json'),
+        'taskmix': ('train.bin', 'val.bin', 'meta.json'),
+        'minilm': load_prepare('minilm').FILES,
+    }
+    prepared = [f'data/{folder}/{name}' for folder, names in made.items() for name in names]
+    ours = [f'data/{folder}/{name}' for folder in made for name in ('prepare.py', 'readme.md')] + ['data/course.py', 'requirements.txt']
+    done = subprocess.run(['git', 'check-ignore', '--no-index', *prepared, *ours], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == prepared
+    tracked = subprocess.run(['git', 'ls-files', *prepared], cwd=ROOT, capture_output=True, text=True)
+    assert tracked.stdout == ''

@@ -22,7 +22,6 @@ def clone(tmp_path_factory):
         shutil.copy(path, folder)
     for name in 'data/minilm', 'data/sst', 'results/minilm':
         (folder / name).mkdir(parents=True)
-    shutil.copy(ROOT / 'data/sentiment.py', folder / 'data')
     shutil.copy(ROOT / 'results/minilm/study.py', folder / 'results/minilm')
     torch.manual_seed(0)
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

@@ -24,7 +24,7 @@ source = ''  # a folder with quora-dev.csv; empty: that of the course, from its 
 
 def divide(contents):
     """A tenth of the lines for dev, by the sha256 of their ids, so that a pair is on the same side wherever it stands."""
-    header, *lines = contents['quora-dev.csv'].splitlines(keepends=True)
+    header, *lines = contents['quora-dev.csv'].splitlines(keepends=True) or [b'']
     column = header.decode('utf-8-sig', errors='replace').rstrip().split('\t')
     place = column.index('id') if 'id' in column else 0  # without the column, reading the rows complains
     splits = {'train.csv': [header], 'dev.csv': [header]}

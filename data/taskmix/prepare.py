@@ -25,12 +25,12 @@ source = ''  # a text file; empty: tinyshakespeare
 
 def read_documents(source):
     """The texts, one after another, and a line that says where they are from."""
+    text, description = read_text(source)
     for task in (*COLUMNS, 'sonnets'):
         if not (DATA / task / 'meta.json').exists() and subprocess.run([sys.executable, str(DATA / task / 'prepare.py')]).returncode:
             raise OSError(f'data/{task} is not there (python data/{task}/prepare.py --source=FOLDER)')
     documents = [text for task in COLUMNS for _, *texts, _ in read_rows(task, split_path(task, 'train')) for text in texts]
     documents += [text for _, text in read_sonnets(split_path('sonnets', 'train'))]
-    text, description = read_text(source)
     scenes = text.split('\n\n')  # what one speaker says
     documents += ['\n\n'.join(scenes[i : i + 20]) for i in range(0, len(scenes), 20)]
     return documents, f'train of {", ".join(COLUMNS)} and sonnets; {description}'
