@@ -175,21 +175,24 @@ def answer_ids(task, tokenizer):
 def encode_prompt(task, sentences, tokenizer, block_size):
     """
     (token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into block_size is cut from
-    the ends of the sentences, each of which has an equal share of the room; the question always stands whole.
+    the end of the longest sentence, until two are as long as each other, then from both; the question always stands whole.
     """
     befores, question = [tokenizer.encode(text) if text else [] for text in task.before], tokenizer.encode(task.question)
-    room = (block_size - len(question) - sum(map(len, befores))) // len(sentences)
-    if room < 1:
-        raise ValueError(
-            f'block_size={block_size} has no room for the prompt of {task.name}: it takes {len(question)} tokens beside the text'
-        )
+    n_fixed = len(question) + sum(map(len, befores))
+    room = block_size - n_fixed
+    if room < len(sentences):
+        raise ValueError(f'block_size={block_size} has no room for the prompt of {task.name}: it takes {n_fixed} tokens beside the text')
     parts = [tokenizer.encode_ordinary(sentence) for sentence in sentences]
-    ids = [token for before, part in zip(befores, parts) for token in before + part[:room]] + question
-    return ids, any(len(part) > room for part in parts)
+    longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
+    ids = [token for before, part in zip(befores, parts) for token in before + part[:longest]] + question
+    return ids, any(len(part) > longest for part in parts)
 
 
 def encode_sonnet(text, tokenizer, block_size):
-    """(token ids, whether it was cut) of a sonnet and the end of text after it."""
+    """(token ids, whether it was cut) of a sonnet and the end of text after it. ValueError where not even its prompt fits."""
+    n_prompt = len(tokenizer.encode(prompt_of(text)))
+    if n_prompt >= block_size:
+        raise ValueError(f'block_size={block_size} has no room for a sonnet: its first {N_PROMPT_LINES} lines take {n_prompt} tokens')
     ids = tokenizer.encode_ordinary(text) + [tokenizer.end_of_text]
     return ids[: block_size + 1], len(ids) > block_size + 1  # the last token is a target only
 
