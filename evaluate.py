@@ -131,6 +131,7 @@ def evaluate_task(checkpoint):
         gpt, tokenizer = variants.load_base(out_dir if init_from == 'resume' else init_from, dropout=0.0)
         model = variants.make_task_model(gpt, tokenizer, settings)
     name, part = settings['task'], 'dev' if split == 'val' else split
+    tasks.prepare_task(name)
     examples = tasks.read_examples(name, part, tokenizer, model.gpt.config.block_size)
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}

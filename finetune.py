@@ -111,7 +111,7 @@ for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_c
 for name in ('dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
     if not 0 <= config[name] < 1:
         raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
-tasks.find_task(task)
+tasks.prepare_task(task)
 session = Session(device, dtype)
 device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
@@ -343,5 +343,6 @@ if log and log[-1]['iter'] == step and is_done():
 else:
     save()
     say(f'stopped at step {step}; to go on: the same command with --resume=True')
-del fast_model  # before its process group: the other way round, gloo aborts now and then
+if session.ddp:
+    del fast_model  # before its process group: the other way round, gloo aborts now and then
 session.leave()

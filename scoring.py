@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from files import write_atomically
 from kan import packed_weights
 from model import sample_token
+from tasks import N_LINES, N_PROMPT_LINES
 
-N_LINES, N_PROMPT_LINES = 14, 3  # of a sonnet, and of what is given of it
 COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label is the token of GPT-2: no, yes
 
 

@@ -8,9 +8,12 @@ import io
 import os
 import random
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 DATA = Path(__file__).resolve().parent / 'data'
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
@@ -204,6 +207,17 @@ def prompt_of(sonnet):
 
 def split_path(name, split):
     return DATA / name / f'{split}.{"txt" if name == "sonnets" else "csv"}'
+
+
+def prepare_task(name):
+    """Run data/<name>/prepare.py where its files are missing."""
+    find_task(name)
+    script = DATA / name / 'prepare.py'
+    with FileLock(DATA / name / 'prepare.lock'):
+        if not (DATA / name / 'meta.json').exists():
+            print(f'task {name!r} has no data, preparing it: python {os.path.relpath(script)}', flush=True)
+            if subprocess.run([sys.executable, str(script)]).returncode:
+                raise ValueError(f'preparing the data of {name!r} failed, see above; python {os.path.relpath(script)} --source=FOLDER')
 
 
 def read_examples(name, split, tokenizer, block_size):

@@ -7,7 +7,6 @@ $ python data/taskmix/prepare.py
 $ python data/taskmix/prepare.py --source=my.txt   # another text in place of tinyshakespeare
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
 from configurator import configure
 from loader import write_meta, write_split
-from tasks import COLUMNS, DATA, read_rows, read_sonnets, split_path
+from tasks import COLUMNS, TASKS, prepare_task, read_rows, read_sonnets, split_path
 from tinyshakespeare import read_text
 from tokenizer import GPT2Tokenizer
 
@@ -26,9 +25,8 @@ source = ''  # a text file; empty: tinyshakespeare
 def read_documents(source):
     """The texts, one after another, and a line that says where they are from."""
     text, description = read_text(source)
-    for task in (*COLUMNS, 'sonnets'):
-        if not (DATA / task / 'meta.json').exists() and subprocess.run([sys.executable, str(DATA / task / 'prepare.py')]).returncode:
-            raise OSError(f'data/{task} is not there (python data/{task}/prepare.py --source=FOLDER)')
+    for task in TASKS:
+        prepare_task(task)
     documents = [text for task in COLUMNS for _, *texts, _ in read_rows(task, split_path(task, 'train')) for text in texts]
     documents += [text for _, text in read_sonnets(split_path('sonnets', 'train'))]
     scenes = text.split('\n\n')  # what one speaker says

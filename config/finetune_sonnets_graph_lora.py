@@ -1,0 +1,14 @@
+"""
+GPT-2 (124M) learns Shakespeare's sonnets. LoRA, and graph attention behind the MLPs.
+
+    python finetune.py config/finetune_sonnets_graph_lora.py
+    python finetune.py config/finetune_sonnets_graph_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sonnets-graph-lora'
+task = 'sonnets'
+wandb_run_name = 'sonnets-graph-lora'
+
+use_graph = True
+batch_size = 8
+epochs = 15

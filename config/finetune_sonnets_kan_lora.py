@@ -1,0 +1,15 @@
+"""
+GPT-2 (124M) learns Shakespeare's sonnets. Adapters of two small KAN layers in a row, on the layers of attention and MLP.
+
+    python finetune.py config/finetune_sonnets_kan_lora.py
+    python finetune.py config/finetune_sonnets_kan_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sonnets-kan-lora'
+task = 'sonnets'
+wandb_run_name = 'sonnets-kan-lora'
+
+lora_kind = 'kan'
+lora_rank = 16
+batch_size = 8
+epochs = 15

@@ -1,0 +1,13 @@
+"""
+GPT-2 (124M) learns Shakespeare's sonnets. LoRA of rank 32 on the layers of attention and MLP.
+
+    python finetune.py config/finetune_sonnets_lora.py
+    python finetune.py config/finetune_sonnets_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sonnets-lora'
+task = 'sonnets'
+wandb_run_name = 'sonnets-lora'
+
+batch_size = 8
+epochs = 15

@@ -1,0 +1,13 @@
+"""
+GPT-2 (124M) learns the sentiment of film reviews (SST, five classes). All weights train.
+
+    python finetune.py config/finetune_sst_full.py
+    python finetune.py config/finetune_sst_full.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sst-full'
+wandb_run_name = 'sst-full'
+
+finetune_mode = 'full'
+use_lora = False
+learning_rate = 2e-5

@@ -1,0 +1,11 @@
+"""
+GPT-2 (124M) learns the sentiment of film reviews (SST, five classes). LoRA, and graph attention behind the MLPs.
+
+    python finetune.py config/finetune_sst_graph_lora.py
+    python finetune.py config/finetune_sst_graph_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sst-graph-lora'
+wandb_run_name = 'sst-graph-lora'
+
+use_graph = True

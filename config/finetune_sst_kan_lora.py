@@ -1,0 +1,12 @@
+"""
+GPT-2 (124M) learns the sentiment of film reviews (SST, five classes). Adapters of two small KAN layers in a row, on the layers of attention and MLP.
+
+    python finetune.py config/finetune_sst_kan_lora.py
+    python finetune.py config/finetune_sst_kan_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+"""
+
+out_dir = 'out-finetune-sst-kan-lora'
+wandb_run_name = 'sst-kan-lora'
+
+lora_kind = 'kan'
+lora_rank = 16
