@@ -55,10 +55,8 @@ VARIANTS = {  # settings of finetune.py, and learning rates to try
     'Graph-LoRA': (dict(LORA, use_graph=True), (1e-3, 3e-3, 1e-2)),
     'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), (3e-4, 1e-3, 3e-3)),
 }
-PAPER = {  # LoRA is the only variant with figures of its own in the paper: GPT-2 Large
-    'LoRA': ('55.2', '99.2', '89.9 (test)', '42.1 (prompt included)'),
-}
-RANKS, ALPHAS = (4, 16, 32), (16, 32, 64)
+PAPER = ('55.2', '99.2', '89.9, test', '', '42.1')  # SST, CFIMDB, Quora, sonnets without and with the prompt; of LoRA alone
+RANKS, ALPHAS, BLOCKS = (4, 16, 32), (16, 32, 64), (0, 3)
 
 
 # a run
@@ -101,7 +99,7 @@ def list_runs(stage):
                 {**sst, **settings, 'kan_single_layer': block, 'learning_rate': rate, 'seed': seed},
             )
             for seed in many
-            for block in (0, 3)
+            for block in BLOCKS
         ]
     if stage == 'time':
         short = dict(sst, train_limit=640, epochs=1, seed=1)
@@ -165,16 +163,94 @@ def read_finals(variant, task):
     return [read_record('final', f'{variant}, {task}, seed={seed}') for seed in seeds.split(',')]
 
 
-def describe(values, scale=1.0):
-    spread = f' ± {scale * statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{scale * statistics.mean(values):.1f}{spread}'
-
-
 def values_of(records, task):
-    scale = 1.0 if task == 'sonnets' else 100.0
-    return [scale * record['dev'][SCORES[task]] for record in records]
+    """The score of a task for each record: percent, of sonnets CHRF of what follows the prompt."""
+    return [(1 if task == 'sonnets' else 100) * record['dev'][SCORES[task]] for record in records]
+
+
+# the page
+
+
+def describe(values):
+    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+
+def p_value(values, baseline):
+    """Of a paired t-test over the seeds."""
+    from scipy.stats import ttest_rel
+
+    return '' if values == baseline else f' (p = {ttest_rel(values, baseline).pvalue:.2g})'
+
+
+def make_main_table():
+    lines = [
+        '| variant | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step | peak memory |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|',
+    ]
+    for variant in VARIANTS:
+        cells, timed = [], read_record('time', variant)
+        for task in TASKS:
+            values = values_of(read_finals(variant, task), task)
+            cells.append(describe(values) + p_value(values, values_of(read_finals('LoRA', task), task)))
+        cells.append(describe([record['dev']['chrf'] for record in read_finals(variant, 'sonnets')]))
+        cells += [f'{best_rate(variant):g}', f'{1e3 * timed["seconds"] / timed["steps"]:.0f}', f'{timed["peak_memory"] / 1e6:.0f} MB']
+        lines.append(f'| {variant} | {read_finals(variant, "sst")[0]["trained"]:,} | {" | ".join(cells)} |')
+    lines.append(f'| *in the paper: LoRA, GPT-2 Large* | | *{"* | *".join(PAPER)}* | | | |')
+    return lines
+
+
+def make_rank_table():
+    lines = ['| LoRA on SST | ' + ' | '.join(f'alpha {alpha}' for alpha in ALPHAS) + ' |', '|---|' + '--:|' * len(ALPHAS)]
+    for rank in RANKS:
+        cells = []
+        for alpha in ALPHAS:
+            found = [read_record('rank', f'rank={rank}, alpha={alpha}, seed={seed}') for seed in seeds.split(',')]
+            cells.append(describe(values_of(found, 'sst')))
+        lines.append(f'| rank {rank} | {" | ".join(cells)} |')
+    return lines
+
+
+def make_single_table():
+    lines = ['| KAN layers, SST | |', '|---|--:|']
+    rows = {'in no block (full)': read_finals('full', 'sst'), 'in all blocks (KAN)': read_finals('KAN', 'sst')}
+    for block in BLOCKS:
+        rows[f'in block {block} alone'] = [read_record('single', f'block={block}, seed={seed}') for seed in seeds.split(',')]
+    baseline = values_of(rows['in no block (full)'], 'sst')
+    for name, found in rows.items():
+        values = values_of(found, 'sst')
+        lines.append(f'| {name} | {describe(values)}{p_value(values, baseline)} |')
+    return lines
+
+
+def draw_curves():
+    """Loss per epoch, on what is learned from and on what is held out, of KAN-LoRA beside LoRA: a line per seed."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(15, 4), layout='constrained')
+    for task, panel in zip(TASKS, panels):
+        for variant, color in ('LoRA', 'tab:blue'), ('KAN-LoRA', 'tab:orange'):
+            for i, record in enumerate(read_finals(variant, task)):
+                epochs = [line['epoch'] for line in record['log']]
+                for key, style, name in ('train_loss', '--', 'train'), ('loss', '-', 'held out'):
+                    label = f'{variant}, {name}' if i == 0 else None
+                    panel.plot(epochs, [line[key] for line in record['log']], style, color=color, alpha=0.7, label=label)
+        panel.set_title(task)
+        panel.set_xlabel('epoch')
+        panel.set_xticks(epochs)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel('loss, nats per example (sonnets: per token)')
+    panels[-1].legend(fontsize=8)
+    figure.savefig(HERE / 'curves.png', dpi=110)
 
 
 if __name__ == '__main__':
     for stage in filter(None, stages.split(',')):
         run_all(list_runs(stage))
+    table = '\n'.join([*make_main_table(), '', *make_rank_table(), '', *make_single_table()]) + '\n'
+    with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
+        f.write(table)
+    draw_curves()
+    print(table, end='')
