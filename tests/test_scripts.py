@@ -18,9 +18,23 @@ LAYERS = [  # a module imports from the rows above its own
     {'configurator', 'device', 'kernels', 'records', 'tokenizer'},
     {'kan', 'graph', 'loader'},
     {'model', 'lora', 'tasks'},
-    {'checkpoint', 'cost', 'peft_kan'},
+    {'checkpoint', 'cost', 'peft_kan', 'scoring'},
+    {'session', 'variants'},
 ]
-HEAVY = {'matplotlib', 'wandb', 'transformers', 'peft', 'torch_geometric', 'tiktoken', 'datasets', 'scipy', 'pytest', 'plotly'}
+HEAVY = {
+    'matplotlib',
+    'wandb',
+    'transformers',
+    'peft',
+    'torch_geometric',
+    'tiktoken',
+    'datasets',
+    'scipy',
+    'pytest',
+    'plotly',
+    'sklearn',
+    'sacrebleu',
+}
 
 
 def read_command(config):
