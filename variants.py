@@ -45,6 +45,11 @@ def load_base(init_from, dropout):
     return model, load_tokenizer({}, model.config.vocab_size)
 
 
+def has_rows(gpt):
+    """Whether lm_head is a linear layer, with a row for each token, and not a KAN or one with an adapter."""
+    return type(gpt.lm_head) is nn.Linear
+
+
 class TaskModel(nn.Module):
     """
     A GPT that answers: (B, n_labels) logits of the labels, read off the last token of each row; for sonnets (B, T, vocab_size) logits
@@ -63,7 +68,7 @@ class TaskModel(nn.Module):
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
         if self.head is not None:
             return self.head(x)
-        if type(self.gpt.lm_head) is nn.Linear:  # the rows of the answers alone, of 50257
+        if has_rows(self.gpt):  # those of the answers alone, of 50257
             return F.linear(x, self.gpt.lm_head.weight[self.answers])
         return self.gpt.lm_head(x)[:, self.answers]
 
@@ -78,7 +83,7 @@ def make_task_model(gpt, tokenizer, settings):
         kanify_mlps(gpt, settings)
     head = make_head(gpt, task and answer_ids(task, tokenizer), settings)
     model = TaskModel(gpt, task and answer_ids(task, tokenizer), head)
-    if mode == 'head' and task is None:  # on its own, or the embeddings would train with it
+    if mode == 'head' and task is None and has_rows(gpt):  # on its own, or the embeddings would train with it
         gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
     if mode == 'adapter':
         add_lora(model, lora_config(settings, has_head=head is not None))
@@ -99,10 +104,15 @@ def check_settings(gpt, settings):
             f'use_lora={settings["use_lora"]} with finetune_mode={settings["finetune_mode"]!r}: adapters train alone, by use_lora=True '
             "and finetune_mode='adapter'; 'full' and 'head' have none"
         )
-    if settings['lora_kind'] == 'kan_base' and settings['use_lora'] and not settings['use_kan']:
-        raise ValueError("lora_kind='kan_base' adapts KAN layers: it wants use_kan=True")
+    if settings['lora_kind'] == 'kan_base' and settings['use_lora'] and not (settings['use_kan'] or gpt.config.use_kan):
+        raise ValueError("lora_kind='kan_base' adapts KAN layers: it wants use_kan=True, or a model that has some")
+    idle = [name for name in ('use_kan', 'use_graph') if settings[name]]
+    if settings['finetune_mode'] == 'head' and idle:
+        raise ValueError(f"{idle[0]}=True with finetune_mode='head': these layers would not train, and change nothing until they do")
     if settings['use_kan'] and gpt.config.use_kan:
         raise ValueError('use_kan makes KAN layers of MLPs, and this model has KAN layers already: leave use_kan out')
+    if settings['kan_single_layer'] >= 0 and not settings['use_kan']:
+        raise ValueError(f'kan_single_layer={settings["kan_single_layer"]} says which block gets KAN layers: it wants use_kan=True')
     if not -1 <= settings['kan_single_layer'] < gpt.config.n_layer:
         raise ValueError(
             f'kan_single_layer={settings["kan_single_layer"]}: the model has blocks 0 to {gpt.config.n_layer - 1}; -1 means all'
@@ -120,7 +130,7 @@ def kanify_mlps(gpt, settings):
 
 def make_head(gpt, answers, settings):
     """The linear layer that reads the label off, or None where lm_head does. In the cloze form it begins as the rows of the answers."""
-    if answers is None or (settings['form'] == 'cloze' and settings['finetune_mode'] != 'head'):
+    if answers is None or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
         return None
     head = nn.Linear(gpt.config.n_embd, len(answers), bias=settings['form'] == 'linear')
     with torch.no_grad():
