@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
+ROWS = 128  # targets at a time on masks: none looks beyond itself, so nearly half of the sources are left out
+NUMBERS = 2**24  # at most, for the pairs of targets and sources that GATv2 looks at at a time, D of them each
 
 
 def check_graph(config):
@@ -177,36 +179,36 @@ class GraphAttention(nn.Module):
 
     def attend(self, x, bias, cache=None):
         """What the convolution gives on the edges of `Edges.bias`, from its parameters."""
-        B, T, C = x.size()
-        if self.kind == 'gat':
-            values = self.split(self.conv.lin(x))  # (B, H, T, D)
-            targets = (values * self.conv.att_dst.transpose(0, 1)).sum(-1, keepdim=True)  # (B, H, T, 1)
-        else:
-            values, targets = self.split(self.conv.lin_l(x)), self.split(self.conv.lin_r(x))  # (B, H, T, D) each
+        (B, T, C), conv = x.size(), self.conv
+        values = self.split(conv.lin(x) if self.kind == 'gat' else conv.lin_l(x))  # (B, H, T, D)
         if cache is not None:
             values = cache.extend('values', values)  # (B, H, S, D)
         S = values.size(2)
-        if self.kind == 'gat' or x.is_meta:
-            y = self.attend_rows(targets, values, bias)
-        else:  # a few targets at a time, as there are D numbers for each pair; computed again in the backward pass
-            R = max(1, 2**24 // (B * S * C))
-            parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]  # no row looks beyond its last target
-            parts = [(targets[:, :, i : i + R], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts]
-            y = torch.cat([checkpoint(self.attend_rows, *part, use_reentrant=False) for part in parts], 2)
+        if self.kind == 'gat':
+            sources = (values * conv.att_src.transpose(0, 1)).sum(-1, keepdim=True)  # (B, H, S, 1)
+            targets = (values[:, :, S - T :] * conv.att_dst.transpose(0, 1)).sum(-1, keepdim=True)  # (B, H, T, 1)
+            R, attend_rows = ROWS, self.attend_rows
+        else:  # the pairs are computed again in the backward pass
+            sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
+            R, attend_rows = max(1, NUMBERS // (B * S * C)), functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
+        if x.is_meta:  # FLOPs are counted: of whole matrices, once
+            R, attend_rows = T, self.attend_rows
+        parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]
+        parts = [(targets[:, :, i : i + R], sources[:, :, :n], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts]
+        y = torch.cat([attend_rows(*part) for part in parts], 2)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return y if self.conv.bias is None else y + self.conv.bias
+        return y if conv.bias is None else y + conv.bias
 
     def split(self, x):
         """(B, T, C) -> (B, H, T, D)"""
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-    def attend_rows(self, targets, values, bias):
-        """targets (B, H, R, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S) -> (B, H, R, D)"""
+    def attend_rows(self, targets, sources, values, bias):
+        """targets (B, H, R, 1 or D), sources (B, H, S, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S) -> (B, H, R, D)"""
         slope = self.conv.negative_slope
         if self.kind == 'gat':
-            sources = (values * self.conv.att_src.transpose(0, 1)).sum(-1)  # (B, H, S)
-            scores = F.leaky_relu((targets + sources.unsqueeze(2)).add_(bias), slope, inplace=True)
+            scores = F.leaky_relu((targets + sources.mT).add_(bias), slope, inplace=True)  # (B, H, R, S)
         else:
-            pairs = F.leaky_relu(targets.unsqueeze(3) + values.unsqueeze(2), slope, inplace=True)  # (B, H, R, S, D)
+            pairs = F.leaky_relu(targets.unsqueeze(3) + sources.unsqueeze(2), slope, inplace=True)  # (B, H, R, S, D)
             scores = (pairs * self.conv.att[:, :, None, None]).sum(-1).add_(bias)
         return scores.softmax(-1).to(values.dtype) @ values

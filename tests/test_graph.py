@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import graph
 from checkpoint import build_model
 from graph import EDGES, Edges, GraphAttention, add_graph, near_list, near_mask
 from model import GPT, GPTConfig
@@ -74,8 +75,11 @@ def run(layer, x, edges):
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('p', [0.0, 0.2, 1.0])
-def test_mask_gives_what_the_edge_list_gives(kind, place, bias, p):
-    """Outputs and gradients, of one set of parameters, on random graphs."""
+def test_mask_gives_what_the_edge_list_gives(monkeypatch, kind, place, bias, p):
+    """Outputs and gradients, of one set of parameters, on random graphs; with rows taken together and a few at a time."""
+    if p < 1:
+        monkeypatch.setattr(graph, 'ROWS', 4)
+        monkeypatch.setattr(graph, 'NUMBERS', 4 * 3 * 11 * 24)
     settings = dict(graph_kind=kind, graph_place=place, bias=bias, n_embd=24, graph_heads=3)
     dense, pyg = (make_layer(graph_backend=backend, **settings) for backend in ('dense', 'pyg'))
     pyg.load_state_dict(dense.state_dict())
@@ -197,8 +201,9 @@ def test_a_sample_depends_on_nothing_but_itself(backend, edges):
 
 @pytest.mark.parametrize('edges', EVERY)
 @pytest.mark.parametrize('kind', KINDS)
-def test_greedy_with_the_cache_equals_greedy_without_it(edges, kind):
+def test_greedy_with_the_cache_equals_greedy_without_it(monkeypatch, edges, kind):
     """From one token and from five, within the block and beyond it."""
+    monkeypatch.setattr(graph, 'ROWS', 3)
     for place in PLACES:
         for T in (1, 5):
             model, idx = make(graph_edges=edges, graph_kind=kind, graph_place=place, vocab_size=20, bias=False), tokens(3, T)
@@ -285,8 +290,8 @@ def test_added_layers_leave_the_logits_as_they_are(settings):
         optimizer.zero_grad()
         model(idx[:, :-1], idx[:, 1:].contiguous())[1].backward()
         optimizer.step()
-    graph = model.transformer.h[1].graph
-    assert graph.gate.any() and all(p.grad.any() for name, p in graph.named_parameters())
+    layer = model.transformer.h[1].graph
+    assert layer.gate.any() and all(p.grad.any() for p in layer.parameters())
     assert not torch.equal(model(idx, idx)[0], expected)
 
 
