@@ -58,20 +58,21 @@ def add_graph(model, **settings):
 # edges
 
 
+def find_gaps(T, S, device):
+    """How many tokens each source lies before each of the last T targets, (T, S)."""
+    places = torch.arange(S, device=device)
+    return places[S - T :, None] - places
+
+
 @functools.cache
-def near_mask(N, window, device):
-    """The mask (N, N) of each token and the `window` tokens before it."""
+def list_near(N, window, device):
+    """
+    The list (2, E) of each of N tokens and the `window` tokens before it, and how many edges there are up to each target. Targets
+    ascend, so that the edges of fewer tokens are its beginning.
+    """
     with torch.inference_mode(False):  # it outlives the pass that asks for it
-        places = torch.arange(N, device=device)
-        gap = places[:, None] - places
-        return (gap >= 0) & (gap <= window)
-
-
-@functools.cache
-def near_list(N, window, device):
-    """The same edges as a list (2, E), and how many there are up to each target. Targets ascend: fewer tokens have its beginning."""
-    with torch.inference_mode(False):
-        mask = near_mask(N, window, device)
+        gaps = find_gaps(N, N, device)
+        mask = (gaps >= 0) & (gaps <= window)
         return mask.nonzero().t().flip(0), mask.sum(1).cumsum(0).tolist()
 
 
@@ -87,35 +88,18 @@ class Edges:
         tokens are padding and linked with themselves alone.
         """
         kinds = set(config.graph_edges.split(','))
-        window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
+        self.window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
         self.same, self.similar = ('causal' not in kinds and kind in kinds for kind in ('same', 'topk'))
-        self.near = config.block_size, window, ids.device
-        self.topk, self.lengths, self.size = config.graph_topk, lengths, ids.size()
-        self.ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
-
-    def cut(self, mask):
-        """The rows of the T tokens at hand: (block_size, block_size) -> (T, S)"""
-        T, S = self.size[1], self.ids.size(1)
-        return mask[S - T : S, :S]
-
-    @functools.cached_property
-    def allowed(self):
-        """What a target may look at: tokens up to itself; padding at itself alone. (T, S), with lengths (B, T, S)"""
-        N, _, device = self.near
-        mask = self.cut(near_mask(N, N, device))
-        if self.lengths is None:
-            return mask
-        T, S = mask.size()
-        real = torch.arange(S - T, S, device=device) < self.lengths[:, None]  # (B, T)
-        return mask & real.unsqueeze(-1) | self.cut(near_mask(N, 0, device))
-
-    @functools.cached_property
-    def shared(self):
-        """The mask of the edges that all layers have."""
-        mask = self.cut(near_mask(*self.near))
+        self.block_size, self.topk, self.lengths, T = config.block_size, config.graph_topk, lengths, ids.size(1)
+        ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
+        gaps = find_gaps(T, ids.size(1), ids.device)
+        self.earlier = gaps > 0  # where a target may look besides at itself: (T, S), with lengths (B, T, S)
+        if lengths is not None:
+            self.earlier = self.earlier & (torch.arange(T, device=ids.device) < lengths[:, None]).unsqueeze(-1)
+        near = gaps <= self.window
         if self.same:
-            mask = mask | (self.ids[:, -self.size[1] :, None] == self.ids[:, None])
-        return mask & self.allowed
+            near = near | (ids[:, -T:, None] == ids[:, None])
+        self.shared = (gaps == 0) | near & self.earlier  # the mask of the edges that all layers have
 
     def mask(self, x, cache=None):
         """The mask of a layer with inputs x (B, T, C)."""
@@ -124,26 +108,26 @@ class Edges:
         x = F.normalize(x.detach().float(), dim=-1)
         x = x if cache is None else cache.extend('similar', x)  # (B, S, C)
         with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):  # at half precision many would be equally similar
-            similarity = x[:, -self.size[1] :] @ x.transpose(1, 2)  # (B, T, S)
-        earlier = self.cut(~near_mask(self.near[0], 0, x.device)) & self.allowed
-        similarity.masked_fill_(~earlier, -torch.inf)
+            similarity = x[:, -self.shared.size(-2) :] @ x.transpose(1, 2)  # (B, T, S)
+        similarity.masked_fill_(~self.earlier, -torch.inf)
         least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
-        return self.shared | (similarity >= least) & earlier
+        return self.shared | (similarity >= least) & self.earlier
 
     def bias(self, x, cache=None):
         """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
         mask = self.mask(x, cache)
         return torch.zeros(mask.size(), device=x.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)
 
+    @torch.compiler.disable  # how many there are depends on the data
     def list(self, x):
         """The same as a list (2, E), of tokens b * T + position; there is no cache."""
-        (B, T), device = self.size, x.device
-        if not (self.same or self.similar) and self.lengths is None:
-            edges, counts = near_list(*self.near)
-            edges, b = edges[:, None, : counts[T - 1]], torch.arange(B, device=device)[:, None]
-            return (edges + b * T).flatten(1)
-        b, target, source = self.mask(x).expand(B, T, T).nonzero().t()
-        return torch.stack((source, target)) + b * T
+        B, T, _ = x.size()
+        if self.same or self.similar or self.lengths is not None:
+            b, target, source = self.mask(x).expand(B, T, T).nonzero().t()
+            return torch.stack((source, target)) + b * T
+        edges, counts = list_near(self.block_size, self.window, x.device)
+        edges, b = edges[:, None, : counts[T - 1]], torch.arange(B, device=x.device)[:, None]
+        return (edges + b * T).flatten(1)
 
 
 # the layer
