@@ -12,19 +12,25 @@ are made from the records, by --stages= without running anything.
 """
 
 import json
+import multiprocessing
+import os
+import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configurator import ROOT, configure
 from files import write_atomically
+from kan import KANLinear
+from kernels import name_of, spline_linear_backward
+from lora import LoRAConfig
 from records import read_log
 
 # -----------------------------------------------------------------------------
@@ -36,10 +42,10 @@ configure(globals())
 
 HERE = Path(__file__).resolve().parent
 TASKS = {  # settings of each task
-    'sst': dict(train_limit=2400, epochs=3, batch_size=32),
-    'cfimdb': dict(train_limit=800, epochs=3, batch_size=16),
-    'quora': dict(train_limit=2400, epochs=3, batch_size=32),
-    'sonnets': dict(epochs=4, batch_size=8),
+    'sst': dict(epochs=3, batch_size=32),
+    'cfimdb': dict(epochs=3, batch_size=16),
+    'quora': dict(train_limit=8000, epochs=3, batch_size=32),
+    'sonnets': dict(epochs=6, batch_size=8),
 }
 SCORES = {'sst': 'accuracy', 'cfimdb': 'accuracy', 'quora': 'accuracy', 'sonnets': 'chrf_continuation'}
 KAN = dict(use_kan=True, grid_size=3, spline_order=1)
@@ -67,7 +73,7 @@ def list_runs(stage):
     many = [int(seed) for seed in seeds.split(',')]
     sst = TASKS['sst']
     if stage == 'search':
-        short = dict(sst, train_limit=1200, epochs=2, seed=0)
+        short = dict(sst, train_limit=2000, epochs=2, seed=0)
         rates = [(name, settings, lr) for name, (settings, rates) in VARIANTS.items() for lr in rates]
         return [(stage, f'{name}, lr={lr:g}', 'sst', {**short, **settings, 'learning_rate': lr}) for name, settings, lr in rates]
     if stage == 'final':
@@ -128,19 +134,39 @@ def run_one(stage, name, task, settings):
     """A run of finetune.py, its record kept and its checkpoints thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         flags = dict(task=task, init_from=init_from, out_dir=folder, predict_test=False, **settings)
-        command = [sys.executable, str(Path(ROOT, 'finetune.py')), *(f'--{key}={value}' for key, value in flags.items())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f'error: {stage} {name} failed: {done.stderr.strip().splitlines()[-1]}')
-        metrics = json.loads(Path(folder, 'metrics.json').read_text(encoding='utf-8'))
-        about = json.loads(Path(folder, 'run.json').read_text(encoding='utf-8'))
-        log = [{key: line[key] for key in line if key not in ('lr',)} for line in read_log(folder)]
-    record = dict(
-        stage=stage, name=name, task=task, settings=settings, **metrics, log=log, device=about['device'], versions=about['versions']
-    )
+        process = multiprocessing.get_context('fork').Process(target=finetune, args=(flags,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f'error: {stage} {name} failed, see above')
+        metrics, about = (json.loads(Path(folder, file).read_text(encoding='utf-8')) for file in ('metrics.json', 'run.json'))
+        log = read_log(folder)
+    record = dict(stage=stage, name=name, settings=settings, **metrics, log=log, device=about['device'], versions=about['versions'])
     with write_atomically(path_of(stage, name), 'w', 'utf-8') as f:
         json.dump(record, f, indent=1)
         f.write('\n')
+
+
+def finetune(flags):
+    """Become finetune.py: in a fork of this process, in which torch is there and the splines are compiled."""
+    sys.argv[:] = ['finetune.py', *(f'--{key}={value}' for key, value in flags.items())]
+    sys.stdout = open(os.devnull, 'w')
+    try:
+        runpy.run_path(str(Path(ROOT, 'finetune.py')), run_name='__main__')
+    except Exception:  # as at the top of Python: whatever ends the script goes to its excepthook
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def warm_up():
+    """Compile the passes of the KAN layers that the runs have, once for all of them; without autograd, whose threads do not outlive a fork."""
+    for grid_size in (KAN['grid_size'], LoRAConfig.grid_size):
+        for activation in (torch.nn.SiLU(), torch.nn.Identity(), torch.nn.GELU()):
+            for trains in (False, True):  # compiled code is for inputs of one kind
+                layer = KANLinear(64, 8, grid_size, spline_order=1).requires_grad_(False)
+                x, grad = torch.randn(512, 64, requires_grad=trains), torch.randn(512, 8)
+                with torch.no_grad():
+                    spline_linear_backward(grad, x, layer.packed_weight(), layer.grid, 1, name_of(activation), x.dtype, [True, True])
 
 
 # reading the records
@@ -247,6 +273,8 @@ def draw_curves():
 
 
 if __name__ == '__main__':
+    if stages:
+        warm_up()
     for stage in filter(None, stages.split(',')):
         run_all(list_runs(stage))
     table = '\n'.join([*make_main_table(), '', *make_rank_table(), '', *make_single_table()]) + '\n'

@@ -1,0 +1,76 @@
+"""The study of results/finetune: what it would run, and its page from made-up records."""
+
+import importlib.util
+import json
+import random
+import sys
+
+import pytest
+from helpers import ROOT
+
+from configurator import settings_of
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """study.py as a module whose records lie in a folder of the test."""
+    monkeypatch.setattr(sys, 'argv', ['study.py'])
+    spec = importlib.util.spec_from_file_location('finetune_study', ROOT / 'results/finetune/study.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, 'HERE', tmp_path)
+    (tmp_path / 'runs').mkdir()
+    return module
+
+
+def make_record(study, stage, name, task, settings):
+    """A record as a run would leave it, its numbers drawn by its name."""
+    draw = random.Random(f'{stage} {name}')
+    dev = {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')} if task == 'sonnets' else {'accuracy': draw.random()}
+    log = [dict(epoch=i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
+    record = dict(task=task, settings=settings, dev=dev, valid=min(log, key=lambda line: line['loss']), log=log)
+    record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8)
+    study.path_of(stage, name).write_text(json.dumps(record))
+    return record
+
+
+def make_records(study, *stages):
+    for stage in stages:
+        for one in study.list_runs(stage):
+            make_record(study, *one)
+
+
+def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
+    make_records(study, 'search')
+    paths = set()
+    runs = [one for stage in ('search', 'final', 'rank', 'single', 'time') for one in study.list_runs(stage)]
+    for stage, name, task, settings in runs:
+        settings_of('finetune.py', [f'--task={task}', *(f'--{key}={value}' for key, value in settings.items())])
+        paths.add(study.path_of(stage, name))
+    assert len(paths) == len(runs) == 8 * 3 + 8 * 4 * 3 + 9 * 3 + 2 * 3 + 8
+    assert all(' ' not in path.name and path.parent.name == 'runs' for path in paths)
+
+
+def test_the_rate_of_a_variant_is_the_one_with_the_lowest_loss_on_what_was_held_out(study):
+    make_records(study, 'search')
+    rates = {lr: study.read_record('search', f'LoRA, lr={lr:g}')['valid']['loss'] for lr in study.VARIANTS['LoRA'][1]}
+    assert study.best_rate('LoRA') == min(rates, key=rates.get)
+
+
+def test_page_is_made_of_all_records(study):
+    make_records(study, 'search')
+    make_records(study, 'final', 'rank', 'single', 'time')
+    values = [100 * study.read_record('final', f'KAN, sst, seed={seed}')['dev']['accuracy'] for seed in (1, 2, 3)]
+    row = next(line for line in study.make_main_table() if line.startswith('| KAN |'))
+    assert f'| {sum(values) / 3:.1f} ± ' in row and row.count('(p = ') == 4 and '| 500 | 500 MB |' in row
+    assert '(p = ' not in next(line for line in study.make_main_table() if line.startswith('| LoRA |'))
+    assert len({line.count('|') for line in study.make_main_table()}) == 1
+    assert len(study.make_rank_table()) == 5 and len(study.make_single_table()) == 6
+    study.draw_curves()
+    assert (study.HERE / 'curves.png').stat().st_size > 10_000
+
+
+def test_a_missing_record_is_named(study):
+    make_records(study, 'search')
+    with pytest.raises(ValueError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
+        study.make_main_table()
