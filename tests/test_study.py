@@ -73,4 +73,4 @@ def test_page_is_made_of_all_records(study):
 def test_a_missing_record_is_named(study):
     make_records(study, 'search')
     with pytest.raises(ValueError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
-        study.make_main_table()
+        study.read_finals('full', 'sst')
