@@ -183,6 +183,8 @@ def test_backends_agree_in_a_gpt(edges):
         assert dense.transformer.h[0].get_submodule('graph' if place == 'after' else 'attn').dense
         for given in (None, lengths):
             torch.testing.assert_close(dense.features(idx, lengths=given), pyg.features(idx, lengths=given), atol=1e-4, rtol=1e-4)
+        changed = (dense.features(idx, lengths=lengths) - dense.features(idx)).abs().amax(-1)  # (B, T)
+        assert changed[torch.arange(10) >= lengths[:, None]].max() > 1e-3  # padding has no neighbours
 
 
 @pytest.mark.parametrize('backend', ['dense', 'pyg'])
@@ -244,7 +246,7 @@ def test_mixed_precision_stays_near(kind, backend):
 
 
 def test_similar_tokens_at_half_precision_are_those_at_full_precision():
-    config, x = GPTConfig(**SIZES, **GRAPH, graph_edges='topk'), torch.randn(4, 12, 16)
+    config, x = GPTConfig(**SIZES, **GRAPH, graph_edges='topk'), 10 + torch.randn(4, 12, 16)
     expected = Edges(config, tokens(4, 12)).mask(x)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(Edges(config, tokens(4, 12)).mask(x), expected)
