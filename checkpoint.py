@@ -5,6 +5,7 @@ What a run leaves behind, and how it is read back.
     ckpt_prev.pt   the state saved before it
     best.pt        the state with the lowest validation loss, what sample.py reads
     run.json, log.jsonl   what records.py writes
+    metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
 Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
 """
@@ -58,9 +59,8 @@ def link(path, name):
 
 def set_aside(out_dir):
     """Move the files of an earlier run into a folder of their own in out_dir; returns it, or None where there was no run."""
-    names = [
-        name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt', 'run.json', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))
-    ]
+    names = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt', 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return None
     folder = next(folder for i in itertools.count(1) if not os.path.exists(folder := os.path.join(out_dir, f'earlier-{i}')))

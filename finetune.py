@@ -111,6 +111,8 @@ for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_c
 for name in ('dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
     if not 0 <= config[name] < 1:
         raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
+if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
+    raise ValueError(f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}')
 tasks.prepare_task(task)
 session = Session(device, dtype)
 device, dtype, say = session.device, session.dtype, session.say

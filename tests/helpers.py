@@ -5,8 +5,10 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
 FORKED.set_forkserver_preload(
     ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'tqdm', 'pytest', 'matplotlib.pyplot', 'plotly.io', 'scipy.stats']
+    + ['sklearn.metrics', 'sacrebleu.metrics', 'torch_geometric.nn']
 )
 TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
 
@@ -37,6 +40,30 @@ BATCHES = dict(batch_size=2, gradient_accumulation_steps=2, eval_iters=2, eval_i
 SCHEDULE = dict(max_iters=4, lr_decay_iters=100, warmup_iters=1, learning_rate=1e-2, min_lr=1e-3)
 TINY = dict(device='cpu', dropout=0.2, **SHAPE, **BATCHES, **SCHEDULE)
 KAN = dict(use_kan=True, kan_targets='attn,mlp,head', kan_hidden=1.0)
+
+
+class Words:
+    """A tokenizer in place of GPT-2's: a token for each answer and question of the tasks, and for each character of plain text."""
+
+    answers = [' terrible', ' bad', ' okay', ' good', ' great', ' no', ' yes']
+    questions = ['\nSentiment:', 'Question 1: ', '\nQuestion 2: ', '\nThe same question:']
+    pieces = [*answers, *questions, *string.printable, '<|endoftext|>']
+    vocab_size, end_of_text = len(pieces), len(pieces) - 1
+
+    def encode(self, text):
+        return [self.pieces.index(piece) for piece in re.findall('|'.join(map(re.escape, self.pieces)), text)]
+
+    def encode_ordinary(self, text):
+        return self.encode(text.replace('<|endoftext|>', ''))
+
+    def decode_bytes(self, ids):
+        return ''.join(self.pieces[i] for i in ids).encode()
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode()
+
+    def to_dict(self):
+        return {'kind': 'gpt2'}
 
 
 def flags(**settings):

@@ -1,0 +1,489 @@
+"""Fine-tuning from the command line: what a run leaves, resume, several processes, early stopping, bad input, configs."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, Words, complaint, flags, load, make_checkpoint, read_log, run_forked, same_state, together
+
+import tasks
+import variants
+from configurator import settings_of
+from lora import read_adapter
+from model import GPT, GPTConfig
+from tokenizer import GPT2Tokenizer
+
+for package in 'sklearn', 'sacrebleu', 'torch_geometric':
+    pytest.importorskip(package)
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+TABLES = {'sst': ('sentence',), 'cfimdb': ('sentence',), 'quora': ('sentence1', 'sentence2')}
+COUNTS, POEMS = {'train': 20, 'dev': 7, 'test': 3}, {'train': 20, 'dev': 2, 'test': 1}
+WORDS = ['dull', 'bad', 'fair', 'good', 'fine']
+FULL = dict(finetune_mode='full', use_lora=False)
+TINY = dict(
+    device='cpu',
+    init_from='base',
+    batch_size=4,
+    epochs=2,
+    patience=0,
+    learning_rate=0.01,
+    warmup_fraction=0.0,
+    dropout=0.1,
+    temperature=0.0,
+)
+BLOCK = 72
+N_STEPS = 5  # of an epoch: 18 examples, the others are held out
+ADAPTERS = dict(lora_rank=2, lora_alpha=4.0, graph_heads=2)
+CONFIGS = sorted(path for path in ROOT.glob('config/finetune_*.py') if 'finetune.py config/' in path.read_text())
+
+# tasks.py looks for data where the tests have put it, words are the vocabulary, and a run gets a signal at one of its batches
+PRELUDE = """
+import os, signal
+from pathlib import Path
+
+import tasks
+import tokenizer
+from helpers import Words
+
+tasks.DATA = Path(__file__).resolve().parent / 'data'
+batches, collate = [], tasks.collate
+
+def count(batch, device):
+    batches.append(batch)
+    if len(batches) == int(os.environ.get('STOP_AT', 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return collate(batch, device)
+
+tasks.collate = count
+if 'VOCABULARY' not in os.environ:
+    tokenizer.GPT2Tokenizer = Words
+"""
+
+
+def write_table(path, name, labels, text='{word} film {i}'):
+    split, n_columns = path.stem, len(TABLES[name])
+    header = ['', 'id', *TABLES[name], *[{'quora': 'is_duplicate'}.get(name, 'sentiment')] * (split != 'test')]
+    rows = []
+    for i, label in enumerate(labels):
+        texts = [text.format(word=WORDS[label], i='very ' * (i * (1 + k) % 7)) for k in range(n_columns)]
+        rows.append([str(i), f'{split}-{i}', *texts, *[str(label)] * (split != 'test')])
+    path.write_text(''.join('\t'.join(row) + '\n' for row in [header, *rows]))
+
+
+def sonnet(i, n_lines=14):
+    return '\n'.join(f'{"abc"[(i + line) % 3]} {line}' for line in range(n_lines))
+
+
+def write_data(folder):
+    for name in TABLES:
+        (folder / name).mkdir(parents=True)
+        (folder / name / 'meta.json').write_text('{}')
+        for split, n in COUNTS.items():
+            if (name, split) != ('quora', 'test'):
+                write_table(folder / name / f'{split}.csv', name, [i * 3 % tasks.COLUMNS[name][2] for i in range(n)])
+    (folder / 'sonnets').mkdir()
+    (folder / 'sonnets' / 'meta.json').write_text('{}')
+    for split, n in POEMS.items():
+        book = ''.join(f'{i + 1}\n\n{sonnet(i, 3 if split == "test" else 14)}\n\n' for i in range(n))
+        (folder / 'sonnets' / f'{split}.txt').write_text('Sonnets\n\n' + book)
+
+
+def make_base(folder, vocab_size=Words.vocab_size + 3, block_size=BLOCK):
+    state = make_checkpoint(folder, n_layer=2, n_embd=8, block_size=block_size, vocab_size=vocab_size)
+    torch.save({**state, 'tokenizer': {'kind': 'gpt2'}}, folder / 'ckpt.pt')
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A folder with data, a GPT in base/, and the prelude of runs."""
+    folder = tmp_path_factory.mktemp('workshop')
+    write_data(folder / 'data')
+    (folder / 'small.py').write_text(PRELUDE)
+    make_base(folder / 'base')
+    return folder
+
+
+@pytest.fixture
+def place(workshop, tmp_path):
+    """The same in a folder of the test's own, where it can write."""
+    for name in 'base', 'data':
+        shutil.copytree(workshop / name, tmp_path / name)
+    shutil.copy(workshop / 'small.py', tmp_path)
+    return tmp_path
+
+
+def enter(folder, script, *args, env=()):
+    return run_forked(folder, script, *args, modules=str(folder), prelude='small', env=env)
+
+
+def tune(folder, out_dir='out', *args, env=(), **settings):
+    """A run of finetune.py that has to end well."""
+    done = enter(folder, 'finetune.py', *args, *flags(**{**TINY, 'out_dir': out_dir, **settings}), env=env)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read_json(*parts):
+    return json.loads(Path(*parts).read_text())
+
+
+def same_run(a, b):
+    """Weights, optimizer, evaluations, scores and predictions, bit for bit."""
+    logs = [[{key: line[key] for key in line if key != 'seconds'} for line in read_log(folder)] for folder in (a, b)]
+    files = [{path.name: path.read_bytes() for path in Path(folder, 'predictions').iterdir()} for folder in (a, b)]
+    scores = [read_json(folder, 'metrics.json')['dev'] for folder in (a, b)]
+    return same_state(load(a), load(b)) and logs[0] == logs[1] and files[0] == files[1] and scores[0] == scores[1]
+
+
+# what a run leaves behind
+
+
+def read_predictions(path, column, n):
+    header, *lines = path.read_text().splitlines()
+    assert header == f'id \t {column} '
+    rows = [re.fullmatch(r'(\S+), (\d+) ', line).groups() for line in lines]
+    assert [id for id, _ in rows] == [f'{path.stem.split("-")[1]}-{i}' for i in range(n)]
+    return [int(label) for _, label in rows]
+
+
+def check_labels(out, name):
+    """The files of predictions, and the scores of dev against a count by hand."""
+    labels = [i * 3 % tasks.COLUMNS[name][2] for i in range(COUNTS['dev'])]
+    column = 'Predicted_Is_Paraphrase' if name == 'quora' else 'Predicted_Sentiment'
+    found = read_predictions(out / f'predictions/{name}-dev-out.csv', column, COUNTS['dev'])
+    if name == 'quora':
+        found = [[3919, 8505].index(token) for token in found]  # GPT-2's tokens of no and yes
+        assert not (out / f'predictions/{name}-test-out.csv').exists()
+    else:
+        assert set(read_predictions(out / f'predictions/{name}-test-out.csv', column, COUNTS['test'])) <= set(range(5))
+    right = sum(a == b for a, b in zip(found, labels))
+    assert read_json(out, 'metrics.json')['dev']['accuracy'] == pytest.approx(right / len(labels))
+
+
+def check_sonnets(out):
+    from sacrebleu.metrics import CHRF
+
+    true = [sonnet(i) for i in range(POEMS['dev'])]
+    for split, n in ('dev', POEMS['dev']), ('test', POEMS['test']):
+        text = (out / f'predictions/sonnets-{split}-out.txt').read_text()
+        assert text.startswith('--Generated Sonnets-- \n\n\n1\n')
+        written = [part.strip('\n') for part in re.split(r'\n\n\d+\n', text)[1:]]
+        assert len(written) == n
+        for i, poem in enumerate(written):
+            assert poem.startswith(sonnet(i, 3) + '\n') and len(poem.split('\n')) <= 14
+        if split == 'dev':
+            found = read_json(out, 'metrics.json')['dev']
+            assert found['chrf'] == pytest.approx(CHRF().corpus_score(written, [true]).score)
+
+
+@pytest.mark.parametrize(
+    'config, more',
+    [
+        ('sst_lora', {}),
+        ('sst_head', dict(form='linear')),
+        ('sst_kan_base_lora', {}),
+        ('cfimdb_full', dict(gradient_accumulation_steps=1)),
+        ('quora_graph_lora', {}),
+        ('sonnets_kan_lora', {}),
+    ],
+)
+def test_what_a_run_leaves(workshop, config, more):
+    """And evaluate.py finds the same scores in it."""
+    out_dir, name = f'out-{config}', config.split('_')[0]
+    settings = dict(more) if 'full' in config or 'head' in config else dict(more, **ADAPTERS)
+    done = tune(workshop, out_dir, ROOT / f'config/finetune_{config}.py', **settings)
+    out = workshop / out_dir
+    expected = ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'metrics.json', 'predictions', 'run.json']
+    assert sorted(os.listdir(out)) == ['adapter'] * ('lora' in config) + expected
+    record, metrics, log = read_json(out, 'run.json'), read_json(out, 'metrics.json'), read_log(out)
+    assert list(record)[-1] == 'finished' and record['final'] == metrics
+    assert record['config']['task'] == metrics['task'] == name and record['config']['lora_rank'] == settings.get('lora_rank', 32)
+    n_dev = (POEMS if name == 'sonnets' else COUNTS)['dev']
+    assert record['dataset'] == {'name': name, 'train': 18, 'valid': 2, 'dev': n_dev}
+    assert [(line['iter'], line['epoch']) for line in log] == [(N_STEPS, 1), (2 * N_STEPS, 2)] and metrics['steps'] == 2 * N_STEPS
+    assert metrics['valid'] == min(log, key=lambda line: line['loss']) and log[-1]['train_loss'] > 0
+    assert load(out)['iter_num'] == 2 * N_STEPS and load(out, 'best.pt')['iter_num'] == metrics['valid']['iter']
+    assert load(out)['best_val_loss'] == metrics['valid']['loss']
+    assert f'{metrics["trained"]:,} of {metrics["parameters"]:,} parameters train' in done.stdout
+    if 'lora' in config:
+        tensors = read_adapter(str(out / 'adapter' / 'adapter_model.safetensors'))[1]
+        state = load(out, 'best.pt')['model']
+        assert sum(tensor.numel() for tensor in tensors.values()) == metrics['trained'] + ('kan' in config and count_knots(tensors))
+        names = {key: next(n for n in state if n.replace('.adapters.default', '') == key) for key in tensors}
+        assert all(torch.equal(tensors[key], state[name]) for key, name in names.items())
+    check_sonnets(out) if name == 'sonnets' else check_labels(out, name)
+
+    done = enter(workshop, 'evaluate.py', f'--out_dir={out_dir}', '--device=cpu', '--baselines=2')
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {key: found[key] for key in metrics['dev']} == pytest.approx(metrics['dev'], rel=1e-5)
+    assert (found['task'], found['split'], found['examples'], found['model']) == (name, 'dev', n_dev, out_dir)
+
+
+def count_knots(tensors):
+    """Grids are saved with an adapter, but do not train."""
+    return sum(tensor.numel() for key, tensor in tensors.items() if key.endswith('grid'))
+
+
+def test_a_run_with_the_vocabulary_of_gpt2(workshop):
+    try:
+        GPT2Tokenizer()  # and its files are in the cache for the run
+    except OSError as error:
+        pytest.skip(f'no network and no package to read the vocabulary from: {error}')
+    make_base(workshop / 'large', vocab_size=50304, block_size=64)
+    tune(workshop, 'out-gpt2', env={'VOCABULARY': 'gpt2'}, init_from='large', task='sonnets', epochs=1, **ADAPTERS)
+    check_sonnets(workshop / 'out-gpt2')
+    assert load(workshop / 'out-gpt2')['model']['gpt.lm_head.weight'].shape == (50304, 8)
+
+
+def test_sample_writes_on_from_a_fine_tuned_model(workshop):
+    tune(workshop, 'out-sample', task='sonnets', epochs=1, **ADAPTERS)
+    done = enter(workshop, 'sample.py', *flags(out_dir='out-sample', start='a 1 b', num_samples=2, max_new_tokens=8, device='cpu'))
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    samples = done.stdout.split('\n---------------\n')
+    assert len(samples) == 3 and all(text.startswith('a 1 b') and len(text) > 5 for text in samples[:2])
+
+
+def test_part_of_train_is_enough(workshop):
+    tune(workshop, 'out-part', epochs=1, train_limit=10, valid_fraction=0.2, **ADAPTERS)
+    record = read_json(workshop, 'out-part', 'run.json')
+    assert record['dataset'] == {'name': 'sst', 'train': 10, 'valid': 2, 'dev': COUNTS['dev']} and record['final']['steps'] == 3
+
+
+def test_earlier_run_is_moved_with_all_that_it_left(place):
+    tune(place, epochs=1, **ADAPTERS)
+    out = place / 'out'
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    done = tune(place, epochs=1, **FULL, env={'STOP_AT': '2'})
+    assert f'moved to {os.path.join("out", "earlier-1")}' in done.stdout
+    assert {path.relative_to(out / 'earlier-1'): path.read_bytes() for path in (out / 'earlier-1').rglob('*') if path.is_file()} == before
+    assert sorted(os.listdir(out)) == ['ckpt.pt', 'earlier-1', 'log.jsonl', 'run.json']
+
+
+# resume
+
+
+@pytest.mark.parametrize('settings', [ADAPTERS, dict(task='sonnets', use_kan=True, spline_order=1, **FULL)], ids=['lora', 'sonnets kan'])
+def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
+    """Stopped within an epoch, then at the evaluation after it. The control goes on without its random state."""
+    together(
+        lambda: tune(place, 'straight', **settings),
+        lambda: tune(place, 'parts', env={'STOP_AT': '2'}, **settings),
+    )
+    parts = place / 'parts'
+    assert load(parts)['iter_num'] == 2 and read_log(parts) == [] and 'finished' not in read_json(parts, 'run.json')
+    shutil.copytree(parts, place / 'control')
+    state = load(place / 'control')
+    torch.save({**state, 'rng': []}, place / 'control' / 'ckpt.pt')
+    done, _ = together(
+        lambda: tune(place, 'parts', resume=True, env={'STOP_AT': str(N_STEPS - 2 + 1)}, **settings),
+        lambda: tune(place, 'control', resume=True, **settings),
+    )
+    assert 'resuming at step 2\n' in done.stdout and f'stopped at step {N_STEPS}; to go on' in done.stdout
+    assert load(parts)['iter_num'] == N_STEPS and read_log(parts) == []
+    tune(place, 'parts', resume=True, **settings)
+    assert load(parts)['iter_num'] == 2 * N_STEPS and same_run(place / 'straight', parts)
+    assert not same_state(load(place / 'straight'), load(place / 'control'))
+    if settings is ADAPTERS:
+        tune(place, 'parts', resume=True, **settings)  # once more where all is done: the same scores again
+        assert same_run(place / 'straight', parts)
+
+
+def test_resume_wants_the_same_settings(place):
+    tune(place, env={'STOP_AT': '2'}, **ADAPTERS)
+    before = {path.name: path.read_bytes() for path in (place / 'out').iterdir()}
+    common = {**TINY, **ADAPTERS, 'out_dir': 'out', 'resume': True}
+    for changed, was in (dict(learning_rate=0.1), 'learning_rate=0.01'), (dict(task='quora', lora_rank=3), 'task=sst, lora_rank=2'):
+        words = complaint(place, 'finetune.py', *flags(**{**common, **changed}), modules=str(place), prelude='small')
+        assert words == f'error: a run is resumed by the command it began with: there {was}\n'
+    words = complaint(place, 'finetune.py', *flags(**{**common, 'out_dir': 'base'}), modules=str(place), prelude='small')
+    assert words == 'error: base/ckpt.pt is not one of finetune.py\n'
+    words = complaint(place, 'finetune.py', *flags(**{**common, 'out_dir': 'nowhere'}), modules=str(place), prelude='small')
+    assert "no checkpoint in 'nowhere'" in words and not (place / 'nowhere').exists()
+    assert {path.name: path.read_bytes() for path in (place / 'out').iterdir()} == before
+
+
+# several processes
+
+
+@pytest.mark.parametrize(
+    'settings', [dict(form='linear', **FULL), dict(task='sonnets', use_graph=True, **ADAPTERS)], ids=['full', 'graph-lora']
+)
+def test_two_processes_give_the_weights_of_one(workshop, settings):
+    """The last step of an epoch has a micro-batch for one of them alone."""
+    settings = dict(settings, dropout=0.0, lora_dropout=0.0, gradient_accumulation_steps=2)
+    names = [f'out-{n}-{settings.get("task", "sst")}' for n in (1, 2)]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    both = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    ranks = [dict(both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    tune(workshop, names[0], **settings)
+    master, other = together(*(lambda env=env: tune(workshop, names[1], env=env, **settings) for env in ranks))
+    assert '2 process(es)' in master.stdout and other.stdout == ''
+    one, two = (load(workshop / name) for name in names)
+    assert one['iter_num'] == two['iter_num'] == 6 and len(two['rng']) == 2
+    start = load(workshop / 'base')['model']
+    assert all(torch.allclose(two['model'][name], p, rtol=0, atol=1e-6) for name, p in one['model'].items())
+    assert any(not torch.allclose(two['model'].get(f'gpt.{name}', p), p, atol=1e-3) for name, p in start.items()) or settings.get(
+        'use_lora', True
+    )
+    logs = [[[line[key] for key in ('iter', 'train_loss', 'loss')] for line in read_log(workshop / name)] for name in names]
+    assert torch.allclose(*map(torch.tensor, logs), rtol=0, atol=1e-5)
+    scores = [read_json(workshop, name, 'metrics.json')['dev'] for name in names]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+# when a run ends
+
+
+def test_a_run_stops_when_it_gets_no_better(workshop):
+    done = tune(workshop, 'out-early', epochs=30, learning_rate=0.3, patience=2, **FULL)
+    out = workshop / 'out-early'
+    losses = [line['loss'] for line in read_log(out)]
+    best = losses.index(min(losses))
+    assert len(losses) < 30 and best == len(losses) - 3 and read_json(out, 'run.json')['finished']
+    assert load(out, 'best.pt')['iter_num'] == (best + 1) * N_STEPS and load(out)['iter_num'] == len(losses) * N_STEPS
+    assert done.stdout.count('epoch ') == len(losses)
+    base, found = (
+        json.loads(enter(workshop, 'evaluate.py', '--device=cpu', f'--out_dir={name}', *more).stdout.splitlines()[-1])
+        for name, *more in (('base', '--task=sst'), ('out-early',))
+    )
+    dev = read_json(out, 'metrics.json')['dev']
+    assert {key: found[key] for key in dev} == pytest.approx(dev, rel=1e-5) and base['loss'] != pytest.approx(dev['loss'], rel=0.01)
+
+
+def test_a_rate_of_zero_stops_after_the_patience(workshop):
+    tune(workshop, 'out-zero', epochs=30, learning_rate=0.0, patience=1, **ADAPTERS)
+    out = workshop / 'out-zero'
+    assert [line['epoch'] for line in read_log(out)] == [1, 2] and load(out, 'best.pt')['iter_num'] == N_STEPS
+
+
+def test_loss_that_is_not_finite_ends_the_run(place):
+    tune(place, env={'STOP_AT': '2'}, **FULL)
+    state = load(place / 'out')
+    state['model']['gpt.transformer.ln_f.weight'].fill_(math.nan)
+    torch.save(state, place / 'out' / 'ckpt.pt')
+    before = (place / 'out' / 'ckpt.pt').read_bytes()
+    args = flags(**{**TINY, **FULL, 'out_dir': 'out', 'resume': True})
+    words = complaint(place, 'finetune.py', *args, modules=str(place), prelude='small')
+    assert words == 'error: the loss or its gradient is not finite at step 2; the checkpoints are untouched\n'
+    assert (place / 'out' / 'ckpt.pt').read_bytes() == before
+    record = read_json(place, 'out', 'run.json')
+    assert 'not finite at step 2' in record['failed'] and 'finished' not in record
+
+
+# bad input: one line that says what is wrong
+
+
+@pytest.fixture
+def complain(workshop):
+    def complain(folder=workshop, **settings):
+        args = flags(**{**TINY, 'out_dir': 'out-bad', **settings})
+        words = complaint(folder, 'finetune.py', *args, modules=str(folder), prelude='small')
+        assert not (folder / 'out-bad').exists()
+        return words
+
+    return complain
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(task='imdb'), "task='imdb': expected one of sst, cfimdb, quora, sonnets"),
+        (dict(finetune_mode='full'), "use_lora=True with finetune_mode='full': adapters train alone"),
+        (dict(init_from='data'), 'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'),
+        (dict(epochs=0), 'epochs must be at least 1, got 0'),
+        (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
+        (dict(n_beams=2, best_of=3), 'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got 0.9, 2 and 3'),
+        (dict(top_p=2.0), 'got 2.0, 1 and 1'),
+    ],
+    ids=str,
+)
+def test_bad_setting(complain, settings, words):
+    assert words in complain(**settings)
+
+
+def test_bad_data_is_named(place, complain):
+    path = place / 'data' / 'sst' / 'dev.csv'
+    header = path.read_text().splitlines()[0]
+    for content, words in [
+        (header + '\n', 'dev.csv has no row that can be used\n'),
+        (header + '\n0\ta\tGood\t5\n', 'dev.csv has no row that can be used; 1 row(s) left out, with a label other than 0 to 4: line 2\n'),
+        ('id,sentence,sentiment\na,b,1\n', 'dev.csv has no column id or sentence or sentiment'),
+    ]:
+        path.write_text(content)
+        assert words in complain(place)
+    path.unlink()
+    assert 'data/sst/dev.csv is not there: python data/sst/prepare.py writes it\n' in complain(place)
+
+
+def test_base_that_cannot_be_one(place, complain):
+    tune(place, 'tuned', epochs=1, **ADAPTERS)
+    assert 'tuned holds a fine-tuned model: init_from wants one of train.py, or a GPT-2\n' in complain(place, init_from='tuned')
+    make_checkpoint(place / 'char')
+    assert "' terrible' is not a single token of this vocabulary: sst wants a model with" in complain(place, init_from='char')
+    make_base(place / 'short', block_size=1)
+    assert 'block_size=1 has no room for the prompt of quora' in complain(place, init_from='short', task='quora')
+    assert 'block_size=1 has no room for a sonnet: its first 3 lines take 12 tokens' in complain(place, init_from='short', task='sonnets')
+
+
+def test_what_is_left_out_or_cut_is_said_in_a_line_and_the_run_goes_on(place):
+    path = place / 'data' / 'sst' / 'train.csv'
+    write_table(path, 'sst', [i % 5 for i in range(20)], '{word} ' * 100)
+    path.write_text(path.read_text() + '20\ta\tGood\t5\n21\tb\tGood\n')
+    done = tune(place, epochs=1, **ADAPTERS)
+    assert done.stderr.splitlines() == [
+        f'{path}: 1 row(s) left out, of another number of columns than the first line: line 23',
+        f'{path}: 1 row(s) left out, with a label other than 0 to 4: line 22',
+        f'train.csv of sst: 20 of 20 texts are cut to fit into block_size={BLOCK}',
+    ]
+
+
+# configs
+
+
+@pytest.fixture(scope='module')
+def gpt(workshop):
+    """The GPT in base/ and examples of the tasks."""
+    tokenizer = Words()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, 'DATA', workshop / 'data')
+        examples = {name: tasks.read_examples(name, 'train', tokenizer, BLOCK)[:4] for name in tasks.TASKS}
+    return load(workshop / 'base'), tokenizer, examples
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem.removeprefix('finetune_'))
+def test_every_config_learns(gpt, config):
+    """Two steps on one batch."""
+    state, tokenizer, examples = gpt
+    settings = settings_of('finetune.py', [str(config), '--learning_rate=0.0003', '--dropout=0.0', '--lora_dropout=0.0'])
+    base = GPT(GPTConfig(**state['model_args']))
+    base.load_state_dict(state['model'])
+    torch.manual_seed(0)
+    model = variants.make_task_model(base, tokenizer, settings)
+    variants.trained_report(model, settings)
+    optimizer, losses = torch.optim.AdamW(variants.param_groups(model, settings), lr=0.0003), []
+    for _ in range(3):
+        idx, lengths, targets = tasks.collate(examples[settings['task']], 'cpu')
+        losses.append(variants.sum_losses(model(idx, lengths), targets))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[0]
+
+
+def test_configs_cover_tasks_and_variants():
+    found = [settings_of('finetune.py', [str(path)]) for path in CONFIGS]
+    assert {settings['task'] for settings in found} == set(tasks.TASKS)
+    assert {settings['finetune_mode'] for settings in found} == set(variants.MODES)
+    assert {settings['lora_kind'] for settings in found} == {'lora', 'kan', 'kan_base'}
+    assert any(settings['use_graph'] for settings in found) and any(settings['use_kan'] and not settings['use_lora'] for settings in found)
+    assert len({settings['out_dir'] for settings in found}) == len(found)
