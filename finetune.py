@@ -133,7 +133,7 @@ if resume:
         raise ValueError(f'a run is resumed by the command it began with: there {was}')
     model, tokenizer = variants.load_task_model(state)
     step, best_loss, seconds, train_loss = state['iter_num'], float(state['best_val_loss']), state['seconds'], state['train_loss']
-    log = [line for line in records.read_log(out_dir) if line['iter'] <= step]
+    log = state['log']
 else:
     gpt, tokenizer = variants.load_base(init_from, dropout)
     model_args = asdict(gpt.config)
@@ -234,7 +234,8 @@ def save(is_best=False):
         'iter_num': step,
         'best_val_loss': best_loss,
         'seconds': seconds,
-        'train_loss': train_loss,  # mean over the steps of the epoch so far
+        'train_loss': train_loss,  # of the epoch so far
+        'log': log,
         'rng': session.gather_rng(),
         'scaler': scaler.state_dict(),
         'tokenizer': tokenizer.to_dict(),
