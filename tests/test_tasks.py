@@ -178,6 +178,20 @@ def test_files_that_are_not_there(data, name):
     assert '\n' not in str(error.value)
 
 
+def test_missing_data_is_prepared_once(data, capfd):
+    script = data / 'sst' / 'prepare.py'
+    script.write_text('raise SystemExit("no network")')
+    with pytest.raises(ValueError, match="preparing the data of 'sst' failed, see above; python .*prepare.py --source=FOLDER$"):
+        tasks.prepare_task('sst')
+    assert capfd.readouterr().err == 'no network\n'
+    script.write_text('from pathlib import Path; print("run"); Path(__file__).with_name("meta.json").write_text("{}")')
+    for _ in range(2):
+        tasks.prepare_task('sst')
+    assert capfd.readouterr().out.splitlines()[1:] == ['run']
+    with pytest.raises(ValueError, match="task='imdb': expected one of"):
+        tasks.prepare_task('imdb')
+
+
 @pytest.mark.parametrize('name', TASKS)
 def test_vocabulary_by_character_is_refused(data, name):
     write_table(data, name, 'train', ['abc']) if TASKS[name] else (data / name / 'train.txt').write_text(f'1\n{SONNET}\n')

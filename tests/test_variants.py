@@ -161,6 +161,25 @@ def test_a_row_alone_is_a_row_among_longer_ones(variant, head):
     assert (together[0, -1] - together[1, -1]).abs().max() > 0.01
 
 
+@every_variant
+@pytest.mark.parametrize('head', ['linear', 'sonnets'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_single_precision(variant, head, dtype):
+    """And the gradients are single."""
+    model, _ = make(variant, head)
+    stir(model, 0.05, trained=True)
+    idx, lengths = tokens()
+    expected = model(idx, lengths).detach()
+    with torch.autocast('cpu', dtype):
+        found = model(idx, lengths)
+        loss = sum_losses(found, torch.tensor([3, 0, 4]) if head == 'linear' else idx)
+    loss.backward()
+    assert found.dtype == dtype and loss.dtype == torch.float32
+    rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
+    assert (found - expected)[rows].abs().mean() < 0.1 * expected[rows].std()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 # what trains
 
 LINEAR = {'attn.c_attn': (C, 3 * C), 'attn.c_proj': (C, C), 'mlp.c_fc': (C, 4 * C), 'mlp.c_proj': (4 * C, C)}
