@@ -6,6 +6,7 @@ fine-tuning task.
     python evaluate.py --out_dir=out-shakespeare-char-nano-kan --dataset=./my-data --split=train --stride=1
     python evaluate.py --init_from=gpt2 --dataset=shakespeare
     python evaluate.py --out_dir=out-finetune-sst-lora              # what finetune.py has made: accuracy and macro F1, of sonnets CHRF
+    python evaluate.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and the model it began with
     python evaluate.py --init_from=gpt2 --task=quora                # the answers of a model that has not learned the task
 
 Of a text it prints loss (nats per token), perplexity, bits per character and per byte of the text, so that models by character and by byte pair
@@ -36,6 +37,7 @@ out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train' or 'val'; of a task 'train' or 'dev', which 'val' means too
 task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
+adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
 baselines = 10  # of sonnets, that many draws for the scores that need no model
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
 batch_size = 8  # windows at a time
@@ -121,16 +123,20 @@ def evaluate_text(checkpoint):
 
 def evaluate_task(checkpoint):
     """The scores of a fine-tuned model on its task, or of another one on `task`, in a dict."""
-    if 'finetune' in checkpoint:
+    base = out_dir if init_from == 'resume' else init_from
+    if adapter:
+        model, tokenizer, settings = variants.load_adapter(adapter, base)
+    elif 'finetune' in checkpoint:
         settings = checkpoint['finetune']
         if task not in ('', settings['task']):
             raise ValueError(f'task={task!r}, but {out_dir} holds a model for {settings["task"]}')
         model, tokenizer = variants.load_task_model(checkpoint, dropout=0.0)
     else:
         settings = settings_of('finetune.py', [f'--task={task}', '--finetune_mode=full', '--use_lora=False'])
-        gpt, tokenizer = variants.load_base(out_dir if init_from == 'resume' else init_from, dropout=0.0)
+        gpt, tokenizer = variants.load_base(base, dropout=0.0)
         model = variants.make_task_model(gpt, tokenizer, settings)
     name, part = settings['task'], 'dev' if split == 'val' else split
+    scoring.check_packages(name)
     tasks.prepare_task(name)
     examples = tasks.read_examples(name, part, tokenizer, model.gpt.config.block_size)
     torch.manual_seed(settings['seed'])
@@ -147,6 +153,9 @@ def evaluate_task(checkpoint):
 
 checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {'tokenizer': {'kind': 'gpt2'}}
 source = out_dir if init_from == 'resume' else init_from
-result = evaluate_task(checkpoint) if task or 'finetune' in checkpoint else evaluate_text(checkpoint)
+on_task = task or adapter or 'finetune' in checkpoint
+if on_task and dataset:
+    raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')
+result = evaluate_task(checkpoint) if on_task else evaluate_text(checkpoint)
 about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
 print(json.dumps({**result, **about}))

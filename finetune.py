@@ -20,10 +20,10 @@ import time
 from dataclasses import asdict
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint as ckpt
 import records
+import scoring
 import tasks
 import variants
 from configurator import INCIDENTAL, configure
@@ -33,7 +33,7 @@ from lora import save_lora
 from session import Session
 
 # -----------------------------------------------------------------------------
-# default config values, those of the paper (arXiv 2504.10490) where it has some
+# default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
 # I/O
 out_dir = 'out-finetune'
 init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2 of transformers, or the out_dir of a run of train.py
@@ -111,8 +111,11 @@ for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_c
 for name in ('dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
     if not 0 <= config[name] < 1:
         raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
+if valid_fraction == 0 or seed >= 2**63:
+    raise ValueError(f'expected valid_fraction > 0 and seed < 2**63, got {valid_fraction} and {seed}')
 if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
     raise ValueError(f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}')
+scoring.check_packages(task)
 tasks.prepare_task(task)
 session = Session(device, dtype)
 device, dtype, say = session.device, session.dtype, session.say
@@ -127,7 +130,11 @@ if resume:
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
-    changed = [name for name in config if name not in (*INCIDENTAL, 'resume') and config[name] != state['finetune'].get(name)]
+    changed = [
+        name
+        for name in config
+        if name not in {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'} and config[name] != state['finetune'].get(name)
+    ]
     if changed:
         was = ', '.join(f'{name}={state["finetune"].get(name)}' for name in changed)
         raise ValueError(f'a run is resumed by the command it began with: there {was}')
@@ -144,8 +151,8 @@ say(variants.trained_report(model, config))
 
 # data
 block_size = model.gpt.config.block_size
-examples = tasks.read_examples(task, 'train', tokenizer, block_size)
-train_examples, valid_examples = tasks.hold_out(examples, valid_fraction)
+examples_of_train = tasks.read_examples(task, 'train', tokenizer, block_size)
+train_examples, valid_examples = tasks.hold_out(examples_of_train, valid_fraction)
 if train_limit:
     train_examples, valid_examples = train_examples[:train_limit], valid_examples[: max(1, round(train_limit * valid_fraction))]
 dev_examples = tasks.read_examples(task, 'dev', tokenizer, block_size)
@@ -165,7 +172,7 @@ if state:
     optimizer.load_state_dict(state['optimizer'])
     if scaler.is_enabled():
         scaler.load_state_dict(state['scaler'])
-fast_model = DDP(model, device_ids=[session.local_rank] if session.device_type == 'cuda' else None) if session.ddp else model
+fast_model = session.wrap(model)
 torch.manual_seed(seed + session.rank)
 if state:
     session.restore_rng(state)
@@ -173,7 +180,8 @@ if state:
 
 def get_lr(step):
     """Linear warm-up, then linear decay to zero."""
-    return learning_rate * min((step + 1) / max(1, warmup_fraction * n_steps), (n_steps - step) / n_steps)
+    n_warmup = int(warmup_fraction * n_steps)
+    return learning_rate * min((step + 1) / (n_warmup + 1), (n_steps - step) / (n_steps - n_warmup))
 
 
 @functools.cache
@@ -191,7 +199,7 @@ def run_step():
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
     total = 0.0
-    for i in range(micro_steps):
+    for i in range(micro_steps if session.ddp else len(own)):
         # a process without a batch of its own, at the end of an epoch, goes through one of the others' at a weight of zero
         batch, weight = (own[i], 1.0) if i < len(own) else (batches[0], 0.0)
         idx, lengths, targets = tasks.collate(batch, device)
@@ -256,7 +264,7 @@ def give_up(reason):
 
 
 def finish():
-    """Score dev with the weights that did best, and write down all that a run leaves."""
+    """Score dev with the weights that did best, and write down all that a run leaves; False when told to stop."""
     best = ckpt.load_checkpoint(out_dir, ['best.pt'])
     model.load_state_dict(best['model'])
     torch.manual_seed(seed)
@@ -265,7 +273,10 @@ def finish():
         if split == 'test' and not (predict_test and tasks.split_path(task, split).exists()):
             continue
         examples = dev_examples if split == 'dev' else tasks.read_examples(task, split, tokenizer, block_size)
-        scores, predictions = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling)
+        found = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
+        if found is None:
+            return False
+        scores, predictions = found
         variants.write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
         if split == 'dev':
             dev = scores
@@ -274,9 +285,12 @@ def finish():
         save_lora(model, os.path.join(out_dir, 'adapter'))
     metrics = dict(task=task, dev=dev, valid=min(log, key=lambda line: line['loss']), steps=step, seconds=seconds)
     metrics.update(trained=variants.count_trained(model)[0], peak_memory=peak_memory(device), parameters=record['parameters']['total'])
+    if task == 'sonnets':
+        metrics['baselines'] = scoring.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in dev_examples], range(10))
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump(metrics, f, indent=1)
     write_record(final=metrics, finished=records.now())
+    return True
 
 
 # the record of the run
@@ -300,6 +314,8 @@ if session.master:
         say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
 if state:
     say(f'resuming at step {step}')
+    if session.master and log and log[-1]['iter'] == step and log[-1]['loss'] == best_loss:
+        ckpt.link(os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt'))  # a crash may have come before that
 write_record()
 
 
@@ -318,11 +334,12 @@ while True:
         scores = evaluate()
         if scores is None:
             break
+        if not math.isfinite(scores['loss']):
+            give_up(f'the evaluated loss is not finite at step {step}')
         is_best = scores['loss'] < best_loss
         best_loss = min(best_loss, scores['loss'])
         line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss, lr=get_lr(step - 1), **scores)
         log.append(line)
-        train_loss = 0.0
         say(f'epoch {line["epoch"]}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()) + f', {seconds:.0f} s')
         save(is_best)
         write_record()
@@ -332,7 +349,7 @@ while True:
         break
     t0 = time.perf_counter()
     loss = run_step()
-    train_loss += loss / steps_per_epoch
+    train_loss = (train_loss if step % steps_per_epoch else 0.0) + loss / steps_per_epoch
     step += 1
     if session.device_type == 'cuda':
         torch.cuda.synchronize()
@@ -340,11 +357,10 @@ while True:
     bar.update()
     bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 bar.close()
-if log and log[-1]['iter'] == step and is_done():
-    if session.master:
-        finish()
-else:
+done = log and log[-1]['iter'] == step and is_done()
+if not done:
     save()
+if not done or (session.master and not finish()):
     say(f'stopped at step {step}; to go on: the same command with --resume=True')
 if session.ddp:
     del fast_model  # before its process group: the other way round, gloo aborts now and then

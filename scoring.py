@@ -3,6 +3,7 @@ How good a fine-tuned model is: scores of labels and of sonnets, the sonnets tha
 Stanford's course CS224N. sklearn and sacrebleu are needed by the scores alone.
 """
 
+import importlib.util
 import random
 import statistics
 from dataclasses import dataclass
@@ -19,6 +20,13 @@ COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label
 
 
 # scores
+
+
+def check_packages(name):
+    """ValueError where a package is missing that scores the task `name`, before anything has been trained."""
+    package = 'sacrebleu' if name == 'sonnets' else 'sklearn'
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f'the scores of {name} need {package}: pip install -r requirements-finetune.txt')
 
 
 def check_pairs(name, one, other):

@@ -2,13 +2,16 @@
 What train.py and finetune.py share around their loops: the processes of a run, the signals that end it, what it says and writes down.
 """
 
+import inspect
 import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import records
@@ -43,7 +46,16 @@ class Session:
     def join(self, backend):
         """Meet the other processes."""
         if self.ddp:
-            dist.init_process_group(backend if self.device_type == 'cuda' else 'gloo')
+            # the others wait while the first one scores or downloads
+            dist.init_process_group(backend if self.device_type == 'cuda' else 'gloo', timeout=timedelta(hours=12))
+
+    def wrap(self, model):
+        """The model for the processes together."""
+        if not self.ddp:
+            return model
+        # constant buffers need no exchange; torch 2.13 has another name for that
+        exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
+        return DDP(model, device_ids=[self.local_rank] if self.device_type == 'cuda' else None, **{exchange: False})
 
     def all_reduce(self, *numbers):
         """The sums of the numbers over all processes."""

@@ -147,7 +147,7 @@ class Task:
 TASKS = {
     'sst': Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
     'cfimdb': Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
-    'quora': Task('quora', ('Question 1: ', '\nQuestion 2: '), '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
+    'quora': Task('quora', ('Question 1:', '\nQuestion 2:'), '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
     'sonnets': None,  # no labels: the text itself is what is learned
 }
 
@@ -185,7 +185,8 @@ def encode_prompt(task, sentences, tokenizer, block_size):
     room = block_size - n_fixed
     if room < len(sentences):
         raise ValueError(f'block_size={block_size} has no room for the prompt of {task.name}: it takes {n_fixed} tokens beside the text')
-    parts = [tokenizer.encode_ordinary(sentence) for sentence in sentences]
+    # a word after others begins with a space, to GPT-2 a part of it
+    parts = [tokenizer.encode_ordinary(f' {text}' if before else text) for before, text in zip(task.before, sentences)]
     longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
     ids = [token for before, part in zip(befores, parts) for token in before + part[:longest]] + question
     return ids, any(len(part) > longest for part in parts)
@@ -213,8 +214,10 @@ def prepare_task(name):
     """Run data/<name>/prepare.py where its files are missing."""
     find_task(name)
     script = DATA / name / 'prepare.py'
+    if (DATA / name / 'meta.json').exists():
+        return
     with FileLock(DATA / name / 'prepare.lock'):
-        if not (DATA / name / 'meta.json').exists():
+        if not (DATA / name / 'meta.json').exists():  # by another process, meanwhile
             print(f'task {name!r} has no data, preparing it: python {os.path.relpath(script)}', flush=True)
             if subprocess.run([sys.executable, str(script)]).returncode:
                 raise ValueError(f'preparing the data of {name!r} failed, see above; python {os.path.relpath(script)} --source=FOLDER')

@@ -9,7 +9,6 @@ Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
 Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help shows the settings.
 """
 
-import inspect
 import math
 import os
 import sys
@@ -17,7 +16,6 @@ import time
 from dataclasses import asdict
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint as ckpt
 import loader
@@ -139,6 +137,8 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(config)))
 elif init_from == 'resume':
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
+    if 'finetune' in state:
+        raise ValueError(f'{out_dir} holds a run of finetune.py: that script resumes it, by --resume=True')
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
@@ -196,9 +196,7 @@ def compiled(model):
 raw_model = model
 if compile and device_type == 'cuda' and not eval_only:
     model = compiled(model)
-if ddp:  # constant buffers need no exchange; torch 2.13 has another name for that
-    exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
-    model = DDP(model, device_ids=[session.local_rank] if device_type == 'cuda' else None, **{exchange: False})
+model = session.wrap(model)
 
 torch.manual_seed(seed + rank)
 if state:

@@ -12,7 +12,9 @@ A GPT made ready for a task, by switches:
 The function of the GPT stays what it was until something has trained.
 """
 
+import contextlib
 import os
+import sys
 
 import torch
 import torch.nn as nn
@@ -23,9 +25,10 @@ import scoring
 from checkpoint import build_model, load_checkpoint, load_tokenizer
 from device import autocast
 from graph import add_graph
-from kan import kanify
-from lora import LoRAConfig, add_lora, lora_layers, lora_param_groups
+from kan import KANLinear, kanify
+from lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
 from model import GPT, MLP, GPTConfig
+from records import read_record
 from tasks import N_PROMPT_LINES, answer_ids, collate, find_task, prompt_of
 
 FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
@@ -81,24 +84,48 @@ def make_task_model(gpt, tokenizer, settings):
         add_graph(gpt, **{name: settings[name] for name in settings if name.startswith('graph_')})
     if settings['use_kan']:
         kanify_mlps(gpt, settings)
-    head = make_head(gpt, task and answer_ids(task, tokenizer), settings)
-    model = TaskModel(gpt, task and answer_ids(task, tokenizer), head)
+    answers = task and answer_ids(task, tokenizer)
+    head = make_head(gpt, answers, settings)
+    model = TaskModel(gpt, answers, head)
     if mode == 'head' and task is None and has_rows(gpt):  # on its own, or the embeddings would train with it
         gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
     if mode == 'adapter':
         add_lora(model, lora_config(settings, has_head=head is not None))
+        check_adapters(model, settings)
     else:
         model.requires_grad_(mode == 'full')
         if mode == 'head':
             (gpt.lm_head if head is None else head).requires_grad_(True)
+        if is_idle(model):
+            gpt.lm_head.requires_grad_(False)
     return model
+
+
+def is_idle(model):
+    """Whether lm_head takes no part: another head reads the answer off, and it does not share the weights of the embeddings."""
+    return model.head is not None and not has_rows(model.gpt)
+
+
+def check_adapters(model, settings):
+    """ValueError for layers that were put in and then neither train nor are adapted, and for adapters out of use."""
+    layers = lora_layers(model)
+    if settings['use_kan'] and not any(isinstance(layer.base_layer, KANLinear) for layer in layers.values()):
+        raise ValueError(
+            'use_kan=True, but no adapter is on a KAN layer, and they change nothing until something does: '
+            "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
+        )
+    if model.head is not None and 'gpt.lm_head' in layers:
+        raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
 
 
 def check_settings(gpt, settings):
     for name, choices in ('form', FORMS), ('finetune_mode', MODES):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
-    find_task(settings['task'])
+    if find_task(settings['task']) is None and settings['form'] == 'linear':
+        raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
+    if settings['use_graph'] and gpt.config.use_graph:
+        raise ValueError('use_graph adds graph layers, and this model has some already: leave use_graph out')
     if settings['use_lora'] != (settings['finetune_mode'] == 'adapter'):
         raise ValueError(
             f'use_lora={settings["use_lora"]} with finetune_mode={settings["finetune_mode"]!r}: adapters train alone, by use_lora=True '
@@ -172,6 +199,7 @@ def trained_report(model, settings):
     heads = ('head.',) if model.head is not None else ('gpt.lm_head.',)
     for name, p in model.named_parameters():
         expected = mode == 'full' or name.startswith(adapted if mode == 'adapter' else heads)
+        expected = expected and not (is_idle(model) and name.startswith('gpt.lm_head.'))
         assert p.requires_grad == expected, f'{name} must {"" if expected else "not "}train with finetune_mode={mode!r}'
         if p.requires_grad:
             kind = '.'.join('*' if part.isdigit() else part for part in name.split('.'))
@@ -184,7 +212,10 @@ def trained_report(model, settings):
 
 def count_trained(model):
     """(parameters that train, all), the layers that an adapter has a trained copy of counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    twice = sum(
+        p.numel() for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy) for p in layer.base_layer.parameters()
+    )
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters()) - twice
 
 
 # training and scoring
@@ -220,21 +251,26 @@ def predict(model, examples, batch_size, device, dtype, stop=()):
     return None if stop else (total, predictions)
 
 
-def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling):
+def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
     """
     (scores, predictions) on examples of the task `name`. Of labels: loss, accuracy, macro F1 ({} where the examples have none), and the
     labels. Of sonnets: CHRF and that of what follows the prompt alone ({} where the prompt is all there is), and whole sonnets written
-    on from the prompts, by the settings `sampling` of scoring.continue_lines.
+    on from the prompts, by the settings `sampling` of scoring.continue_lines. None once `stop` holds something.
     """
     if find_task(name):
-        total, predictions = predict(model, examples, batch_size, device, dtype)
+        found = predict(model, examples, batch_size, device, dtype, stop)
+        if found is None:
+            return None
+        total, predictions = found
         labels = [example.label for example in examples]
         scores = {} if None in labels else {'loss': total / len(labels), **scoring.score_labels(labels, predictions)}
         return scores, predictions
     model.eval()
     with autocast(device, dtype):
         progress = tqdm(examples, unit='sonnet', leave=False, disable=None)
-        written = [scoring.write_sonnet(model.gpt, tokenizer, prompt_of(example.text), **sampling) for example in progress]
+        written = [scoring.write_sonnet(model.gpt, tokenizer, prompt_of(e.text), **sampling) for e in progress if not stop]
+    if stop:
+        return None
     whole = all(example.text.count('\n') >= N_PROMPT_LINES for example in examples)
     return scoring.score_sonnets(written, [example.text for example in examples]) if whole else {}, written
 
@@ -253,8 +289,20 @@ def load_task_model(checkpoint, **overrides):
     try:
         gpt = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
         tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
-        model = make_task_model(gpt, tokenizer, settings)
+        with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
+            model = make_task_model(gpt, tokenizer, settings)
         model.load_state_dict(checkpoint['model'])
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f'the checkpoint does not fit its own settings: {" ".join(str(error).split())[:300]}') from None
     return model, tokenizer
+
+
+def load_adapter(out_dir, init_from):
+    """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py has left beside its run.json."""
+    settings = read_record(out_dir).get('config', {})
+    if not settings.get('use_lora') or 'lora_kind' not in settings:
+        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter')
+    gpt, tokenizer = load_base(init_from, dropout=0.0)
+    model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
+    load_lora(model, os.path.join(out_dir, 'adapter'))
+    return model, tokenizer, settings

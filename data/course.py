@@ -55,7 +55,7 @@ def read_original(entry, source):
     """The bytes of a file from its address or, with whichever ends of lines its checksum wants, from the folder `source`."""
     name, address, sha256, size = entry
     if not source:
-        return download(f'{address}/{name}', sha256, size)
+        return download(f'{address}/{name}', sha256, size, timeout=120)
     content = (Path(source) / name).read_bytes()
     lf = content.replace(b'\r\n', b'\n')  # git may have changed the ends of its lines
     return next((form for form in (lf, lf.replace(b'\n', b'\r\n')) if hashlib.sha256(form).hexdigest() == sha256), content)

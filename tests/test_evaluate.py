@@ -119,7 +119,7 @@ def test_weights_of_gpt2_on_byte_pairs(tmp_path):
 def test_mistakes_are_named(model_and_data, tmp_path):
     folder, dataset, checkpoint = model_and_data
     assert 'no checkpoint' in complaint(tmp_path, 'evaluate.py', f'--dataset={dataset}')
-    assert 'split train or val' in complaint(folder, 'evaluate.py', f'--dataset={dataset}', '--split=test')
+    assert 'split train, val or dev' in complaint(folder, 'evaluate.py', f'--dataset={dataset}', '--split=test')
     other = write_dataset(tmp_path / 'other', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
     assert 'another vocabulary' in complaint(folder, 'evaluate.py', f'--dataset={other}')
     torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')

@@ -27,7 +27,7 @@ def make_record(study, stage, name, task, settings):
     """A record as a run would leave it, its numbers drawn by its name."""
     draw = random.Random(f'{stage} {name}')
     dev = {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')} if task == 'sonnets' else {'accuracy': draw.random()}
-    log = [dict(epoch=i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
+    log = [dict(epoch=i, iter=20 * i, seconds=10.0 * i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
     record = dict(task=task, settings=settings, dev=dev, valid=min(log, key=lambda line: line['loss']), log=log)
     record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8)
     study.path_of(stage, name).write_text(json.dumps(record))
@@ -74,3 +74,11 @@ def test_a_missing_record_is_named(study):
     make_records(study, 'search')
     with pytest.raises(ValueError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
         study.read_finals('full', 'sst')
+
+
+def test_a_record_of_other_settings_is_refused(study):
+    make_records(study, 'search')
+    one = study.list_runs('search')[0]
+    study.check_record(*one)
+    with pytest.raises(ValueError, match='was made with .* the study has .*: move it away'):
+        study.check_record(*one[:3], {**one[3], 'epochs': 9})
