@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
 ROWS = 128  # targets at a time on masks: none looks beyond itself, so nearly half of the sources are left out
-NUMBERS = 2**24  # at most, for the pairs of targets and sources that GATv2 looks at at a time, D of them each
+NUMBERS = 2**24  # for the pairs of targets and sources that GATv2 looks at at a time, D of them each; more where 16 targets have more
 
 
 def check_graph(config):
@@ -76,6 +76,18 @@ def list_near(N, window, device):
         return mask.nonzero().t().flip(0), mask.sum(1).cumsum(0).tolist()
 
 
+def list_of(mask, B):
+    """The edges of a mask (T, T) or (B, T, T) as a list (2, E), of tokens b * T + position."""
+    T = mask.size(-1)
+    b, target, source = mask.expand(B, T, T).nonzero().t()
+    return torch.stack((source, target)) + b * T
+
+
+def bias_of(mask):
+    """(T, S) or (B, T, S) -> (1 or B, 1, T, S): zero at edges, -inf elsewhere"""
+    return torch.zeros(mask.size(), device=mask.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)
+
+
 class Edges:
     """
     The edges of one forward pass. Those that places and tokens decide are found once and shared by the layers; the most similar
@@ -90,7 +102,7 @@ class Edges:
         kinds = set(config.graph_edges.split(','))
         self.window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
         self.same, self.similar = ('causal' not in kinds and kind in kinds for kind in ('same', 'topk'))
-        self.block_size, self.topk, self.lengths, T = config.block_size, config.graph_topk, lengths, ids.size(1)
+        self.block_size, self.topk, self.lengths, (self.B, T) = config.block_size, config.graph_topk, lengths, ids.size()
         ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
         gaps = find_gaps(T, ids.size(1), ids.device)
         self.earlier = gaps > 0  # where a target may look besides at itself: (T, S), with lengths (B, T, S)
@@ -115,18 +127,24 @@ class Edges:
 
     def bias(self, x, cache=None):
         """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
-        mask = self.mask(x, cache)
-        return torch.zeros(mask.size(), device=x.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)
+        return bias_of(self.mask(x, cache)) if self.similar else self.shared_bias
 
     @torch.compiler.disable  # how many there are depends on the data
     def list(self, x):
         """The same as a list (2, E), of tokens b * T + position; there is no cache."""
-        B, T, _ = x.size()
-        if self.same or self.similar or self.lengths is not None:
-            b, target, source = self.mask(x).expand(B, T, T).nonzero().t()
-            return torch.stack((source, target)) + b * T
-        edges, counts = list_near(self.block_size, self.window, x.device)
-        edges, b = edges[:, None, : counts[T - 1]], torch.arange(B, device=x.device)[:, None]
+        return list_of(self.mask(x), len(x)) if self.similar else self.shared_list
+
+    @functools.cached_property
+    def shared_bias(self):
+        return bias_of(self.shared)
+
+    @functools.cached_property
+    def shared_list(self):
+        if self.same or self.lengths is not None:
+            return list_of(self.shared, self.B)
+        T, device = self.shared.size(-1), self.shared.device
+        edges, counts = list_near(self.block_size, self.window, device)
+        edges, b = edges[:, None, : counts[T - 1]], torch.arange(self.B, device=device)[:, None]
         return (edges + b * T).flatten(1)
 
 
@@ -174,7 +192,7 @@ class GraphAttention(nn.Module):
             R, attend_rows = ROWS, self.attend_rows
         else:  # the pairs are computed again in the backward pass
             sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
-            R, attend_rows = max(1, NUMBERS // (B * S * C)), functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
+            R, attend_rows = max(16, NUMBERS // (B * S * C)), functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
         if x.is_meta:  # FLOPs are counted: of whole matrices, once
             R, attend_rows = T, self.attend_rows
         parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]
