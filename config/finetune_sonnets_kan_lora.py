@@ -3,6 +3,8 @@ GPT-2 (124M) learns Shakespeare's sonnets. Adapters of two small KAN layers in a
 
     python finetune.py config/finetune_sonnets_kan_lora.py
     python finetune.py config/finetune_sonnets_kan_lora.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py
+
+Not run here: it needs GPT-2's weights from the Hugging Face hub. The learning rate is a guess to start from.
 """
 
 out_dir = 'out-finetune-sonnets-kan-lora'

@@ -3,6 +3,9 @@ A small GPT for the fine-tuning tasks where GPT-2's weights cannot be had: GPT-2
 the embeddings of the tokens.
 
     python train.py config/train_taskmix.py
+
+Measured once: validation loss 5.048 after 1250 iterations, 2.6M tokens, 24 minutes on two busy cores of an AMD EPYC without AMX (torch
+2.13, float32; 0.8 to 1 s per iteration).
 """
 
 out_dir = 'out-taskmix'
