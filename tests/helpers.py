@@ -46,7 +46,7 @@ class Words:
     """A tokenizer in place of GPT-2's: a token for each answer and question of the tasks, and for each character of plain text."""
 
     answers = [' terrible', ' bad', ' okay', ' good', ' great', ' no', ' yes']
-    questions = ['\nSentiment:', 'Question 1: ', '\nQuestion 2: ', '\nThe same question:']
+    questions = ['\nSentiment:', 'Question 1:', '\nQuestion 2:', '\nThe same question:']
     pieces = [*answers, *questions, *string.printable, '<|endoftext|>']
     vocab_size, end_of_text = len(pieces), len(pieces) - 1
 

@@ -110,7 +110,7 @@ def test_cutting_keeps_the_question_and_the_block(gpt2, name):
     n_fixed = len(question) + sum(map(len, befores))
     for _ in range(200):
         sentences = [' '.join(draw.choices(['good', 'incomprehensible', 'film'], k=draw.randint(1, 12))) for _ in task.before]
-        parts = [gpt2.encode_ordinary(sentence) for sentence in sentences]
+        parts = [gpt2.encode_ordinary(' ' * (name == 'quora') + sentence) for sentence in sentences]
         block_size = n_fixed + draw.randint(len(parts), 40)
         ids, was_cut = encode_prompt(task, sentences, gpt2, block_size)
         assert was_cut == (n_fixed + sum(map(len, parts)) > block_size)

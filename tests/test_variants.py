@@ -235,8 +235,11 @@ def test_what_trains_is_what_the_settings_say(variant, head):
     n = sum(p.numel() for p in trained.values())
     if variant == 'lora':
         assert n == N_LAYER * sum(2 * (I + O) for I, O in LINEAR.values()) + (5 * C + 5) * (head == 'linear')
+    whole = make_task_model(plain, TOKENIZER, settings | FULL) if settings['use_lora'] else model
+    total = sum(p.numel() for p in whole.parameters())
+    total += sum(p.numel() for name, p in trained.items() if '.adapters.' in name and '.copy.' not in name)
     report = trained_report(model, settings)
-    assert report.startswith(f'{n:,} of {sum(p.numel() for p in model.parameters()):,} parameters train:\n')
+    assert report.startswith(f'{n:,} of {total:,} parameters train:\n')
     assert sum(int(line.split()[0].replace(',', '')) for line in report.splitlines()[1:]) == n
 
 
@@ -400,6 +403,9 @@ def test_kan_surgery_on_other_mlps(mlp, bias):
         found = model(idx, lengths)
     torch.testing.assert_close(found[0], logits[0], atol=1e-4, rtol=1e-4)
     assert sum(isinstance(module, KANLinear) for module in model.modules()) == 2 * N_LAYER
+    for block in model.gpt.transformer.h:  # the splines of the second layer lie beside the activation, not behind it
+        assert isinstance(block.mlp.c_proj.base_activation, torch.nn.GELU if mlp == 'mlp' else torch.nn.Identity)
+        assert mlp == 'swiglu' or isinstance(block.mlp.gelu, torch.nn.Identity)
 
 
 @pytest.mark.parametrize('variant', ['full', 'lora', 'kan', 'kan-base', 'graph-lora'])
@@ -444,6 +450,9 @@ def test_base_that_is_none(tmp_path):
         (dict(use_lora=False), "use_lora=False with finetune_mode='adapter': adapters train alone"),
         (dict(lora_kind='kan_base'), "lora_kind='kan_base' adapts KAN layers: it wants use_kan=True"),
         (dict(lora_kind='kan_base', use_kan=True, lora_targets='attn'), "adapters are of kind 'lora' or 'kan', not 'kan_base'"),
+        (dict(task='sonnets', form='linear'), "form='linear' reads labels off, and sonnets have none"),
+        (dict(use_kan=True), 'no adapter is on a KAN layer'),
+        (dict(form='linear', lora_targets='lm_head'), "lora_targets names lm_head, which takes no part with form='linear'"),
         (dict(lora_kind='vera'), 'kind must be one of lora, kan, kan_base'),
         (dict(lora_rank=0), 'rank must be at least 1, got 0'),
         (dict(lora_targets='attention'), "no layer to replace or adapt by the name 'attention'"),
@@ -470,7 +479,7 @@ def test_settings_that_contradict_the_base():
     with pytest.raises(ValueError, match='this model has KAN layers already: leave use_kan out'):
         make('kan', 'cloze', make_base(use_kan=True))
     pytest.importorskip('torch_geometric')
-    with pytest.raises(ValueError, match='expected a GPT without graph layers'):
+    with pytest.raises(ValueError, match='this model has some already: leave use_graph out'):
         make('graph-lora', 'cloze', make_base(use_graph=True, graph_heads=2))
 
 
