@@ -323,9 +323,19 @@ def test_checkpoint_gives_the_same_model(variant, head, tmp_path):
     assert tokenizer is TOKENIZER and again.gpt.config == model.gpt.config
     names = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, again)]
     assert names[0] == names[1]
-    calm, _ = load_task_model(torch.load(tmp_path / 'a.pt', weights_only=True), dropout=0.0)
+
+
+@pytest.mark.parametrize('variant', ['full', 'graph-lora'])
+def test_checkpoint_gives_a_model_without_dropout(variant):
+    base = make_base()
+    config = base.config
+    model, settings = make(variant, 'linear', base)
+    stir(model, trained=True)
+    calm, _ = load_task_model(to_checkpoint(model, settings, config), dropout=0.0)
+    idx, lengths = tokens()
     with torch.no_grad():
         torch.testing.assert_close(calm.train()(idx, lengths), model(idx, lengths))
+        assert not torch.allclose(model.train()(idx, lengths), calm(idx, lengths))
 
 
 @pytest.mark.parametrize('harm', ['settings', 'sizes', 'weights'])
