@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
@@ -191,6 +190,8 @@ class GraphAttention(nn.Module):
             targets = (values[:, :, S - T :] * conv.att_dst.transpose(0, 1)).sum(-1, keepdim=True)  # (B, H, T, 1)
             R, attend_rows = ROWS, self.attend_rows
         else:  # the pairs are computed again in the backward pass
+            from torch.utils.checkpoint import checkpoint  # brings PyTorch's compiler along, which takes a second
+
             sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
             R, attend_rows = max(16, NUMBERS // (B * S * C)), functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
         if x.is_meta:  # FLOPs are counted: of whole matrices, once
