@@ -128,7 +128,6 @@ class Edges:
         """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
         return bias_of(self.mask(x, cache)) if self.similar else self.shared_bias
 
-    @torch.compiler.disable  # how many there are depends on the data
     def list(self, x):
         """The same as a list (2, E), of tokens b * T + position; there is no cache."""
         return list_of(self.mask(x), len(x)) if self.similar else self.shared_list
