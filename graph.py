@@ -111,6 +111,7 @@ class Edges:
         if self.same:
             near = near | (ids[:, -T:, None] == ids[:, None])
         self.shared = (gaps == 0) | near & self.earlier  # the mask of the edges that all layers have
+        self.shared_bias = None
 
     def mask(self, x, cache=None):
         """The mask of a layer with inputs x (B, T, C)."""
@@ -126,15 +127,15 @@ class Edges:
 
     def bias(self, x, cache=None):
         """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
-        return bias_of(self.mask(x, cache)) if self.similar else self.shared_bias
+        if self.similar:
+            return bias_of(self.mask(x, cache))
+        if self.shared_bias is None:  # no cached_property, whose lock (Python 3.11) torch.compile cannot follow
+            self.shared_bias = bias_of(self.shared)
+        return self.shared_bias
 
     def list(self, x):
         """The same as a list (2, E), of tokens b * T + position; there is no cache."""
         return list_of(self.mask(x), len(x)) if self.similar else self.shared_list
-
-    @functools.cached_property
-    def shared_bias(self):
-        return bias_of(self.shared)
 
     @functools.cached_property
     def shared_list(self):

@@ -252,6 +252,14 @@ def test_similar_tokens_at_half_precision_are_those_at_full_precision():
         assert torch.equal(Edges(config, tokens(4, 12)).mask(x), expected)
 
 
+@pytest.mark.parametrize('settings', [dict(), dict(graph_kind='gatv2'), dict(graph_edges='topk,same', graph_backend='dense')], ids=str)
+def test_masks_compile_in_one_piece(settings):
+    torch.compiler.reset()
+    model, idx = make(**settings), tokens(2, 12)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])
+
+
 # weights
 
 
