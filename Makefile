@@ -39,11 +39,12 @@ minilm: .venv/installed-peft
 # hours on two cores; the tasks' files come from their addresses, or by python data/<task>/prepare.py --source=FOLDER beforehand
 finetune: .venv/installed-finetune
 	grep -qs '"finished"' out-taskmix/run.json || $(BIN)/python train.py config/train_taskmix.py $(if $(wildcard out-taskmix/ckpt.pt),--init_from=resume)
-	OMP_NUM_THREADS=1 $(BIN)/python results/finetune/study.py --stages=search,final,rank,single,time
+	OMP_NUM_THREADS=1 $(BIN)/python results/finetune/study.py --stages=search,final,rank,single,time,graph
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
 results: .venv/installed-compare
 	$(BIN)/python results/minilm/study.py --stages=
+	$(BIN)/python results/finetune/study.py --stages=
 	$(BIN)/python compare.py $(call RUNS,nano_tuning) --out=results/nano_tuning --over=learning_rate,init_std
 	$(BIN)/python compare.py $(call RUNS,nano_finalists) --out=results/nano_finalists
 	$(BIN)/python compare.py $(call RUNS,nano) --out=results/nano --baseline=nano_kan

@@ -9,9 +9,9 @@ fine-tuning task.
     python evaluate.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and the model it began with
     python evaluate.py --init_from=gpt2 --task=quora                # the answers of a model that has not learned the task
 
-Of a text it prints loss (nats per token), perplexity, bits per character and per byte of the text, so that models by character and by byte pair
-compare; the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last
---stride tokens count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
+Of a text it prints loss (nats per token), perplexity, bits per character and per byte, so that models by character and by byte pair compare;
+the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last --stride tokens
+count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
 """
 
 import json

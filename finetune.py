@@ -140,12 +140,11 @@ if resume:
         raise ValueError(f'a run is resumed by the command it began with: there {was}')
     model, tokenizer = variants.load_task_model(state)
     step, best_loss, seconds, train_loss = state['iter_num'], float(state['best_val_loss']), state['seconds'], state['train_loss']
-    log = state['log']
+    log, model_args = state['log'], state['model_args']
 else:
     gpt, tokenizer = variants.load_base(init_from, dropout)
     model_args = asdict(gpt.config)
     model = variants.make_task_model(gpt, tokenizer, config)
-model_args = state['model_args'] if state else model_args
 model.to(device)
 say(variants.trained_report(model, config))
 
@@ -284,7 +283,7 @@ def finish():
     if use_lora:
         save_lora(model, os.path.join(out_dir, 'adapter'))
     metrics = dict(task=task, dev=dev, valid=min(log, key=lambda line: line['loss']), steps=step, seconds=seconds)
-    metrics.update(trained=variants.count_trained(model)[0], peak_memory=peak_memory(device), parameters=record['parameters']['total'])
+    metrics.update(trained=n_trained, parameters=n_parameters, peak_memory=peak_memory(device))
     if task == 'sonnets':
         metrics['baselines'] = scoring.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in dev_examples], range(10))
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:

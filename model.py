@@ -1,6 +1,7 @@
 """
-A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read, in the shape and with the names of nanoGPT's
-model.py (https://github.com/karpathy/nanoGPT), so that code written for it and checkpoints saved by it work unchanged.
+A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read, in the shape and
+with the names of nanoGPT's model.py (https://github.com/karpathy/nanoGPT), so that code written for it and checkpoints saved by it work
+unchanged.
 """
 
 import inspect

@@ -29,7 +29,7 @@ from kan import KANLinear, kanify
 from lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
 from model import GPT, MLP, GPTConfig
 from records import read_record
-from tasks import N_PROMPT_LINES, answer_ids, collate, find_task, prompt_of
+from tasks import N_PROMPT_LINES, answer_ids, collate, find_task, make_batches, prompt_of
 
 FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
 
@@ -235,20 +235,18 @@ def count_targets(examples):
 def predict(model, examples, batch_size, device, dtype, stop=()):
     """(sum of the losses, the label that the model gives each example; of sonnets none). None once `stop` holds something."""
     model.eval()
-    total, predictions = 0.0, [None] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    for batch in tqdm([order[i : i + batch_size] for i in range(0, len(order), batch_size)], unit='batch', leave=False, disable=None):
+    total, labels = 0.0, {}
+    for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
         if stop:
             break
-        idx, lengths, targets = collate([examples[i] for i in batch], device)
+        idx, lengths, targets = collate(batch, device)
         with autocast(device, dtype):
             logits = model(idx, lengths)
         total += float(sum_losses(logits, targets))
         if model.answers is not None:
-            for i, label in zip(batch, logits.argmax(-1).tolist()):
-                predictions[i] = label
+            labels.update(zip(map(id, batch), logits.argmax(-1).tolist()))
     model.train()
-    return None if stop else (total, predictions)
+    return None if stop else (total, [labels.get(id(example)) for example in examples])
 
 
 def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):

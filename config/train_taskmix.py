@@ -28,7 +28,7 @@ n_embd = 128
 bias = True  # as in GPT-2
 
 learning_rate = 3e-3
-max_iters = 1250  # of 2000: the learning rate is still at two fifths
+max_iters = 2000
 lr_decay_iters = 2000  # make equal to max_iters usually
 min_lr = 3e-4
 beta2 = 0.99  # make a bit bigger because number of tokens per iter is small

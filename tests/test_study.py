@@ -40,6 +40,13 @@ def make_records(study, *stages):
             make_record(study, *one)
 
 
+def make_edges_record(study):
+    """A record as bench.py --suite=graph prints it."""
+    seconds = {'edges': [0.002, 0.001, 0.009], 'rest': [0.038, 0.039, 0.031], 'total': [0.04, 0.04, 0.04]}
+    rows = [dict(where=size, name=f'{edges} edges', seconds=seconds) for size in ('micro', 'nano') for edges in ('no', 'topk')]
+    study.path_of('graph', 'edges').write_text(json.dumps({'rows': rows}))
+
+
 def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
     make_records(study, 'search')
     paths = set()
@@ -66,6 +73,9 @@ def test_page_is_made_of_all_records(study):
     assert '(p = ' not in next(line for line in study.make_main_table() if line.startswith('| LoRA |'))
     assert len({line.count('|') for line in study.make_main_table()}) == 1
     assert len(study.make_rank_table()) == 5 and len(study.make_single_table()) == 6
+    make_edges_record(study)
+    study.measure_edges()  # does nothing where there is a record
+    assert study.make_edges_table()[-1] == '| topk | 5.00% of 40 ms | 5.00% of 40 ms |'
     study.draw_curves()
     assert (study.HERE / 'curves.png').stat().st_size > 10_000
 

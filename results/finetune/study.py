@@ -3,12 +3,12 @@ Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with 
 
 $ python train.py config/train_taskmix.py
 $ OMP_NUM_THREADS=1 python results/finetune/study.py                  # in two shells, to share the runs
-$ OMP_NUM_THREADS=1 python results/finetune/study.py --stages=time    # in one, when all else is done
+$ OMP_NUM_THREADS=1 python results/finetune/study.py --stages=time,graph    # in one, when all else is done
 
 `search` looks for the learning rate of each variant by the part of SST's train that is held out, `final` trains each on each task,
-`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `time` measures steps and memory; this one wants the machine for
-itself. Each run is a run of finetune.py, its record a file in runs/; what has a record is not run again. Then table.md and curves.png
-are made from the records, by --stages= without running anything.
+`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `time` measures steps and memory, `graph` what finding edges takes;
+these two want the machine for themselves. Each run is a run of finetune.py (of bench.py for `graph`), its record a file in runs/; what
+has a record is not run again. Then table.md and curves.png are made from the records, by --stages= without running anything.
 """
 
 import json
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import runpy
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,11 +42,12 @@ stages = 'search,final,rank,single'
 configure(globals())
 
 HERE = Path(__file__).resolve().parent
+DROPOUT = dict(dropout=0.0, lora_dropout=0.0)  # a small model that sees each example a few times does not overfit
 TASKS = {  # settings of each task
-    'sst': dict(epochs=3, batch_size=32),
-    'cfimdb': dict(epochs=3, batch_size=16),
-    'quora': dict(train_limit=8000, epochs=3, batch_size=32),
-    'sonnets': dict(epochs=6, batch_size=8),
+    'sst': dict(DROPOUT, epochs=3, batch_size=32),
+    'cfimdb': dict(DROPOUT, epochs=3, batch_size=16),
+    'quora': dict(DROPOUT, train_limit=8000, epochs=3, batch_size=32),
+    'sonnets': dict(DROPOUT, epochs=6, batch_size=8),
 }
 SCORES = {'sst': 'accuracy', 'cfimdb': 'accuracy', 'quora': 'accuracy', 'sonnets': 'chrf_continuation'}
 KAN = dict(use_kan=True, grid_size=3, spline_order=1)
@@ -110,7 +112,7 @@ def list_runs(stage):
     if stage == 'time':
         short = dict(sst, train_limit=640, epochs=2, seed=1)  # the second epoch is timed
         return [(stage, name, 'sst', {**short, **settings, 'learning_rate': best_rate(name)}) for name, (settings, _) in VARIANTS.items()]
-    raise ValueError(f'stages: expected any of search, final, rank, single, time, got {stage!r}')
+    raise ValueError(f'stages: expected any of search, final, rank, single, time, graph, got {stage!r}')
 
 
 def path_of(stage, name):
@@ -168,6 +170,16 @@ def finetune(flags):
     except Exception:  # as at the top of Python: whatever ends the script goes to its excepthook
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def measure_edges():
+    """What finding edges takes of a training step: the last line of bench.py --suite=graph is the record."""
+    if not path_of('graph', 'edges').exists():
+        flags = ['--suite=graph', '--dtypes=float32', '--only=nano|micro']
+        done = subprocess.run([sys.executable, Path(ROOT, 'bench.py'), *flags], stdout=subprocess.PIPE, text=True, check=True)
+        with write_atomically(path_of('graph', 'edges'), 'w', 'utf-8') as f:
+            json.dump(json.loads(done.stdout.split('\n')[-2]), f, indent=1)
+            f.write('\n')
 
 
 def warm_up():
@@ -272,6 +284,20 @@ def make_single_table():
     return lines
 
 
+def make_edges_table():
+    rows = read_record('graph', 'edges')['rows']
+    found = {(row['name'].removesuffix(' edges'), row['where']): row['seconds'] for row in rows}
+    sizes = sorted({size for _, size in found})
+    lines = ['| finding edges | ' + ' | '.join(sizes) + ' |', '|---|' + '--:|' * len(sizes)]
+    for edges in dict.fromkeys(edges for edges, _ in found):
+        cells = []
+        for size in sizes:
+            seconds = {part: statistics.median(times) for part, times in found[edges, size].items()}
+            cells.append(f'{seconds["edges"] / seconds["total"]:.2%} of {1e3 * seconds["total"]:.0f} ms')
+        lines.append(f'| {edges} | {" | ".join(cells)} |')
+    return lines
+
+
 def draw_curves():
     """Loss per epoch, on what is learned from and on what is held out, of KAN-LoRA beside LoRA: a line per seed."""
     import matplotlib
@@ -302,8 +328,8 @@ if __name__ == '__main__':
     if stages:
         warm_up()
     for stage in filter(None, stages.split(',')):
-        run_all(list_runs(stage))
-    table = '\n'.join([*make_main_table(), '', *make_rank_table(), '', *make_single_table()]) + '\n'
+        measure_edges() if stage == 'graph' else run_all(list_runs(stage))
+    table = '\n\n'.join('\n'.join(make()) for make in (make_main_table, make_rank_table, make_single_table, make_edges_table)) + '\n'
     with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
         f.write(table)
     draw_curves()
