@@ -44,10 +44,10 @@ configure(globals())
 HERE = Path(__file__).resolve().parent
 DROPOUT = dict(dropout=0.0, lora_dropout=0.0)  # a small model that sees each example a few times does not overfit
 TASKS = {  # settings of each task
-    'sst': dict(DROPOUT, epochs=3, batch_size=32),
-    'cfimdb': dict(DROPOUT, epochs=3, batch_size=16),
-    'quora': dict(DROPOUT, train_limit=8000, epochs=3, batch_size=32),
-    'sonnets': dict(DROPOUT, epochs=6, batch_size=8),
+    'sst': dict(DROPOUT, train_limit=5000, epochs=3, batch_size=32),
+    'cfimdb': dict(DROPOUT, train_limit=700, epochs=3, batch_size=16),
+    'quora': dict(DROPOUT, train_limit=2500, epochs=3, batch_size=32),
+    'sonnets': dict(DROPOUT, epochs=4, batch_size=8),
 }
 SCORES = {'sst': 'accuracy', 'cfimdb': 'accuracy', 'quora': 'accuracy', 'sonnets': 'chrf_continuation'}
 KAN = dict(use_kan=True, grid_size=3, spline_order=1)
@@ -75,7 +75,7 @@ def list_runs(stage):
     many = [int(seed) for seed in seeds.split(',')]
     sst = TASKS['sst']
     if stage == 'search':
-        short = dict(sst, train_limit=2000, epochs=2, seed=0)
+        short = dict(sst, train_limit=2500, valid_fraction=0.3, seed=0)
         rates = [(name, settings, lr) for name, (settings, rates) in VARIANTS.items() for lr in rates]
         return [(stage, f'{name}, lr={lr:g}', 'sst', {**short, **settings, 'learning_rate': lr}) for name, settings, lr in rates]
     if stage == 'final':
