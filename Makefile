@@ -39,7 +39,7 @@ minilm: .venv/installed-peft
 # hours on two cores; the tasks' files come from their addresses, or by python data/<task>/prepare.py --source=FOLDER beforehand
 finetune: .venv/installed-finetune
 	grep -qs '"finished"' out-taskmix/run.json || $(BIN)/python train.py config/train_taskmix.py $(if $(wildcard out-taskmix/ckpt.pt),--init_from=resume)
-	OMP_NUM_THREADS=1 $(BIN)/python results/finetune/study.py --stages=search,final,rank,single,time,graph
+	OMP_NUM_THREADS=1 $(BIN)/python results/finetune/study.py --stages=search,final,rank,single,rates,time,graph
 
 RUNS = $(sort $(wildcard results/$(1)/runs/*))
 results: .venv/installed-compare

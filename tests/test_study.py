@@ -29,7 +29,7 @@ def make_record(study, stage, name, task, settings):
     dev = {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')} if task == 'sonnets' else {'accuracy': draw.random()}
     log = [dict(epoch=i, iter=20 * i, seconds=10.0 * i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
     record = dict(task=task, settings=settings, dev=dev, valid=min(log, key=lambda line: line['loss']), log=log)
-    record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8)
+    record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8, base={'name': 'out-taskmix'})
     study.path_of(stage, name).write_text(json.dumps(record))
     return record
 
@@ -50,11 +50,11 @@ def make_edges_record(study):
 def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
     make_records(study, 'search')
     paths = set()
-    runs = [one for stage in ('search', 'final', 'rank', 'single', 'time') for one in study.list_runs(stage)]
+    runs = [one for stage in ('search', 'final', 'rank', 'single', 'rates', 'time') for one in study.list_runs(stage)]
     for stage, name, task, settings in runs:
         settings_of('finetune.py', [f'--task={task}', *(f'--{key}={value}' for key, value in settings.items())])
         paths.add(study.path_of(stage, name))
-    assert len(paths) == len(runs) == 8 * 3 + 8 * 4 * 3 + 9 * 3 + 2 * 3 + 8
+    assert len(paths) == len(runs) == 8 * 3 + 8 * 4 * 3 + 9 * 3 + 2 * 3 + 2 * 2 * 3 + 8
     assert all(' ' not in path.name and path.parent.name == 'runs' for path in paths)
 
 
@@ -66,13 +66,14 @@ def test_the_rate_of_a_variant_is_the_one_with_the_lowest_loss_on_what_was_held_
 
 def test_page_is_made_of_all_records(study):
     make_records(study, 'search')
-    make_records(study, 'final', 'rank', 'single', 'time')
+    make_records(study, 'final', 'rank', 'single', 'rates', 'time')
     values = [100 * study.read_record('final', f'KAN, sst, seed={seed}')['dev']['accuracy'] for seed in (1, 2, 3)]
     row = next(line for line in study.make_main_table() if line.startswith('| KAN |'))
-    assert f'| {sum(values) / 3:.1f} ± ' in row and row.count('(p = ') == 4 and '| 500 | 500 MB |' in row
+    assert f'| {sum(values) / 3:.1f} ± ' in row and row.count('(p = ') == 4 and '| 500 | 500 MB |  |' in row
     assert '(p = ' not in next(line for line in study.make_main_table() if line.startswith('| LoRA |'))
     assert len({line.count('|') for line in study.make_main_table()}) == 1
     assert len(study.make_rank_table()) == 5 and len(study.make_single_table()) == 6
+    assert [line.count(' (as above)') for line in study.make_rates_table()] == [0, 0, 1, 1]
     make_edges_record(study)
     study.measure_edges()  # does nothing where there is a record
     assert study.make_edges_table()[-1] == '| topk | 5.00% of 40 ms | 5.00% of 40 ms |'
@@ -82,13 +83,16 @@ def test_page_is_made_of_all_records(study):
 
 def test_a_missing_record_is_named(study):
     make_records(study, 'search')
-    with pytest.raises(ValueError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
+    with pytest.raises(FileNotFoundError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
         study.read_finals('full', 'sst')
 
 
-def test_a_record_of_other_settings_is_refused(study):
+def test_a_record_of_other_settings_or_of_another_model_is_refused(study):
     make_records(study, 'search')
     one = study.list_runs('search')[0]
     study.check_record(*one)
     with pytest.raises(ValueError, match='was made with .* the study has .*: move it away'):
         study.check_record(*one[:3], {**one[3], 'epochs': 9})
+    study.init_from = 'gpt2'
+    with pytest.raises(ValueError, match='began with out-taskmix, the study begins with gpt2: move it away'):
+        study.check_record(*one)

@@ -6,8 +6,8 @@ $ OMP_NUM_THREADS=1 python results/finetune/study.py                  # in two s
 $ OMP_NUM_THREADS=1 python results/finetune/study.py --stages=time,graph    # in one, when all else is done
 
 `search` looks for the learning rate of each variant by the part of SST's train that is held out, `final` trains each on each task,
-`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `time` measures steps and memory, `graph` what finding edges takes;
-these two want the machine for themselves. Each run is a run of finetune.py (of bench.py for `graph`), its record a file in runs/; what
+`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `rates` what trains everything on CFIMDB at all learning rates. `time`
+measures steps and memory, `graph` what finding edges takes: these two want the machine for themselves. Each run is a run of finetune.py (of bench.py for `graph`), its record a file in runs/; what
 has a record is not run again. Then table.md and curves.png are made from the records, by --stages= without running anything.
 """
 
@@ -37,7 +37,7 @@ from records import read_log
 # -----------------------------------------------------------------------------
 init_from = 'out-taskmix'  # the model that all runs begin with
 seeds = '1,2,3'
-stages = 'search,final,rank,single'
+stages = 'search,final,rank,single,rates'
 # -----------------------------------------------------------------------------
 configure(globals())
 
@@ -63,7 +63,11 @@ VARIANTS = {  # settings of finetune.py, and learning rates to try
     'Graph-LoRA': (dict(LORA, use_graph=True), (1e-3, 3e-3, 1e-2)),
     'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), (3e-4, 1e-3, 3e-3)),
 }
-PAPER = ('55.2', '99.2', '89.9, test', '', '42.1')  # SST, CFIMDB, Quora, sonnets without and with the prompt; of LoRA alone
+PAPER = {  # what it reports, of GPT-2 Large
+    'LoRA': 'SST 55.2, CFIMDB 99.2, Quora 89.9 (test), sonnets 42.1 (with the prompt)',
+    'KAN-base LoRA': 'on no task above LoRA',
+    'Graph-LoRA': 'on no task above LoRA; over 18 hours',
+}
 RANKS, ALPHAS, BLOCKS = (4, 16, 32), (16, 32, 64), (0, 3)
 
 
@@ -109,10 +113,23 @@ def list_runs(stage):
             for seed in many
             for block in BLOCKS
         ]
+    if stage == 'rates':
+        return [
+            (
+                stage,
+                f'{name}, lr={lr:g}, seed={seed}',
+                'cfimdb',
+                {**TASKS['cfimdb'], **VARIANTS[name][0], 'learning_rate': lr, 'seed': seed},
+            )
+            for seed in many
+            for name in ('full', 'KAN')
+            for lr in VARIANTS[name][1]
+            if lr != best_rate(name)  # that is in final
+        ]
     if stage == 'time':
         short = dict(sst, train_limit=640, epochs=2, seed=1)  # the second epoch is timed
         return [(stage, name, 'sst', {**short, **settings, 'learning_rate': best_rate(name)}) for name, (settings, _) in VARIANTS.items()]
-    raise ValueError(f'stages: expected any of search, final, rank, single, time, graph, got {stage!r}')
+    raise ValueError(f'stages: expected any of search, final, rank, single, rates, time, graph, got {stage!r}')
 
 
 def path_of(stage, name):
@@ -121,7 +138,6 @@ def path_of(stage, name):
 
 def run_all(runs):
     """Run what has no record; what another shell is at is waited for in the end."""
-    (HERE / 'runs').mkdir(exist_ok=True)
     for blocking in (False, True):
         for stage, name, task, settings in tqdm(runs, desc=runs[0][0], unit='run', disable=None):
             try:
@@ -199,14 +215,17 @@ def warm_up():
 def read_record(stage, name):
     path = path_of(stage, name)
     if not path.exists():
-        raise ValueError(f'{path.name} is missing: the stage {stage} is not finished')
+        raise FileNotFoundError(f'{path.name} is missing: the stage {stage} is not finished')
     return json.loads(path.read_text(encoding='utf-8'))
 
 
 def check_record(stage, name, task, settings):
-    """ValueError for a record that was made with other settings than the study has."""
-    if (record := read_record(stage, name))['settings'] != settings:
+    """ValueError for a record that was made with other settings than the study has, or that began with another model."""
+    record, base = read_record(stage, name), Path(init_from).name
+    if record['settings'] != settings:
         raise ValueError(f'{path_of(stage, name).name} was made with {record["settings"]}, the study has {settings}: move it away')
+    if record['base']['name'] != base:
+        raise ValueError(f'{path_of(stage, name).name} began with {record["base"]["name"]}, the study begins with {base}: move it away')
 
 
 def best_rate(variant):
@@ -246,8 +265,8 @@ def second_epoch(record):
 
 def make_main_table():
     lines = [
-        '| variant | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step | peak memory |',
-        '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|',
+        '| variant | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step | peak memory | in the paper |',
+        '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|',
     ]
     for variant in VARIANTS:
         cells, timed = [], read_record('time', variant)
@@ -255,9 +274,13 @@ def make_main_table():
             values = values_of(read_finals(variant, task), task)
             cells.append(describe(values) + p_value(values, values_of(read_finals('LoRA', task), task)))
         cells.append(describe([record['dev']['chrf'] for record in read_finals(variant, 'sonnets')]))
-        cells += [f'{best_rate(variant):g}', f'{1e3 * second_epoch(timed):.0f}', f'{timed["peak_memory"] / 1e6:.0f} MB']
+        cells += [
+            f'{best_rate(variant):g}',
+            f'{1e3 * second_epoch(timed):.0f}',
+            f'{timed["peak_memory"] / 1e6:.0f} MB',
+            PAPER.get(variant, ''),
+        ]
         lines.append(f'| {variant} | {read_finals(variant, "sst")[0]["trained"]:,} | {" | ".join(cells)} |')
-    lines.append(f'| *in the paper: LoRA, GPT-2 Large* | | *{"* | *".join(PAPER)}* | | | |')
     return lines
 
 
@@ -284,6 +307,21 @@ def make_single_table():
     return lines
 
 
+def make_rates_table():
+    rates = VARIANTS['full'][1]
+    lines = ['| CFIMDB at learning rate | ' + ' | '.join(f'{lr:g}' for lr in rates) + ' |', '|---|' + '--:|' * len(rates)]
+    for name in 'full', 'KAN':
+        cells = []
+        for lr in rates:
+            if lr == best_rate(name):
+                found = read_finals(name, 'cfimdb')
+            else:
+                found = [read_record('rates', f'{name}, lr={lr:g}, seed={seed}') for seed in seeds.split(',')]
+            cells.append(describe(values_of(found, 'cfimdb')) + ' (as above)' * (lr == best_rate(name)))
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return lines
+
+
 def make_edges_table():
     rows = read_record('graph', 'edges')['rows']
     found = {(row['name'].removesuffix(' edges'), row['where']): row['seconds'] for row in rows}
@@ -296,6 +334,15 @@ def make_edges_table():
             cells.append(f'{seconds["edges"] / seconds["total"]:.2%} of {1e3 * seconds["total"]:.0f} ms')
         lines.append(f'| {edges} | {" | ".join(cells)} |')
     return lines
+
+
+def make_page():
+    tables = make_main_table, make_rank_table, make_single_table, make_rates_table, make_edges_table
+    table = '\n\n'.join('\n'.join(make()) for make in tables) + '\n'
+    with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
+        f.write(table)
+    draw_curves()
+    print(table, end='')
 
 
 def draw_curves():
@@ -326,11 +373,13 @@ if __name__ == '__main__':
     if seeds.count(',') < 1:
         raise ValueError(f'seeds={seeds!r}: a spread wants at least two, joined by commas')
     if stages:
+        (HERE / 'runs').mkdir(exist_ok=True)
         warm_up()
     for stage in filter(None, stages.split(',')):
         measure_edges() if stage == 'graph' else run_all(list_runs(stage))
-    table = '\n\n'.join('\n'.join(make()) for make in (make_main_table, make_rank_table, make_single_table, make_edges_table)) + '\n'
-    with write_atomically(HERE / 'table.md', 'w', 'utf-8') as f:
-        f.write(table)
-    draw_curves()
-    print(table, end='')
+    try:
+        make_page()
+    except FileNotFoundError as error:
+        if not stages:
+            raise
+        print(f'no page yet: {error}')
