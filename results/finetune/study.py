@@ -191,7 +191,7 @@ def finetune(flags):
 def measure_edges():
     """What finding edges takes of a training step: the last line of bench.py --suite=graph is the record."""
     if not path_of('graph', 'edges').exists():
-        flags = ['--suite=graph', '--dtypes=float32', '--only=nano|micro']
+        flags = ['--suite=graph', '--dtypes=float32', '--only=nano|micro', '--rounds=1']
         done = subprocess.run([sys.executable, Path(ROOT, 'bench.py'), *flags], stdout=subprocess.PIPE, text=True, check=True)
         with write_atomically(path_of('graph', 'edges'), 'w', 'utf-8') as f:
             json.dump(json.loads(done.stdout.split('\n')[-2]), f, indent=1)
