@@ -6,9 +6,10 @@ $ OMP_NUM_THREADS=1 python results/finetune/study.py                  # in two s
 $ OMP_NUM_THREADS=1 python results/finetune/study.py --stages=time,graph    # in one, when all else is done
 
 `search` looks for the learning rate of each variant by the part of SST's train that is held out, `final` trains each on each task,
-`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `rates` what trains everything on CFIMDB at all learning rates. `time`
-measures steps and memory, `graph` what finding edges takes: these two want the machine for themselves. Each run is a run of finetune.py (of bench.py for `graph`), its record a file in runs/; what
-has a record is not run again. Then table.md and curves.png are made from the records, by --stages= without running anything.
+`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `rates` each on CFIMDB at the other learning rates. `time` measures
+steps and memory, `graph` what finding edges takes: these two want the machine for themselves. Each run is a run of finetune.py (of
+bench.py for `graph`), its record a file in runs/; what has a record is not run again. Then table.md and curves.png are made from the
+records, by --stages= without running anything.
 """
 
 import json
@@ -122,8 +123,8 @@ def list_runs(stage):
                 {**TASKS['cfimdb'], **VARIANTS[name][0], 'learning_rate': lr, 'seed': seed},
             )
             for seed in many
-            for name in ('full', 'KAN')
-            for lr in VARIANTS[name][1]
+            for name, (_, rates) in VARIANTS.items()
+            for lr in rates
             if lr != best_rate(name)  # that is in final
         ]
     if stage == 'time':
@@ -229,18 +230,36 @@ def check_record(stage, name, task, settings):
 
 
 def best_rate(variant):
-    """The learning rate with the lowest loss on what was held out."""
+    """The learning rate with the lowest loss on what was held out of SST."""
     rates = VARIANTS[variant][1]
     return min(rates, key=lambda lr: read_record('search', f'{variant}, lr={lr:g}')['valid']['loss'])
 
 
+def read_seeds(stage, name):
+    return [read_record(stage, f'{name}, seed={seed}') for seed in seeds.split(',')]
+
+
+def read_cfimdb(variant, lr):
+    """The runs on CFIMDB at a learning rate; where that is SST's they are in `final`."""
+    return read_seeds('final', f'{variant}, cfimdb') if lr == best_rate(variant) else read_seeds('rates', f'{variant}, lr={lr:g}')
+
+
 def read_finals(variant, task):
-    return [read_record('final', f'{variant}, {task}, seed={seed}') for seed in seeds.split(',')]
+    """The runs of a variant on a task, of CFIMDB at the learning rate with the lowest loss on what was held out of it."""
+    if task == 'cfimdb':
+        return min(
+            (read_cfimdb(variant, lr) for lr in VARIANTS[variant][1]), key=lambda found: sum(record['valid']['loss'] for record in found)
+        )
+    return read_seeds('final', f'{variant}, {task}')
 
 
 def values_of(records, task):
     """The score of a task for each record: percent, of sonnets CHRF of what follows the prompt."""
     return [(1 if task == 'sonnets' else 100) * record['dev'][SCORES[task]] for record in records]
+
+
+def rate_of(variant, task):
+    return read_finals(variant, task)[0]['settings']['learning_rate']
 
 
 # the page
@@ -275,7 +294,7 @@ def make_main_table():
             cells.append(describe(values) + p_value(values, values_of(read_finals('LoRA', task), task)))
         cells.append(describe([record['dev']['chrf'] for record in read_finals(variant, 'sonnets')]))
         cells += [
-            f'{best_rate(variant):g}',
+            f'{best_rate(variant):g}, CFIMDB {rate_of(variant, "cfimdb"):g}',
             f'{1e3 * second_epoch(timed):.0f}',
             f'{timed["peak_memory"] / 1e6:.0f} MB',
             PAPER.get(variant, ''),
@@ -289,8 +308,7 @@ def make_rank_table():
     for rank in RANKS:
         cells = []
         for alpha in ALPHAS:
-            found = [read_record('rank', f'rank={rank}, alpha={alpha}, seed={seed}') for seed in seeds.split(',')]
-            cells.append(describe(values_of(found, 'sst')))
+            cells.append(describe(values_of(read_seeds('rank', f'rank={rank}, alpha={alpha}'), 'sst')))
         lines.append(f'| rank {rank} | {" | ".join(cells)} |')
     return lines
 
@@ -299,7 +317,7 @@ def make_single_table():
     lines = ['| KAN layers, SST | |', '|---|--:|']
     rows = {'in no block (full)': read_finals('full', 'sst'), 'in all blocks (KAN)': read_finals('KAN', 'sst')}
     for block in BLOCKS:
-        rows[f'in block {block} alone'] = [read_record('single', f'block={block}, seed={seed}') for seed in seeds.split(',')]
+        rows[f'in block {block} alone'] = read_seeds('single', f'block={block}')
     baseline = values_of(rows['in no block (full)'], 'sst')
     for name, found in rows.items():
         values = values_of(found, 'sst')
@@ -308,17 +326,13 @@ def make_single_table():
 
 
 def make_rates_table():
-    rates = VARIANTS['full'][1]
-    lines = ['| CFIMDB at learning rate | ' + ' | '.join(f'{lr:g}' for lr in rates) + ' |', '|---|' + '--:|' * len(rates)]
-    for name in 'full', 'KAN':
-        cells = []
+    lines = ['| CFIMDB at learning rate | lowest | middle | highest |', '|---|--:|--:|--:|']
+    for variant, (_, rates) in VARIANTS.items():
+        best, cells = rate_of(variant, 'cfimdb'), []
         for lr in rates:
-            if lr == best_rate(name):
-                found = read_finals(name, 'cfimdb')
-            else:
-                found = [read_record('rates', f'{name}, lr={lr:g}, seed={seed}') for seed in seeds.split(',')]
-            cells.append(describe(values_of(found, 'cfimdb')) + ' (as above)' * (lr == best_rate(name)))
-        lines.append(f'| {name} | {" | ".join(cells)} |')
+            cell = f'{lr:g}: {describe(values_of(read_cfimdb(variant, lr), "cfimdb"))}'
+            cells.append(f'**{cell}**' if lr == best else cell)
+        lines.append(f'| {variant} | {" | ".join(cells)} |')
     return lines
 
 
