@@ -45,9 +45,9 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
-if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 1:
+if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 2:
     raise ValueError(
-        f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 1, got {batch_size}, {stride}, {split!r}, {baselines}'
+        f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 2, got {batch_size}, {stride}, {split!r}, {baselines}'
     )
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -128,14 +128,14 @@ def evaluate_task(checkpoint):
         model, tokenizer, settings = variants.load_adapter(adapter, base)
     elif 'finetune' in checkpoint:
         settings = checkpoint['finetune']
-        if task not in ('', settings['task']):
-            raise ValueError(f'task={task!r}, but {out_dir} holds a model for {settings["task"]}')
         model, tokenizer = variants.load_task_model(checkpoint, dropout=0.0)
     else:
         settings = settings_of('finetune.py', [f'--task={task}', '--finetune_mode=full', '--use_lora=False'])
         gpt, tokenizer = variants.load_base(base, dropout=0.0)
         model = variants.make_task_model(gpt, tokenizer, settings)
     name, part = settings['task'], 'dev' if split == 'val' else split
+    if task not in ('', name):
+        raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
     scoring.check_packages(name)
     tasks.prepare_task(name)
     examples = tasks.read_examples(name, part, tokenizer, model.gpt.config.block_size)
@@ -152,7 +152,7 @@ def evaluate_task(checkpoint):
 
 
 checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {'tokenizer': {'kind': 'gpt2'}}
-source = out_dir if init_from == 'resume' else init_from
+source = (out_dir if init_from == 'resume' else init_from) + (f' with the adapter of {adapter}' if adapter else '')
 on_task = task or adapter or 'finetune' in checkpoint
 if on_task and dataset:
     raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')

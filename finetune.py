@@ -12,6 +12,7 @@ finishes the step and saves; the same command with --resume=True then goes on, b
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -102,13 +103,13 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-for name in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'n_beams', 'best_of'):
+for name in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'n_beams', 'best_of', 'lora_rank', 'lora_grid_size'):
     if config[name] < 1:
         raise ValueError(f'{name} must be at least 1, got {config[name]}')
 for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'temperature'):
     if config[name] < 0:
         raise ValueError(f'{name} must not be negative, got {config[name]}')
-for name in ('dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
+for name in ('dropout', 'lora_dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
     if not 0 <= config[name] < 1:
         raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
 if valid_fraction == 0 or seed >= 2**63:
@@ -154,10 +155,15 @@ examples_of_train = tasks.read_examples(task, 'train', tokenizer, block_size)
 train_examples, valid_examples = tasks.hold_out(examples_of_train, valid_fraction)
 if train_limit:
     train_examples, valid_examples = train_examples[:train_limit], valid_examples[: max(1, round(train_limit * valid_fraction))]
-dev_examples = tasks.read_examples(task, 'dev', tokenizer, block_size)
+scored = {'dev': tasks.read_examples(task, 'dev', tokenizer, block_size)}
+if predict_test and tasks.split_path(task, 'test').exists():
+    scored['test'] = tasks.read_examples(task, 'test', tokenizer, block_size)
+data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
+if state and state['data'] != data:
+    raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
 steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)
 n_steps = epochs * steps_per_epoch
-say(f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(dev_examples):,} of dev')
+say(f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(scored["dev"]):,} of dev')
 say(
     f'{n_steps:,} steps of {batch_size * gradient_accumulation_steps} examples on {device_name(device)}, {session.world_size} process(es), {dtype}'
 )
@@ -243,6 +249,7 @@ def save(is_best=False):
         'seconds': seconds,
         'train_loss': train_loss,  # of the epoch so far
         'log': log,
+        'data': data,
         'rng': session.gather_rng(),
         'scaler': scaler.state_dict(),
         'tokenizer': tokenizer.to_dict(),
@@ -268,10 +275,7 @@ def finish():
     model.load_state_dict(best['model'])
     torch.manual_seed(seed)
     sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
-    for split in ('dev', 'test'):
-        if split == 'test' and not (predict_test and tasks.split_path(task, split).exists()):
-            continue
-        examples = dev_examples if split == 'dev' else tasks.read_examples(task, split, tokenizer, block_size)
+    for split, examples in scored.items():
         found = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
         if found is None:
             return False
@@ -282,10 +286,10 @@ def finish():
             say(f'dev: {", ".join(f"{name} {value:.4f}" for name, value in dev.items())}')
     if use_lora:
         save_lora(model, os.path.join(out_dir, 'adapter'))
-    metrics = dict(task=task, dev=dev, valid=min(log, key=lambda line: line['loss']), steps=step, seconds=seconds)
+    metrics = dict(task=task, dev=dev, valid=best['log'][-1], steps=step, seconds=seconds)
     metrics.update(trained=n_trained, parameters=n_parameters, peak_memory=peak_memory(device))
     if task == 'sonnets':
-        metrics['baselines'] = scoring.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in dev_examples], range(10))
+        metrics['baselines'] = scoring.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in scored['dev']], range(10))
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump(metrics, f, indent=1)
     write_record(final=metrics, finished=records.now())
@@ -303,7 +307,7 @@ record = dict(
     processes=session.world_size,
     parameters={'total': n_parameters, 'trained': n_trained},
     model_args=model_args,
-    dataset={'name': task, 'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(dev_examples)},
+    dataset={'name': task, 'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(scored['dev'])},
     resumed_at=step or None,
     started=records.now(),
 )
@@ -321,7 +325,7 @@ write_record()
 def is_done():
     """All steps are done, or the loss on the part held out has not fallen for `patience` epochs."""
     losses = [line['loss'] for line in log]
-    return step >= n_steps or (patience > 0 and len(losses) - 1 - losses.index(min(losses)) >= patience if losses else False)
+    return step >= n_steps or bool(losses and patience and len(losses) - 1 - losses.index(min(losses)) >= patience)
 
 
 # training loop

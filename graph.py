@@ -20,7 +20,7 @@ from torch.nn import functional as F
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
 ROWS = 128  # targets at a time on masks: none looks beyond itself, so nearly half of the sources are left out
-NUMBERS = 2**24  # for the pairs of targets and sources that GATv2 looks at at a time, D of them each; more where 16 targets have more
+NUMBERS = 2**24  # of pairs of targets and sources GATv2 holds about that many numbers, C for each: as many targets at a time, at least 16
 
 
 def check_graph(config):
@@ -83,7 +83,7 @@ def list_of(mask, B):
 
 
 def bias_of(mask):
-    """(T, S) or (B, T, S) -> (1 or B, 1, T, S): zero at edges, -inf elsewhere"""
+    """(T, S) or (B, T, S) -> (1, T, S) or (B, 1, T, S): zero at edges, -inf elsewhere"""
     return torch.zeros(mask.size(), device=mask.device).masked_fill_(~mask, -torch.inf).unsqueeze(-3)
 
 
@@ -126,7 +126,7 @@ class Edges:
         return self.shared | (similarity >= least) & self.earlier
 
     def bias(self, x, cache=None):
-        """The same as what is added to scores, (1 or B, 1, T, S): zero at edges, -inf elsewhere."""
+        """The same as what is added to scores, (1, T, S) or (B, 1, T, S): zero at edges, -inf elsewhere."""
         if self.similar:
             return bias_of(self.mask(x, cache))
         if self.shared_bias is None:  # no cached_property, whose lock (Python 3.11) torch.compile cannot follow
@@ -207,7 +207,7 @@ class GraphAttention(nn.Module):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def attend_rows(self, targets, sources, values, bias):
-        """targets (B, H, R, 1 or D), sources (B, H, S, 1 or D), values (B, H, S, D), bias (1 or B, 1, R, S) -> (B, H, R, D)"""
+        """targets (B, H, R, 1 or D), sources (B, H, S, 1 or D), values (B, H, S, D), bias (1, R, S) or (B, 1, R, S) -> (B, H, R, D)"""
         slope = self.conv.negative_slope
         if self.kind == 'gat':
             scores = F.leaky_relu((targets + sources.mT).add_(bias), slope, inplace=True)  # (B, H, R, S)

@@ -265,7 +265,7 @@ def make_batches(examples, batch_size, seed=None):
     examples, shuffle = list(examples), random.Random(seed)
     if seed is not None:
         shuffle.shuffle(examples)
-    pool = len(examples) if seed is None else 20 * batch_size
+    pool = max(1, len(examples)) if seed is None else 20 * batch_size
     examples = [example for i in range(0, len(examples), pool) for example in sorted(examples[i : i + pool], key=lambda e: len(e.ids))]
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     if seed is not None:

@@ -45,7 +45,10 @@ def load_base(init_from, dropout):
     if os.path.isdir(init_from) and not os.path.exists(os.path.join(init_from, 'config.json')):
         raise ValueError(f'{init_from} holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    return model, load_tokenizer({}, model.config.vocab_size)
+    try:
+        return model, load_tokenizer({}, model.config.vocab_size)
+    except ValueError:
+        raise ValueError(f'{init_from} has {model.config.vocab_size} tokens: the tasks want a model with those of GPT-2, 50257') from None
 
 
 def has_rows(gpt):

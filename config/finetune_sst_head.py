@@ -1,5 +1,5 @@
 """
-GPT-2 (124M) learns the sentiment of film reviews (SST, five classes). What reads the answer off trains alone.
+GPT-2 (124M) learns the sentiment of film reviews (SST, five classes). Only the layer that reads the answer off trains.
 
     python finetune.py config/finetune_sst_head.py
     python finetune.py config/finetune_sst_head.py --init_from=gpt2-large   # or out-taskmix, see config/train_taskmix.py

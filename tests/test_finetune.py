@@ -241,6 +241,10 @@ def test_what_a_run_leaves(workshop, config, more):
     if config == 'quora_graph_lora':  # its adapter on the model that it began with
         found_again = evaluate(workshop, '--init_from=base', f'--adapter={out_dir}')
         assert {key: found_again[key] for key in scores} == pytest.approx(scores, rel=1e-5)
+        assert found_again['model'] == f'base with the adapter of {out_dir}'
+        wrong = ['--init_from=base', f'--adapter={out_dir}', '--task=sst', '--device=cpu']
+        words = complaint(workshop, 'evaluate.py', *wrong, modules=str(workshop), prelude='small')
+        assert words.endswith(f"error: task='sst', but {out_dir} holds a model for quora\n")
     assert (found['task'], found['split'], found['examples'], found['model']) == (name, 'dev', n_dev, out_dir)
 
 
@@ -249,15 +253,31 @@ def count_knots(tensors):
     return sum(tensor.numel() for key, tensor in tensors.items() if key.endswith('grid'))
 
 
-def test_a_run_with_the_vocabulary_of_gpt2(workshop):
+@pytest.fixture(scope='module')
+def gpt2s(workshop):
+    """Untrained models with GPT-2's tokens: a folder as transformers saves one, and our checkpoint of a padded vocabulary."""
+    transformers = pytest.importorskip('transformers')
     try:
-        GPT2Tokenizer()  # and its files are in the cache for the run
+        GPT2Tokenizer()  # and its files are in the cache for the runs
     except OSError as error:
         pytest.skip(f'no network and no package to read the vocabulary from: {error}')
-    make_base(workshop / 'large', vocab_size=50304, block_size=64)
-    tune(workshop, 'out-gpt2', env={'VOCABULARY': 'gpt2'}, init_from='large', task='sonnets', epochs=1, **ADAPTERS)
-    check_sonnets(workshop / 'out-gpt2')
-    assert load(workshop / 'out-gpt2')['model']['gpt.lm_head.weight'].shape == (50304, 8)
+    sizes = dict(vocab_size=50257, n_positions=64, n_embd=8, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(workshop / 'gpt2')
+    make_base(workshop / 'padded', vocab_size=50304, block_size=64)
+    return {'gpt2': 50257, 'padded': 50304}
+
+
+@pytest.mark.parametrize(
+    'config, init_from',
+    [('sst_full', 'gpt2'), ('cfimdb_lora', 'gpt2'), ('quora_graph_lora', 'gpt2'), ('sonnets_kan_lora', 'gpt2'), ('sonnets_lora', 'padded')],
+)
+def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, config, init_from):
+    settings = {} if 'full' in config else ADAPTERS
+    out, task = workshop / f'out-{init_from}-{config}', config.split('_')[0]
+    tune(workshop, out.name, ROOT / f'config/finetune_{config}.py', env={'VOCABULARY': 'gpt2'}, init_from=init_from, epochs=1, **settings)
+    check_sonnets(out) if task == 'sonnets' else check_labels(out, task)
+    shape = load(out)['model']['gpt.lm_head.weight'].shape
+    assert shape == (gpt2s[init_from], 8)
 
 
 def test_sample_writes_on_from_a_fine_tuned_model(workshop):
@@ -315,7 +335,7 @@ def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
         assert same_run(place / 'straight', parts)
 
 
-def test_resume_wants_the_same_settings(place):
+def test_resume_wants_the_same_settings_and_data(place):
     tune(place, env={'STOP_AT': '2'}, **ADAPTERS)
     before = {path.name: path.read_bytes() for path in (place / 'out').iterdir()}
     common = {**TINY, **ADAPTERS, 'out_dir': 'out', 'resume': True}
@@ -326,6 +346,9 @@ def test_resume_wants_the_same_settings(place):
     assert words == 'error: base/ckpt.pt is not one of finetune.py\n'
     words = complaint(place, 'finetune.py', *flags(**{**common, 'out_dir': 'nowhere'}), modules=str(place), prelude='small')
     assert "no checkpoint in 'nowhere'" in words and not (place / 'nowhere').exists()
+    write_table(place / 'data' / 'sst' / 'train.csv', 'sst', [i % 5 for i in range(21)])
+    words = complaint(place, 'finetune.py', *flags(**common), modules=str(place), prelude='small')
+    assert words == 'error: train of data/sst is not what this run began with: to resume, put it back as it was\n'
     assert {path.name: path.read_bytes() for path in (place / 'out').iterdir()} == before
 
 
@@ -333,10 +356,12 @@ def test_resume_wants_the_same_settings(place):
 
 
 @pytest.mark.parametrize(
-    'settings', [dict(form='linear', **FULL), dict(task='sonnets', use_graph=True, **ADAPTERS)], ids=['full', 'graph-lora']
+    'settings',
+    [dict(form='linear', valid_fraction=0.05, **FULL), dict(task='sonnets', use_graph=True, **ADAPTERS)],
+    ids=['full', 'graph-lora'],
 )
 def test_two_processes_give_the_weights_of_one(workshop, settings):
-    """The last step of an epoch has a micro-batch for one of them alone."""
+    """The last step of an epoch has a micro-batch for one of them alone; so has, in the first case, what is held out."""
     settings = dict(settings, dropout=0.0, lora_dropout=0.0, gradient_accumulation_steps=2)
     names = [f'out-{n}-{settings.get("task", "sst")}' for n in (1, 2)]
     with socket.socket() as free:
@@ -351,9 +376,11 @@ def test_two_processes_give_the_weights_of_one(workshop, settings):
     assert one['iter_num'] == two['iter_num'] == 6 and len(two['rng']) == 2
     start = load(workshop / 'base')['model']
     assert all(torch.allclose(two['model'][name], p, rtol=0, atol=1e-6) for name, p in one['model'].items())
-    assert any(not torch.allclose(two['model'].get(f'gpt.{name}', p), p, atol=1e-3) for name, p in start.items()) or settings.get(
-        'use_lora', True
-    )
+    if settings.get('use_lora', True):
+        moved = [p for name, p in two['model'].items() if 'lora_B' in name]
+        assert moved and all(p.abs().max() > 1e-3 for p in moved)
+    else:
+        assert any(not torch.allclose(two['model'][f'gpt.{name}'], p, atol=1e-3) for name, p in start.items())
     logs = [[[line[key] for key in ('iter', 'train_loss', 'loss')] for line in read_log(workshop / name)] for name in names]
     assert torch.allclose(*map(torch.tensor, logs), rtol=0, atol=1e-5)
     scores = [read_json(workshop, name, 'metrics.json')['dev'] for name in names]
@@ -442,6 +469,7 @@ def complain(workshop):
         (dict(finetune_mode='full'), "use_lora=True with finetune_mode='full': adapters train alone"),
         (dict(init_from='data'), 'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'),
         (dict(epochs=0), 'epochs must be at least 1, got 0'),
+        (dict(lora_dropout=1.0), 'lora_dropout must be at least 0 and less than 1, got 1.0'),
         (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
         (dict(n_beams=2, best_of=3), 'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got 0.9, 2 and 3'),
         (dict(top_p=2.0), 'got 2.0, 1 and 1'),
@@ -462,6 +490,9 @@ def test_bad_data_is_named(place, complain):
     ]:
         path.write_text(content)
         assert words in complain(place)
+    path.with_name('test.csv').write_text('id\n')  # before anything is learned
+    write_table(path, 'sst', [1, 2])
+    assert 'test.csv has no column sentence' in complain(place)
     path.unlink()
     assert 'data/sst/dev.csv is not there: python data/sst/prepare.py writes it\n' in complain(place)
 

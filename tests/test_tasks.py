@@ -236,7 +236,7 @@ def test_nothing_left_to_learn_from(n, fraction):
         hold_out(draw_examples(n), fraction)
 
 
-@pytest.mark.parametrize('n, batch_size', [(1, 4), (64, 8), (333, 7), (5, 8), (41, 2)])
+@pytest.mark.parametrize('n, batch_size', [(1, 4), (64, 8), (333, 7), (5, 8), (41, 2), (0, 8)])
 @pytest.mark.parametrize('seed', [None, '1337 0'])
 def test_batches_are_a_permutation(n, batch_size, seed):
     """Full ones but for one: the number of steps of an epoch rests on it."""

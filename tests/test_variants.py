@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import tasks
 import variants
-from checkpoint import save_checkpoint
+from checkpoint import load_tokenizer, save_checkpoint
 from configurator import settings_of
 from kan import KANLinear
 from lora import LoRALayer, load_lora, lora_off, save_lora
@@ -432,6 +432,15 @@ def test_gpt2_of_transformers_gives_what_it_gave(variant, tmp_path):
         found = model(idx, lengths)
     assert expected.std() > 0.3
     torch.testing.assert_close(found, expected[torch.arange(3), lengths - 1][:, ANSWERS], atol=1e-4, rtol=1e-4)
+
+
+def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=52000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    monkeypatch.setattr(variants, 'load_tokenizer', load_tokenizer)
+    with pytest.raises(ValueError, match='has 52000 tokens: the tasks want a model with those of GPT-2, 50257$'):
+        load_base(str(tmp_path), 0.0)
 
 
 def test_base_that_is_none(tmp_path):
