@@ -302,7 +302,7 @@ def load_adapter(out_dir, init_from):
     """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py has left beside its run.json."""
     settings = read_record(out_dir).get('config', {})
     if not settings.get('use_lora') or 'lora_kind' not in settings:
-        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter')
+        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected the folder with its run.json and adapter/')
     gpt, tokenizer = load_base(init_from, dropout=0.0)
     model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
     load_lora(model, os.path.join(out_dir, 'adapter'))

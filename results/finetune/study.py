@@ -1,5 +1,5 @@
 """
-Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with its three follow-up checks.
+Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with its follow-up checks.
 
 $ python train.py config/train_taskmix.py
 $ OMP_NUM_THREADS=1 python results/finetune/study.py                  # in two shells, to share the runs
@@ -360,21 +360,22 @@ def make_page():
 
 
 def draw_curves():
-    """Loss per epoch, on what is learned from and on what is held out, of KAN-LoRA beside LoRA: a line per seed."""
+    """Loss per epoch, on what is learned from and on what is held out, of KAN-LoRA in both forms beside LoRA: a line per seed."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(TASKS), figsize=(15, 4), layout='constrained')
+    colors = {'LoRA': 'tab:blue', 'KAN-LoRA': 'tab:orange', 'KAN-base LoRA': 'tab:green'}
     for task, panel in zip(TASKS, panels):
-        for variant, color in ('LoRA', 'tab:blue'), ('KAN-LoRA', 'tab:orange'):
+        for variant, color in colors.items():
             for i, record in enumerate(read_finals(variant, task)):
                 epochs = [line['epoch'] for line in record['log']]
                 for key, style, name in ('train_loss', '--', 'train'), ('loss', '-', 'held out'):
                     label = f'{variant}, {name}' if i == 0 else None
                     panel.plot(epochs, [line[key] for line in record['log']], style, color=color, alpha=0.7, label=label)
-        panel.set_title(task)
+        panel.set_title(f'{task}, rates {", ".join(f"{rate_of(variant, task):g}" for variant in colors)}')
         panel.set_xlabel('epoch')
         panel.set_xticks(epochs)
         panel.grid(alpha=0.3)
