@@ -1,4 +1,5 @@
 import contextlib
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
         patch.setenv('TRITON_INTERPRET', '1')  # for test_triton.py; read when triton is imported, which other packages do, too
         import triton  # noqa: F401
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')

@@ -22,7 +22,7 @@ PARTS = {
         ('adapter', 'float32 768 768 8192 rsLoRA$'),
         ('adapter', 'float32 768 768 8192 DoRA, peft$'),
         ('graph', 'float32 192 6 512 8 GAT, window by list$'),
-        ('graph', 'bfloat16 nano topk edges$'),
+        ('graph', 'float32 nano topk edges$'),
     ],
 )
 def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):

@@ -426,7 +426,7 @@ COURSE = ['sst', 'cfimdb', 'quora', 'sonnets']
 def repository(tmp_path):
     """A copy of the repository's code, without its data."""
     root = tmp_path / 'copy'
-    data = shutil.ignore_patterns('*.bin', '*.csv', '*.json', '*.safetensors', '*.txt', '__pycache__')
+    data = shutil.ignore_patterns('*.bin', '*.csv', '*.lock', '*.json', '*.safetensors', '*.txt', '__pycache__')
     shutil.copytree(ROOT / 'data', root / 'data', ignore=data)
     for path in ROOT.glob('*.py'):
         shutil.copy(path, root)
