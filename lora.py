@@ -192,7 +192,7 @@ class Adapter(nn.Module):
 
     def merged(self, layer):
         """A module that does what the layer does with the adapter. ValueError where there is none."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of adapter has its own
 
 
 class LowRank(Adapter):

@@ -145,7 +145,7 @@ def enter(folder, argv, outputs, modules, prelude, env):
         importlib.import_module(prelude)
     try:
         runpy.run_path(argv[0], run_name='__main__')
-    except Exception:  # as at the top of Python: whatever ends the script goes to its excepthook
+    except Exception:  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 

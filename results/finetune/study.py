@@ -12,6 +12,7 @@ bench.py for `graph`), its record a file in runs/; what has a record is not run 
 records, by --stages= without running anything.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -152,6 +153,7 @@ def run_all(runs):
 
 def run_one(stage, name, task, settings):
     """A run of finetune.py, its record kept and its checkpoints thrown away."""
+    warm_up()
     with tempfile.TemporaryDirectory() as folder:
         flags = dict(task=task, init_from=init_from, out_dir=folder, predict_test=False, **settings)
         process = multiprocessing.get_context('fork').Process(target=finetune, args=(flags,))
@@ -173,6 +175,10 @@ def run_one(stage, name, task, settings):
         commit=about['commit'],
         base=base,
     )
+    write_record(stage, name, record)
+
+
+def write_record(stage, name, record):
     with write_atomically(path_of(stage, name), 'w', 'utf-8') as f:
         json.dump(record, f, indent=1)
         f.write('\n')
@@ -184,7 +190,7 @@ def finetune(flags):
     sys.stdout = open(os.devnull, 'w')
     try:
         runpy.run_path(str(Path(ROOT, 'finetune.py')), run_name='__main__')
-    except Exception:  # as at the top of Python: whatever ends the script goes to its excepthook
+    except Exception:  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
@@ -194,11 +200,10 @@ def measure_edges():
     if not path_of('graph', 'edges').exists():
         flags = ['--suite=graph', '--dtypes=float32', '--only=nano|micro', '--rounds=1']
         done = subprocess.run([sys.executable, Path(ROOT, 'bench.py'), *flags], stdout=subprocess.PIPE, text=True, check=True)
-        with write_atomically(path_of('graph', 'edges'), 'w', 'utf-8') as f:
-            json.dump(json.loads(done.stdout.split('\n')[-2]), f, indent=1)
-            f.write('\n')
+        write_record('graph', 'edges', json.loads(done.stdout.split('\n')[-2]))
 
 
+@functools.cache  # once, by the first run there is
 def warm_up():
     """Compile the passes of the KAN layers that the runs have, once for all of them; without autograd, whose threads do not outlive a fork."""
     for grid_size in (KAN['grid_size'], LoRAConfig.grid_size):
@@ -389,7 +394,6 @@ if __name__ == '__main__':
         raise ValueError(f'seeds={seeds!r}: a spread wants at least two, joined by commas')
     if stages:
         (HERE / 'runs').mkdir(exist_ok=True)
-        warm_up()
     for stage in filter(None, stages.split(',')):
         measure_edges() if stage == 'graph' else run_all(list_runs(stage))
     try:
