@@ -22,16 +22,15 @@ from dataclasses import asdict
 
 import torch
 
-import checkpoint as ckpt
-import records
-import scoring
-import tasks
-import variants
 from configurator import INCIDENTAL, configure
-from device import autocast, device_name, peak_memory
-from files import write_atomically
-from lora import save_lora
-from session import Session
+from run import checkpoint as ckpt
+from run import records
+from run.device import autocast, device_name, peak_memory
+from run.files import write_atomically
+from run.session import Session
+from surgery.lora import save_lora
+from tasks import model as task_model
+from tasks import prompts, score
 
 # -----------------------------------------------------------------------------
 # default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
@@ -116,8 +115,8 @@ if valid_fraction == 0 or seed >= 2**63:
     raise ValueError(f'expected valid_fraction > 0 and seed < 2**63, got {valid_fraction} and {seed}')
 if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
     raise ValueError(f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}')
-scoring.check_packages(task)
-tasks.prepare_task(task)
+score.check_packages(task)
+prompts.prepare_task(task)
 session = Session(device, dtype)
 device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
@@ -139,25 +138,25 @@ if resume:
     if changed:
         was = ', '.join(f'{name}={state["finetune"].get(name)}' for name in changed)
         raise ValueError(f'a run is resumed by the command it began with: there {was}')
-    model, tokenizer = variants.load_task_model(state)
+    model, tokenizer = task_model.load_task_model(state)
     step, best_loss, seconds, train_loss = state['iter_num'], float(state['best_val_loss']), state['seconds'], state['train_loss']
     log, model_args = state['log'], state['model_args']
 else:
-    gpt, tokenizer = variants.load_base(init_from, dropout)
+    gpt, tokenizer = task_model.load_base(init_from, dropout)
     model_args = asdict(gpt.config)
-    model = variants.make_task_model(gpt, tokenizer, config)
+    model = task_model.make_task_model(gpt, tokenizer, config)
 model.to(device)
-say(variants.trained_report(model, config))
+say(task_model.trained_report(model, config))
 
 # data
 block_size = model.gpt.config.block_size
-examples_of_train = tasks.read_examples(task, 'train', tokenizer, block_size)
-train_examples, valid_examples = tasks.hold_out(examples_of_train, valid_fraction)
+examples_of_train = prompts.read_examples(task, 'train', tokenizer, block_size)
+train_examples, valid_examples = prompts.hold_out(examples_of_train, valid_fraction)
 if train_limit:
     train_examples, valid_examples = train_examples[:train_limit], valid_examples[: max(1, round(train_limit * valid_fraction))]
-scored = {'dev': tasks.read_examples(task, 'dev', tokenizer, block_size)}
-if predict_test and tasks.split_path(task, 'test').exists():
-    scored['test'] = tasks.read_examples(task, 'test', tokenizer, block_size)
+scored = {'dev': prompts.read_examples(task, 'dev', tokenizer, block_size)}
+if predict_test and prompts.split_path(task, 'test').exists():
+    scored['test'] = prompts.read_examples(task, 'test', tokenizer, block_size)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
 if state and state['data'] != data:
     raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
@@ -170,7 +169,7 @@ say(
 
 betas, trained = (beta1, beta2), [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(
-    variants.param_groups(model, config), lr=learning_rate, betas=betas, fused=session.device_type in ('cpu', 'cuda')
+    task_model.param_groups(model, config), lr=learning_rate, betas=betas, fused=session.device_type in ('cpu', 'cuda')
 )
 scaler = torch.amp.GradScaler(session.device_type, enabled=dtype == 'float16')
 if state:
@@ -192,14 +191,14 @@ def get_lr(step):
 @functools.cache
 def epoch_batches(epoch):
     """All micro-batches of an epoch, a pure function of the seed and the epoch."""
-    return tasks.make_batches(train_examples, batch_size, seed=f'{seed} {epoch}')
+    return prompts.make_batches(train_examples, batch_size, seed=f'{seed} {epoch}')
 
 
 def run_step():
     """Forward, backward, update, on the micro-batches of all processes together; returns the mean loss."""
     place = step % steps_per_epoch * gradient_accumulation_steps
     batches = epoch_batches(step // steps_per_epoch)[place : place + gradient_accumulation_steps]
-    n_targets = variants.count_targets(example for batch in batches for example in batch)
+    n_targets = task_model.count_targets(example for batch in batches for example in batch)
     own = batches[session.rank :: session.world_size]
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
@@ -207,11 +206,11 @@ def run_step():
     for i in range(micro_steps if session.ddp else len(own)):
         # a process without a batch of its own, at the end of an epoch, goes through one of the others' at a weight of zero
         batch, weight = (own[i], 1.0) if i < len(own) else (batches[0], 0.0)
-        idx, lengths, targets = tasks.collate(batch, device)
+        idx, lengths, targets = prompts.collate(batch, device)
         if session.ddp:
             fast_model.require_backward_grad_sync = i == micro_steps - 1
         with autocast(device, dtype):
-            loss = weight * variants.sum_losses(fast_model(idx, lengths), targets) / n_targets
+            loss = weight * task_model.sum_losses(fast_model(idx, lengths), targets) / n_targets
         total += float(loss.detach())
         scaler.scale(loss * session.world_size).backward()  # the gradients of processes are averaged
     scaler.unscale_(optimizer)
@@ -228,13 +227,13 @@ def run_step():
 def evaluate():
     """{'loss', 'accuracy'} (of sonnets the loss alone) on the examples held out, each process with a share; None when told to stop."""
     share = valid_examples[session.rank :: session.world_size]
-    found = variants.predict(model, share, batch_size, device, dtype, session.signals)
+    found = task_model.predict(model, share, batch_size, device, dtype, session.signals)
     loss, predictions = found or (0.0, [])
     right = sum(prediction == example.label for prediction, example in zip(predictions, share))
     loss, right = session.all_reduce(loss, right)
     if session.is_stopping():
         return None
-    scores = {'loss': loss / variants.count_targets(valid_examples)}
+    scores = {'loss': loss / task_model.count_targets(valid_examples)}
     return scores if task == 'sonnets' else {**scores, 'accuracy': right / len(valid_examples)}
 
 
@@ -276,11 +275,11 @@ def finish():
     torch.manual_seed(seed)
     sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
     for split, examples in scored.items():
-        found = variants.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
+        found = task_model.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
         if found is None:
             return False
         scores, predictions = found
-        variants.write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
+        task_model.write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
         if split == 'dev':
             dev = scores
             say(f'dev: {", ".join(f"{name} {value:.4f}" for name, value in dev.items())}')
@@ -289,7 +288,7 @@ def finish():
     metrics = dict(task=task, dev=dev, valid=best['log'][-1], steps=step, seconds=seconds)
     metrics.update(trained=n_trained, parameters=n_parameters, peak_memory=peak_memory(device))
     if task == 'sonnets':
-        metrics['baselines'] = scoring.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in scored['dev']], range(10))
+        metrics['baselines'] = score.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in scored['dev']], range(10))
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump(metrics, f, indent=1)
     write_record(final=metrics, finished=records.now())
@@ -297,7 +296,7 @@ def finish():
 
 
 # the record of the run
-n_trained, n_parameters = variants.count_trained(model)
+n_trained, n_parameters = task_model.count_trained(model)
 record = dict(
     config=config,
     seed=seed,

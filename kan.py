@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from kernels import name_of, recursive_bases, spline_linear, to_working_dtype
+from layers.spline import name_of, recursive_bases, spline_linear, to_working_dtype
 
 
 def least_squares(gram, moments):

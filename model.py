@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from graph import Edges, GraphAttention, check_graph
 from kan import KAN, KANLinear, packed_weights
+from layers.graph import Edges, GraphAttention, check_graph
 
 KAN_TARGETS = ('attn', 'mlp', 'head')
 

@@ -12,11 +12,11 @@ import codecs
 
 import torch
 
-from checkpoint import build_model, load_checkpoint, load_tokenizer
 from configurator import configure
-from device import autocast, pick_device, pick_dtype
 from model import GPT
-from variants import load_task_model
+from run.checkpoint import build_model, load_checkpoint, load_tokenizer
+from run.device import autocast, pick_device, pick_dtype
+from tasks.model import load_task_model
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one

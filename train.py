@@ -17,14 +17,14 @@ from dataclasses import asdict
 
 import torch
 
-import checkpoint as ckpt
-import loader
-import records
 from configurator import configure
-from cost import count_flops
-from device import autocast, device_name, flops_promised, peak_memory
+from data import loader
 from model import GPT, GPTConfig, model_settings
-from session import Session
+from run import checkpoint as ckpt
+from run import records
+from run.cost import count_flops
+from run.device import autocast, device_name, flops_promised, peak_memory
+from run.session import Session
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a gpt2 (124M) on OpenWebText

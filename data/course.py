@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from configurator import configure
-from files import download, write_atomically
-from tasks import describe, parse_rows
+from run.files import download, write_atomically
+from tasks.prompts import describe, parse_rows
 
 REPOSITORY = 'https://raw.githubusercontent.com/gpoesia/minbert-default-final-project'
 

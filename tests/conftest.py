@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import torch
+
 from helpers import write_dataset
 
 if not torch.cuda.is_available():

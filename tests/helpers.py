@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import string
 import subprocess
@@ -20,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import save_checkpoint
-from loader import write_meta, write_split
+from data.loader import write_meta, write_split
+from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
+from run.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
 PATIENCE = 300  # seconds for a script: one that hangs is ended, one on a busy machine is not
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
@@ -64,6 +66,17 @@ class Words:
 
     def to_dict(self):
         return {'kind': 'gpt2'}
+
+
+def copy_code(folder):
+    """The code of the repository, without data, configs, results and tests, in another folder."""
+    folder.mkdir(exist_ok=True)
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    for room in ROOMS:
+        others = shutil.ignore_patterns('*.bin', '*.csv', '*.lock', '*.json', '*.safetensors', '*.txt', '__pycache__')
+        shutil.copytree(ROOT / room, folder / room, ignore=others)
+    return folder
 
 
 def flags(**settings):

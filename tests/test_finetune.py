@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, Words, complaint, flags, load, make_checkpoint, read_log, run_forked, same_state, together
 
-import tasks
-import variants
-from checkpoint import build_model
 from configurator import settings_of
-from lora import read_adapter
-from tokenizer import GPT2Tokenizer
+from data.tokenizer import GPT2Tokenizer
+from helpers import ROOT, Words, complaint, flags, load, make_checkpoint, read_log, run_forked, same_state, together
+from run.checkpoint import build_model
+from surgery.lora import read_adapter
+from tasks import model as task_model
+from tasks import prompts
 
 for package in 'sklearn', 'sacrebleu', 'torch_geometric':
     pytest.importorskip(package)
@@ -48,12 +48,12 @@ PRELUDE = """
 import os, signal
 from pathlib import Path
 
-import tasks
-import tokenizer
+from tasks import prompts
+from data import tokenizer
 from helpers import Words
 
-tasks.DATA = Path(__file__).resolve().parent / 'data'
-batches, collate = [], tasks.collate
+prompts.DATA = Path(__file__).resolve().parent / 'data'
+batches, collate = [], prompts.collate
 
 def count(batch, device):
     batches.append(batch)
@@ -61,7 +61,7 @@ def count(batch, device):
         os.kill(os.getpid(), signal.SIGTERM)
     return collate(batch, device)
 
-tasks.collate = count
+prompts.collate = count
 if 'VOCABULARY' not in os.environ:
     tokenizer.GPT2Tokenizer = Words
 """
@@ -87,7 +87,7 @@ def write_data(folder):
         (folder / name / 'meta.json').write_text('{}')
         for split, n in COUNTS.items():
             if (name, split) != ('quora', 'test'):
-                write_table(folder / name / f'{split}.csv', name, [i * 3 % tasks.COLUMNS[name][2] for i in range(n)])
+                write_table(folder / name / f'{split}.csv', name, [i * 3 % prompts.COLUMNS[name][2] for i in range(n)])
     (folder / 'sonnets').mkdir()
     (folder / 'sonnets' / 'meta.json').write_text('{}')
     for split, n in POEMS.items():
@@ -131,7 +131,7 @@ def tune(folder, out_dir='out', *args, env=(), **settings):
 
 
 def evaluate(folder, *args):
-    done = enter(folder, 'evaluate.py', '--device=cpu', *args)
+    done = enter(folder, 'eval.py', '--device=cpu', *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -151,8 +151,8 @@ def same_run(a, b):
 def read_base(folder, task, n):
     """The GPT in base/, and the first examples of a task."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, 'DATA', folder / 'data')
-        examples = tasks.read_examples(task, 'train', Words(), BLOCK)[:n]
+        patch.setattr(prompts, 'DATA', folder / 'data')
+        examples = prompts.read_examples(task, 'train', Words(), BLOCK)[:n]
     return build_model(load(folder / 'base')), examples
 
 
@@ -169,7 +169,7 @@ def read_predictions(path, column, n):
 
 def check_labels(out, name):
     """The files of predictions, and the scores of dev against a count by hand."""
-    labels = [i * 3 % tasks.COLUMNS[name][2] for i in range(COUNTS['dev'])]
+    labels = [i * 3 % prompts.COLUMNS[name][2] for i in range(COUNTS['dev'])]
     column = 'Predicted_Is_Paraphrase' if name == 'quora' else 'Predicted_Sentiment'
     found = read_predictions(out / f'predictions/{name}-dev-out.csv', column, COUNTS['dev'])
     if name == 'quora':
@@ -243,7 +243,7 @@ def test_what_a_run_leaves(workshop, config, more):
         assert {key: found_again[key] for key in scores} == pytest.approx(scores, rel=1e-5)
         assert found_again['model'] == f'base with the adapter of {out_dir}'
         wrong = ['--init_from=base', f'--adapter={out_dir}', '--task=sst', '--device=cpu']
-        words = complaint(workshop, 'evaluate.py', *wrong, modules=str(workshop), prelude='small')
+        words = complaint(workshop, 'eval.py', *wrong, modules=str(workshop), prelude='small')
         assert words.endswith(f"error: task='sst', but {out_dir} holds a model for quora\n")
     assert (found['task'], found['split'], found['examples'], found['model']) == (name, 'dev', n_dev, out_dir)
 
@@ -393,20 +393,20 @@ def test_loss_of_a_step_is_the_mean_over_its_micro_batches(workshop, task):
     settings = dict(task=task, dropout=0.0, learning_rate=0.0, gradient_accumulation_steps=2, valid_fraction=0.1, **FULL)
     tune(workshop, f'out-mean-{task}', **settings)
     gpt, examples = read_base(workshop, task, 20)
-    train, valid = tasks.hold_out(examples, 0.1)
-    model = variants.make_task_model(gpt, Words(), settings_of('finetune.py', flags(**settings))).eval()
+    train, valid = prompts.hold_out(examples, 0.1)
+    model = task_model.make_task_model(gpt, Words(), settings_of('finetune.py', flags(**settings))).eval()
 
     def mean_loss(examples):
         losses = []
         for example in examples:
-            idx, lengths, targets = tasks.collate([example], 'cpu')
+            idx, lengths, targets = prompts.collate([example], 'cpu')
             logits = model(idx, lengths).flatten(0, -2).log_softmax(-1)
             losses += [-row[target].item() for row, target in zip(logits, targets.flatten())]
         return sum(losses) / len(losses)
 
     log = read_log(workshop / f'out-mean-{task}')
     for epoch, line in enumerate(log):
-        batches = tasks.make_batches(train, 4, seed=f'1337 {epoch}')
+        batches = prompts.make_batches(train, 4, seed=f'1337 {epoch}')
         steps = [mean_loss(sum(batches[i : i + 2], [])) for i in (0, 2, 4)]
         assert line['train_loss'] == pytest.approx(sum(steps) / 3, rel=1e-5) and line['loss'] == pytest.approx(mean_loss(valid), rel=1e-5)
     assert log[0]['train_loss'] != pytest.approx(log[1]['train_loss'], rel=1e-4)
@@ -528,12 +528,12 @@ def test_every_config_learns(workshop, config):
     settings = settings_of('finetune.py', [str(config), '--learning_rate=0.0003', '--dropout=0.0', '--lora_dropout=0.0'])
     base, examples = read_base(workshop, settings['task'], 4)
     torch.manual_seed(0)
-    model = variants.make_task_model(base, Words(), settings)
-    variants.trained_report(model, settings)
-    optimizer, losses = torch.optim.AdamW(variants.param_groups(model, settings), lr=0.0003), []
+    model = task_model.make_task_model(base, Words(), settings)
+    task_model.trained_report(model, settings)
+    optimizer, losses = torch.optim.AdamW(task_model.param_groups(model, settings), lr=0.0003), []
     for _ in range(3):
-        idx, lengths, targets = tasks.collate(examples, 'cpu')
-        losses.append(variants.sum_losses(model(idx, lengths), targets))
+        idx, lengths, targets = prompts.collate(examples, 'cpu')
+        losses.append(task_model.sum_losses(model(idx, lengths), targets))
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -542,8 +542,8 @@ def test_every_config_learns(workshop, config):
 
 def test_configs_cover_tasks_and_variants():
     found = [settings_of('finetune.py', [str(path)]) for path in CONFIGS]
-    assert {settings['task'] for settings in found} == set(tasks.TASKS)
-    assert {settings['finetune_mode'] for settings in found} == set(variants.MODES)
+    assert {settings['task'] for settings in found} == set(prompts.TASKS)
+    assert {settings['finetune_mode'] for settings in found} == set(task_model.MODES)
     assert {settings['lora_kind'] for settings in found} == {'lora', 'kan', 'kan_base'}
     assert any(settings['use_graph'] for settings in found) and any(settings['use_kan'] and not settings['use_lora'] for settings in found)
     assert len({settings['out_dir'] for settings in found}) == len(found)

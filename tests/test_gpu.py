@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import TINY, flags, load, run
 
-import kernels
+from helpers import TINY, flags, load, run
 from kan import KANLinear
+from layers import spline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 
@@ -35,7 +35,7 @@ def test_layer_that_runs_in_triton_equals_the_one_on_the_cpu(dtype, tolerance):
     pytest.importorskip('triton')
     layer = KANLinear(70, 50)
     twin, x = copy.deepcopy(layer).cuda(), torch.randn(300, 70)
-    assert kernels.choose_backend(x.cuda(), twin.grid, 3, 'SiLU()', dtype) == 'triton'
+    assert spline.choose_backend(x.cuda(), twin.grid, 3, 'SiLU()', dtype) == 'triton'
     with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
         y = twin(x.cuda())
     y.float().sin().sum().backward()

@@ -12,8 +12,8 @@ from scipy.interpolate import BSpline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from kan import KAN, KANLinear, packed_weights
+from layers import spline
 
 I, O = 4, 3
 NAMES = ['base_weight', 'spline_weight', 'spline_scaler', 'grid']
@@ -95,17 +95,17 @@ def test_bases_are_those_of_scipy(k, kind):
     x = make_inputs(knots)
     expected = scipy_bases(x, knots, k)
     assert expected.sum() > 50
-    close(kernels.recursive_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
+    close(spline.recursive_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
     close(make_layer(k, knots).b_splines(x), expected, 1e-12)
     if kind == 'uniform':
-        close(kernels.uniform_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
+        close(spline.uniform_bases(x, knots, k).transpose(1, 2), expected, 1e-12)
 
 
 @pytest.mark.parametrize('k', range(5))
 def test_closed_form_in_float32_equals_recursion(k):
     knots = make_knots('uniform', k).float()
     x = make_inputs(knots)
-    close(kernels.uniform_bases(x, knots, k), kernels.recursive_bases(x, knots, k), 2e-6)
+    close(spline.uniform_bases(x, knots, k), spline.recursive_bases(x, knots, k), 2e-6)
 
 
 @pytest.mark.parametrize('kind', ['uniform', 'irregular'])
@@ -123,11 +123,11 @@ def test_bases_sum_to_one_on_the_grid_and_to_zero_outside_the_knots(k, kind):
 @pytest.mark.parametrize('kind', ['uniform', 'irregular'])
 def test_uniform_knots_are_recognised(kind):
     for dtype in (torch.float64, torch.float32):
-        assert kernels.are_uniform(make_knots(kind, 3).to(dtype)) == (kind == 'uniform')
+        assert spline.are_uniform(make_knots(kind, 3).to(dtype)) == (kind == 'uniform')
     mixed = make_knots('uniform', 3)
     mixed[-1, 4] += 1e-3
-    assert not kernels.are_uniform(mixed)
-    assert not kernels.are_uniform(torch.ones(I, 12))
+    assert not spline.are_uniform(mixed)
+    assert not spline.are_uniform(torch.ones(I, 12))
 
 
 # the layer against references
@@ -171,8 +171,8 @@ def test_output_and_gradients_are_those_of_efficient_kan(peer, k, grid, dtype, t
     if grid == 'updated':
         theirs.update_grid(torch.randn(60, I, dtype=dtype))
         ours.grid.copy_(theirs.grid)
-    assert kernels.basis_function(ours.grid) is (
-        kernels.recursive_bases if grid == 'updated' or grid + str(dtype) == 'initialtorch.float64' else kernels.uniform_bases
+    assert spline.basis_function(ours.grid) is (
+        spline.recursive_bases if grid == 'updated' or grid + str(dtype) == 'initialtorch.float64' else spline.uniform_bases
     )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = make_inputs(ours.grid)
@@ -232,7 +232,7 @@ def test_copies_of_an_updated_layer_use_its_grid(copied):
     layer.update_grid(x)
     twin = copied(layer)
     assert torch.equal(twin(x), layer(x))
-    assert kernels.basis_function(twin.grid) is kernels.recursive_bases
+    assert spline.basis_function(twin.grid) is spline.recursive_bases
 
 
 @pytest.mark.parametrize('made_inside', [True, False])
@@ -242,7 +242,7 @@ def test_update_grid_in_inference_mode_changes_the_bases(made_inside):
         layer = KANLinear(I, O) if made_inside else layer
         layer(x)
         layer.update_grid(x)
-        assert kernels.basis_function(layer.grid) is kernels.recursive_bases
+        assert spline.basis_function(layer.grid) is spline.recursive_bases
 
 
 # shapes, dtypes, arguments
@@ -374,8 +374,8 @@ def test_differentiating_twice_is_an_error():
 def test_row_chunks_do_not_change_the_result(monkeypatch):
     layer, x, g = make_layer(3), torch.randn(200, I, dtype=torch.float64), torch.randn(200, O, dtype=torch.float64)
     before = gradients(layer, x, g)
-    monkeypatch.setattr(kernels, 'CHUNK_BYTES', {'plain': 1})
-    assert [(rows.start, rows.stop) for rows in kernels.chunks(x, torch.zeros(O, 9 * I), 'plain')] == [
+    monkeypatch.setattr(spline, 'CHUNK_BYTES', {'plain': 1})
+    assert [(rows.start, rows.stop) for rows in spline.chunks(x, torch.zeros(O, 9 * I), 'plain')] == [
         (0, 50),
         (50, 100),
         (100, 150),

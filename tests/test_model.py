@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from checkpoint import build_model
 from kan import KAN, KANLinear
 from model import GPT, GPTConfig, sample_token
+from run.checkpoint import build_model
 
 TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
 SLOTS = [

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPE, TOKENIZER, complaint, flags, make_checkpoint, run, run_forked, start, together, write_dataset
 
+from data.tokenizer import CharTokenizer
+from helpers import SHAPE, TOKENIZER, complaint, flags, make_checkpoint, run, run_forked, start, together, write_dataset
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
 
 ROMEO = dict(start='ROMEO:', device='cpu', num_samples=1, max_new_tokens=40, temperature=1.0)
 END = '\n---------------\n'

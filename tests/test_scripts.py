@@ -8,19 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENV, ROOT, TINY, flags, load, read_log
 
 from configurator import override, read_file, settings_of
+from helpers import ENV, ROOMS, ROOT, TINY, copy_code, flags, load, read_log
 
 CONFIGS = sorted(ROOT.glob('config/*.py'))
-LAYERS = [  # a module imports from the rows above its own
-    {'figures', 'files', 'triton_kernels'},
-    {'configurator', 'device', 'kernels', 'records', 'tokenizer'},
-    {'kan', 'graph', 'loader'},
-    {'model', 'lora', 'tasks'},
-    {'checkpoint', 'cost', 'peft_kan', 'scoring'},
-    {'session', 'variants'},
-]
+CODE = sorted([*ROOT.glob('*.py'), *(path for room in ROOMS for path in ROOT.glob(f'{room}/**/*.py'))])
+ABOVE = {  # what a module of the root or of a room may import from, besides its own room
+    'configurator': set(),
+    'layers': set(),
+    'kan': {'layers'},
+    'model': {'layers', 'kan'},
+    'surgery': {'layers', 'kan', 'model'},
+    'run': {'configurator', 'layers', 'kan', 'model', 'surgery'},
+    'data': {'configurator', 'run'},
+    'tasks': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data'},
+}
+COMMANDS = {'train', 'sample', 'finetune', 'eval', 'study'}  # they may import from all of these
 HEAVY = {
     'matplotlib',
     'wandb',
@@ -88,12 +92,12 @@ def test_runs_go_to_folders_of_their_own():
 
 
 def test_imports_point_one_way():
-    ours = {path.stem for path in ROOT.glob('*.py')}
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for path in ROOT.glob('*.py'):
-        for name in set(imported(path)) & ours:
-            assert name in level, f'{path.name} imports the script {name}.py'
-            assert level[name] < level.get(path.stem, len(LAYERS)), f'{path.name} imports {name}.py'
+    assert {path.stem for path in ROOT.glob('*.py')} | {*ROOMS} == ABOVE.keys() | COMMANDS
+    for path in CODE:
+        place = path.relative_to(ROOT).with_suffix('').parts[0]
+        allowed = ABOVE.get(place, ABOVE.keys()) | ({place} & {*ROOMS})
+        for name in set(imported(path)) & (ABOVE.keys() | COMMANDS):
+            assert name in allowed, f'{path.relative_to(ROOT)} imports from {name}'
 
 
 def test_model_knows_nothing_of_what_acts_on_it():
@@ -105,7 +109,7 @@ def run_python(source, *args):
 
 
 def test_kan_needs_torch_alone():
-    others = {path.stem for path in ROOT.glob('*.py')} - {'kan', 'kernels'}
+    others = (ABOVE.keys() | COMMANDS) - {'kan', 'layers'}
     source = f"""
 import sys
 
@@ -159,11 +163,9 @@ write_dataset(Path(__file__).resolve().parent)
 def clone(tmp_path_factory):
     """The scripts and configs beside a data set that is soon made."""
     folder = tmp_path_factory.mktemp('clone')
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, folder)
+    copy_code(folder)
     shutil.copytree(ROOT / 'config', folder / 'config')
     toy = folder / 'data' / 'shakespeare_char'
-    toy.mkdir(parents=True)
     (toy / 'prepare.py').write_text(MAKE_TOY.format(tests=str(ROOT / 'tests')))
     return folder
 
@@ -203,10 +205,10 @@ def test_nano_kan_trains_on_two_processes_and_samples(clone):
 
 
 def test_every_script_says_how_to_run_it():
-    for path in ROOT.glob('*.py'):
+    for path in CODE:
         source = path.read_text(encoding='utf-8')
         if path.stem != 'configurator' and 'configure(globals()' in source:
-            assert f'python {path.name}' in ast.get_docstring(ast.parse(source)), path.name
+            assert f'python {path.relative_to(ROOT)}' in ast.get_docstring(ast.parse(source)), path.name
 
 
 def test_main_table_of_the_readme_is_that_of_its_study():
@@ -220,6 +222,6 @@ def test_main_table_of_the_readme_is_that_of_its_study():
 
 
 def test_no_text_of_the_repository_names_a_folder_of_one_machine():
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('*.md'), *ROOT.glob('config/*'), *ROOT.glob('data/*/*.py'), *ROOT.glob('data/*/*.md')]:
+    for path in [*CODE, *ROOT.glob('*.md'), *ROOT.glob('config/*'), *ROOT.glob('data/*/*.md')]:
         assert not re.search(r'/(home|root|work|Users)/\w', path.read_text(encoding='utf-8')), path
     assert Path(ROOT, 'README.md').exists()

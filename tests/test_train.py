@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from data.loader import write_meta, write_split
+from data.tokenizer import CharTokenizer
 from helpers import (
     KAN,
     ROOT,
@@ -19,6 +22,7 @@ from helpers import (
     TINY,
     TOKENIZER,
     complaint,
+    copy_code,
     flags,
     load,
     make_checkpoint,
@@ -33,11 +37,8 @@ from helpers import (
     train,
     write_dataset,
 )
-
-import checkpoint as ckpt
-from cost import count_flops
-from loader import write_meta, write_split
-from tokenizer import CharTokenizer
+from run import checkpoint as ckpt
+from run.cost import count_flops
 
 NEVER = 10**6
 SPLINES = dict(spline_lr_scale=2.0, spline_weight_decay=0.0)
@@ -332,9 +333,8 @@ def test_data_made_for_nanogpt(tmp_path):
 
 def test_missing_data_set_is_prepared(tmp_path):
     """In a copy of the repository, by two processes of which one prepares it."""
-    for path in ROOT.glob('*.py'):
-        shutil.copy(path, tmp_path)
-    (tmp_path / 'data' / 'toy').mkdir(parents=True)
+    copy_code(tmp_path)
+    (tmp_path / 'data' / 'toy').mkdir()
     (tmp_path / 'data' / 'toy' / 'prepare.py').write_text(
         'import os, sys\n'
         f'sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]\n'

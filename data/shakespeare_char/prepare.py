@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
 from configurator import configure
-from loader import write_meta, write_split
-from tinyshakespeare import read_text
-from tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
+from data.loader import write_meta, write_split
+from data.tinyshakespeare import read_text
+from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
 
 source = ''  # a text file; empty: tinyshakespeare
 

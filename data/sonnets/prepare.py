@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
-import course
-from tasks import parse_sonnets
+from data import course
+from tasks.prompts import parse_sonnets
 
 HOST = 'https://raw.githubusercontent.com'
 TRAIN_URL = f'{HOST}/ziyiw23/public_cs224n_gpt/116d45651c10127963837ba4bd3bb5d132d5c28e/data'

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
-import course
+from data import course
 
 URL = f'{course.REPOSITORY}/f25cd95c73a1ce3f3b88dd7a11df90f0ab488bd9/data'
 FILES = {  # name, address, sha256 and bytes in the course

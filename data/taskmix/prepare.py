@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 
 from configurator import configure
-from loader import write_meta, write_split
-from tasks import COLUMNS, TASKS, prepare_task, read_rows, read_sonnets, split_path
-from tinyshakespeare import read_text
-from tokenizer import GPT2Tokenizer
+from data.loader import write_meta, write_split
+from data.tinyshakespeare import read_text
+from data.tokenizer import GPT2Tokenizer
+from tasks.prompts import COLUMNS, TASKS, prepare_task, read_rows, read_sonnets, split_path
 
 source = ''  # a text file; empty: tinyshakespeare
 

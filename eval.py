@@ -1,0 +1,160 @@
+"""
+The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it; or its scores on a
+fine-tuning task.
+
+    python eval.py --out_dir=out-shakespeare-char-nano-kan
+    python eval.py --out_dir=out-shakespeare-char-nano-kan --dataset=./my-data --split=train --stride=1
+    python eval.py --init_from=gpt2 --dataset=shakespeare
+    python eval.py --out_dir=out-finetune-sst-lora              # what finetune.py has made: accuracy and macro F1, of sonnets CHRF
+    python eval.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and the model it began with
+    python eval.py --init_from=gpt2 --task=quora                # the answers of a model that has not learned the task
+
+Of a text it prints loss (nats per token), perplexity, bits per character and per byte, so that models by character and by byte pair compare;
+the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last --stride tokens
+count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
+"""
+
+import json
+import math
+
+import torch
+from tqdm import tqdm
+
+from configurator import configure, settings_of
+from data import loader
+from data.tokenizer import measure_text
+from model import GPT
+from run.checkpoint import build_model, load_checkpoint, load_tokenizer
+from run.cost import count_flops
+from run.device import autocast, device_name, pick_device, pick_dtype
+from tasks import model as task_model
+from tasks import prompts, score
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
+out_dir = 'out'  # ignored if init_from is not 'resume'
+dataset = ''  # by default the one the checkpoint was trained on
+split = 'val'  # 'train' or 'val'; of a task 'train' or 'dev', which 'val' means too
+task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
+adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
+baselines = 10  # of sonnets, that many draws for the scores that need no model
+stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
+batch_size = 8  # windows at a time
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
+# -----------------------------------------------------------------------------
+configure(globals())
+if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 2:
+    raise ValueError(
+        f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 2, got {batch_size}, {stride}, {split!r}, {baselines}'
+    )
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+
+
+def windows(n_tokens, length, stride):
+    """(start, first target that counts) of each window: together they count the targets 1 ... n_tokens - 1 once."""
+    last = max(0, n_tokens - 1 - length)
+    starts = [*range(0, last, stride), last]
+    ends = [0, *(start + length for start in starts)]  # where the windows before end
+    return [(start, end - start) for start, end in zip(starts, ends)]
+
+
+@torch.no_grad()
+def sum_losses(model, data, length, stride):
+    """The sum of the losses, in nats, of all tokens of `data` but the first."""
+    total, todo = 0.0, windows(len(data), length, stride)
+    for i in tqdm(range(0, len(todo), batch_size), unit='batch', disable=None):
+        batch = todo[i : i + batch_size]
+        x, y = loader.get_batch(data, length, [start for start, _ in batch], device)
+        firsts = torch.tensor([[first] for _, first in batch], device=device)
+        y = y.masked_fill(torch.arange(length, device=device) < firsts, -1)  # counted in the window before
+        with autocast(device, dtype):
+            total += model(x, y)[1].item() * (y >= 0).sum().item()
+    return total
+
+
+def evaluate_text(checkpoint):
+    """Loss, perplexity and bits of a model on a split of a data set, in a dict."""
+    if init_from == 'resume':
+        model = build_model(checkpoint, dropout=0.0)
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+    name = dataset or checkpoint.get('config', {}).get('dataset', '')
+    if not name:
+        raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
+    if split == 'dev':
+        raise ValueError(f'data set {name!r} has the splits train and val; dev is one of tasks')
+    loader.prepare_dataset(name)
+    meta = loader.read_meta(name)
+    if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
+        raise ValueError(f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that of the model')
+    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
+    data = loader.open_split(name, split)
+    length = min(model.config.block_size, len(data) - 1)
+    step = min(stride, length) or max(1, length // 2)
+    loader.check_dataset(name, 1, model.config.vocab_size)
+    model.to(device).eval()
+    total = sum_losses(model, data, length, step)
+    n_tokens, (n_chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
+    loss = total / n_tokens
+    bits_per_char, bits_per_byte = total / math.log(2) / n_chars, total / math.log(2) / n_bytes
+    print(f'{source} on {split} of {name}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
+    print(f'windows of {length} tokens, every {step}')
+    print(f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte')
+    return {
+        'loss': loss,
+        'perplexity': math.exp(loss),
+        'bits_per_char': bits_per_char,
+        'bits_per_byte': bits_per_byte,
+        'tokens': n_tokens,
+        'chars': n_chars,
+        'bytes': n_bytes,
+        'dataset': name,
+        'split': split,
+        'sha256': meta.get('splits', {}).get(split, {}).get('sha256'),
+        'stride': step,
+        'block_size': length,
+        'parameters': model.get_num_params(non_embedding=False),
+        'flops_per_token': count_flops(vars(model.config)),
+    }
+
+
+def evaluate_task(checkpoint):
+    """The scores of a fine-tuned model on its task, or of another one on `task`, in a dict."""
+    base = out_dir if init_from == 'resume' else init_from
+    if adapter:
+        model, tokenizer, settings = task_model.load_adapter(adapter, base)
+    elif 'finetune' in checkpoint:
+        settings = checkpoint['finetune']
+        model, tokenizer = task_model.load_task_model(checkpoint, dropout=0.0)
+    else:
+        settings = settings_of('finetune.py', [f'--task={task}', '--finetune_mode=full', '--use_lora=False'])
+        gpt, tokenizer = task_model.load_base(base, dropout=0.0)
+        model = task_model.make_task_model(gpt, tokenizer, settings)
+    name, part = settings['task'], 'dev' if split == 'val' else split
+    if task not in ('', name):
+        raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
+    score.check_packages(name)
+    prompts.prepare_task(name)
+    examples = prompts.read_examples(name, part, tokenizer, model.gpt.config.block_size)
+    torch.manual_seed(settings['seed'])
+    sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
+    scores, _ = task_model.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
+    print(f'{source} on {part} of {name}, {len(examples):,} examples: ' + ', '.join(f'{key} {value:.4f}' for key, value in scores.items()))
+    result = {**scores, 'task': name, 'split': part, 'examples': len(examples), 'parameters': task_model.count_trained(model)[1]}
+    if name == 'sonnets':
+        others = [example.text for example in prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)]
+        result['baselines'] = score.sonnet_baselines(others, [example.text for example in examples], range(baselines))
+        print('without a model: ' + ', '.join(f'{key} {value:.4f}' for key, value in result['baselines'].items()))
+    return result
+
+
+checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {'tokenizer': {'kind': 'gpt2'}}
+source = (out_dir if init_from == 'resume' else init_from) + (f' with the adapter of {adapter}' if adapter else '')
+on_task = task or adapter or 'finetune' in checkpoint
+if on_task and dataset:
+    raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')
+result = evaluate_task(checkpoint) if on_task else evaluate_text(checkpoint)
+about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
+print(json.dumps({**result, **about}))

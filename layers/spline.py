@@ -1,0 +1,340 @@
+"""
+The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed wherever they
+are needed, so that of the data the input alone is kept.
+
+    plain_spline_linear   the formula in plain PyTorch: any device, any grid, any number of derivatives, all the memory it takes
+    spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and one matrix
+                          product takes them from the cache. On uniform grids the passes are fused by torch.compile where it
+                          works (on a CPU it needs a C++ compiler), elsewhere they are plain PyTorch
+    spline_triton.py      on a GPU, the same again with columns that never reach its memory
+
+Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows, n of them in a chunk.
+The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
+"""
+
+import functools
+import importlib.util
+import math
+import types
+import warnings
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
+CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
+CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
+CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
+FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
+WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
+UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
+
+
+# bases
+
+
+def cardinal_spline(d, k):
+    """
+    The B-spline of order k >= 1 on the integers, at distance d from its centre (Schoenberg 1946):
+    sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!, for k = 3 (a^3 - 4 c^3) / 6.
+    """
+    terms = [
+        ((k + 1) / 2 - j - d).clamp_min_(0).pow_(k).mul_((-1) ** j * math.comb(k + 1, j) / math.factorial(k)) for j in range(k // 2 + 1)
+    ]
+    return functools.reduce(Tensor.add_, terms)
+
+
+def uniform_bases(x, knots, k):
+    """The B-splines of order k on uniform knots, in closed form; x (N, I), knots (I, P) -> (N, P - 1 - k, I)."""
+    if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls where the recursion puts it
+        return recursive_bases(x, knots, k)
+    first, per_spacing = scale(knots)
+    t = (x - first) * per_spacing  # position in knot spacings
+    centres = torch.arange(knots.size(1) - 1 - k, dtype=x.dtype, device=x.device) + (k + 1) / 2
+    return cardinal_spline((t.unsqueeze(1) - centres.unsqueeze(1)).abs(), k)
+
+
+def scale(knots):
+    """The first of uniform knots (I, P) and one over their spacing, (I,) each."""
+    return knots[:, 0].contiguous(), (knots.size(1) - 1) / (knots[:, -1] - knots[:, 0])
+
+
+def recursive_bases(x, knots, k):
+    """The B-splines of order k on any knots, by the recursion of Cox and de Boor; arguments and result as in uniform_bases."""
+    x, knots = x.unsqueeze(1), knots.t()  # (N, 1, I) and (P, I)
+    bases = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
+    for p in range(1, k + 1):
+        slope = reciprocal(knots[p:] - knots[:-p])  # one over the support of each basis of order p - 1
+        rise, fall = (x - knots[: -p - 1]) * slope[:-1], (knots[p + 1 :] - x) * slope[1:]
+        bases = rise * bases[:, :-1] + fall * bases[:, 1:]
+    return bases
+
+
+def reciprocal(width):
+    """1 / width, and 0 where knots coincide: the convention of de Boor for 0 / 0."""
+    return torch.where(width > 0, 1 / width, 0)
+
+
+def are_uniform(knots):
+    """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype."""
+    knots, eps = knots.double() if knots.device.type != 'mps' else knots.cpu().double(), torch.finfo(knots.dtype).eps
+    even = torch.lerp(knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device))
+    increasing = (knots[:, -1] > knots[:, 0]).all()
+    return bool(increasing and ((knots - even).abs() <= 2 * eps * knots.abs().amax(1, keepdim=True)).all())
+
+
+def basis_function(knots):
+    """The closed form where the knots are uniform, else the recursion. Looked at again whenever `knots` was written to."""
+    state = None if knots.is_inference() else (knots.data_ptr(), knots._version)
+    seen, uniform = UNIFORM.get(knots, (None, None))
+    if state is None or seen != state:
+        uniform = are_uniform(knots)
+        UNIFORM[knots] = state, uniform
+    return uniform_bases if uniform else recursive_bases
+
+
+def to_working_dtype(*tensors):
+    """Bases need float32: a recursion in bfloat16 loses 0.3 % of their sum."""
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+# the two passes over a chunk of rows, plain and in the form that a compiler turns into one loop
+
+
+def columns(x, knots, k, activation, bases, dtype):
+    """(n, I) -> (n, K + 1, I) in `dtype`: the bases of every feature and then its activation."""
+    x, knots = to_working_dtype(x, knots)
+    return torch.cat([bases(x, knots, k), activation(x).unsqueeze(1)], 1).to(dtype)
+
+
+def input_gradient(dcolumns, x, knots, k, activation, bases):
+    """
+    The gradient of the columns taken back to x: dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on
+    the same knots and r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X).
+
+    dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype
+    """
+    x, knots = to_working_dtype(x, knots)
+    dx = activation_gradient(activation, x, dcolumns[:, -1])
+    if k == 0:
+        return dx  # steps: their derivative is zero
+    slope = k * reciprocal(knots[:, k:] - knots[:, :-k]).t()  # (K + 1, I)
+    lower = bases(x, knots, k - 1).mul_(slope)  # (n, K + 1, I)
+    return dx + (lower[:, :-1] - lower[:, 1:]).mul_(dcolumns[:, :-1]).sum(1)
+
+
+def activation_gradient(activation, x, grad):
+    return torch.func.vjp(activation.forward, x)[1](grad.to(x.dtype))[0]  # `forward`, past the hooks of a tracer
+
+
+def fused_columns(x, first, per_spacing, K, k, activation, dtype):
+    """columns on the uniform knots first + m / per_spacing."""
+    k, activation = FUSED_ORDERS[k], ACTIVATIONS[activation]
+    (x,) = to_working_dtype(x)
+    t = (x - first) * per_spacing  # position in knot spacings
+    bases = [cardinal_spline((t - (m + (k + 1) / 2)).abs(), k) for m in range(K)]
+    return torch.cat([column.to(dtype) for column in (*bases, activation(x))], 1)
+
+
+def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
+    """input_gradient on the same knots."""
+    k, activation = FUSED_ORDERS[k], ACTIVATIONS[activation]
+    (x,) = to_working_dtype(x)
+    t = (x - first) * per_spacing
+    if k == 1:
+        lower = [(t.floor() == m).to(x.dtype) for m in range(K + 1)]
+    else:
+        lower = [cardinal_spline((t - (m + k / 2)).abs(), k - 1) for m in range(K + 1)]
+    slope = sum(dcolumns[:, m] * (lower[m] - lower[m + 1]) for m in range(K))
+    return slope * per_spacing + activation_gradient(activation, x, dcolumns[:, -1])
+
+
+# the layer
+
+
+def plain_spline_linear(x, weight, knots, k, activation, dtype):
+    """What spline_linear computes, and its reference."""
+    return torch.nn.functional.linear(columns(x, knots, k, activation, recursive_bases, dtype).flatten(1), weight.to(dtype))
+
+
+def spline_linear(x, weight, knots, k, activation, dtype):
+    """
+    [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32.
+    Deterministic; not twice differentiable; one opaque operator to torch.compile.
+
+    x (N, I), weight (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without
+    parameters that torch.func can differentiate -> (N, O) in `dtype`
+    """
+    return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
+
+
+ACTIVATIONS = {}  # modules by name: the arguments of an operator are tensors, numbers and strings
+
+
+def name_of(activation):
+    """PyTorch's own activations are what they print; of any other module nothing is known, and each is its own."""
+    is_torchs = type(activation).__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear')
+    name = repr(activation) if is_torchs else f'{type(activation).__name__} {id(activation)}'
+    if name not in ACTIVATIONS:
+        ACTIVATIONS[name] = activation
+    return name
+
+
+@torch.library.custom_op('kan::spline_linear', mutates_args=())
+def spline_linear_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, w = x.contiguous(), weight.to(dtype)
+        backend = choose_backend(x, knots, k, activation, dtype)
+        if backend == 'triton':
+            from layers import spline_triton
+
+            return spline_triton.forward(x, w, knots, k, activation)
+        make_columns, _ = passes(backend, knots, k, activation)
+        y = x.new_empty(x.size(0), w.size(0), dtype=dtype)
+        for rows in chunks(x, w, backend):
+            torch.mm(make_columns(x[rows], dtype).flatten(1), w.t(), out=y[rows])
+        return y
+
+
+@torch.library.custom_op('kan::spline_linear_backward', mutates_args=())
+def spline_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of weight; an empty tensor in place of one that is not needed."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        grad, x, w = grad.to(dtype).contiguous(), x.contiguous(), weight.to(dtype)
+        backend = choose_backend(x, knots, k, activation, dtype)
+        if backend == 'triton':
+            from layers import spline_triton
+
+            dx, dw = spline_triton.backward(grad, x, w, knots, k, activation, needed)
+            return dx, dw.to(weight.dtype)
+        make_columns, take_back = passes(backend, knots, k, activation)
+        dx = x.new_empty(x.shape if needed[0] else 0)
+        dw = weight.new_zeros(weight.shape if needed[1] else 0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for rows in chunks(x, w, backend):
+            if needed[1]:
+                accumulate(dw, grad[rows].t(), make_columns(x[rows], dtype).flatten(1))
+            if needed[0]:
+                dx[rows] = take_back((grad[rows] @ w).view(-1, w.size(1) // x.size(1), x.size(1)), x[rows])
+        return dx, dw.to(weight.dtype)
+
+
+@spline_linear_forward.register_fake
+def _(x, weight, knots, k, activation, dtype):
+    return x.new_empty(x.size(0), weight.size(0), dtype=dtype)
+
+
+@spline_linear_backward.register_fake
+def _(grad, x, weight, knots, k, activation, dtype, needed):
+    return tuple(tensor.new_empty(tensor.shape if need else 0) for tensor, need in zip((x, weight), needed))
+
+
+def keep(ctx, inputs, output):
+    x, weight, knots, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, knots)
+
+
+def differentiate(ctx, grad):
+    needed = list(ctx.needs_input_grad[:2])
+    gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
+    return *(gradient if need else None for gradient, need in zip(gradients, needed)), None, None, None, None
+
+
+def refuse(ctx, *grads):
+    raise RuntimeError('spline_linear (KANLinear) cannot be differentiated twice; layers.spline.plain_spline_linear can')
+
+
+spline_linear_forward.register_autograd(differentiate, setup_context=keep)
+spline_linear_backward.register_autograd(refuse)
+
+
+def chunks(x, w, backend):
+    """Slices of rows, as equal as can be, whose columns in the dtype of w (O, (K + 1) * I) fill CHUNK_BYTES; at least 64 each."""
+    N, size = x.size(0), CHUNK_BYTES[backend] if x.device.type == 'cpu' else CHUNK_BYTES_GPU
+    if x.device.type == 'cpu' and w.size(0) <= 64:
+        size = min(size, CHUNK_BYTES_NARROW)
+    n = max(64, size // (w.size(1) * w.element_size()))
+    n = math.ceil(N / math.ceil(N / n)) if N else 1
+    return [slice(start, start + n) for start in range(0, N, n)]
+
+
+def accumulate(total, a, b):
+    """total += a @ b; a product in less than float32 is rounded before it is added."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+# which way
+
+
+def choose_backend(x, knots, k, activation, dtype):
+    """The fastest way that suits the input; the fused ones want uniform knots and an order from 1 to 3."""
+    if k not in FUSED_ORDERS or basis_function(knots) is not uniform_bases:
+        return 'plain'
+    if BACKEND != 'auto':
+        return BACKEND
+    if x.is_cuda and torch.float64 not in (x.dtype, dtype) and triton_works(activation, x.device, dtype):
+        return 'triton'
+    return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
+
+
+@functools.cache
+def triton_works(activation, device, dtype):
+    """Whether the kernels run on this GPU, tried on tiles of their full size."""
+    if not importlib.util.find_spec('triton'):
+        return False
+    try:
+        from layers import spline_triton
+
+        if activation not in spline_triton.ACTIVATIONS:
+            return False
+        x, w = torch.zeros(256, 256, device=device), torch.zeros(256, 5 * 256, device=device, dtype=dtype)
+        knots = torch.arange(7.0, device=device).repeat(256, 1)
+        y = spline_triton.forward(x, w, knots, 2, activation)
+        spline_triton.backward(y, x, w, knots, 2, activation, [True, True])
+        torch.cuda.synchronize(device)
+        return True
+    except Exception as error:  # whatever a compiler or a card can raise: the other passes do the same work
+        warnings.warn(f'the Triton kernels do not work here, KAN layers run without them, slower: {reason(error)}', stacklevel=2)
+        return False
+
+
+@functools.cache
+def compiler_works(device_type):
+    try:
+        torch.compile(torch.sin)(torch.zeros(16, device=device_type))
+        return True
+    except Exception as error:  # whatever a compiler can raise: the plain passes do the same work
+        warnings.warn(f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason(error)}', stacklevel=2)
+        return False
+
+
+def reason(error):
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+def passes(backend, knots, k, activation):
+    """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
+    if backend == 'compiled':
+        K = knots.size(1) - 1 - k
+        make_columns, take_back = (compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient))
+        settings = *scale(*to_working_dtype(knots)), K, k, activation
+    else:
+        make_columns, take_back = columns, input_gradient
+        settings = knots, k, ACTIVATIONS[activation], basis_function(knots)
+    return lambda x, dtype: make_columns(x, *settings, dtype), lambda dcolumns, x: take_back(dcolumns, x, *settings)
+
+
+@functools.cache
+def compiled(function, K, k, activation):
+    """
+    A compiled pass, for any number of rows and features. Its code is a copy, because PyTorch counts recompilations by code and
+    gives up after a few.
+    """
+    code = function.__code__.replace(co_name=f'{function.__name__}_{K}_{k}_{activation}')
+    return torch.compile(types.FunctionType(code, function.__globals__), dynamic=True)

@@ -1,0 +1,249 @@
+"""
+The spline layer of spline.py on a GPU, as three matrix products whose columns [B_0(x) ... B_{K-1}(x), act(x)] are computed from
+x where they are needed and never reach the memory of the GPU. float32, bfloat16 and float16, with sums in float32. Fastest where
+I and O are multiples of 16. There is no autotuning and there are no atomics: the same input on the same card gives the same bits.
+The loops are those of Triton's matrix multiplication tutorial.
+
+Legend: I, O features in and out; K = G + k bases of order k, column K is the activation; N rows; S splits of the rows.
+x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1, evenly spaced in each feature. In the kernels these are
+pointers, xs, ws and gs tiles of them; row, i and o are vectors of indices; t is x in knot spacings from the first knot.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ('SiLU()', "GELU(approximate='none')", "GELU(approximate='tanh')", 'ReLU()', 'Tanh()', 'Sigmoid()', 'Identity()')
+
+# The tile of one program, by kernel and by the bytes of a number in w. Guesses, not measured: a column costs about ten instructions
+# a number each time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers
+# allow; dx has no such cost but needs three tiles in registers. Stages: what fits into 99 KiB of shared memory, a consumer card's.
+TILES = {
+    ('forward', 2): dict(BLOCK_N=128, BLOCK_I=32, BLOCK_O=256, num_stages=4),
+    ('forward', 4): dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=128, num_stages=3),
+    ('dx', 2): dict(BLOCK_N=128, BLOCK_I=64, BLOCK_O=32, num_stages=4),
+    ('dx', 4): dict(BLOCK_N=64, BLOCK_I=64, BLOCK_O=16, num_stages=3),
+    ('dw', 2): dict(BLOCK_N=32, BLOCK_I=128, BLOCK_O=256, num_stages=3),
+    ('dw', 4): dict(BLOCK_N=32, BLOCK_I=64, BLOCK_O=128, num_stages=3),
+}
+
+
+# element-wise parts, all in float32
+
+
+@triton.jit
+def spline(t, m, k: tl.constexpr):
+    """B_m at t: spline.cardinal_spline with the factor of each power moved inside it, so that it costs nothing."""
+    d = tl.abs(t - (m + (k + 1) / 2))
+    if k == 1:
+        return tl.maximum(1 - d, 0)
+    elif k == 2:  # a^2 / 2 - 3 c^2 / 2
+        a, c = tl.maximum(1.5 * 0.5**0.5 - 0.5**0.5 * d, 0), tl.maximum(0.5 * 1.5**0.5 - 1.5**0.5 * d, 0)
+        return a * a - c * c
+    else:  # a^3 / 6 - 2 c^3 / 3
+        tl.static_assert(k == 3)
+        p: tl.constexpr = (1 / 6) ** (1 / 3)
+        q: tl.constexpr = (2 / 3) ** (1 / 3)
+        a, c = tl.maximum(2 * p - p * d, 0), tl.maximum(q - q * d, 0)
+        return a * a * a - c * c * c
+
+
+@triton.jit
+def spline_slope(t, m, k: tl.constexpr):
+    """The derivative of B_m by t; that of order 1 is right-continuous."""
+    if k == 1:
+        step = tl.floor(t)
+        return tl.where(step == m, 1.0, 0.0) - tl.where(step == m + 1, 1.0, 0.0)
+    u = t - (m + (k + 1) / 2)
+    a, c = tl.maximum((k + 1) / 2 - tl.abs(u), 0), tl.maximum((k - 1) / 2 - tl.abs(u), 0)
+    fall = a - 3 * c if k == 2 else 0.5 * a * a - 2 * c * c
+    return tl.where(u < 0, fall, -fall)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """act(x) and its derivative; the compiler drops the one that is not used. tanh(x) = 2 sigmoid(2 x) - 1, to 1e-7."""
+    if ACTIVATION == 'SiLU()':
+        s = tl.sigmoid(x)
+        return x * s, s + x * s * (1 - s)
+    elif ACTIVATION == "GELU(approximate='none')":
+        s = 0.5 + 0.5 * tl.erf(0.5**0.5 * x)
+        return x * s, s + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)  # 1 / sqrt(2 pi)
+    elif ACTIVATION == "GELU(approximate='tanh')":
+        c: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
+        s = tl.sigmoid(c * x * (1 + 0.044715 * x * x))
+        return x * s, s + c * x * s * (1 - s) * (1 + 3 * 0.044715 * x * x)
+    elif ACTIVATION == 'ReLU()':
+        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == 'Tanh()':
+        s = tl.sigmoid(2 * x)
+        return 2 * s - 1, 4 * s * (1 - s)
+    elif ACTIVATION == 'Sigmoid()':
+        s = tl.sigmoid(x)
+        return s, s * (1 - s)
+    else:
+        tl.static_assert(ACTIVATION == 'Identity()')
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def scale(knots, i, I, K, k: tl.constexpr):
+    """The first knot of features i and one over their spacing; anything finite where there is no feature."""
+    first = tl.load(knots + i * (K + k + 1), mask=i < I, other=0.0).to(tl.float32)
+    last = tl.load(knots + i * (K + k + 1) + K + k, mask=i < I, other=1.0).to(tl.float32)
+    return first, (K + k) / (last - first)
+
+
+# the three products. N * I, N * O and the sizes of w and dw may exceed 2^31: where a tile starts is one number of 64 bits, the
+# places in it have 32. (64 bits for every place cost so many registers that they spill.)
+
+
+@triton.jit(do_not_specialize=['N'])
+def forward_kernel(
+    x, w, knots, y, N, I, O, K,
+    k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A tile of y (N, O). Rows vary fastest over the programs: they share a slice of w."""
+    row0, o0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_O
+    row, o = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_O)
+    x, y = x + row0.to(tl.int64) * I, y + row0.to(tl.int64) * O + o0
+    w += o0.to(tl.int64) * (K + 1) * I
+    total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        xs = tl.load(x + (row * I + i), mask=(row < N - row0) & (i < I), other=0.0).to(tl.float32)
+        first, per_spacing = scale(knots, i, I, K, k)
+        t = (xs - first) * per_spacing
+        activated = activate(xs, ACTIVATION)[0].to(w.dtype.element_ty)
+        i = i[:, None]
+        for m in range(K + 1):
+            ws = tl.load(w + (o * ((K + 1) * I) + m * I + i), mask=(o < O - o0) & (i < I), other=0.0)
+            column = tl.where(m == K, activated, spline(t, m, k).to(ws.dtype))
+            total = tl.dot(column, ws, total, input_precision=PRECISION)
+    tl.store(y + (row * O + o), total, mask=(row < N - row0) & (o < O - o0))
+
+
+@triton.jit
+def column_gradient(grad, w, row, i, m, N, I, O, K, PRECISION: tl.constexpr, BLOCK_O: tl.constexpr):
+    """The gradient of column m, grad @ w[:, m]: (BLOCK_N, BLOCK_I)."""
+    total = tl.zeros((row.shape[0], i.shape[0]), tl.float32)
+    row, o = row[:, None], tl.arange(0, BLOCK_O)
+    for start in range(0, O, BLOCK_O):
+        gs = tl.load(grad + start + (row * O + o), mask=(row < N) & (o < O - start), other=0.0)
+        ws = w + tl.cast(start, tl.int64) * (K + 1) * I + (o[:, None] * ((K + 1) * I) + m * I + i)
+        ws = tl.load(ws, mask=(o[:, None] < O - start) & (i < I), other=0.0)
+        total = tl.dot(gs, ws, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=['N'])
+def dx_kernel(
+    grad, x, w, knots, dx, N, I, O, K,
+    k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx (N, I), one column after the other. Features vary fastest over the programs: they share rows of grad."""
+    row0, i0 = tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_N, tl.program_id(0) % tl.cdiv(I, BLOCK_I) * BLOCK_I
+    row, i = tl.arange(0, BLOCK_N), i0 + tl.arange(0, BLOCK_I)
+    grad, x, dx = grad + row0.to(tl.int64) * O, x + row0.to(tl.int64) * I, dx + row0.to(tl.int64) * I
+    offset, mask = row[:, None] * I + i, (row[:, None] < N - row0) & (i < I)
+    xs = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    first, per_spacing = scale(knots, i, I, K, k)
+    t = (xs - first) * per_spacing
+    total = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
+    for m in range(K):
+        total += column_gradient(grad, w, row, i, m, N - row0, I, O, K, PRECISION, BLOCK_O) * spline_slope(t, m, k)
+    activated = column_gradient(grad, w, row, i, K, N - row0, I, O, K, PRECISION, BLOCK_O) * activate(xs, ACTIVATION)[1]
+    tl.store(dx + offset, total * per_spacing + activated, mask=mask)
+
+
+@triton.jit
+def column_product(
+    grad, x, knots, i, o, m, low, high, I, O, K,
+    k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """column_m^T @ grad over the rows from low to high, (BLOCK_I, BLOCK_O); column m is the activation where one is given."""
+    first, per_spacing = scale(knots, i, I, K, k)
+    first, per_spacing, i = first[:, None], per_spacing[:, None], i[:, None]
+    total = tl.zeros((i.shape[0], o.shape[0]), tl.float32)
+    row = tl.arange(0, BLOCK_N)
+    for start in range(low, high, BLOCK_N):
+        row0 = tl.cast(start, tl.int64)
+        xs = tl.load(x + row0 * I + (row * I + i), mask=(row < high - start) & (i < I), other=0.0).to(tl.float32)
+        gs = tl.load(grad + row0 * O + (row[:, None] * O + o), mask=(row[:, None] < high - start) & (o < O), other=0.0)
+        if ACTIVATION is None:
+            column = spline((xs - first) * per_spacing, m, k)
+        else:
+            column = activate(xs, ACTIVATION)[0]
+        total = tl.dot(column.to(gs.dtype), gs, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=['N', 'rows'])
+def dw_kernel(
+    grad, x, knots, dw, N, I, O, K, rows,
+    k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """A tile of one column of dw (S, O, K + 1, I), over the `rows` rows of one split. Columns vary fastest: they share x and grad."""
+    m, i0, o0, s = tl.program_id(0) % (K + 1), tl.program_id(0) // (K + 1) * BLOCK_I, tl.program_id(1) * BLOCK_O, tl.program_id(2)
+    i, o = i0 + tl.arange(0, BLOCK_I), o0 + tl.arange(0, BLOCK_O)
+    low, high = s * rows, tl.minimum((s + 1) * rows, N)
+    if m < K:
+        total = column_product(grad, x, knots, i, o, m, low, high, I, O, K, k, None, PRECISION, BLOCK_N)
+    else:
+        total = column_product(grad, x, knots, i, o, m, low, high, I, O, K, k, ACTIVATION, PRECISION, BLOCK_N)
+    dw += ((s.to(tl.int64) * O + o0) * (K + 1) + m) * I
+    tl.store(dw + ((o - o0) * ((K + 1) * I) + i[:, None]), total, mask=(o < O) & (i[:, None] < I))
+
+
+# launching them
+
+
+def settings(kernel, w, k, activation, N, I, O):
+    """The constants of a kernel: its tile, no larger than the tensors ask for; float32 is multiplied as torch.matmul would."""
+    blocks = dict(TILES[kernel, w.element_size()])
+    for name, size in dict(BLOCK_N=N, BLOCK_I=I, BLOCK_O=O).items():
+        blocks[name] = min(blocks[name], max(16, triton.next_power_of_2(size)))  # tl.dot wants 16
+    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    return dict(k=k, ACTIVATION=activation, PRECISION=precision, num_warps=8, enable_fp_fusion=True, **blocks)
+
+
+def forward(x, w, knots, k, activation):
+    """x (N, I), w (O, (K + 1) * I), knots (I, P) -> (N, O) in the dtype of w."""
+    x, w, knots = x.contiguous(), w.contiguous(), knots.contiguous()
+    (N, I), O, K = x.shape, w.size(0), knots.size(1) - 1 - k
+    y = x.new_empty(N, O, dtype=w.dtype)
+    with torch.cuda.device_of(x):
+        constants = settings('forward', w, k, activation, N, I, O)
+        grid = triton.cdiv(N, constants['BLOCK_N']), triton.cdiv(O, constants['BLOCK_O'])
+        forward_kernel[grid](x, w, knots, y, N, I, O, K, **constants)
+    return y
+
+
+def backward(grad, x, w, knots, k, activation, needed):
+    """grad (N, O) and w in one dtype -> dx (N, I) in the dtype of x, dw (O, (K + 1) * I) in float32; empty where not needed."""
+    grad, x, w, knots = grad.contiguous(), x.contiguous(), w.contiguous(), knots.contiguous()
+    (N, I), O, K = x.shape, w.size(0), knots.size(1) - 1 - k
+    dx, dw = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        if needed[0]:
+            dx = torch.empty_like(x)
+            constants = settings('dx', w, k, activation, N, I, O)
+            programs = triton.cdiv(N, constants['BLOCK_N']) * triton.cdiv(I, constants['BLOCK_I'])
+            dx_kernel[(programs,)](grad, x, w, knots, dx, N, I, O, K, **constants)
+        if needed[1]:
+            constants = settings('dw', w, k, activation, N, I, O)
+            tiles = triton.cdiv(I, constants['BLOCK_I']) * (K + 1), triton.cdiv(O, constants['BLOCK_O'])
+            S = splits(x, tiles[0] * tiles[1])
+            partial = x.new_empty(S, O, (K + 1) * I, dtype=torch.float32)
+            dw_kernel[(*tiles, S)](grad, x, knots, partial, N, I, O, K, triton.cdiv(N, S), **constants)
+            dw = partial.sum(0) if S > 1 else partial[0]
+    return dx, dw
+
+
+def splits(x, programs):
+    """As many as give every multiprocessor four programs, of no fewer than 256 rows each."""
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return max(1, min(4 * multiprocessors // programs, x.size(0) // 256))

@@ -1,0 +1,149 @@
+"""
+What a run leaves behind, and how it is read back.
+
+    ckpt.pt        the latest state, what --init_from=resume goes on from: nanoGPT's keys + rng, scaler, tokenizer, versions
+    ckpt_prev.pt   the state saved before it
+    best.pt        the state with the lowest validation loss, what sample.py reads
+    run.json, log.jsonl   what records.py writes
+    metrics.json, predictions, adapter   what finetune.py adds at the end of a run
+
+Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
+"""
+
+import itertools
+import os
+import pickle
+import platform
+import re
+import shutil
+import sys
+import zipfile
+
+import numpy
+import torch
+
+from data.loader import model_vocab_size, read_meta
+from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
+from model import GPT, GPTConfig
+from run.files import write_atomically
+
+
+def save_checkpoint(out_dir, checkpoint, is_best):
+    """Write ckpt.pt, keep the one before it, and call it best.pt too if it is. OSError leaves the older files whole."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    try:
+        with write_atomically(path) as f:
+            torch.save(checkpoint, f)
+            if os.path.exists(path):
+                link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+    except RuntimeError as error:  # how torch reports a failed write
+        raise OSError(f'cannot write {path}: {error}'.splitlines()[0]) from None
+    if is_best:
+        link(path, os.path.join(out_dir, 'best.pt'))
+
+
+def link(path, name):
+    """Give a file a second name, in place of what had it; a copy where the file system has no links."""
+    if os.path.exists(name) and os.path.samefile(path, name):
+        return
+    temporary = name + '.tmp'
+    try:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        os.link(path, temporary)
+        os.replace(temporary, name)
+    except OSError:
+        with open(path, 'rb') as source, write_atomically(name) as copy:
+            shutil.copyfileobj(source, copy)
+
+
+def set_aside(out_dir):
+    """Move the files of an earlier run into a folder of their own in out_dir; returns it, or None where there was no run."""
+    names = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt', 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    if not names:
+        return None
+    folder = next(folder for i in itertools.count(1) if not os.path.exists(folder := os.path.join(out_dir, f'earlier-{i}')))
+    os.mkdir(folder)
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    return folder
+
+
+def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
+    """The first of the files `names` in out_dir. ValueError where there is none, or it is damaged or holds more than data."""
+    path = next((path for name in names if os.path.exists(path := os.path.join(out_dir, name))), None)
+    if path is None:
+        raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
+    others = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
+    others = ', '.join(name for name in others if not os.path.samefile(os.path.join(out_dir, name), path))
+    advice = f'; to use another in its place, copy it there: {others}' if others else ''
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums of the tensors, and leaves one marked as a folder (0x10) unread
+            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
+            damaged = folder or archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
+    except Exception as error:  # what the readers raise on damaged bytes has no type in common
+        what = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise ValueError(f'{path} is cut off, damaged or no checkpoint ({what}){advice}') from None
+    if damaged:
+        raise ValueError(f'{path} is damaged in {damaged}{advice}')
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
+    return checkpoint
+
+
+def build_model(checkpoint, **overrides):
+    """The GPT of a checkpoint of ours, of nanoGPT or of nanoGPKANT, with its weights."""
+    state = {}
+    for name, tensor in checkpoint['model'].items():
+        if not name.endswith('.attn.bias'):  # nanoGPT's causal mask, no parameter
+            state[re.sub(r'^(_orig_mod\.|module\.)+', '', name)] = tensor  # what torch.compile and DDP put before it
+    model_args = {**checkpoint['model_args'], **overrides}
+    if 'use_kan' not in model_args:
+        model_args.update(kan_args(state))
+    try:
+        model = GPT(GPTConfig(**model_args))
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f'the checkpoint does not fit its own model_args: {" ".join(str(error).split())[:300]}') from None
+    return model
+
+
+def kan_args(state):
+    """The KAN settings of nanoGPKANT's checkpoints, which do not name them, from the shapes of the first layer's splines."""
+    splines, knots = (state.get(f'transformer.h.0.attn.c_attn.layers.0.{name}') for name in ('spline_weight', 'grid'))
+    if splines is None or knots is None:
+        return {}
+    K, P = splines.size(-1), knots.size(-1)  # G + k and G + 2k + 1
+    spline_order = P - 1 - K
+    return dict(use_kan=True, kan_targets='attn,mlp', grid_size=K - spline_order, spline_order=spline_order)
+
+
+def load_tokenizer(checkpoint, vocab_size, dataset=''):
+    """The tokenizer of `dataset` if named, else the one in the checkpoint; for nanoGPT's, which has none, the one its size tells."""
+    if 'tokenizer' in checkpoint and not dataset:
+        return tokenizer_from_dict(checkpoint['tokenizer'])
+    if dataset:
+        meta = read_meta(dataset)
+        if not meta:
+            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
+        tokenizer = tokenizer_from_dict(meta['tokenizer'])
+        if vocab_size not in (tokenizer.vocab_size, model_vocab_size(meta)):
+            raise ValueError(
+                f'data set {dataset!r} has {tokenizer.vocab_size} different tokens, the model {vocab_size}: not its vocabulary'
+            )
+        return tokenizer
+    if vocab_size in (50257, 50304):
+        return GPT2Tokenizer()
+    if vocab_size == len(TINYSHAKESPEARE_CHARS):
+        print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
+        return CharTokenizer(TINYSHAKESPEARE_CHARS)
+    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset')
+
+
+def versions():
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': numpy.__version__}

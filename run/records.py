@@ -1,0 +1,61 @@
+"""
+What a run writes down beside its checkpoints, read and written without torch.
+
+    run.json    resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` (or `failed`) last
+    log.jsonl   one line per evaluation
+"""
+
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+
+from configurator import ROOT
+from run.files import write_atomically
+
+
+def read_record(out_dir):
+    """The contents of run.json, {} where there is none; ValueError where it is no JSON."""
+    path = os.path.join(out_dir, 'run.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}): move its folder away') from None
+
+
+def write_record(out_dir, record):
+    with write_atomically(os.path.join(out_dir, 'run.json'), 'w', encoding='utf-8') as f:
+        json.dump(record, f, indent=1)
+
+
+def read_log(out_dir):
+    """The evaluations of a run, one dict each; a last line cut off by a crash is left out."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path, encoding='utf-8') as f:
+            return [json.loads(line) for line in f if line.endswith('\n')]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}): move its folder away') from None
+
+
+def write_log(out_dir, lines):
+    with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(line) + '\n' for line in lines)
+
+
+def commit():
+    """The git commit of the code, with + for uncommitted changes; None outside a git checkout."""
+    try:
+        describe = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now():
+    return datetime.now(UTC).isoformat(timespec='seconds')

@@ -1,0 +1,151 @@
+"""
+What train.py and finetune.py share around their loops: the processes of a run, the signals that end it, what it says and writes down.
+"""
+
+import inspect
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from run import records
+from run.checkpoint import save_checkpoint
+from run.device import get_rng, pick_device, pick_dtype, set_rng, set_up
+
+
+class Session:
+    """One process of a run, started by torchrun or by hand."""
+
+    def __init__(self, device, dtype):
+        self.rank, self.local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+        self.ddp, self.world_size, self.master = world_size > 0, max(world_size, 1), self.rank == 0
+        self.device = pick_device('cpu' if self.ddp and device == 'auto' and not torch.cuda.is_available() else device)
+        self.device_type = self.device.split(':')[0]
+        if self.ddp and self.device_type == 'cuda':
+            self.device = f'cuda:{self.local_rank}'
+        self.dtype = pick_dtype(dtype, self.device)
+        self.signals, self.save_failed, self.wandb_failed = [], False, False
+        self.on_terminal = self.master and sys.stderr.isatty()
+        set_up(self.device)
+
+    def micro_steps(self, gradient_accumulation_steps):
+        """Micro-batches of this process in a step."""
+        if gradient_accumulation_steps % self.world_size:
+            nearest = max(1, round(gradient_accumulation_steps / self.world_size)) * self.world_size
+            raise ValueError(
+                f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {self.world_size} processes; nearest: {nearest}'
+            )
+        return gradient_accumulation_steps // self.world_size
+
+    def join(self, backend):
+        """Meet the other processes."""
+        if self.ddp:
+            # the others wait while the first one scores or downloads
+            dist.init_process_group(backend if self.device_type == 'cuda' else 'gloo', timeout=timedelta(hours=12))
+
+    def wrap(self, model):
+        """The model for the processes together."""
+        if not self.ddp:
+            return model
+        # constant buffers need no exchange; torch 2.13 has another name for that
+        exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
+        return DDP(model, device_ids=[self.local_rank] if self.device_type == 'cuda' else None, **{exchange: False})
+
+    def all_reduce(self, *numbers):
+        """The sums of the numbers over all processes."""
+        if not self.ddp:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def leave(self):
+        if self.ddp:
+            dist.barrier()
+            dist.destroy_process_group()
+        if self.save_failed:
+            sys.exit('error: not everything could be saved, see the warnings above; what is saved is whole')
+
+    # signals: the first one is noted and the loop stops at the end of a step; another one ends the process at once, unless it comes
+    # within a second: a terminal or a scheduler signals this process, and so does the launcher that was signalled with it
+
+    def listen(self):
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.signals and time.monotonic() - self.signals[0] > 1:
+            os._exit(128 + number)
+        if not self.signals:
+            os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
+        self.signals.append(time.monotonic())
+
+    def is_stopping(self):
+        """Whether any process was told to stop, so that all of them leave the loop together."""
+        return self.all_reduce(len(self.signals))[0] > 0
+
+    # random states
+
+    def gather_rng(self):
+        """The random states of all processes."""
+        rng = [get_rng(self.device)] * self.world_size
+        if self.ddp:
+            dist.all_gather_object(rng, rng[self.rank])
+        return rng
+
+    def restore_rng(self, state):
+        """Go on from the random state in a checkpoint; without one for as many processes, from the one at hand."""
+        if len(state.get('rng', [])) == self.world_size:
+            set_rng(state['rng'][self.rank], self.device)
+        elif self.master:
+            print(f'warning: no random state for {self.world_size} processes in the checkpoint, dropout starts from the seed')
+
+    # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
+
+    def say(self, text):
+        if self.master:
+            tqdm.write(text) if self.on_terminal else print(text, flush=True)
+
+    def bar(self, total, initial, unit):
+        return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
+
+    def save(self, out_dir, checkpoint, is_best, name):
+        if not self.master:
+            return
+        try:
+            save_checkpoint(out_dir, checkpoint, is_best)
+            self.say(f'saved {out_dir}/ckpt.pt at {name}')
+        except OSError as error:
+            self.save_failed = True
+            self.say(f'warning: {name} is not saved, the checkpoint before it stays: {error}')
+
+    def write_record(self, out_dir, record, log):
+        """run.json and log.jsonl"""
+        if not self.master:
+            return
+        try:
+            records.write_record(out_dir, record)
+            records.write_log(out_dir, log)
+        except OSError as error:
+            self.save_failed = True
+            self.say(f'warning: the run record is not saved: {error}')
+
+    def log_to_wandb(self, line, **run):
+        """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
+        if not self.master or self.wandb_failed:
+            return
+        try:
+            import wandb
+
+            if wandb.run is None:
+                wandb.init(settings={'login_timeout': 30}, **run)
+            wandb.log(line)
+        except Exception as error:
+            self.wandb_failed = True
+            self.say(f'warning: no wandb from here on: {type(error).__name__}: {error}')

@@ -1,0 +1,181 @@
+"""
+Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
+
+    python study/balance.py config/train_shakespeare_char_nano_kan.py --by=params
+    python study/balance.py config/train_shakespeare_char_nano_kan.py --by=flops --first=width
+    python study/balance.py config/train_shakespeare_char_nano_kan.py --by=seconds --out=config/train_mine.py
+
+Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within 1 %, seconds are
+those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that comes closest, or the width; where
+that is not close enough, the hidden layer of its MLPs is widened or narrowed. The recipe is the KAN-GPT's; its learning_rate and
+init_std need not suit the vanilla GPT (sweep.py tells). Other flags are train.py's, e.g. --device=cpu, or
+--mlp=swiglu for the vanilla GPT.
+"""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+import numpy as np
+import torch
+
+from configurator import configure, divide, settings_of
+from data import loader
+from model import GPT, GPTConfig, model_settings
+from run.cost import count_flops, count_parameters, make_step
+from run.device import device_name, pick_device, pick_dtype, set_up
+from run.files import write_atomically
+
+# -----------------------------------------------------------------------------
+by = 'params'  # 'params', 'flops' or 'seconds'
+first = 'depth'  # 'depth' or 'width'
+out = ''  # the config file to write; by default the KAN's, with `_by_...` in place of `_kan`
+repeats = 7  # measured steps of each model
+# -----------------------------------------------------------------------------
+own, others = divide(sys.argv[1:], ['by', 'first', 'out', 'repeats'])
+configure(globals(), own)
+if repeats < 1:
+    raise ValueError(f'repeats must be at least 1, got {repeats}')
+if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
+    raise ValueError(f'expected --by=params, flops or seconds and --first=depth or width, got {by!r} and {first!r}')
+settings = settings_of('train.py', others)
+config_file = next((arg for arg in others if not arg.startswith('-')), '')
+if not config_file or not settings['use_kan']:
+    raise ValueError('expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py')
+out = out or (config_file.removesuffix('.py').removesuffix('_kan') + f'_by_{by}' + '_wide' * (first == 'width') + '.py')
+if os.path.exists(out):
+    raise ValueError(f'{out} exists: move it away, or choose another name by --out=...')
+if not os.path.isdir(os.path.dirname(out) or '.'):
+    raise ValueError(f'--out={out}: there is no folder {os.path.dirname(out)}')
+device = pick_device(settings['device'])
+dtype = pick_dtype(settings['dtype'], device)
+set_up(device)
+
+loader.prepare_dataset(settings['dataset'])
+kan = dict(model_settings(settings), vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
+
+
+def vanilla(**shape):
+    return {**kan, 'use_kan': False, **shape}
+
+
+def prepare(model_args):
+    """A training step of the model, after an untimed one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**model_args)).to(device)
+    step = make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    step()
+    return step
+
+
+def measure_seconds(*models):
+    """Median seconds per step of several models, whose steps alternate."""
+    torch.compiler.reset()  # which gives up after a few versions of a model
+    steps = [prepare(model_args) for model_args in models]
+    return np.median([[step() for step in steps] for _ in range(repeats)], axis=0)
+
+
+def ratio(model_args):
+    """What the model costs, in multiples of what the KAN-GPT costs."""
+    if by == 'seconds':
+        reference, seconds = measure_seconds(kan, model_args)
+        return seconds / reference
+    count = count_parameters if by == 'params' else count_flops
+    return count(model_args) / count(kan)
+
+
+def closest(f, start):
+    """(n, f(n)) of the integer n >= 1 at which the growing function f comes closest to 1; f is called as seldom as can be."""
+    value = functools.cache(f)
+    low, high = 0, start
+    while value(high) < 1:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if value(middle) < 1 else (low, middle)
+    return min(((n, value(n)) for n in (low, high) if n), key=lambda pair: abs(pair[1] - 1))
+
+
+def fit_hidden(shape):
+    """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
+    n_embd = shape.get('n_embd', kan['n_embd'])
+    n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=round(kan['mlp_hidden'] * n_embd))
+    return dict(shape, mlp_hidden=n / n_embd), found
+
+
+def search():
+    """The shape of the vanilla GPT that comes within the tolerance."""
+    shapes = {'depth': lambda n: dict(n_layer=n), 'width': lambda n: dict(n_embd=n * kan['n_head'])}[first]
+    start = {'depth': kan['n_layer'], 'width': kan['n_embd'] // kan['n_head']}[first]
+    n, found = closest(lambda n: ratio(vanilla(**shapes(n))), start)
+    shape = shapes(n)
+    print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
+    for size in (n, n - 1):  # the smaller one can be widened as far as need be
+        if abs(found - 1) > tolerance and size > 0:
+            shape, found = fit_hidden(shapes(size))
+            print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
+    if abs(found - 1) > tolerance:
+        other = 'width' if first == 'depth' else 'depth'
+        raise ValueError(f'no vanilla GPT within {tolerance:.0%}, the closest is {shape} with {found:.3f} of the {by}; try --first={other}')
+    return shape
+
+
+tolerance = 0.05 if by == 'seconds' else 0.01
+shape = search()
+chosen = vanilla(**shape)
+varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
+models = [kan, *(vanilla(**{**shape, varied: chosen[varied] + n * step}) for n in (-1, 0, 1) if chosen[varied] + n * step > 0)]
+rows = [(m, count_parameters(m), count_flops(m), s) for m, s in zip(models, measure_seconds(*models))]
+print(f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}')
+for m, *costs in rows:
+    label = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
+    ratios = '' if m is kan else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
+    print(
+        f'{label:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
+    )
+print(f'on {device_name(device)}, {dtype}')
+
+# the config file: what the KAN's command says, without the machine and without KAN layers
+_, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
+measured = f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} times as long, on {device_name(device)}, {dtype}'
+figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': measured}[by]
+if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
+    print(f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?')
+name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
+defaults = settings_of('train.py', [])
+left_out = {
+    'device',
+    'dtype',
+    'compile',
+    'init_from',
+    'wandb_log',
+    'use_kan',
+    'kan_targets',
+    'kan_hidden',
+    'kan_norm',
+    'grid_size',
+    'spline_order',
+    'grid_min',
+    'grid_max',
+    'spline_lr_scale',
+    'spline_weight_decay',
+}
+settings.update(shape)
+changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in left_out}
+changed.update(out_dir=f'out-{name}', wandb_run_name=name)
+header = f'''"""
+The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
+{figure}.
+
+    python train.py {os.path.relpath(out)}
+
+Found by `python study/balance.py {' '.join(sys.argv[1:])}`.
+"""
+'''
+with write_atomically(out, 'w', encoding='utf-8') as f:
+    f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
+print('\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: sweep.py tries others')
+print(f'written: python train.py {os.path.relpath(out)}')

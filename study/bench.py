@@ -1,0 +1,364 @@
+"""
+Time and memory of layers, of training steps and of sampling: ours and, where installed, those of others, in one run.
+
+    python study/bench.py --suite=layer
+    python study/bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
+    python study/bench.py --suite=sample
+    python study/bench.py --suite=adapter
+    python study/bench.py --suite=graph
+
+`pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
+of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of a training step that finds edges.
+Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases. Prints a table,
+then one line of JSON with every number in it.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from configurator import ROOT, configure, settings_of
+from kan import KAN, KANLinear
+from layers import spline
+from layers.graph import Edges
+from model import GPT, Block, GPTConfig, model_settings
+from run.checkpoint import versions
+from run.cost import make_step
+from run.device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
+from surgery.lora import LoRAConfig, add_lora
+
+# -----------------------------------------------------------------------------
+suite = 'layer'  # 'layer', 'step', 'sample', 'adapter' or 'graph'
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
+rounds = 3  # processes of each case
+repeats = 3  # timed repeats in each process, after an untimed one
+only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
+dropout = -1.0  # of the models of suite step and of adapters; -1 is what their config files and LoRAConfig say
+operators = 0  # also list this many operators of each case, those that take most of the time of one more run
+keep = True  # keep freed memory, as train.py does on a CPU; False: PyTorch as it comes
+case = ''  # what a process measures, as JSON
+# -----------------------------------------------------------------------------
+configure(globals())
+device = pick_device(device)
+
+PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lora': 'kolmg_lora'}  # and the packages that have them
+LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
+SHAPES = [(192, 768, 16384), (768, 192, 16384), (96, 384, 2048), (768, 3072, 2048)]  # features in, features out, rows
+SIZES = ['micro', 'nano']
+MODELS = {
+    'vanilla': '',
+    'vanilla, equal parameters': '_balanced',
+    **dict.fromkeys(LAYERS[2:], '_kan'),
+}  # and the end of their config's name
+ADAPTERS = {  # settings of LoRAConfig, and who else has it
+    'LoRA': (dict(), 'peft'),
+    'rsLoRA': (dict(rs_lora=True), 'peft'),
+    'DoRA': (dict(use_dora=True), 'peft'),
+    'KAN-LoRA': (dict(kind='kan'), 'kolmg-lora'),
+    'KAN-DoRA': (dict(kind='kan', use_dora=True), 'kolmg-lora'),
+}
+LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
+ATTENTION_SHAPES = [(192, 6, 512, 8), (768, 12, 512, 8)]  # width, heads of self-attention, tokens, sequences
+ATTENTIONS = {  # settings of the layer
+    'self-attention': dict(),
+    'GAT': dict(use_graph=True),
+    'GATv2': dict(use_graph=True, graph_kind='gatv2'),
+    'GAT, window by mask': dict(use_graph=True, graph_edges='window', graph_backend='dense'),
+    'GAT, window by list': dict(use_graph=True, graph_edges='window', graph_backend='pyg'),
+}
+EDGES = ['causal', 'window', 'topk', 'same']
+
+
+def list_cases():
+    """What there is to measure: [dtype, where, name] each."""
+    precisions = [pick_dtype(dtype, device) for dtype in dtypes.split(',')]
+    if suite == 'layer':
+        cases = [[dtype, f'{I} {O} {N}', name] for I, O, N in SHAPES for dtype in precisions for name in LAYERS]
+    elif suite == 'step':
+        cases = [[dtype, size, name] for size in SIZES for dtype in precisions for name in MODELS]
+    elif suite == 'sample':
+        wheres = [f'{config} {block_size} {n}' for config in ('micro', 'micro_kan') for block_size, n in LENGTHS]
+        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ('uncached', 'cached')]
+    elif suite == 'adapter':
+        names = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
+        cases = [[dtype, '768 768 8192', name] for dtype in precisions for name in ['nn.Linear', *names]]
+    elif suite == 'graph':
+        wheres = [' '.join(map(str, shape)) for shape in ATTENTION_SHAPES]
+        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ATTENTIONS]
+        cases += [[dtype, size, f'{edges} edges'] for size in SIZES for dtype in precisions for edges in ('no', *EDGES)]
+    else:
+        raise ValueError(f'suite={suite!r}: expected layer, step, sample, adapter or graph')
+    named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
+    missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
+    try:
+        chosen = [case for case in cases if not case[2].endswith(tuple(missing)) and re.search(only, ' '.join(case))]
+    except re.error as error:
+        raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
+    if not chosen:
+        raise ValueError(f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}')
+    if missing:
+        print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
+    return chosen
+
+
+# what a process measures: a function that runs once and returns its seconds
+
+
+class Rows(nn.Module):
+    """A layer that takes matrices only, for inputs (..., I)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+
+
+def make_layer(name, I, O):
+    if name == 'efficient-kan':
+        from kan_gpt.efficient_kan.model import KANLinear as EfficientKANLinear
+
+        return Rows(EfficientKANLinear(I, O))
+    if name == 'inkan':
+        from inkan import KANLayer
+
+        return Rows(KANLayer(I, O))
+    if name.partition(',')[0] in ADAPTERS:
+        return make_adapted(name, I, O)
+    return nn.Linear(I, O, bias=False) if name == 'nn.Linear' else KANLinear(I, O)
+
+
+def make_adapted(name, I, O):
+    """A frozen linear layer with an adapter of rank 16, ours or a peer's."""
+    name, _, peer = name.partition(', ')
+    options, model = ADAPTERS[name][0], nn.Sequential(nn.Linear(I, O))
+    p = LoRAConfig.dropout if dropout < 0 else dropout
+    if peer == 'peft':
+        from peft import LoraConfig, get_peft_model
+
+        options = dict(use_dora=options.get('use_dora', False), use_rslora=options.get('rs_lora', False))
+        get_peft_model(model, LoraConfig(target_modules=['0'], r=16, lora_alpha=32, lora_dropout=p, **options))
+    elif peer == 'kolmg-lora':
+        from kolmg_lora import add_kolmg_lora
+
+        add_kolmg_lora(model, target_modules=['0'], dropout=p, use_dora=options.get('use_dora', False))
+    else:
+        add_lora(model, LoRAConfig(target_modules='0', dropout=p, **options))
+    return model
+
+
+def prepare_floor(I, O, N, dtype):
+    """
+    The matrix products of nn.Linear(9 * I, O) on inputs that are ready: the arithmetic of a KAN layer of eight bases and an
+    activation, when it multiplies by all of them.
+    """
+    x, w, g = (torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O)))
+
+    def run():
+        t0 = clock(device)
+        y = x @ w.t()
+        t1 = clock(device)
+        dx, dw = g @ w, g.t() @ x
+        return {'forward': t1 - t0, 'backward': clock(device) - t1}, (y, dx, dw)
+
+    return lambda: run()[0]
+
+
+def prepare_layer(dtype, where, name):
+    I, O, N = map(int, where.split())
+    if name == 'floor':
+        return prepare_floor(I, O, N, dtype)
+    return time_layer(make_layer(name, I, O), torch.randn(N, I), torch.randn(N, O), dtype)
+
+
+def time_layer(layer, x, g, dtype):
+    """Forward and backward pass on inputs x, with g the gradients of the outputs."""
+    layer.to(device)
+    x, g = x.to(device).requires_grad_(), g.to(device, getattr(torch, dtype))
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def run():
+        t0 = clock(device)
+        with autocast(device, dtype):
+            y = layer(x)
+        t1 = clock(device)
+        torch.autograd.grad(y, [x, *trained], g)
+        return {'forward': t1 - t0, 'backward': clock(device) - t1}
+
+    return run
+
+
+def make_gpt(config, **overrides):
+    """The model of a config file, and its settings."""
+    settings = settings_of('train.py', [os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py')])
+    settings.update(overrides)
+    return GPT(GPTConfig(vocab_size=65, **model_settings(settings))), settings
+
+
+def prepare_step(dtype, where, name):
+    """A training step as in train.py."""
+    raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
+    for module in raw_model.modules():
+        if isinstance(module, KAN) and name in PEERS:
+            module.layers = nn.ModuleList(make_layer(name, layer.in_features, layer.out_features) for layer in module.layers)
+    raw_model.to(device)
+    step = make_step(raw_model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    return lambda: {'step': step()}
+
+
+def prepare_sample(dtype, where, name):
+    config, block_size, n_tokens = where.split()
+    model = make_gpt(config, block_size=int(block_size))[0].to(device).eval()
+    start = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def run():
+        t0 = clock(device)
+        with autocast(device, dtype):
+            model.generate(start, int(n_tokens), temperature=0, use_cache=name == 'cached')
+        return {'sample': clock(device) - t0}
+
+    return run
+
+
+class Attention(nn.Module):
+    """What has the place of self-attention in a GPT with these settings; graph attention finds its edges in each pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.layer = config, Block(config).attn
+
+    def forward(self, x):
+        ids = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
+        return self.layer(x, edges=Edges(self.config, ids) if self.config.use_graph else None)
+
+
+def prepare_graph(dtype, where, name):
+    if where in SIZES:
+        return prepare_graph_step(dtype, where, name.removesuffix(' edges'))
+    C, n_head, T, B = map(int, where.split())
+    config = GPTConfig(n_embd=C, n_head=n_head, block_size=T, bias=False, graph_place='attention', **ATTENTIONS[name])
+    return time_layer(Attention(config), torch.randn(B, T, C), torch.randn(B, T, C), dtype)
+
+
+def prepare_graph_step(dtype, size, edges):
+    """A training step of a GPT with graph layers, and how much of it finds the edges."""
+    model, settings = make_gpt(size, **(dict(use_graph=True, graph_edges=edges) if edges != 'no' else {}))
+    spent = []
+
+    def timed(find):
+        def run(*args):
+            t0 = clock(device)
+            found = find(*args)
+            spent.append(clock(device) - t0)
+            return found
+
+        return run
+
+    for name in '__init__', 'bias', 'list':
+        setattr(Edges, name, timed(getattr(Edges, name)))
+    step = make_step(model.to(device), settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+
+    def run():
+        spent.clear()
+        seconds = step()
+        return {'edges': sum(spent), 'rest': seconds - sum(spent)}
+
+    return run
+
+
+def measure():
+    """One round of one case, in a process of its own."""
+    set_up(device, keep)
+    dtype, where, name = json.loads(case)
+    spline.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
+    torch.manual_seed(0)
+    before = peak_memory(device)
+    prepare = {'step': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(suite, prepare_layer)
+    run = prepare(dtype, where, name)
+    run()
+    seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
+    return {'seconds': seconds, 'peak_bytes': peak_bytes, 'operators': profile(run) if operators else []}
+
+
+def profile(run):
+    """[[operator, how often it ran, its own seconds]] of one run, those that take most first."""
+    with torch.profiler.profile() as profiler:
+        run()
+    kind = 'device' if device.startswith('cuda') else 'cpu'
+    measured = [[e.key, e.count, getattr(e, f'self_{kind}_time_total') / 1e6] for e in profiler.key_averages()]
+    return sorted(measured, key=lambda operator: -operator[2])[:operators]
+
+
+# the rounds and the table
+
+
+def run_rounds(cases):
+    """[{dtype, where, name, seconds: {part: [...]}, peak_bytes}] of all rounds; a case that fails has `error` in place of numbers."""
+    rows = [dict(dtype=dtype, where=where, name=name, seconds={}, peak_bytes=0) for dtype, where, name in cases]
+    for row in tqdm(rows * rounds, unit='case', disable=None):
+        if 'error' in row:
+            continue
+        one = json.dumps([row['dtype'], row['where'], row['name']])
+        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep, case=one)
+        command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            row['error'] = done.stderr.strip().split('\n')[-1] or f'ended by signal {-done.returncode}'
+            continue
+        result = json.loads(done.stdout.split('\n')[-2])
+        row['peak_bytes'] = max(row['peak_bytes'], result['peak_bytes'])
+        row['operators'] = result['operators']
+        for repeat in result['seconds']:
+            for part, seconds in {**repeat, 'total': sum(repeat.values())}.items():
+                row['seconds'].setdefault(part, []).append(seconds)
+    return rows
+
+
+def print_table(rows):
+    """Milliseconds as median (p20 to p80), peak memory, and each total as a multiple of the first one of its group."""
+    first = {}
+    for row in rows:
+        group = row['dtype'], row['where']
+        if group not in first:
+            first[group] = row
+            print(f'\n{row["where"]}, {row["dtype"]}')
+        if 'error' in row:
+            print(f'  {row["name"]:44} failed: {row["error"]}')
+            continue
+        base = first[group]['seconds'].get('total')
+        parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
+        times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in parts)
+        ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
+        share = f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges' if 'edges' in parts else ''
+        print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB{share}')
+        for name, count, seconds in row['operators']:
+            print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
+
+
+def describe(seconds):
+    p20, median, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
+    return f'{median:9.1f} ({p20:.1f} to {p80:.1f}) ms'
+
+
+if case:
+    print(json.dumps(measure()))
+else:
+    rows = run_rounds(list_cases())
+    print_table(rows)
+    about = dict(suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds)
+    print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'keep': keep, 'rows': rows}))
+    if all('error' in row for row in rows):
+        sys.exit('error: every case failed')

@@ -1,0 +1,793 @@
+"""
+Low-rank adapters for any PyTorch model. A frozen layer gets a small path that trains, or a small change of its weights:
+
+    lora       y = W x + s B A x                  Hu et al. 2021, arXiv 2106.09685, eq. 3; s = alpha / rank
+    kan        y = W x + s phi_out(phi_in(x))     two small KAN layers in place of A and B, as in kolmg-lora; cannot be merged
+    kan_base   of a KAN layer, W_base + s B A and W_spline + s B' A'    arXiv 2504.10490, its splines as a matrix
+
+and with each of them rsLoRA (s = alpha / sqrt(rank), arXiv 2312.03732), DoRA (every row of the weights gets a length that trains,
+arXiv 2402.09353, eq. 5) and LoRA+ (B and phi_out at a higher learning rate, arXiv 2402.12354).
+
+    add_lora(model, LoRAConfig(kind='kan', rank=16))
+    optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-3, weight_decay=0.0))
+    ...
+    save_lora(model, 'my-adapter')
+
+Legend: I, O features in and out; r rank.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, to_float64, without_tied
+from run.files import write_atomically
+
+KINDS = ('lora', 'kan', 'kan_base')
+TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
+    ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
+    ('query', 'value'),  # BERT, RoBERTa
+    ('q_lin', 'v_lin'),  # DistilBERT
+    ('c_attn',),  # GPT-2, and the GPT of model.py
+    ('query_key_value',),  # GPT-NeoX, BLOOM
+    ('SelfAttention.q', 'SelfAttention.v'),  # T5
+)
+
+
+def squash_tanh(x, low, high):
+    """The identity in the middle of the grid, bending towards its ends."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return torch.tanh(x) if (middle, half) == (0, 1) else middle + half * torch.tanh((x - middle) / half)
+
+
+SQUASHES = {
+    'none': lambda x, low, high: x,
+    'clamp': lambda x, low, high: x.clamp(low, high),
+    'tanh': squash_tanh,
+    'norm': lambda x, low, high: F.layer_norm(x, x.shape[-1:]),
+}
+
+
+@dataclass
+class LoRAConfig:
+    """Names and defaults are kolmg-lora's; `kind`, `squash` and PEFT's `modules_to_save` are additions."""
+
+    kind: str = 'lora'
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05  # of what goes into the adapter
+    target_modules: tuple = ()  # names of layers, or of modules, whose layers of the right kind it means; () is TARGETS
+    modules_to_save: tuple = ()  # names of modules that train in full, in a copy saved with the adapter: a new head
+    rs_lora: bool = False
+    use_dora: bool = False
+    lora_plus_ratio: float = 1.0  # learning rate of B and phi_out over that of the others
+    grid_size: int = 4
+    spline_order: int = 1
+    grid_range: tuple = (-1.0, 1.0)
+    kan_scale_noise: float = 0.1  # std of the spline weights of phi_in at the start, times sqrt(I)
+    kan_scale_base: float = 1.0  # bound of its base weights, times sqrt(I)
+    squash: str = 'tanh'  # what brings the inputs of a KAN layer onto its grid: a key of SQUASHES
+
+    def __post_init__(self):
+        for field in fields(self):
+            setattr(self, field.name, checked(field.name, getattr(self, field.name), type(field.default)))
+        for name, choices in ('kind', KINDS), ('squash', tuple(SQUASHES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got {getattr(self, name)!r}')
+        for name in ('alpha', 'lora_plus_ratio'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be a positive number, got {getattr(self, name)}')
+        for name in ('kan_scale_noise', 'kan_scale_base'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be a number of at least 0, got {getattr(self, name)}')
+        if self.rank < 1:
+            raise ValueError(f'rank must be at least 1, got {self.rank}')
+        if self.squash == 'norm' and self.rank == 1:
+            raise ValueError("squash='norm' makes a zero of a single number: rank must be at least 2")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout must be at least 0 and less than 1, got {self.dropout}')
+        KANLinear(1, 1, self.grid_size, self.spline_order, grid_range=self.grid_range)  # names a grid that cannot be
+
+    @property
+    def scaling(self):
+        return self.alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
+
+
+def checked(name, value, wanted):
+    """A setting in its own type, whether it comes from code or from JSON."""
+    if name == 'grid_range':
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(end) in (int, float) for end in value):
+            return tuple(map(float, value))
+        raise ValueError(f'grid_range must be two numbers, got {value!r}')
+    if wanted is tuple:
+        names = value.split(',') if isinstance(value, str) else () if value is None else value
+        if isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names):
+            return tuple(sorted(names) if isinstance(names, set) else names)
+        raise ValueError(f'{name} must be a list of names, got {value!r}')
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(f'{name} must be of type {wanted.__name__}, got {value!r}')
+    return value
+
+
+# the layers that an adapter can act on
+
+
+def kinds_of(layer):
+    """The kinds of adapter that a layer can have."""
+    if isinstance(layer, KANLinear):
+        return ('kan', 'kan_base')
+    if is_linear(layer) or is_conv1d(layer):
+        return ('lora', 'kan')
+    return ('lora',) if type(layer).forward is nn.Embedding.forward else ()
+
+
+def weights(layer):
+    """{parameter: the (O, n) view of it that an adapter changes}; to an embedding, which maps one-hot vectors, n is their size."""
+    if isinstance(layer, KANLinear):
+        return {'base_weight': layer.base_weight, 'spline_weight': layer.spline_weight.flatten(1)}
+    return {'weight': layer.weight.t() if is_transposed(layer) else layer.weight}
+
+
+def is_transposed(layer):
+    return is_conv1d(layer) or isinstance(layer, nn.Embedding)
+
+
+@torch.no_grad()
+def row_norms(layer, updates=None):
+    """
+    Lengths of the rows of all its weights side by side, (O,), with the (O, n) updates added. To the gradient they are constants
+    (DoRA, section 4.3).
+    """
+    rows = [w.to(adapter_dtype(w)) + (updates[name] if updates else 0) for name, w in weights(layer).items()]
+    return torch.cat(rows, 1).norm(dim=1)
+
+
+def row_scale(magnitude, lengths):
+    """What DoRA multiplies each row by, (O,); 1 for a row of zeros, which has no direction to keep."""
+    return torch.where(lengths > 0, magnitude / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
+
+
+def adapter_dtype(w):
+    """Adapters train in float32 beside a base in half precision, which would round small steps away."""
+    return torch.promote_types(w.dtype, torch.float32)
+
+
+# adapters: called with the layer and its inputs, they return its output with the adapter
+
+
+class Dropout(nn.Dropout):
+    """On a CPU from 16 random bits for each number, p to the nearest 1 / 65536: PyTorch draws them one by one, in six times the time."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != 'cpu':
+            return super().forward(x)
+        n_out = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values of 16 bits
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= n_out - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - n_out))
+
+
+class Adapter(nn.Module):
+    """What a LoRALayer holds for one name. Its parameters are the ones that train."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.dropout = config, Dropout(config.dropout)
+
+    def fast_parameters(self):
+        """Those that LoRA+ gives a higher learning rate."""
+        return []
+
+    def merged(self, layer):
+        """A module that does what the layer does with the adapter. ValueError where there is none."""
+        raise NotImplementedError  # each kind of adapter has its own
+
+
+class LowRank(Adapter):
+    """lora and kan_base: every weight W of the layer becomes W + s B A."""
+
+    def __init__(self, layer, config):
+        super().__init__(config)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name, w in weights(layer).items():
+            A = torch.empty(config.rank, w.size(1), dtype=adapter_dtype(w), device=w.device)
+            B = torch.empty(w.size(0), config.rank, dtype=adapter_dtype(w), device=w.device)
+            if isinstance(layer, nn.Embedding):  # one-hot inputs meet one column of A: it starts at zero, B at random
+                nn.init.zeros_(A), nn.init.normal_(B)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5)), nn.init.zeros_(B)
+            self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
+        self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
+
+    def fast_parameters(self):
+        return self.lora_B.parameters()
+
+    def forward(self, layer, x):
+        if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights
+            kept = self.dropout(torch.ones_like(self.lora_A['base_weight'][0]))  # dropout is of features, the same for all rows
+            return layer(x, **self.adapted(layer, kept))
+        y, A, B = layer(x), self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
+        if isinstance(layer, nn.Embedding):
+            update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
+        else:
+            update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
+        y, dtype = y + update, y.dtype
+        if self.magnitude is not None:
+            with torch.no_grad():
+                lengths = row_norms(layer, self.updates())
+            y = rescaled(y, layer, row_scale(self.magnitude, lengths))
+        return y.to(dtype)
+
+    def updates(self, kept=None):
+        """{parameter: s B A, (O, n)}; `kept` (I,) is a factor of each feature, of which a row of A holds the numbers side by side."""
+        A = dict(self.lora_A.items())
+        if kept is not None:
+            A = {name: (a.unflatten(1, (len(kept), -1)) * kept.unsqueeze(1)).flatten(1) for name, a in A.items()}
+        return {name: self.config.scaling * (self.lora_B[name] @ a) for name, a in A.items()}
+
+    def adapted(self, layer, kept=None):
+        """{parameter: the weight with the adapter, as the layer stores it}"""
+        updates = self.updates(kept)
+        scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
+        rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
+        stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
+        return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
+
+    def merged(self, layer):
+        layer = copy.copy(layer)
+        layer._parameters = dict(layer._parameters)  # its own, so that the weights of the layer itself stay where they are
+        for name, w in self.adapted(layer).items():
+            setattr(layer, name, nn.Parameter(w, requires_grad=False))
+        return layer
+
+
+class KANBottleneck(nn.Module):
+    """s phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), inputs brought onto the grid of each. Zero at the start."""
+
+    def __init__(self, in_features, out_features, config):
+        super().__init__()
+        settings = dict(grid_size=config.grid_size, spline_order=config.spline_order, grid_range=config.grid_range)
+        settings.update(scale_base=config.kan_scale_base, enable_standalone_scale_spline=False)
+        self.phi_in = KANLinear(in_features, config.rank, **settings)
+        self.phi_out = KANLinear(config.rank, out_features, **settings)
+        nn.init.normal_(self.phi_in.spline_weight, std=config.kan_scale_noise / math.sqrt(in_features))
+        nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
+        self.config = config
+
+    def forward(self, x):
+        squash, s, out = SQUASHES[self.config.squash], self.config.scaling, self.phi_out
+        h = self.phi_in(squash(x, *self.config.grid_range))
+        return out(squash(h, *self.config.grid_range), s * out.base_weight, s * out.spline_weight)
+
+
+class KANAdapter(Adapter):
+    """kan: s phi_out(phi_in(x)) beside the layer; DoRA rescales what the layer itself gives, as in kolmg-lora, but for its bias."""
+
+    def __init__(self, layer, config):
+        super().__init__(config)
+        w = next(iter(weights(layer).values()))
+        with torch.device(w.device):
+            self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
+        self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
+
+    def fast_parameters(self):
+        return self.bottleneck.phi_out.parameters()
+
+    def forward(self, layer, x):
+        y = layer(x)
+        return (y + self.update(layer, x, y)).to(y.dtype)
+
+    def update(self, layer, x, y):
+        """What is to be added to the layer's output y."""
+        update = self.bottleneck(self.dropout(x.to(self.bottleneck.phi_in.weight.dtype)))
+        if self.magnitude is not None:
+            update = update + (rescaled(y, layer, row_scale(self.magnitude, row_norms(layer))) - y)
+        return update
+
+    def merged(self, layer):
+        raise ValueError(
+            "a 'kan' adapter is not linear in its input, so no weight can hold it: keep the adapter, or take the nearest linear "
+            'map by fit_linear(model, batches), which measures what is lost'
+        )
+
+
+class TrainedCopy(Adapter):
+    """A copy of a module that trains in its place."""
+
+    def __init__(self, module, config):
+        super().__init__(config)
+        inner = next(iter(lora_layers(module)), None)
+        if inner is not None:
+            raise ValueError(f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double')
+        self.copy = copy.deepcopy(module).requires_grad_(True)
+
+    def forward(self, module, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+    def merged(self, module):
+        return self.copy
+
+
+CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}
+
+
+def sizes(layer):
+    """(I, O)"""
+    O, I = next(iter(weights(layer).values())).shape
+    return I, O
+
+
+def rescaled(y, layer, scale):
+    """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
+    bias = getattr(layer, 'bias', None)
+    return y * scale if bias is None else y * scale + bias * (1 - scale)
+
+
+# a model with adapters
+
+
+class LoRALayer(nn.Module):
+    """A frozen module and its adapters by name, of which one is active, or none."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.adapters = base_layer, nn.ModuleDict()
+        self.active, self.off = None, False
+        self.unmerged = None  # the base layer itself, while one with the adapter merged into it stands in its place
+
+    # for code that looks at the dtype or device of a layer
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: getattr(self.base_layer, 'bias', None))
+
+    @property
+    def adapter(self):
+        return self.adapters[self.active] if self.active in self.adapters else None
+
+    def forward(self, *args, **kwargs):
+        if self.off and self.unmerged is not None:
+            return self.unmerged(*args, **kwargs)
+        if self.off or self.adapter is None or self.unmerged is not None:
+            return self.base_layer(*args, **kwargs)
+        return self.adapter(self.base_layer, *args, **kwargs)
+
+
+def lora_layers(model):
+    """{path: LoRALayer}"""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def add_lora(model, config, name='default'):
+    """
+    Freeze a model and give it an adapter, which becomes the active one. Changes the model in place and returns it: the layers
+    named by the config are wrapped in LoRALayer. Its outputs stay what they were until the adapter has learned something.
+    ValueError names what there is where a target matches nothing.
+    """
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; configs of PEFT go to its get_peft_model')
+    refuse_merged(model)
+    copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
+    within = tuple(path + '.' for path in copies)
+    targets = {path: config.kind for path in find_targets(model, config) if not path.startswith(within)} | copies
+    install(model, make_adapters(model, config, targets), name)
+    return model
+
+
+def make_adapters(model, config, targets):
+    """{path: an adapter for the module at that path}, the model untouched; targets {path: kind or 'copy'}"""
+    return {path: CLASSES[kind](base_of(model.get_submodule(path)), config) for path, kind in targets.items()}
+
+
+def install(model, adapters, name):
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}')
+    if any(name in layer.adapters for layer in lora_layers(model).values()):
+        raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
+    for path, adapter in adapters.items():
+        module = model.get_submodule(path)
+        if not isinstance(module, LoRALayer):
+            module = LoRALayer(module).train(module.training)
+            model.set_submodule(path, module)
+        module.adapters[name] = adapter.train(module.training)
+    set_lora(model, name)
+
+
+def base_of(module):
+    return module.base_layer if isinstance(module, LoRALayer) else module
+
+
+def set_lora(model, name):
+    """Make the adapter of this name the active one, or none by None. The active one trains, all else is frozen."""
+    layers = lora_layers(model)
+    names = sorted({name for layer in layers.values() for name in layer.adapters})
+    if name is not None and name not in names:
+        raise ValueError(f'the model has no adapter named {name!r}, only {", ".join(names) or "none at all"}')
+    refuse_merged(model)
+    model.requires_grad_(False)
+    for layer in layers.values():
+        layer.active = name
+        if layer.adapter is not None:
+            layer.adapter.requires_grad_(True)
+
+
+def active_lora(model):
+    """The LoRALayers whose adapter is at work, {path: LoRALayer}; ValueError if there are none."""
+    layers = {path: layer for path, layer in lora_layers(model).items() if layer.adapter is not None}
+    if not layers:
+        raise ValueError('the model has no active adapter: add_lora or load_lora give it one, set_lora switches between them')
+    return layers
+
+
+@contextmanager
+def lora_off(model):
+    """Inside, the model is the base model, also where an adapter is merged."""
+    before = [(layer, layer.off) for layer in lora_layers(model).values()]
+    for layer, _ in before:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer, off in before:
+            layer.off = off
+
+
+# which layers
+
+
+def find_targets(model, config):
+    """The paths of the layers that a config names. Embeddings and layers that share their weight have to be named themselves."""
+    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
+    targets = config.target_modules or default_targets(layers)
+    chosen = [path for path in choose(layers, targets) if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
+    if not chosen:
+        raise ValueError(f'embeddings have to be named themselves: {names_of(choose(layers, targets))}')
+    fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
+    wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
+    if wrong:
+        kinds = ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
+        raise ValueError(
+            f'{wrong[0]} is a {type(layers[wrong[0]]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}; target_modules names others'
+        )
+    tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
+    for path in fitting:
+        if path in tied and is_named(path, targets):
+            print(f'{path} gets an adapter, and not {", ".join(tied[path])}, which shares its weight')
+    return without_tied(fitting, tied, targets)
+
+
+def default_targets(layers):
+    for group in TARGETS:
+        if all(any(is_named(path, [name]) or f'.{name}.' in path for path in layers) for name in group):
+            return group
+    raise ValueError(f'found no attention projections by a known name: set target_modules; there is {names_of(layers)}')
+
+
+def named_base_modules(model):
+    """named_layers of the model as it was without adapters."""
+    wrapped = ()
+    for path, module in named_layers(model).items():
+        if not path.startswith(wrapped):
+            yield path, base_of(module)
+        if isinstance(module, LoRALayer):
+            wrapped += (path + '.',)
+
+
+def find_modules_to_save(model, config):
+    modules = [path for path, _ in named_base_modules(model)]
+    found = []
+    for target in config.modules_to_save:
+        paths = [path for path in modules if is_named(path, [target])]
+        if not paths:
+            children = ', '.join(name for name, _ in model.named_children())
+            raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
+        found += paths
+    return [path for path in found if not path.startswith(tuple(other + '.' for other in found))]
+
+
+# merging, for the kinds that are linear in the layer's input
+
+
+def is_merged(model):
+    return any(layer.unmerged is not None for layer in lora_layers(model).values())
+
+
+def refuse_merged(model):
+    if is_merged(model):
+        raise ValueError('an adapter is merged into the model: unmerge_lora(model) comes first')
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """
+    Put the active adapter into the weights of its layers, which then run as fast as the base model. Exact up to the rounding of
+    the weights' dtype. ValueError, and nothing done, where the adapter is a 'kan' or one is merged already. After it,
+    unmerge_lora goes back, and remove_lora makes a plain model of it, to save.
+    """
+    refuse_merged(model)
+    layers = active_lora(model)
+    merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.unmerged, layer.base_layer = layer.base_layer, merged[path]
+    dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()}))
+    print(f'merged into {len(layers)} layers: exact up to the rounding of {dtypes}')
+    return model
+
+
+def unmerge_lora(model):
+    """The reverse of merge_lora. The base weights are the very same as before, bit for bit."""
+    if not is_merged(model):
+        raise ValueError('no adapter is merged into the model')
+    for layer in lora_layers(model).values():
+        if layer.unmerged is not None:
+            layer.base_layer, layer.unmerged = layer.unmerged, None
+    return model
+
+
+def remove_lora(model):
+    """The model without wrappers and adapters: the base model, or what merge_lora has made of it. Its weights stay frozen."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base_layer)
+    return model
+
+
+def fit_linear(model, batches, name='linear'):
+    """
+    The linear map nearest to an active 'kan' adapter on the data that the model meets in `batches` (each a tensor, a tuple or a
+    dict of the model's inputs), as another adapter, which becomes the active one and can be merged: by least squares over all rows,
+    padding too, with a bias where the layer has one. Every fifth batch, of fewer than five the last, is kept out of the fit and
+    measures it. Returns {path: error}, the root mean square of what the map misses over that of what the adapter adds: 0 where it
+    is exact, 1 where it is no better than nothing; before rounding to the dtype of the weights.
+    ValueError where there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
+    """
+    layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
+    if not layers:
+        raise ValueError('fit_linear replaces adapters of kind kan, and the active one is linear: merge_lora(model) is exact')
+    kans = [path for path, layer in layers.items() if isinstance(layer.base_layer, KANLinear)]
+    if kans:
+        raise ValueError(f'{kans[0]} is a KAN layer: its weights cannot hold a linear map, so there is nothing to fit')
+    batches = list(batches)
+    if len(batches) < 2:
+        raise ValueError(f'fit_linear needs at least two batches, one to fit and one to measure, got {len(batches)}')
+    held = range(4, len(batches), 5) or [len(batches) - 1]
+    fit = collect_moments(model, layers, [batch for i, batch in enumerate(batches) if i not in held])
+    measured = collect_moments(model, layers, [batches[i] for i in held])
+    adapters, errors = {}, {}
+    for path, layer in active_lora(model).items():
+        adapters[path] = copy.deepcopy(layer.adapter)
+        if path in layers:
+            adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
+            M = solve(fit[path], layer.bias is not None)
+            errors[path] = relative_error(M, measured[path])
+            with torch.no_grad():
+                weights(adapters[path].copy)['weight'].add_(M[:-1].T)
+                if layer.bias is not None:
+                    adapters[path].copy.bias.add_(M[-1])
+    install(model, adapters, name)
+    return errors
+
+
+@torch.no_grad()
+def collect_moments(model, layers, batches):
+    """{path: [x'x, x'd, d'd]} of the layers' inputs x, with a one at their end, and of what their adapters add, d; in float64"""
+    moments = {path: [0, 0, 0] for path in layers}
+
+    def add(layer, inputs, output, sums):
+        x, d = inputs[0], layer.adapter.update(layer.base_layer, inputs[0], layer.base_layer(inputs[0]))
+        x, d = (to_float64(rows.reshape(-1, rows.size(-1))) for rows in (F.pad(x, (0, 1), value=1.0), d))
+        sums[:] = sums[0] + x.T @ x, sums[1] + x.T @ d, sums[2] + d.square().sum()
+
+    hooks = [layer.register_forward_hook(partial(add, sums=moments[path])) for path, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return moments
+
+
+def solve(moments, bias):
+    """The (I + 1, O) map of least squares, its last row zero without a bias."""
+    xx, xd, _ = moments
+    n, M = len(xx) - (not bias), torch.zeros_like(xd)
+    M[:n] = torch.linalg.pinv(xx[:n, :n], rtol=1e-12, hermitian=True) @ xd[:n]
+    return M
+
+
+def relative_error(M, moments):
+    xx, xd, dd = moments
+    residual = dd - 2 * (M * xd).sum() + (M * (xx @ M)).sum()
+    return math.sqrt(residual.clamp_min(0) / dd) if dd > 0 else 0.0
+
+
+# files
+
+
+def save_lora(model, folder):
+    """
+    Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its config and the
+    identity of the base model, and is all that load_lora reads; adapter_config.json is that header for people and tools.
+    """
+    from safetensors.torch import save
+
+    refuse_merged(model)
+    layers = active_lora(model)
+    ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
+    stray = next((path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours), None)
+    if stray:
+        raise ValueError(f'{stray} trains but is not part of the adapter and would be lost: name its module in modules_to_save')
+    record = {
+        'config': asdict(next(iter(layers.values())).adapter.config),
+        'layers': {path: [kind_of(layer.adapter), describe(layer.base_layer)] for path, layer in layers.items()},
+        'base': base_identity(model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]),
+    }
+    tensors = {f'{path}.{name}': p.detach().clone() for path, layer in layers.items() for name, p in layer.adapter.state_dict().items()}
+    os.makedirs(folder, exist_ok=True)
+    with write_atomically(os.path.join(folder, 'adapter_model.safetensors')) as f:
+        f.write(save(tensors, {'adapter': json.dumps(record)}))
+    with write_atomically(os.path.join(folder, 'adapter_config.json'), 'w', 'utf-8') as f:
+        f.write(json.dumps(record, indent=2) + '\n')
+
+
+def kind_of(adapter):
+    return 'copy' if isinstance(adapter, TrainedCopy) else adapter.config.kind
+
+
+def describe(module):
+    """Linear(weight 768x768, bias 768)"""
+    shapes = (f'{name} {"x".join(map(str, p.shape))}' for name, p in module.named_parameters())
+    return f'{type(module).__name__}({", ".join(shapes)})'
+
+
+def base_identity(model, copied=()):
+    """
+    The class of the model, and the number and the sha256 of what its state dict holds, without adapters and without the modules
+    at the paths `copied`, which an adapter brings along.
+    """
+    left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
+    digest, count = hashlib.sha256(), 0
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(left_out):
+            tensor = tensor.cpu().contiguous()
+            digest.update(f'{name.replace(".base_layer.", ".")} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            count += tensor.numel()
+    return {'class': type(model).__name__, 'numbers': count, 'sha256': digest.hexdigest()}
+
+
+def load_lora(model, folder, name='default', check_base=True):
+    """
+    Give a model the adapter that save_lora wrote, under a name, and make it the active one. Everything is checked before the
+    model is touched; ValueError says what does not fit. check_base=False takes any base of the same layers, e.g. one in bfloat16.
+    """
+    refuse_merged(model)
+    record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
+    try:
+        config = LoRAConfig(**record['config'])
+        targets = {path: kind for path, (kind, _) in record['layers'].items()}
+        base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})') from None
+    if check_base and base != (found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])):
+        raise ValueError(
+            f'{folder} belongs to another base: {base["class"]} of {base["numbers"]} numbers, sha256 {str(base["sha256"])[:12]}; this is '
+            f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. A new head with numbers of its own belongs in '
+            'modules_to_save; load_lora(..., check_base=False) takes any base of the same layers'
+        )
+    modules = dict(named_base_modules(model))
+    for path, (kind, was) in record['layers'].items():
+        found = describe(modules[path]) if path in modules else 'not there'
+        if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
+            raise ValueError(f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}')
+    adapters = make_adapters(model, config, targets)
+    wanted = {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
+    if wanted.keys() != tensors.keys():
+        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
+    for key, p in wanted.items():
+        if p.shape != tensors[key].shape:
+            raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
+    for path, adapter in adapters.items():
+        adapter.load_state_dict({key: tensors[f'{path}.{key}'] for key in adapter.state_dict()})
+    install(model, adapters, name)
+    return model
+
+
+def read_adapter(path):
+    """(the record in the header, {name: tensor}) of a file of save_lora"""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        raise ValueError(f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors, as save_lora writes it')
+    try:
+        with safe_open(path, 'pt') as f:
+            record = json.loads((f.metadata() or {}).get('adapter', 'null'))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f'{path} is cut off or damaged ({" ".join(str(error).split())[:200]})') from None
+    if not isinstance(record, dict):
+        raise ValueError(f'{path} has no header of save_lora: an adapter of PEFT is loaded by PeftModel.from_pretrained')
+    return record, tensors
+
+
+# training and reporting
+
+
+def lora_param_groups(model, lr, weight_decay):
+    """
+    Parameter groups of the active adapter for an optimizer: matrices and splines decay, vectors do not, and B and phi_out learn
+    at lora_plus_ratio * lr (LoRA+). Groups with a rate of their own say so as `lr_scale`, for schedules.
+    """
+    refuse_merged(model)
+    groups = {}
+    for layer in active_lora(model).values():
+        fast = {id(p) for p in layer.adapter.fast_parameters()}
+        for p in layer.adapter.parameters():
+            scale = layer.adapter.config.lora_plus_ratio if id(p) in fast else 1.0
+            groups.setdefault((scale, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
+    return [{'params': ps, 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale} for (scale, decay), ps in groups.items()]
+
+
+VARIANTS = (  # name, path, whether it merges, settings
+    ('LoRA', 'B A', 'yes', dict(kind='lora')),
+    ('rsLoRA', 'B A, alpha / sqrt(rank)', 'yes', dict(kind='lora', rs_lora=True)),
+    ('LoRA+', 'B A, B faster', 'yes', dict(kind='lora', lora_plus_ratio=16.0)),
+    ('DoRA', 'B A, row lengths', 'yes', dict(kind='lora', use_dora=True)),
+    ('KAN-LoRA', 'phi_out(phi_in)', 'no', dict(kind='kan')),
+    ('KAN-DoRA', 'phi_out(phi_in), row lengths', 'no', dict(kind='kan', use_dora=True)),
+    ('KAN-base LoRA', 'B A on base and splines', 'yes', dict(kind='kan_base')),
+)
+
+
+def lora_report(model):
+    """
+    Two tables as text: what trains in each layer and in all, and what every variant would take at the same rank, with the same
+    modules_to_save, on those of the layers that can have it. Bytes are those of the tensors; the file has a header besides, some
+    hundred bytes per tensor.
+    """
+    layers = active_lora(model)
+    adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+    rows = [('layer', 'adapter', 'trainable', 'frozen', 'share', 'bytes')]
+    for path, layer in layers.items():
+        rows.append((path, kind_of(layer.adapter), *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters()))))
+    rows.append(('total', '', *cells([layer.adapter for layer in layers.values()], total)))
+    copies = [layer.adapter for layer in layers.values() if isinstance(layer.adapter, TrainedCopy)]
+    bases = [copy.deepcopy(layer.base_layer).to('meta') for layer in layers.values() if layer.adapter not in copies]
+    config = next(iter(layers.values())).adapter.config
+    variants = [(f'rank {config.rank}', 'path', 'merges', 'layers', *rows[0][2:])]
+    for label, path, merges, settings in VARIANTS:
+        settings = replace(config, **dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0) | settings)
+        sketches = [CLASSES[settings.kind](base, settings) for base in bases if settings.kind in kinds_of(base)]
+        variants.append((label, path, merges, str(len(sketches)), *(cells(sketches + copies, total) if sketches else '----')))
+    return '\n\n'.join(map(aligned, (rows, variants)))
+
+
+def cells(adapters, frozen):
+    """trainable, frozen, share, bytes"""
+    trainable = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    size = sum(tensor.nbytes for adapter in adapters for tensor in adapter.state_dict().values())
+    return f'{trainable:,}', f'{frozen:,}', f'{trainable / (trainable + frozen):.2%}', f'{size:,}'
+
+
+def aligned(rows):
+    """Columns side by side: text to the left, numbers to the right."""
+    columns = list(zip(*rows))
+    widths = [max(map(len, column)) for column in columns]
+    left = [column[1][:1].isalpha() or not column[1] for column in columns]
+    return '\n'.join('  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip() for row in rows)

@@ -1,0 +1,216 @@
+"""
+lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanLoraConfig stands where LoraConfig would.
+
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from surgery.peft_kan import KanLoraConfig
+
+    base = AutoModelForCausalLM.from_pretrained('gpt2')
+    model = get_peft_model(base, KanLoraConfig(task_type='CAUSAL_LM', r=16))
+    model.print_trainable_parameters()
+    ...
+    model.save_pretrained('my-adapter')
+
+To load the adapter, PEFT has to know its type, so `import peft_kan` comes first:
+
+    from surgery import peft_kan
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained('gpt2')
+    model = PeftModel.from_pretrained(base, 'my-adapter')
+
+It acts on nn.Linear and on transformers' Conv1D, not on quantised layers, and cannot be merged.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+
+from kan import is_conv1d, is_linear
+from run.files import write_atomically
+from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, sizes
+
+NAME = 'KANLORA'  # the peft_type in adapter_config.json
+OURS = {  # fields of KanLoraConfig by the names they have in lora.py
+    'rank': 'r',
+    'alpha': 'lora_alpha',
+    'dropout': 'lora_dropout',
+    'rs_lora': 'use_rslora',
+    **{name: name for name in ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')},
+}
+BIASES = ('none', 'all', 'kanlora_only')
+CARD = """
+## Loading
+
+PEFT does not know adapters of type KANLORA by itself. Import `peft_kan` first, with the folder of peft_kan.py on Python's path:
+
+```python
+from surgery import peft_kan
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, 'the folder of this file')
+```
+"""
+
+
+def add_peft_type(name):
+    """PeftType with one more member, as register_peft_method takes the names of that enum alone. Harmless if it is there."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member._sort_order_ = len(PeftType.__members__)
+        setattr(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    return PeftType[name]
+
+
+@dataclass
+class KanLoraConfig(PeftConfig):
+    """Fields and what they mean are those of PEFT's LoraConfig, and for the KAN those of lora.py's LoRAConfig, as are the defaults."""
+
+    r: int = LoRAConfig.rank
+    lora_alpha: float = LoRAConfig.alpha
+    lora_dropout: float = LoRAConfig.dropout
+    use_rslora: bool = LoRAConfig.rs_lora
+    use_dora: bool = LoRAConfig.use_dora
+    grid_size: int = LoRAConfig.grid_size
+    spline_order: int = LoRAConfig.spline_order
+    grid_range: tuple = LoRAConfig.grid_range
+    kan_scale_noise: float = LoRAConfig.kan_scale_noise
+    kan_scale_base: float = LoRAConfig.kan_scale_base
+    squash: str = LoRAConfig.squash
+    target_modules: list[str] | str | None = None  # None: PEFT's choice for LoRA on this type of model
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = 'none'  # which biases of the base train too: one of BIASES
+    init_weights: bool = True  # False: phi_out does not start at zero but at random, for tests
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType[NAME]
+        checked = self.lora_config()
+        for theirs, ours in OURS.items():
+            setattr(self, ours, getattr(checked, theirs))
+        for name in ('target_modules', 'exclude_modules'):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        if self.bias not in BIASES:
+            raise ValueError(f'bias must be one of {", ".join(BIASES)}, got {self.bias!r}')
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError('layers_to_transform needs target_modules as a list of names, not as a regular expression')
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError('layers_pattern needs layers_to_transform, the numbers of the layers')
+
+    def lora_config(self):
+        """The same settings for lora.py, which checks them."""
+        try:
+            return LoRAConfig(kind='kan', **{theirs: getattr(self, ours) for theirs, ours in OURS.items()})
+        except ValueError as error:
+            name, _, complaint = str(error).partition(' ')
+            raise ValueError(f'{OURS.get(name, name)} {complaint}') from None
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """PEFT calls this for every adapter that it saves, after it has written its model card, which gets a section here."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = os.path.join(save_directory, 'README.md')
+        card = '---\nlibrary_name: peft\n---\n'
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                card = f.read()
+        if CARD.strip() not in card:
+            with write_atomically(path, 'w', 'utf-8') as f:
+                f.write(card.rstrip('\n') + '\n' + CARD)
+
+
+class KanLoraLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and its adapters by name. Those that are active add up."""
+
+    adapter_layer_names = ('kanlora_adapters',)
+
+    def __init__(self, base_layer, adapter_name):
+        super().__init__()
+        self.base_layer, self.kanlora_adapters = base_layer, nn.ModuleDict()
+        self.in_features, self.out_features = sizes(base_layer)
+        self._active_adapter, self.merged_adapters = adapter_name, []
+
+    def update_layer(self, adapter_name, config):
+        adapter = KANAdapter(self.base_layer, config.lora_config())
+        if not config.init_weights:
+            adapter.bottleneck.phi_out.reset_parameters()
+        self.kanlora_adapters[adapter_name] = adapter
+
+    def forward(self, x, *args, **kwargs):
+        y = result = self.base_layer(x, *args, **kwargs)
+        for name in [] if self.disable_adapters else self.active_adapters:
+            if name in self.kanlora_adapters:
+                result = result + self.kanlora_adapters[name].update(self.base_layer, x, y)
+        return result.to(y.dtype)
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        raise NotImplementedError('a KANLORA adapter is not linear in its input, so no weight can hold it: keep it beside the base model')
+
+    unmerge = merge
+
+
+def check_layer(path, layer):
+    """ValueError for a layer that cannot have this adapter."""
+    weight = getattr(layer, 'weight', None)
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()  # quantised ones are classes or integers
+    if not (plain and (is_linear(layer) or is_conv1d(layer))):
+        detail = '' if plain else f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
+        raise ValueError(
+            f'{path} is a {type(layer).__module__}.{type(layer).__name__}{detail}: a KANLORA adapter goes on nn.Linear or Conv1D of float '
+            'weights. Leave the layer out by target_modules or exclude_modules, or if it is quantised, load the base without quantisation'
+        )
+
+
+class KanLoraModel(BaseTuner):
+    """What get_peft_model makes of a model and a KanLoraConfig."""
+
+    prefix = 'kanlora_'
+    tuner_layer_cls = KanLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
+        if isinstance(target, KanLoraLayer):
+            return target.update_layer(adapter_name, config)
+        check_layer(current_key, target)
+        layer = KanLoraLayer(target, adapter_name)
+        layer.update_layer(adapter_name, config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+        """Float32 beside a base in half precision, or the dtype of the base if the user does not want that."""
+        for layer in self.model.modules():
+            if isinstance(layer, KanLoraLayer) and adapter_name in layer.kanlora_adapters:
+                dtype = adapter_dtype(layer.weight) if autocast_adapter_dtype else layer.weight.dtype
+                layer.kanlora_adapters[adapter_name].to(dtype)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        """PEFT's own looks for the name at the end of a key only, but an adapter has modules within."""
+        layer, separator, rest = key.rpartition('.kanlora_adapters.')
+        if separator:
+            return layer + separator + rest.removeprefix(f'{adapter_name}.')
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def register():
+    peft_type = add_peft_type(NAME)
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
+        mapping.pop(peft_type, None)  # importlib.reload makes other classes of the same names
+    register_peft_method(name=NAME.lower(), config_cls=KanLoraConfig, model_cls=KanLoraModel, prefix=KanLoraModel.prefix)
+
+
+register()

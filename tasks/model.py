@@ -1,0 +1,309 @@
+"""
+A GPT made ready for a task, by switches:
+
+    use_kan         its MLPs become KAN layers that compute what the MLPs did (kan_single_layer: that of one block alone)
+    use_graph       graph attention behind the MLPs, silent at first
+    use_lora        low-rank adapters, of the kinds of lora.py, on the layers that lora_targets names
+    finetune_mode   what trains: 'full' everything, 'head' what reads the answer off, 'adapter' the adapters, with the graph layers and
+                    a linear head
+    form            where the answer is read off: 'cloze', the logits of the words for the labels after the prompt, or 'linear', a
+                    new linear layer
+
+The function of the GPT stays what it was until something has trained.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from kan import KANLinear, kanify
+from layers.graph import add_graph
+from model import GPT, MLP, GPTConfig
+from run.checkpoint import build_model, load_checkpoint, load_tokenizer
+from run.device import autocast
+from run.records import read_record
+from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
+from tasks import score as scoring
+from tasks.prompts import N_PROMPT_LINES, answer_ids, collate, find_task, make_batches, prompt_of
+
+FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
+
+
+def load_base(init_from, dropout):
+    """(GPT, tokenizer) of a folder with a checkpoint of train.py, a folder with a GPT-2 of transformers, or a name on the hub."""
+    if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt')):
+        checkpoint = load_checkpoint(init_from)
+        if 'finetune' in checkpoint:
+            raise ValueError(f'{init_from} holds a fine-tuned model: init_from wants one of train.py, or a GPT-2')
+        model = build_model(checkpoint, dropout=dropout)
+        return model, load_tokenizer(checkpoint, model.config.vocab_size)
+    if os.path.isdir(init_from) and not os.path.exists(os.path.join(init_from, 'config.json')):
+        raise ValueError(f'{init_from} holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers')
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    try:
+        return model, load_tokenizer({}, model.config.vocab_size)
+    except ValueError:
+        raise ValueError(f'{init_from} has {model.config.vocab_size} tokens: the tasks want a model with those of GPT-2, 50257') from None
+
+
+def has_rows(gpt):
+    """Whether lm_head is a linear layer, with a row for each token, and not a KAN or one with an adapter."""
+    return type(gpt.lm_head) is nn.Linear
+
+
+class TaskModel(nn.Module):
+    """
+    A GPT that answers: (B, n_labels) logits of the labels, read off the last token of each row; for sonnets (B, T, vocab_size) logits
+    of the tokens that follow.
+    """
+
+    def __init__(self, gpt, answers, head):
+        super().__init__()
+        self.gpt, self.answers, self.head = gpt, answers, head
+
+    def forward(self, idx, lengths):
+        """idx (B, T) tokens, padded on the right; lengths (B,) without the padding."""
+        x = self.gpt.features(idx, lengths=lengths)  # (B, T, C)
+        if self.answers is None:
+            return self.gpt.lm_head(x)
+        x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
+        if self.head is not None:
+            return self.head(x)
+        if has_rows(self.gpt):  # those of the answers alone, of 50257
+            return F.linear(x, self.gpt.lm_head.weight[self.answers])
+        return self.gpt.lm_head(x)[:, self.answers]
+
+
+def make_task_model(gpt, tokenizer, settings):
+    """The TaskModel that the settings of finetune.py describe. ValueError for settings that contradict each other."""
+    check_settings(gpt, settings)
+    mode, task = settings['finetune_mode'], find_task(settings['task'])
+    if settings['use_graph']:
+        add_graph(gpt, **{name: settings[name] for name in settings if name.startswith('graph_')})
+    if settings['use_kan']:
+        kanify_mlps(gpt, settings)
+    answers = task and answer_ids(task, tokenizer)
+    head = make_head(gpt, answers, settings)
+    model = TaskModel(gpt, answers, head)
+    if mode == 'head' and task is None and has_rows(gpt):  # on its own, or the embeddings would train with it
+        gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+    if mode == 'adapter':
+        add_lora(model, lora_config(settings, has_head=head is not None))
+        check_adapters(model, settings)
+    else:
+        model.requires_grad_(mode == 'full')
+        if mode == 'head':
+            (gpt.lm_head if head is None else head).requires_grad_(True)
+        if is_idle(model):
+            gpt.lm_head.requires_grad_(False)
+    return model
+
+
+def is_idle(model):
+    """Whether lm_head takes no part: another head reads the answer off, and it does not share the weights of the embeddings."""
+    return model.head is not None and not has_rows(model.gpt)
+
+
+def check_adapters(model, settings):
+    """ValueError for layers that were put in and then neither train nor are adapted, and for adapters out of use."""
+    layers = lora_layers(model)
+    if settings['use_kan'] and not any(isinstance(layer.base_layer, KANLinear) for layer in layers.values()):
+        raise ValueError(
+            'use_kan=True, but no adapter is on a KAN layer, and they change nothing until something does: '
+            "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
+        )
+    if model.head is not None and 'gpt.lm_head' in layers:
+        raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
+
+
+def check_settings(gpt, settings):
+    for name, choices in ('form', FORMS), ('finetune_mode', MODES):
+        if settings[name] not in choices:
+            raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
+    if find_task(settings['task']) is None and settings['form'] == 'linear':
+        raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
+    if settings['use_graph'] and gpt.config.use_graph:
+        raise ValueError('use_graph adds graph layers, and this model has some already: leave use_graph out')
+    if settings['use_lora'] != (settings['finetune_mode'] == 'adapter'):
+        raise ValueError(
+            f'use_lora={settings["use_lora"]} with finetune_mode={settings["finetune_mode"]!r}: adapters train alone, by use_lora=True '
+            "and finetune_mode='adapter'; 'full' and 'head' have none"
+        )
+    if settings['lora_kind'] == 'kan_base' and settings['use_lora'] and not (settings['use_kan'] or gpt.config.use_kan):
+        raise ValueError("lora_kind='kan_base' adapts KAN layers: it wants use_kan=True, or a model that has some")
+    idle = [name for name in ('use_kan', 'use_graph') if settings[name]]
+    if settings['finetune_mode'] == 'head' and idle:
+        raise ValueError(f"{idle[0]}=True with finetune_mode='head': these layers would not train, and change nothing until they do")
+    if settings['use_kan'] and gpt.config.use_kan:
+        raise ValueError('use_kan makes KAN layers of MLPs, and this model has KAN layers already: leave use_kan out')
+    if settings['kan_single_layer'] >= 0 and not settings['use_kan']:
+        raise ValueError(f'kan_single_layer={settings["kan_single_layer"]} says which block gets KAN layers: it wants use_kan=True')
+    if not -1 <= settings['kan_single_layer'] < gpt.config.n_layer:
+        raise ValueError(
+            f'kan_single_layer={settings["kan_single_layer"]}: the model has blocks 0 to {gpt.config.n_layer - 1}; -1 means all'
+        )
+
+
+def kanify_mlps(gpt, settings):
+    """KAN layers in place of the linear layers of the MLPs: GELU becomes the base activation of the second one."""
+    single = settings['kan_single_layer']
+    target = 'mlp' if single < 0 else f'transformer.h.{single}.mlp'
+    absorb = {'mlp.c_proj': 'mlp.gelu'} if isinstance(gpt.transformer.h[0].mlp, MLP) else None
+    grid = dict(grid_size=settings['grid_size'], spline_order=settings['spline_order'])
+    kanify(gpt, (target,), absorb=absorb, grid_range=(settings['grid_min'], settings['grid_max']), **grid)
+
+
+def make_head(gpt, answers, settings):
+    """The linear layer that reads the label off, or None where lm_head does. In the cloze form it begins as the rows of the answers."""
+    if answers is None or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
+        return None
+    head = nn.Linear(gpt.config.n_embd, len(answers), bias=settings['form'] == 'linear')
+    with torch.no_grad():
+        if settings['form'] == 'cloze':
+            head.weight.copy_(gpt.lm_head.weight[answers])
+        else:
+            nn.init.normal_(head.weight, std=0.02), nn.init.zeros_(head.bias)
+    return head
+
+
+def lora_config(settings, has_head):
+    copies = ('head',) * has_head + ('ln_3', 'graph') * settings['use_graph']
+    names = dict(kind='lora_kind', rank='lora_rank', alpha='lora_alpha', dropout='lora_dropout', target_modules='lora_targets')
+    own = {name: settings[setting] for name, setting in names.items()}
+    same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
+    grid = dict(grid_size=settings['lora_grid_size'], spline_order=settings['lora_spline_order'])
+    return LoRAConfig(modules_to_save=copies, **own, **same, **grid)
+
+
+def param_groups(model, settings):
+    """
+    Groups for the optimizer: tensors of two or more dimensions decay, others do not. Those of LoRA+ with a rate of their own say so
+    as `lr_scale`.
+    """
+    if settings['finetune_mode'] == 'adapter':
+        return lora_param_groups(model, settings['learning_rate'], settings['weight_decay'])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [[p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]]
+    return [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (settings['weight_decay'], 0.0)) if group]
+
+
+def trained_report(model, settings):
+    """
+    What trains, a line for each kind of parameter: its names with a * for the block, in how many blocks, how many numbers. AssertionError
+    where that is not what finetune_mode says.
+    """
+    mode, kinds = settings['finetune_mode'], {}
+    adapted = tuple(f'{path}.adapters.' for path in lora_layers(model))
+    heads = ('head.',) if model.head is not None else ('gpt.lm_head.',)
+    for name, p in model.named_parameters():
+        expected = mode == 'full' or name.startswith(adapted if mode == 'adapter' else heads)
+        expected = expected and not (is_idle(model) and name.startswith('gpt.lm_head.'))
+        assert p.requires_grad == expected, f'{name} must {"" if expected else "not "}train with finetune_mode={mode!r}'
+        if p.requires_grad:
+            kind = '.'.join('*' if part.isdigit() else part for part in name.split('.'))
+            n, count = kinds.get(kind, (0, 0))
+            kinds[kind] = n + 1, count + p.numel()
+    trained, total = count_trained(model)
+    lines = [f'  {count:>11,}  {kind}' + (f', {n} times' if n > 1 else '') for kind, (n, count) in kinds.items()]
+    return '\n'.join([f'{trained:,} of {total:,} parameters train:', *lines])
+
+
+def count_trained(model):
+    """(parameters that train, all), the layers that an adapter has a trained copy of counted once."""
+    twice = sum(
+        p.numel() for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy) for p in layer.base_layer.parameters()
+    )
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters()) - twice
+
+
+# training and scoring
+
+
+def sum_losses(logits, targets):
+    """The sum of the losses of a batch, in nats: of labels (B,), or of the tokens of sonnets (B, T), -1 where there is none."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction='sum')
+
+
+def count_targets(examples):
+    """How many terms that sum has."""
+    return sum(len(example.ids) - 1 if example.text else 1 for example in examples)
+
+
+@torch.no_grad()
+def predict(model, examples, batch_size, device, dtype, stop=()):
+    """(sum of the losses, the label that the model gives each example; of sonnets none). None once `stop` holds something."""
+    model.eval()
+    total, labels = 0.0, {}
+    for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
+        if stop:
+            break
+        idx, lengths, targets = collate(batch, device)
+        with autocast(device, dtype):
+            logits = model(idx, lengths)
+        total += float(sum_losses(logits, targets))
+        if model.answers is not None:
+            labels.update(zip(map(id, batch), logits.argmax(-1).tolist()))
+    model.train()
+    return None if stop else (total, [labels.get(id(example)) for example in examples])
+
+
+def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
+    """
+    (scores, predictions) on examples of the task `name`. Of labels: loss, accuracy, macro F1 ({} where the examples have none), and the
+    labels. Of sonnets: CHRF and that of what follows the prompt alone ({} where the prompt is all there is), and whole sonnets written
+    on from the prompts, by the settings `sampling` of scoring.continue_lines. None once `stop` holds something.
+    """
+    if find_task(name):
+        found = predict(model, examples, batch_size, device, dtype, stop)
+        if found is None:
+            return None
+        total, predictions = found
+        labels = [example.label for example in examples]
+        scores = {} if None in labels else {'loss': total / len(labels), **scoring.score_labels(labels, predictions)}
+        return scores, predictions
+    model.eval()
+    with autocast(device, dtype):
+        progress = tqdm(examples, unit='sonnet', leave=False, disable=None)
+        written = [scoring.write_sonnet(model.gpt, tokenizer, prompt_of(e.text), **sampling) for e in progress if not stop]
+    if stop:
+        return None
+    whole = all(example.text.count('\n') >= N_PROMPT_LINES for example in examples)
+    return scoring.score_sonnets(written, [example.text for example in examples]) if whole else {}, written
+
+
+def write_predictions(folder, name, split, examples, predictions):
+    """The course's file of predictions: folder/<task>-<split>-out.csv, of sonnets a .txt."""
+    os.makedirs(folder, exist_ok=True)
+    task, ids = find_task(name), [example.id for example in examples]
+    path = os.path.join(folder, f'{name}-{split}-out.{"csv" if task else "txt"}')
+    scoring.write_predictions(path, task, ids, predictions) if task else scoring.write_sonnets(path, ids, predictions)
+
+
+def load_task_model(checkpoint, **overrides):
+    """(TaskModel, tokenizer) of a checkpoint of finetune.py. It holds all weights: the model it began with is not needed."""
+    settings = checkpoint['finetune']
+    try:
+        gpt = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+        tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
+        with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
+            model = make_task_model(gpt, tokenizer, settings)
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f'the checkpoint does not fit its own settings: {" ".join(str(error).split())[:300]}') from None
+    return model, tokenizer
+
+
+def load_adapter(out_dir, init_from):
+    """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py has left beside its run.json."""
+    settings = read_record(out_dir).get('config', {})
+    if not settings.get('use_lora') or 'lora_kind' not in settings:
+        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected the folder with its run.json and adapter/')
+    gpt, tokenizer = load_base(init_from, dropout=0.0)
+    model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
+    load_lora(model, os.path.join(out_dir, 'adapter'))
+    return model, tokenizer, settings

@@ -1,0 +1,271 @@
+"""Batches as a pure function of (seed, iteration, index), fixed validation windows, and data that is checked before it is used."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import loader
+from data.tokenizer import CharTokenizer
+
+TOKENIZER = CharTokenizer('abcdefgh')
+
+
+def write(folder, train, val, tokenizer=TOKENIZER):
+    loader.write_split(folder, 'train', train)
+    loader.write_split(folder, 'val', val)
+    loader.write_meta(folder, tokenizer, 'the alphabet')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of 100 and 40 tokens below 8."""
+    write(tmp_path, np.arange(100) % 8, np.arange(40) % 8)
+    return tmp_path
+
+
+def check(folder, block_size=16, vocab_size=8):
+    loader.check_dataset(str(folder), block_size, vocab_size)
+
+
+# batches
+
+
+def test_starts_are_a_pure_function_of_seed_iteration_and_index():
+    data = np.zeros(10**6)
+    states = [(seed, iteration, index) for seed in (0, 1, 1337) for iteration in (0, 1, 2) for index in (0, 1, 2)]
+    first = [loader.random_starts(data, 64, 8, *state) for state in states]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    again = [loader.random_starts(data, 64, 8, *state) for state in reversed(states)][::-1]
+    assert np.array_equal(first, again)
+    assert len({tuple(starts) for starts in first}) == len(states)
+
+
+def test_drawing_a_batch_leaves_the_global_random_states_alone():
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    loader.random_starts(np.zeros(100), 8, 4, 1, 2, 3)
+    assert np.array_equal(before[0], np.random.get_state()[1]) and torch.equal(before[1], torch.get_rng_state())
+
+
+def test_global_batch_is_the_same_on_any_number_of_processes():
+    data, accumulation = np.zeros(10**6), 4
+
+    def global_batch(world_size):
+        order = [(micro_step, rank) for micro_step in range(accumulation // world_size) for rank in range(world_size)]
+        return [loader.random_starts(data, 64, 8, 1337, 7, micro_step * world_size + rank) for micro_step, rank in order]
+
+    assert np.array_equal(global_batch(1), global_batch(2)) and np.array_equal(global_batch(1), global_batch(4))
+    assert len(np.unique(global_batch(1))) == 32
+
+
+def test_random_starts_reach_every_window_and_none_beyond_the_end():
+    starts = loader.random_starts(np.zeros(20), 16, 1000, 1, 2, 3)
+    assert set(starts.tolist()) == {0, 1, 2, 3}
+    counts = np.bincount(loader.random_starts(np.zeros(26), 16, 20000, 1, 2, 3))
+    assert counts.shape == (10,) and abs(counts / 2000 - 1).max() < 0.15
+
+
+def test_targets_are_the_tokens_that_follow():
+    data = np.arange(1000, dtype=loader.DTYPE) * 60
+    x, y = loader.get_batch(data, 16, [0, 5, 983], 'cpu')
+    assert x.shape == y.shape == (3, 16) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    for row, start in enumerate((0, 5, 983)):
+        assert x[row].tolist() == [60 * i for i in range(start, start + 16)]
+        assert y[row].tolist() == [60 * i for i in range(start + 1, start + 17)]
+
+
+# validation windows
+
+
+@pytest.mark.parametrize('n_windows', [1, 2, 7, 61, 62, 1000])
+@pytest.mark.parametrize('length', [993, 992, 1000])
+def test_fixed_windows_neither_overlap_nor_leave_the_data(n_windows, length):
+    starts = loader.fixed_starts(np.zeros(length), 16, n_windows)
+    assert len(starts) == min(n_windows, (length - 1) // 16)
+    assert starts[0] == 0 and (np.diff(starts) >= 16).all()
+    assert starts[-1] + 16 + 1 <= length
+
+
+def test_fixed_windows_spread_over_the_data_evenly():
+    data = np.arange(1601)
+    starts = loader.fixed_starts(data, 16, 7)
+    gaps = np.diff([*starts, 1600])
+    assert gaps.max() - gaps.min() <= 16
+    everything = loader.fixed_starts(data, 16, 10**9)
+    x, y = loader.get_batch(data, 16, everything, 'cpu')
+    assert x.flatten().tolist() == list(range(1600)) and y.flatten().tolist() == list(range(1, 1601))
+
+
+def test_fixed_windows_do_not_depend_on_the_batch_size():
+    data = np.zeros(5000)
+    expected = loader.fixed_starts(data, 16, 24)
+    for batch_size in (1, 3, 8, 24):
+        assert np.array_equal(loader.fixed_starts(data, 16, 24 // batch_size * batch_size), expected)
+    shares = [expected[rank::2] for rank in range(2)]
+    assert sorted(np.concatenate(shares)) == sorted(expected)
+
+
+# files
+
+
+def test_files_hold_what_was_written(folder):
+    assert loader.open_split(str(folder), 'train').tolist() == [i % 8 for i in range(100)]
+    assert (folder / 'val.bin').read_bytes()[:6] == b'\0\0\1\0\2\0'
+    meta = loader.read_meta(str(folder))
+    assert (meta['source'], meta['vocab_size'], meta['tokenizer']) == ('the alphabet', 8, TOKENIZER.to_dict())
+    assert [meta['splits'][split]['tokens'] for split in ('train', 'val')] == [100, 40]
+    assert loader.is_prepared(str(folder)) and sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    check(folder)
+
+
+def test_largest_ids_survive_and_larger_ones_are_refused(tmp_path):
+    write(tmp_path, [0, 50257, 65535], [1])
+    for ids in ([65536], [-1, 5]):
+        with pytest.raises(ValueError, match=f'train: token ids must fit in 16 bits, got {ids[0]}'):
+            write(tmp_path, ids, [1])
+    assert loader.open_split(str(tmp_path), 'train').tolist() == [0, 50257, 65535]
+
+
+def test_preparation_that_is_cut_off_is_not_taken_for_done(tmp_path):
+    loader.write_split(tmp_path, 'train', [1, 2])
+    loader.write_split(tmp_path, 'val', [3])
+    assert not loader.is_prepared(str(tmp_path))
+    loader.write_meta(tmp_path, TOKENIZER, 'the alphabet')
+    assert loader.is_prepared(str(tmp_path))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('meta', [True, False])
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (lambda content: content[:-2], r'tokens, meta.json says|checksum'),
+        (lambda content: content[:-1], 'missing, empty or cut off'),
+        (lambda content: b'', 'missing, empty or cut off'),
+        (lambda content: content[:20] + bytes([content[20] ^ 1]) + content[21:], 'does not match its checksum'),
+        (lambda content: content[2:4] + content[:2] + content[4:], 'does not match its checksum'),
+    ],
+    ids=['truncated', 'odd', 'empty', 'flipped', 'swapped'],
+)
+def test_damaged_file_is_named(folder, split, damage, message, meta):
+    path = folder / f'{split}.bin'
+    path.write_bytes(damage(path.read_bytes()))
+    if not meta:
+        (folder / 'meta.json').unlink()
+    if meta or 'missing' in message:
+        with pytest.raises(ValueError, match=message) as error:
+            check(folder)
+        assert str(path) in str(error.value)
+    else:
+        check(folder)
+
+
+def test_characters_of_the_validation_text_are_counted(tmp_path):
+    write(tmp_path, [0] * 10, [0, 2, 1, 2], CharTokenizer('aé€'))  # not its 8 bytes
+    assert loader.read_meta(str(tmp_path))['val_chars'] == 4
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_missing_file_is_named(folder, split):
+    (folder / f'{split}.bin').unlink()
+    assert not loader.is_prepared(str(folder))
+    with pytest.raises(ValueError, match=f'{split}.bin is missing'):
+        check(folder)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_token_outside_the_vocabulary_is_named(folder, split):
+    splits = {'train': np.arange(100) % 8, 'val': np.arange(40) % 8}
+    splits[split][-1] = 300
+    write(folder, **splits, tokenizer=CharTokenizer(''.join(map(chr, range(301)))))
+    with pytest.raises(ValueError, match=f'{split}.bin holds token id 300, but the vocabulary ends at 7'):
+        check(folder)
+    check(folder, vocab_size=301)
+
+
+def test_block_larger_than_the_data_is_named(folder):
+    with pytest.raises(ValueError, match='block_size=40 needs more than 40 tokens, .*val.bin has 40'):
+        check(folder, block_size=40)
+    check(folder, block_size=39)
+    with pytest.raises(ValueError, match='train.bin has 100'):
+        check(folder, block_size=1024)
+
+
+def test_files_of_nanogpt_need_no_meta(folder):
+    (folder / 'meta.json').unlink()
+    assert loader.read_meta(str(folder)) == {}
+    check(folder)
+    with pytest.raises(ValueError, match='holds token id 7'):
+        check(folder, vocab_size=7)
+
+
+META = {
+    'source': 'a',
+    'splits': {split: {'tokens': 1, 'sha256': ''} for split in ('train', 'val')},
+    'vocab_size': 8,
+    'tokenizer': {'kind': 'char'},
+}
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'{"source": ',
+        b'\xff\xfe',
+        b'[]',
+        b'null',
+        b'3',
+        *(json.dumps({key: value for key, value in META.items() if key != left_out}).encode() for left_out in META),
+        json.dumps({**META, 'splits': {'train': META['splits']['train']}}).encode(),
+        json.dumps({**META, 'tokenizer': []}).encode(),
+    ],
+    ids=lambda content: content[:50].decode('latin-1'),
+)
+def test_damaged_meta_is_named(folder, content):
+    (folder / 'meta.json').write_bytes(content)
+    with pytest.raises(ValueError, match='meta.json is damaged'):
+        loader.read_meta(str(folder))
+    with pytest.raises(ValueError, match='meta.json is damaged'):
+        check(folder)
+
+
+# names of data sets
+
+
+def test_name_is_a_folder_beside_the_code_and_a_path_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loader.dataset_folder('a') == f'{loader.DATA}/a'
+    assert loader.dataset_folder('./a') == loader.dataset_folder('./a/') == loader.dataset_folder(f'{tmp_path}/a') == f'{tmp_path}/a'
+
+
+@pytest.mark.parametrize('dataset', ['shakespear_char', './nothing', '..'])
+def test_unknown_data_set_lists_the_known_ones(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, 'DATA', str(tmp_path))
+    for name, file in (('b', 'prepare.py'), ('a', 'prepare.py'), ('empty', 'readme.md')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: a, b$"):
+        loader.prepare_dataset(dataset)
+
+
+def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path, capfd):
+    script = 'from pathlib import Path\nfor name in ("train.bin", "val.bin"):\n    Path(__file__).with_name(name).write_bytes(b"ab")\n'
+    (tmp_path / 'prepare.py').write_text(script)
+    loader.prepare_dataset(f'{tmp_path}/')
+    assert capfd.readouterr().out.count('is missing, preparing it') == 1 and loader.is_prepared(str(tmp_path))
+    (tmp_path / 'prepare.py').write_text('raise SystemExit(3)')
+    loader.prepare_dataset(str(tmp_path))
+    assert capfd.readouterr().out == ''
+    (tmp_path / 'val.bin').unlink()
+    with pytest.raises(ValueError, match='preparing data set .* failed'):
+        loader.prepare_dataset(str(tmp_path))
+
+
+def test_data_of_another_kind_is_not_trained_on(tmp_path):
+    (tmp_path / 'prepare.py').write_text('print("reviews.csv")')
+    with pytest.raises(ValueError, match='not one to pre-train on'):
+        loader.prepare_dataset(str(tmp_path))

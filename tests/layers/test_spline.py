@@ -1,0 +1,259 @@
+"""The spline operator and its fused passes against the plain formula, and how it is chosen which of them runs."""
+
+import functools
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+from helpers import ENV, ROOT
+from kan import KANLinear
+from layers import spline
+from layers.spline import plain_spline_linear, spline_linear
+
+needs_compiler = pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='torch.compile needs a C++ compiler')
+
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+
+
+def make(N, I, O, k=3, G=5, dtype=torch.float32, irregular=False):
+    """Inputs of order one, some outside of the knots, which differ from feature to feature: x, weight, knots, gradient of y."""
+    steps = torch.arange(-k, G + k + 1.0)
+    knots = torch.stack([-1 - i / 7 + (0.4 + i / 50) * steps for i in range(I)])
+    if irregular:
+        knots = (knots + 0.1 * torch.rand_like(knots)).sort(1).values
+    x, weight, grad = 1.5 * torch.randn(N, I), torch.randn(O, (G + k + 1) * I), torch.randn(N, O)
+    return x.to(dtype), weight.to(dtype), knots, grad.to(dtype)
+
+
+def results(function, x, weight, knots, grad, k=3, activation=nn.SiLU(), dtype=None):  # noqa: B008
+    """y and the gradients of x and weight."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = function(x, weight, knots, k, activation, dtype or x.dtype)
+    return (y.detach(), *torch.autograd.grad(y, [x, weight], grad.to(y.dtype)))
+
+
+def close(actual, expected, tolerance):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        if a.numel():
+            assert (a.double() - b.double()).abs().max() <= tolerance * max(1, b.abs().max()), (a.double() - b.double()).abs().max()
+
+
+def in_float64(x, weight, knots, grad, **options):
+    return results(plain_spline_linear, x.double(), weight.double(), knots.double(), grad.double(), **options)
+
+
+# every backend computes the plain formula
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES)
+@pytest.mark.parametrize('k, G', [(0, 4), (1, 1), (2, 7), (3, 5), (4, 3)])
+@pytest.mark.parametrize('irregular', [False, True])
+def test_plain_passes(k, G, dtype, irregular):
+    x, weight, knots, grad = make(37, 5, 3, k, G, dtype, irregular)
+    knots = knots.double() if dtype == torch.float64 else knots
+    close(results(spline_linear, x, weight, knots, grad, k), in_float64(x, weight, knots, grad, k=k), TOLERANCES[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    'k, G, dtype, activation',
+    [
+        (1, 6, torch.float32, nn.SiLU()),
+        (2, 1, torch.float32, nn.GELU('tanh')),
+        (3, 5, torch.float32, nn.SiLU()),
+        (3, 5, torch.float64, nn.Identity()),
+        (3, 5, torch.bfloat16, nn.SiLU()),
+        (3, 5, torch.float16, nn.SiLU()),
+    ],
+    ids=str,
+)
+def test_compiled_passes(monkeypatch, k, G, dtype, activation):
+    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
+    monkeypatch.setitem(spline.CHUNK_BYTES, 'compiled', 1)  # chunks of 64 rows and less
+    shapes = [(150, 19, 3), (64, 16, 1), (0, 4, 3)]
+    if (k, dtype) == (3, torch.float32):  # shapes with a one in them are compiled once more
+        shapes += [(1, 33, 2), (70, 1, 2)]
+    for N, I, O in shapes:
+        x, weight, knots, grad = make(N, I, O, k, G, dtype)
+        knots = knots.double() if dtype == torch.float64 else knots
+        actual = results(spline_linear, x, weight, knots, grad, k, activation)
+        expected = in_float64(x, weight, knots, grad, k=k, activation=activation)
+        close(actual, expected, TOLERANCES[dtype])
+        again = results(spline_linear, x, weight, knots, grad, k, activation)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again))
+    x, before, knots, grad = make(150, 19, 3, k, G, dtype)
+    knots, weight = knots.double() if dtype == torch.float64 else knots, before.clone()
+    weight[0, -1] += 1  # of an activation, in an output of order ten
+    with pytest.raises(AssertionError):  # the comparison notices one weight
+        actual = results(spline_linear, x, weight, knots, grad, k, activation)
+        close(actual, in_float64(x, before, knots, grad, k=k, activation=activation), TOLERANCES[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize('x_dtype, dtype', [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_mixed_precision(monkeypatch, x_dtype, dtype):
+    x, weight, knots, grad = make(100, 12, 5)
+    x = x.to(x_dtype)
+    expected = in_float64(x, weight, knots, grad)
+    for backend in ('plain', 'compiled'):
+        monkeypatch.setattr(spline, 'BACKEND', backend)
+        actual = results(spline_linear, x, weight, knots, grad, dtype=dtype)
+        assert [tensor.dtype for tensor in actual] == [dtype, x_dtype, torch.float32]
+        close(actual, expected, 0.03)
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    x, weight, knots, grad = make(20, 4, 3)
+    _, dx, dw = results(spline_linear, x, weight, knots, grad)
+    for need_x, need_w in (True, False), (False, True):
+        leaves = x.clone().requires_grad_(need_x), weight.clone().requires_grad_(need_w)
+        spline_linear(*leaves, knots, 3, nn.SiLU(), torch.float32).backward(grad)
+        for leaf, expected, need in zip(leaves, (dx, dw), (need_x, need_w)):
+            assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
+
+
+def test_autocast_around_the_operator_changes_nothing():
+    x, weight, knots, grad = make(20, 4, 3)
+    expected = results(spline_linear, x, weight, knots, grad)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = results(spline_linear, x, weight, knots, grad)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+class Power(nn.Module):
+    def __init__(self, exponent):
+        super().__init__()
+        self.exponent = exponent
+
+    def forward(self, x):
+        return x**self.exponent
+
+
+def test_activations_that_print_alike_are_not_taken_for_each_other():
+    x, weight, knots, grad = make(20, 4, 3)
+    square, cube = Power(2), Power(3)
+    actual = [results(spline_linear, x, weight, knots, grad, activation=activation) for activation in (square, cube)]
+    for result, activation in zip(actual, (square, cube)):
+        close(result, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
+    assert spline.name_of(nn.SiLU()) == spline.name_of(nn.SiLU()) != spline.name_of(nn.GELU())
+
+
+def test_operators_pass_pytorchs_own_checks():
+    x, weight, knots, grad = make(9, 4, 3)
+    name = spline.name_of(nn.SiLU())
+    x.requires_grad_()
+    weight.requires_grad_()
+    settings = (knots, 3, name, torch.float32)
+    torch.library.opcheck(spline.spline_linear_forward, (x, weight, *settings))
+
+
+def test_more_grids_than_the_compiler_counts(monkeypatch):
+    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    spline.compiled.cache_clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for G in range(1, 11):
+            x, weight, knots, grad = make(70, 5, 2, k=1, G=G)
+            close(results(spline_linear, x, weight, knots, grad, 1), in_float64(x, weight, knots, grad, k=1), 1e-5)
+    spline.compiled.cache_clear()
+
+
+# inside a compiled model
+
+
+@needs_compiler
+@pytest.mark.parametrize('autocast', [False, True])
+def test_compiled_model_has_no_graph_break_and_equal_gradients(autocast):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), KANLinear(5, 7, bias=True), KANLinear(7, 2, spline_order=2))
+    x, outcomes = torch.randn(11, 6), []
+    for module in model, torch.compile(model, fullgraph=True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y = module(x)
+        outcomes.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))))
+    close(outcomes[1], outcomes[0], 0.02 if autocast else 1e-5)
+
+
+@needs_compiler
+def test_compiled_layer_takes_a_transposed_input_and_compiles_once():
+    layer, outcomes = KANLinear(6, 4), []
+    compiled, counters = torch.compile(layer, fullgraph=True), torch._dynamo.utils.counters
+    counters.clear()
+    for module in layer, compiled, compiled:
+        x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).t().requires_grad_()
+        y = module(x)
+        outcomes.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, layer.base_weight])))
+    close(outcomes[1], outcomes[0], 1e-5)
+    close(outcomes[2], outcomes[0], 1e-5)
+    assert counters['stats']['unique_graphs'] == 1
+
+
+# which backend
+
+
+def choose(x, knots, k=3, activation='SiLU()', dtype=torch.float32):
+    return spline.choose_backend(x, knots, k, activation, dtype)
+
+
+@needs_compiler
+def test_backend_follows_the_input_and_the_override(monkeypatch):
+    _, _, knots, _ = make(1, 32, 1)
+    small, large = torch.randn(100, 32), torch.randn(4096, 32)
+    assert choose(small, knots) == 'plain' and choose(large, knots) == 'compiled'
+    assert choose(large, make(1, 32, 1, k=4)[2], k=4) == choose(large, make(1, 32, 1, irregular=True)[2]) == 'plain'
+    monkeypatch.setattr(spline, 'BACKEND', 'plain')
+    assert choose(large, knots) == 'plain'
+    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
+    assert choose(small, knots) == 'compiled' and choose(small, make(1, 32, 1, irregular=True)[2]) == 'plain'
+
+
+def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
+    spline_triton = pytest.importorskip('layers.spline_triton', exc_type=ImportError)
+    monkeypatch.setattr(spline_triton, 'forward', lambda *arguments: 1 / 0)
+    spline.triton_works.cache_clear()
+    with pytest.warns(UserWarning, match='Triton kernels do not work here.*ZeroDivisionError') as warned:
+        assert not spline.triton_works('SiLU()', torch.device('cpu'), torch.float32)
+        assert not spline.triton_works('SiLU()', torch.device('cpu'), torch.float32)
+    assert len(warned) == 1
+    assert not spline.triton_works('Softplus()', torch.device('cpu'), torch.float32)
+    spline.triton_works.cache_clear()
+
+
+WITHOUT_A_COMPILER = """
+import torch, warnings
+from kan import KANLinear
+torch.manual_seed(0)
+layer, x = KANLinear(64, 3), torch.randn(1024, 64)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    y = layer(x)
+    layer(x).sum().backward()
+messages = [str(warning.message) for warning in seen if 'fused' in str(warning.message)]
+assert len(messages) == 1 and 'torch.compile does not work here' in messages[0] and chr(10) not in messages[0], messages
+from layers import spline
+spline.BACKEND = 'plain'
+assert torch.equal(layer(x), y)
+"""
+
+
+def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
+    env = {**ENV, 'CXX': str(tmp_path / 'no-compiler'), 'PATH': str(tmp_path), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    done = subprocess.run([sys.executable, '-c', WITHOUT_A_COMPILER], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_kernels_imports_neither_triton_nor_the_compiler():
+    code = 'import sys, kan; sys.exit(any(name in sys.modules for name in ("triton", "torch._inductor.compile_fx")))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=ENV).returncode == 0

@@ -1,0 +1,46 @@
+"""Counts of a GPT against pen and paper, and the training step that is timed."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from run.cost import count_flops, count_parameters, make_step
+
+SIZES = dict(block_size=32, vocab_size=50, n_layer=3, n_head=2, n_embd=24, bias=True)
+C, L, T, V = 24, 3, 32, 50
+ATTENTION = 2 * 2 * T * C  # per token and layer: scores, and values summed by them
+
+
+@pytest.mark.parametrize(
+    'settings, products',
+    [
+        ({}, L * 12 * C * C + V * C),
+        (dict(mlp='swiglu', mlp_hidden=2.0), L * (4 + 3 * 2) * C * C + V * C),
+        (dict(use_kan=True), L * (4 * C * C + 9 * 8 * C * C) + V * C),
+        (dict(use_kan=True, kan_targets='attn,mlp,head', grid_size=3, spline_order=2), 6 * (L * 12 * C * C + V * C)),
+        (dict(dropout=0.3), L * 12 * C * C + V * C),
+        (dict(use_graph=True), L * (13 * C * C + T * C) + V * C),
+        (
+            dict(use_graph=True, graph_kind='gatv2', graph_edges='window,topk'),
+            L * (14 * C * C + T * C + T * C // 3) + V * C,
+        ),  # similarity: forward only
+        (dict(use_graph=True, graph_place='attention'), L * (10 * C * C - T * C) + V * C),
+    ],
+    ids=['vanilla', 'swiglu', 'kan mlp', 'kan everywhere', 'dropout', 'gat', 'gatv2', 'gat in place of attention'],
+)
+def test_flops_are_three_times_those_of_the_forward_products(settings, products):
+    assert count_flops({**SIZES, **settings}) == 3 * (2 * products + L * ATTENTION)
+
+
+@pytest.mark.parametrize('settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True)])
+def test_parameters_are_those_of_the_model(settings):
+    assert count_parameters({**SIZES, **settings}) == sum(p.numel() for p in GPT(GPTConfig(**{**SIZES, **settings})).parameters())
+
+
+def test_a_step_trains(one_thread, seed):
+    model = GPT(GPTConfig(**SIZES))
+    before = [p.clone() for p in model.parameters()]
+    step = make_step(model, 2, 2, 'cpu', 'bfloat16')
+    assert step() > 0
+    assert all((p != old).any() for p, old in zip(model.parameters(), before) if p.dim() > 1)
+    assert all(p.grad is None and torch.isfinite(p).all() for p in model.parameters())

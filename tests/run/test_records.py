@@ -1,0 +1,28 @@
+"""run.json and log.jsonl."""
+
+import pytest
+
+from run import records
+
+
+def test_record_comes_back(tmp_path):
+    assert records.read_record(tmp_path) == {}
+    records.write_record(tmp_path, {'seed': 1, 'splits': None})
+    assert records.read_record(tmp_path) == {'seed': 1, 'splits': None}
+
+
+def test_log_survives_a_line_cut_off(tmp_path):
+    lines = [{'iter': 0, 'val_loss': 4.2}, {'iter': 2, 'val_loss': 4.0}]
+    records.write_log(tmp_path, lines)
+    assert records.read_log(tmp_path) == lines
+    with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write('{"iter": 4, "val_')
+    assert records.read_log(tmp_path) == lines
+    assert records.read_log(tmp_path / 'nowhere') == []
+
+
+@pytest.mark.parametrize('name, read', [('run.json', records.read_record), ('log.jsonl', records.read_log)])
+def test_damage_is_named(tmp_path, name, read):
+    (tmp_path / name).write_text('{"iter": \n')
+    with pytest.raises(ValueError, match=f'{tmp_path}/{name} is damaged'):
+        read(tmp_path)

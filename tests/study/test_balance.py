@@ -1,0 +1,103 @@
+"""balance.py: what it finds costs what the KAN-GPT costs, and trains."""
+
+import json
+
+import pytest
+
+from configurator import settings_of
+from data.loader import read_meta
+from helpers import complaint, flags, run_forked
+from model import model_settings
+from run.cost import count_flops, count_parameters
+
+CONFIG = "use_kan = True\nkan_targets = 'attn,mlp'\nn_layer = 2\nn_head = {n_head}\nn_embd = {n_embd}\nblock_size = 16\nbatch_size = 2\n"
+CONFIG += 'gradient_accumulation_steps = 1\ngrid_size = {grid_size}\nlearning_rate = 1e-2\n'
+CLOCK = """
+from run import cost
+
+def make_step(model, *settings):
+    seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer  # grows, but as no other cost does
+    return lambda: seconds
+
+counts, count_flops = {}, cost.count_flops
+
+def count_once(args):  # the search asks for the KAN-GPT's again at every step
+    key = tuple(sorted(args.items()))
+    if key not in counts:
+        counts[key] = count_flops(args)
+    return counts[key]
+
+cost.make_step, cost.count_flops = make_step, count_once
+"""
+
+
+def balance(folder, dataset, sizes, *args):
+    (folder / 'train_x_kan.py').write_text(CONFIG.format(**sizes))
+    (folder / 'clock').mkdir()
+    (folder / 'clock/clock.py').write_text(CLOCK)
+    done = run_forked(
+        folder,
+        'study/balance.py',
+        'train_x_kan.py',
+        f'--dataset={dataset}',
+        '--device=cpu',
+        *args,
+        modules=str(folder / 'clock'),
+        prelude='clock',
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def model_args(dataset, *args):
+    settings = settings_of('train.py', [*map(str, args), f'--dataset={dataset}'])
+    return dict(model_settings(settings), vocab_size=read_meta(dataset)['vocab_size'])
+
+
+def clocked(args):
+    return count_parameters(args) ** 0.8 + 50 * args['n_layer']
+
+
+def test_wide_hidden_layers_where_one_layer_more_is_too_much(tmp_path, dataset):
+    """Attention over 1024 tokens: two layers cost more than the KAN-GPT even with a hidden width of 1."""
+    flags = ('--by=flops', '--kan_targets=attn', '--n_layer=1', '--block_size=1024')
+    printed = balance(tmp_path, dataset, dict(n_head=3, n_embd=48, grid_size=5), *flags, '--repeats=1')
+    kan = model_args(dataset, tmp_path / 'train_x_kan.py', *flags[1:])
+    found = model_args(dataset, tmp_path / 'train_x_by_flops.py')
+    assert found['n_layer'] == 1 and found['mlp_hidden'] > 4 and count_flops(found) == pytest.approx(count_flops(kan), rel=0.01), printed
+
+
+@pytest.mark.parametrize('first', ['depth', 'width'])
+@pytest.mark.parametrize(
+    'by, cost, tolerance', [('params', count_parameters, 0.01), ('flops', count_flops, 0.01), ('seconds', clocked, 0.05)]
+)
+@pytest.mark.parametrize('sizes', [dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48, grid_size=3)])
+def test_found_within_the_tolerance(tmp_path, dataset, sizes, by, cost, tolerance, first):
+    printed = balance(tmp_path, dataset, sizes, f'--by={by}', f'--first={first}', '--repeats=2')
+    kan = model_args(dataset, tmp_path / 'train_x_kan.py')
+    found = model_args(dataset, tmp_path / f'train_x_by_{by}{"_wide" if first == "width" else ""}.py')
+    assert not found['use_kan'] and cost(found) == pytest.approx(cost(kan), rel=tolerance)
+    assert found['n_embd' if first == 'depth' else 'n_layer'] == kan['n_embd' if first == 'depth' else 'n_layer']
+    assert f'{count_parameters(kan):,}' in printed and f'{count_flops(found):,.0f}' in printed
+
+
+def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):
+    printed = balance(tmp_path, dataset, dict(n_head=2, n_embd=24, grid_size=5), '--mlp=swiglu', '--out=mine.py')
+    assert printed.endswith('written: python train.py mine.py\n')
+    settings = settings_of('train.py', [str(tmp_path / 'mine.py')])
+    assert (settings['mlp'], settings['learning_rate'], settings['batch_size']) == ('swiglu', 1e-2, 2)
+    done = run_forked(tmp_path, 'train.py', 'mine.py', *flags(dataset=dataset, device='cpu', max_iters=1, eval_iters=1))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / 'out-mine/run.json').read_text())
+    assert f'{record["parameters"]["total"]:,} parameters' in (tmp_path / 'mine.py').read_text()
+
+
+def test_mistakes_are_named(tmp_path, dataset):
+    (tmp_path / 'train_x_kan.py').write_text(CONFIG.format(n_head=2, n_embd=24, grid_size=5))
+    (tmp_path / 'there.py').write_text('')
+    common = ('train_x_kan.py', f'--dataset={dataset}', '--device=cpu')
+    assert 'there.py exists' in complaint(tmp_path, 'study/balance.py', *common, '--out=there.py')
+    assert (tmp_path / 'there.py').read_text() == ''
+    assert 'expected --by=params, flops or seconds' in complaint(tmp_path, 'study/balance.py', *common, '--by=size')
+    assert 'config file of a KAN-GPT' in complaint(tmp_path, 'study/balance.py', f'--dataset={dataset}')
+    assert "unknown setting 'grid_sise'" in complaint(tmp_path, 'study/balance.py', *common, '--grid_sise=3')

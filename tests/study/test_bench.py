@@ -1,0 +1,63 @@
+"""bench.py end to end, on its smallest cases."""
+
+import json
+
+import pytest
+
+from helpers import complaint, run
+
+PARTS = {
+    **dict.fromkeys(('layer', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
+    'step': {'step', 'total'},
+    'sample': {'sample', 'total'},
+    'edges': {'edges', 'rest', 'total'},
+}
+
+
+@pytest.mark.parametrize(
+    'suite, only',
+    [
+        ('layer', 'float32 96 384 2048 nn.Linear$'),
+        ('step', 'float32 nano KANLinear, plain passes$'),
+        ('sample', 'float32 micro 256 255 cached$'),
+        ('adapter', 'float32 768 768 8192 rsLoRA$'),
+        ('adapter', 'float32 768 768 8192 DoRA, peft$'),
+        ('graph', 'float32 192 6 512 8 GAT, window by list$'),
+        ('graph', 'float32 nano topk edges$'),
+    ],
+)
+def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
+    done = run(tmp_path, 'study/bench.py', f'--suite={suite}', f'--only={only}', '--device=cpu', '--rounds=2', '--repeats=2')
+    assert done.returncode == 0, done.stderr
+    *table, line = done.stdout.strip().split('\n')
+    report = json.loads(line)
+    (row,) = report['rows']
+    assert f'{row["dtype"]} {row["where"]} {row["name"]}$' == only and any(row['name'] in text and 'MiB' in text for text in table)
+    assert set(row['seconds']) == PARTS['edges' if 'edges$' in only else suite] and all(
+        len(seconds) == 4 and min(seconds) > 0 for seconds in row['seconds'].values()
+    )
+    assert row['peak_bytes'] > 1e6 and report['hardware'] and report['versions']['torch']
+
+
+@pytest.mark.parametrize(
+    'flag, message',
+    [
+        ('--suite=lawyer', 'expected layer, step, sample, adapter or graph'),
+        ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
+        ('--only=(', 'not a regular expression'),
+        ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, flag, message):
+    assert message in complaint(tmp_path, 'study/bench.py', flag, '--device=cpu')
+
+
+def test_operators_are_listed_with_their_times(tmp_path):
+    done = run(
+        tmp_path, 'study/bench.py', '--only=float32 96 384 2048 nn.Linear$', '--device=cpu', '--rounds=1', '--repeats=1', '--operators=3'
+    )
+    *table, line = done.stdout.strip().split('\n')
+    (row,) = json.loads(line)['rows']
+    names, counts, seconds = zip(*row['operators'])
+    assert 'aten::mm' in names and counts[names.index('aten::mm')] == 3  # forward, and two of the backward pass
+    assert len(names) == 3 and sorted(seconds, reverse=True) == list(seconds) and any('aten::mm' in text for text in table)

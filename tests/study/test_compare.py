@@ -1,0 +1,279 @@
+"""compare.py on runs with a known answer."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from helpers import ROOT, complaint, run_forked
+
+LOSSES = {  # best validation losses by seed
+    'a': {1: 1.50, 2: 1.54, 3: 1.52},
+    'b': {1: 1.45, 2: 1.47, 3: 1.49},
+    'b_wide': {2: 1.40},
+}
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+
+
+def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **config):
+    """What train.py leaves behind, with losses loss + 1, loss and loss + 0.1 at iterations 10, 20 and 30."""
+    settings = dict(
+        seed=seed,
+        dataset='x_char',
+        max_iters=30,
+        eval_iters=2,
+        batch_size=4,
+        block_size=8,
+        n_layer=1,
+        eval_interval=10,
+        out_dir=folder.name,
+    )
+    log = [dict(iter=0, val_loss=9.0, tokens_per_s=None, peak_mem=1e9)]
+    for i, extra in enumerate((1.0, 0.0, 0.1), 1):
+        log.append(dict(iter=10 * i, val_loss=loss + extra, tokens_per_s=100.0 * i, peak_mem=1e9 * i, seconds=1.0))
+    record = dict(
+        config={**settings, **config},
+        parameters={'total': parameters},
+        flops_per_token=6.0 * parameters,
+        tokens_per_iter=50,
+        dataset={'splits': {split: {'sha256': splits * 64, 'tokens': 100} for split in ('train', 'val')}, 'val_chars': 400},
+        device='an abacus',
+        versions={'torch': '2'},
+    )
+    if finished:
+        record.update(final={'val_loss': loss + 0.1, 'best_val_loss': loss}, finished='2026')
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps(record))
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in log[: None if finished else 2]))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for n_layer, (name, losses) in enumerate(LOSSES.items(), 1):
+        for seed, loss in losses.items():
+            write_run(tmp_path / f'runs/{name},seed={seed}', seed, loss, 1000 * n_layer, n_layer=n_layer)
+    return tmp_path
+
+
+def compare(folder, *args):
+    done = run_forked(folder, 'study/compare.py', *sorted(str(path) for path in (folder / 'runs').iterdir()), '--out=c', *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_report(folder):
+    def refuse(constant):
+        raise AssertionError(f'{constant} is not JSON')
+
+    return json.loads((folder / 'c/compare.json').read_text(), parse_constant=refuse)
+
+
+def test_numbers_are_those_of_numpy_and_scipy(runs):
+    table = compare(runs)
+    a, b, wide = read_report(runs)['groups']
+    assert [group['name'] for group in (a, b, wide)] == ['a', 'b', 'b_wide']
+    ours, theirs = list(LOSSES['b'].values()), list(LOSSES['a'].values())
+    assert b['best'] == ours and b['final'] == [loss + 0.1 for loss in ours]
+    assert b['difference'] == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert b['p'] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue) and b['p'] != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
+    assert wide['p'] is None and wide['difference'] == pytest.approx(1.40 - 1.54) and wide['pairs'] == 1  # of the seed both have
+    assert a['tokens'] == 1500 and a['seconds_per_step'] == 0.25 and a['peak_memory'] == 3e9
+    row = next(line for line in table.splitlines() if line.startswith('| b |'))
+    assert f'{np.mean(ours):.4f} ± {np.std(ours, ddof=1):.4f}' in row
+    assert f'{math.exp(np.mean(ours)):.3f}' in row and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row and f'p = {b["p"]:.2g}' in row
+
+
+def test_curves_are_means_over_seeds_without_the_start(runs):
+    compare(runs)
+    curve = read_report(runs)['groups'][0]['curve']
+    assert curve['iterations'] == [10, 20, 30]
+    assert curve['mean'] == pytest.approx([2.52, 1.52, 1.62]) and curve['std'] == pytest.approx([0.02] * 3)
+    assert (runs / 'c/curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_rows_without_a_seed_in_common_say_so(runs):
+    write_run(runs / 'runs/z', 9, 1.0, n_layer=9)
+    assert '| no seed in common |' in compare(runs)
+    assert read_report(runs)['groups'][-1]['difference'] is None
+
+
+def test_baseline_by_name(runs):
+    compare(runs, '--baseline=b')
+    a, b, _ = read_report(runs)['groups']
+    assert a['difference'] == pytest.approx(0.05) and b['difference'] == 0
+    assert 'expected one of a, b, b_wide' in complaint(runs, 'study/compare.py', *map(str, (runs / 'runs').iterdir()), '--baseline=c')
+
+
+def test_folders_without_a_run_are_left_out_with_a_word(runs):
+    (runs / 'runs/empty').mkdir()
+    done = run_forked(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())), '--out=c')
+    assert done.returncode == 0 and 'runs/empty holds no run of train.py' in done.stderr and len(read_report(runs)['groups']) == 3
+
+
+def test_settings_with_no_finished_run_are_named(runs):
+    write_run(runs / 'runs/z', 1, 0.1, finished=False, n_layer=9)
+    table = compare(runs)
+    assert '| z |' not in table and 'runs/z, evaluated at 10 of 30 iterations' in table
+
+
+def test_diverged_runs_are_marked(runs):
+    folder = write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
+    record = json.loads((folder / 'run.json').read_text())
+    (folder / 'run.json').write_text(json.dumps({**record, 'failed': 'the loss is not finite'}))
+    assert 'Diverged, not counted: ' in compare(runs)
+
+
+def test_unfinished_runs_are_marked_and_not_counted(runs):
+    write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
+    table = compare(runs)
+    assert '| a | 3 (+ 1 unfinished) |' in table and f'Unfinished, not counted: {runs}/runs/a,seed=4, evaluated at 10 of 30' in table
+    assert read_report(runs)['groups'][0]['seeds'] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (dict(splits='1'), 'different data (a: 000000000000 000000000000; '),
+        (dict(block_size=16), 'different validation windows (eval_iters * batch_size of them, block_size long) (a: 8 8; '),
+        (dict(eval_iters=3), 'different validation windows'),
+        (dict(eval_interval=20), 'different iterations between evaluations'),
+        (dict(max_iters=40), 'different tokens to train on (a: 1500; '),
+    ],
+)
+def test_what_does_not_compare_is_refused_unless_asked(runs, change, reason):
+    write_run(runs / 'runs/z', 1, 1.0, **change)
+    assert reason in complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert '| z |' in compare(runs, '--mix=True')
+
+
+def test_mistakes_are_named(runs):
+    assert 'expected folders' in complaint(runs, 'study/compare.py')
+    assert "unknown setting 'basline', did you mean 'baseline'" in complaint(
+        runs, 'study/compare.py', str(runs / 'runs/a,seed=1'), '--basline=a'
+    )
+    write_run(runs / 'runs/again,seed=1', 1, 1.0)
+    assert 'seed 1 of a is there twice: ' in complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    (runs / 'runs/a,seed=1/run.json').write_text('{"config": 3')
+    assert 'damaged' in complaint(runs, 'study/compare.py', str(runs / 'runs/a,seed=1'))
+
+
+def test_power_law_of_points_that_lie_on_one(tmp_path):
+    for n_layer, parameters in enumerate((1000, 3000, 9000, 20000), 1):
+        for seed in (1, 2):
+            write_run(tmp_path / f'runs/d{n_layer},seed={seed}', seed, 5 * parameters**-0.1, parameters, n_layer=n_layer)
+    table = compare(tmp_path, '--scaling=True')
+    (law,) = read_report(tmp_path)['scaling'].values()
+    assert law['factor'] == pytest.approx(5) and law['exponent'] == pytest.approx(-0.1) and law['sizes'] == 4
+    assert law['interval'] == pytest.approx([-0.1, -0.1]) and '5 · parameters^-0.1000' in table
+    assert (tmp_path / 'c/scaling.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 1
+
+
+def test_interval_of_a_power_law_is_that_of_the_textbook(tmp_path):
+    x, y = np.log([1000, 3000, 9000]), np.log([2.0, 1.7, 1.6])
+    for n_layer, (parameters, loss) in enumerate(zip(np.exp(x), np.exp(y)), 1):
+        write_run(tmp_path / f'runs/d{n_layer}', 1, float(loss), float(parameters), n_layer=n_layer)
+    compare(tmp_path, '--scaling=True')
+    (law,) = read_report(tmp_path)['scaling'].values()
+    design = np.stack([np.ones(3), x], 1)
+    coefficients, squares, *_ = np.linalg.lstsq(design, y)
+    error = math.sqrt(squares[0] / (3 - 2) * np.linalg.inv(design.T @ design)[1, 1])
+    width = stats.t.ppf(0.975, 1) * error
+    assert law['interval'] == pytest.approx([coefficients[1] - width, coefficients[1] + width])
+
+
+def test_grid_of_two_settings_for_each_family(tmp_path):
+    for family, n_layer in (('deep', 4), ('flat', 1)):
+        for rate in (0.1, 0.2):
+            for std in (0.02, 0.04):
+                name = f'{family},learning_rate={rate},init_std={std}'
+                write_run(tmp_path / 'runs' / name, 1, 10 * rate + std / n_layer, n_layer=n_layer, learning_rate=rate, init_std=std)
+    table = compare(tmp_path, '--over=learning_rate,init_std')
+    deep = [
+        '| deep: learning_rate | init_std 0.02 | init_std 0.04 |',
+        '|---|--:|--:|',
+        '| 0.1 | **1.0050** | 1.0100 |',
+        '| 0.2 | 2.0050 | 2.0100 |',
+    ]
+    assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
+    folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
+    assert 'expected two settings' in complaint(tmp_path, 'study/compare.py', *folders, '--over=learning_rate')
+    assert '(grids.png)' in table and (tmp_path / 'c/grids.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
+
+
+@pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/compare.md')))
+def test_pages_of_results_are_those_of_their_records(tmp_path, study):
+    """`make results` would leave them as they are."""
+    printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (args,) = (line.partition('study/compare.py')[2].split() for line in printed.splitlines() if f' --out=results/{study} ' in line + ' ')
+    done = run_forked(ROOT, 'study/compare.py', *args, f'--out={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'compare.md').read_text() == (ROOT / 'results' / study / 'compare.md').read_text()
+    assert {path.name for path in tmp_path.glob('*.png')} == {path.name for path in ROOT.glob(f'results/{study}/*.png')}
+
+
+def test_rows_of_one_name_are_told_apart(runs):
+    write_run(runs / 'runs/a,seed=7', 7, 1.0, n_layer=1, dtype='bfloat16')
+    words = complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert "runs/a,seed=7 would be one row, but differ in dtype (None and 'bfloat16')" in words
+
+
+def test_data_without_checksums_is_told_apart_by_its_name(runs):
+    for folder in (runs / 'runs').iterdir():
+        record = json.loads((folder / 'run.json').read_text())
+        record['dataset']['splits'] = None
+        record['config']['dataset'] = './one' if folder.name.startswith('a') else './two'
+        (folder / 'run.json').write_text(json.dumps(record))
+    assert 'different data (a: ./one; b: ./two' in complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+
+
+def test_time_of_a_run_resumed_at_its_only_evaluation(runs):
+    folder = write_run(runs / 'runs/z', 1, 1.0, n_layer=9)
+    (folder / 'log.jsonl').write_text(json.dumps(dict(iter=30, val_loss=1.0, tokens_per_s=None, peak_mem=1e9, seconds=6.0)) + '\n')
+    compare(runs)
+    assert read_report(runs)['groups'][-1]['seconds_per_step'] == pytest.approx(0.2)
+
+
+def test_families_that_share_their_first_settings_keep_their_names(tmp_path):
+    for scale in (1, 3):
+        for n_layer in (1, 2, 3):
+            name = f'nano,n_layer={n_layer},spline_lr_scale={scale}'
+            write_run(tmp_path / 'runs' / name, 1, 2 / n_layer**scale, 1000 * n_layer, n_layer=n_layer, spline_lr_scale=scale)
+    compare(tmp_path, '--scaling=True')
+    laws = read_report(tmp_path)['scaling']
+    assert {name: round(law['exponent'], 3) for name, law in laws.items()} == {'nano,spline_lr_scale=1': -1, 'nano,spline_lr_scale=3': -3}
+
+
+def test_page_needs_no_network(runs):
+    compare(runs)
+    page = re.sub(r'<script>/\*\*.*?</script>', '', (runs / 'c/compare.html').read_text(), count=1, flags=re.DOTALL)  # plotly itself
+    assert not re.search(r'(src|href)\s*=|url\(|@import', page) and 'viewport' in page
+
+
+@pytest.mark.skipif(not BROWSER, reason='no Chromium or Chrome here')
+def test_page_opens_and_sorts_in_a_browser(runs):
+    compare(runs)
+    page = runs / 'c/compare.html'
+    probe = """<script>
+    window.addEventListener('error', event => document.title = 'error: ' + event.message);
+    window.addEventListener('load', () => {
+      const names = () => [...document.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText).join(' ');
+      const click = name => [...document.querySelectorAll('th button')].find(b => b.innerText === name).click();
+      const seen = [names()];
+      for (const name of ['best val loss', 'best val loss', 'seeds', 'run']) { click(name); seen.push(names()); }
+      seen.push(document.querySelectorAll('.plotly-graph-div .main-svg').length > 7, document.body.scrollWidth <= innerWidth);
+      if (document.title === 'Runs compared') document.title = seen.join('; ');
+    });
+    </script>"""
+    page.write_text(page.read_text().replace('<title>', probe + '<title>', 1))
+    command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=400,800', '--virtual-time-budget=10000']
+    done = subprocess.run([*command, '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120)
+    title = re.search(r'<title>(.*?)</title>', done.stdout)[1]
+    assert title == 'a b b_wide; b_wide b a; a b b_wide; b_wide a b; a b b_wide; true; true'

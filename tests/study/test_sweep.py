@@ -1,0 +1,109 @@
+"""sweep.py: every combination once, skipped when finished, resumed when cut off."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from helpers import TINY, complaint, flags, load, read_until, run, start
+
+CONFIGS = {'train_a.py': 'n_layer = 1\n', 'train_b.py': 'n_layer = 2\n'}
+
+
+@pytest.fixture
+def folder(tmp_path, dataset):
+    settings = {**TINY, 'dataset': dataset}
+    settings.pop('n_layer')
+    for name, text in CONFIGS.items():
+        (tmp_path / name).write_text(text + ''.join(f'{key} = {value!r}\n' for key, value in settings.items()))
+    return tmp_path
+
+
+def test_runs_all_then_skips_all(folder):
+    command = (*CONFIGS, '--root=runs', '--seed=1,2', '--learning_rate=1e-2')
+    done = run(folder, 'study/sweep.py', *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('4 runs, 0 of them finished') and done.stdout.count('best validation loss') == 4
+    names = ['a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2']
+    assert sorted(os.listdir(folder / 'runs')) == names
+    for name in names:
+        config = json.loads((folder / 'runs' / name / 'run.json').read_text())['config']
+        assert (config['n_layer'], config['seed'], config['learning_rate']) == (1 + (name[0] == 'b'), int(name[-1]), 1e-2)
+    before = [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
+    assert run(folder, 'study/sweep.py', *command).stdout == '4 runs, 4 of them finished\n'
+    assert before == [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
+    more = run(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=2,3', '--learning_rate=1e-2')
+    assert more.stdout.startswith('2 runs, 1 of them finished')
+    same = run(folder, 'study/sweep.py', *command[:3], '--learning_rate=1e-2', '--seed=1,2')
+    assert same.stdout == '4 runs, 4 of them finished\n'  # in whatever order the flags come
+    other = complaint(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=1,2,4', '--learning_rate=2e-2')
+    assert other.startswith('error: runs/a,seed=1 holds a run with learning_rate=0.01;') and 'a,seed=4' not in os.listdir(folder / 'runs')
+
+
+@pytest.mark.parametrize(
+    'send',
+    [
+        lambda process: os.killpg(process.pid, signal.SIGINT),
+        lambda process: os.killpg(process.pid, signal.SIGTERM),
+        lambda process: process.terminate(),
+    ],
+    ids=['Ctrl-C', 'SIGTERM to all', 'SIGTERM to sweep.py'],
+)
+def test_goes_on_with_the_run_that_was_cut_off(folder, send):
+    long = ('train_a.py', '--root=runs', *flags(max_iters=1500, eval_interval=100))
+    process = start(folder, 'study/sweep.py', *long, start_new_session=True)
+    read_until(process.stdout, '1 runs')
+    while not (folder / 'runs/a/ckpt.pt').exists():
+        assert process.poll() is None
+    send(process)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'the same command goes on where it was' in stderr
+    at = load(folder / 'runs/a')['iter_num']
+    assert 0 < at < 1500
+    done = run(folder, 'study/sweep.py', *long)
+    record = json.loads((folder / 'runs/a/run.json').read_text())
+    assert f'stopped at iteration {at}' in (folder / 'runs/a/train.txt').read_text()
+    assert done.returncode == 0 and record['resumed_at'] == at and 'finished' in record
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
+    done = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith('error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30')
+    assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
+    before = (folder / 'runs/a,learning_rate=1e30/train.txt').read_text()
+    again = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
+    assert again.returncode == 1 and again.stderr == done.stderr and 'not finite' in again.stdout
+    assert (folder / 'runs/a,learning_rate=1e30/train.txt').read_text() == before  # not tried again
+
+
+def test_two_at_once_share_the_runs(folder):
+    """Each is trained once: the second sweep passes over the run that the first holds, and finds the other ones done or does them."""
+    command = (*CONFIGS, '--root=runs', '--seed=1,2', *flags(max_iters=150, eval_interval=100))
+    first = start(folder, 'study/sweep.py', *command)
+    read_until(first.stdout, '4 runs')
+    while not (folder / 'runs/a,seed=1/run.json').exists():
+        assert first.poll() is None
+    second = run(folder, 'study/sweep.py', *command)
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == second.returncode == 0, stderr + second.stderr
+    assert 'a,seed=1 is being trained by another sweep' in second.stdout
+    for name in ('a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2'):
+        said = (folder / 'runs' / name / 'train.txt').read_text()
+        assert said.count('number of parameters') == 1 and 'finished' in json.loads((folder / 'runs' / name / 'run.json').read_text())
+
+
+def test_mistakes_are_named_before_anything_runs(folder):
+    os.makedirs(folder / 'damaged/a')
+    (folder / 'damaged/a/run.json').write_text('{')
+    assert 'damaged/a/run.json is damaged' in complaint(folder, 'study/sweep.py', 'train_a.py', '--root=damaged')
+    assert 'at least one config file' in complaint(folder, 'study/sweep.py', '--seed=1,2')
+    assert "unknown setting 'sed'" in complaint(folder, 'study/sweep.py', *CONFIGS, '--sed=1,2')
+    assert 'folders of their own' in complaint(folder, 'study/sweep.py', *CONFIGS, '--out_dir=x')
+    assert 'expected a config file or --key=value' in complaint(folder, 'study/sweep.py', *CONFIGS, '-seed=1')
+    assert 'name each config file and each value once' in complaint(folder, 'study/sweep.py', *CONFIGS, '--seed=1,1')
+    assert 'would be the same run' in complaint(folder, 'study/sweep.py', *CONFIGS, '--learning_rate=1e-3,0.001')
+    (folder / 'train_gpt2.py').write_text("init_from = 'gpt2'\n")
+    assert 'trained from scratch' in complaint(folder, 'study/sweep.py', 'train_gpt2.py', '--seed=1,2')
+    assert not (folder / 'out-sweep').exists()

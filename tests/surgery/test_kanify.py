@@ -1,0 +1,209 @@
+"""KAN layers in models made of others: a pretrained model that still works, and trains on."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers.pytorch_utils import Conv1D
+
+from helpers import TINY
+from kan import KANLinear, kanify
+from model import GPT, GPTConfig
+from surgery.lora import LoRAConfig, add_lora
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
+
+ENCODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+MODELS = {  # class, sizes, layers in blocks
+    'BertForSequenceClassification': ('BertConfig', ENCODER, 12),
+    'RobertaForSequenceClassification': ('RobertaConfig', ENCODER, 12),
+    'DistilBertForSequenceClassification': ('DistilBertConfig', dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40), 12),
+    'BartForConditionalGeneration': (
+        'BartConfig',
+        dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=40)
+        | dict(encoder_attention_heads=2, decoder_attention_heads=2),
+        16,
+    ),
+    'GPT2LMHeadModel': ('GPT2Config', dict(n_embd=16, n_layer=2, n_head=2, vocab_size=40, eos_token_id=2), 8),
+    'LlamaForCausalLM': ('LlamaConfig', ENCODER, 14),
+    'T5ForConditionalGeneration': (
+        'T5Config',
+        dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0),
+        16,
+    ),
+}
+
+
+def make(name):
+    import transformers
+
+    config, sizes, _ = MODELS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    for p in model.parameters():  # biases and heads that start at zero would hide what becomes of them
+        nn.init.normal_(p, std=0.3) if p.dim() == 1 else None
+    return model
+
+
+IDS = torch.arange(3, 21).view(2, 9)
+
+
+def run(model):
+    labels = dict(labels=IDS) if 'Conditional' in type(model).__name__ else {}
+    return model(input_ids=IDS, **labels).logits
+
+
+def kans(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, KANLinear)}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_pretrained_model_gives_what_it_gave_and_trains_on(name):
+    model = make(name)
+    heads = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) and 'layer' not in path]
+    kept = {path: model.get_submodule(path) for path in heads if '.h.' not in path and '.block.' not in path}
+    logits = run(model)
+    assert kanify(model, grid_size=3) is model
+    assert len(kans(model)) == MODELS[name][2] and not any(type(module) is Conv1D for module in model.modules())
+    assert torch.allclose(run(model), logits, rtol=1e-4, atol=1e-5)
+    assert kept and all(model.get_submodule(path) is module for path, module in kept.items())
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
+    for _ in range(4):
+        losses.append(run(model).logsumexp(-1).square().mean())
+        losses[-1].backward()
+        moved = {path: layer.spline_weight.grad.abs().sum() > 0 for path, layer in kans(model).items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] and sum(moved.values()) > len(moved) / 2
+
+
+@pytest.mark.parametrize(
+    'name, absorb, activation',
+    [
+        ('GPT2LMHeadModel', {'mlp.c_proj': 'mlp.act'}, 'transformer.h.{}.mlp.act'),
+        (
+            'BertForSequenceClassification',
+            {'output.dense': 'intermediate.intermediate_act_fn'},
+            'bert.encoder.layer.{}.intermediate.intermediate_act_fn',
+        ),
+    ],
+)
+def test_an_activation_moves_into_the_layer_after_it(name, absorb, activation):
+    model = make(name)
+    logits = run(model)
+    before = model.get_submodule(activation.format(1))
+    kanify(model, absorb=absorb)
+    assert torch.allclose(run(model), logits, rtol=1e-4, atol=1e-5)
+    assert all(type(model.get_submodule(activation.format(i))) is nn.Identity for i in range(2))
+    layers = kans(model)
+    absorbed = [path for path, layer in layers.items() if not isinstance(layer.base_activation, nn.Identity)]
+    assert len(absorbed) == 2 and layers[absorbed[1]].base_activation is before
+
+
+def test_our_gpt_becomes_two_kan_layers_per_mlp():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=32, gelu='tanh', **{name: TINY[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}))
+    idx = torch.arange(8)[None]
+    logits = model(idx, idx)[0]
+    kanify(model, 'mlp', absorb={'mlp.c_proj': 'mlp.gelu'})
+    assert torch.allclose(model(idx, idx)[0], logits, atol=1e-5)
+    assert list(kans(model)) == ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
+    assert isinstance(model.transformer.h[0].mlp.c_proj.base_activation, nn.GELU)
+
+
+@pytest.mark.parametrize('layer', [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), Conv1D(3, 5)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('settings', [{}, dict(grid_size=2, spline_order=1, grid_range=(-3, 3)), dict(spline_order=0)])
+def test_one_layer(layer, dtype, settings):
+    model = nn.ModuleDict({'layer': copy.deepcopy(layer)}).to(dtype)
+    x = torch.randn(4, 2, 5, dtype=dtype) * 3
+    y = model.layer(x)
+    kanify(model, 'layer', **settings)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    assert model.layer(x).dtype == dtype and torch.allclose(model.layer(x), y, rtol=tolerance, atol=tolerance)
+    assert (model.layer.bias is None) == (layer.bias is None)
+
+
+def test_fresh_layers_start_as_kan_layers_do():
+    model = make('GPT2LMHeadModel')
+    logits = run(model)
+    kanify(model, init='fresh', grid_size=2)
+    assert not torch.allclose(run(model), logits, atol=0.1)
+    assert all(layer.spline_weight.abs().sum() > 0 and isinstance(layer.base_activation, nn.SiLU) for layer in kans(model).values())
+
+
+def test_splines_alone_can_train(capsys):
+    model = make('BertForSequenceClassification')
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [f'bert.encoder.layer.{i}.attention.self.{which}.spline_weight' for i in range(2) for which in ('query', 'value')]
+    old, splines = sum(p.numel() for p in before.values()), 4 * 16 * 16 * 5
+    assert capsys.readouterr().out == f'4 layers became KAN layers: {old:,} -> {old + splines:,} parameters, {splines:,} of them train\n'
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits = run(model)
+    logits.square().sum().backward()
+    optimizer.step()
+    after = {name.replace('base_weight', 'weight'): p for name, p in model.named_parameters() if 'spline' not in name}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+    assert not torch.allclose(run(model), logits, atol=1e-3)
+
+
+def test_frozen_layers_stay_frozen():
+    model = make('GPT2LMHeadModel').requires_grad_(False)
+    model.transformer.h[0].requires_grad_(True)
+    kanify(model)
+    assert all(p.requires_grad == ('h.0.' in name) for name, p in model.named_parameters())
+
+
+def test_tied_weights_are_left_alone_unless_named():
+    model = make('GPT2LMHeadModel')
+    assert 'lm_head' not in kans(kanify(model, ('h', 'transformer')))
+    model = make('GPT2LMHeadModel')
+    logits = run(model)
+    assert list(kans(kanify(model, 'lm_head'))) == ['lm_head']
+    assert torch.allclose(run(model), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_of_tied_layers_alone_is_named_as_such():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({'a': nn.ModuleDict({'f': shared}), 'b': nn.ModuleDict({'f': shared})})
+    for replace in (lambda: kanify(model, 'a'), lambda: add_lora(model, LoRAConfig(target_modules='a'))):
+        with pytest.raises(ValueError, match='a.f shares its weight with b.f: it is left alone unless named itself'):
+            replace()
+
+
+def test_it_comes_before_adapters():
+    with pytest.raises(ValueError, match='kanify comes before'):
+        kanify(add_lora(make('GPT2LMHeadModel'), LoRAConfig()))
+
+
+BAD = [
+    (dict(targets='c_atn'), r"by the name 'c_atn'; there is c_attn \(2\), c_proj \(4\), c_fc \(2\), lm_head \(1\)"),
+    (dict(init='keep'), "expected init 'preserve' or 'fresh'"),
+    (dict(train='spline'), "train 'all' or 'splines'"),
+    (dict(absorb={'c_proj': 'gelu'}), "no layer 'c_proj' among the targets with 'gelu' beside it"),
+    (dict(grid_size=0), 'grid_size must be at least 1'),
+]
+
+
+@pytest.mark.parametrize('arguments, message', BAD)
+def test_what_cannot_be_done_says_so_and_changes_nothing(arguments, message):
+    model = make('GPT2LMHeadModel')
+    with pytest.raises(ValueError, match=message):
+        kanify(model, **arguments)
+    assert not kans(model)
+
+
+def test_a_model_without_blocks_wants_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r'no linear layers within blocks: name some in targets; there is 0 \(1\), 2 \(1\)'):
+        kanify(model)
+    assert list(kans(kanify(model, ('0',)))) == ['0']
+
+
+def test_layers_that_are_read_and_not_always_called_are_left_alone():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
+    for name in ('out_proj', 'linear1'):
+        with pytest.raises(ValueError, match=rf"by the name '{name}'; there is 1 \(1\)"):
+            kanify(model, name)

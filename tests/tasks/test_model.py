@@ -1,0 +1,538 @@
+"""A GPT made ready for a task: the function it keeps, what it sees, what trains, and what comes back from a checkpoint."""
+
+import copy
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from configurator import settings_of
+from helpers import Words
+from kan import KANLinear
+from model import GPT, GPTConfig
+from run.checkpoint import load_tokenizer, save_checkpoint
+from surgery.lora import LoRALayer, load_lora, lora_off, save_lora
+from tasks import model as task_model
+from tasks import prompts
+from tasks.model import load_base, load_task_model, make_task_model, param_groups, predict, sum_losses, trained_report
+from tasks.prompts import Example, collate
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed', 'vocabulary')
+
+FULL, HEAD = (dict(finetune_mode=mode, use_lora=False) for mode in ('full', 'head'))
+VARIANTS = {
+    'full': FULL,
+    'head': HEAD,
+    'lora': {},
+    'dora': dict(use_dora=True, rs_lora=True),
+    'kan': dict(FULL, use_kan=True),
+    'kan_single_layer': dict(FULL, use_kan=True, kan_single_layer=1),
+    'kan-lora': dict(lora_kind='kan'),
+    'kan-base': dict(use_kan=True, lora_kind='kan_base', lora_targets='mlp'),
+    'graph-lora': dict(use_graph=True),
+    'sparse-graph-lora': dict(use_graph=True, graph_edges='window,topk,same', graph_window=2, graph_topk=2),
+}
+HEADS = {'cloze': dict(form='cloze'), 'linear': dict(form='linear'), 'sonnets': dict(task='sonnets', batch_size=8)}
+every_variant = pytest.mark.parametrize('variant', VARIANTS)
+every_head = pytest.mark.parametrize('head', HEADS)
+SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=True, dropout=0.1)
+N_LAYER, C = SIZES['n_layer'], SIZES['n_embd']
+
+
+TOKENIZER = Words()
+ANSWERS = prompts.answer_ids(prompts.TASKS['sst'], TOKENIZER)
+
+
+@pytest.fixture
+def vocabulary(monkeypatch):
+    """These words for every checkpoint."""
+    monkeypatch.setattr(task_model, 'load_tokenizer', lambda checkpoint, vocab_size: TOKENIZER)
+
+
+def stir(model, scale=0.3, trained=False):
+    """Weights large enough that every path matters."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad or not trained:
+                p.add_(torch.randn_like(p), alpha=scale)
+    return model
+
+
+def make_base(**model_args):
+    """With rows beyond the vocabulary, as nanoGPT pads it."""
+    return stir(GPT(GPTConfig(**{**SIZES, 'vocab_size': TOKENIZER.vocab_size + 3, **model_args}))).eval()
+
+
+def settings_for(variant, head='cloze', **more):
+    if 'graph' in variant:
+        pytest.importorskip('torch_geometric')
+    small = dict(lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, graph_heads=2)
+    return settings_of('finetune.py', []) | small | HEADS[head] | VARIANTS[variant] | more
+
+
+def make(variant, head, base=None, **more):
+    settings = settings_for(variant, head, **more)
+    return make_task_model(base or make_base(), TOKENIZER, settings).eval(), settings
+
+
+def tokens(B=3, T=9):
+    return torch.randint(TOKENIZER.vocab_size, (B, T)), torch.tensor([T, T - 4, 2][:B])
+
+
+def train(model, settings, n_steps=3, lr=1e-2):
+    """Steps on one random batch; returns the losses."""
+    optimizer, losses = torch.optim.AdamW(param_groups(model, settings | dict(learning_rate=lr)), lr=lr), []
+    idx, lengths = tokens()
+    labels = torch.tensor([3, 0, 4]) if model.answers is not None else torch.where(idx % 3 == 0, -1, idx)
+    for _ in range(n_steps):
+        losses.append(sum_losses(model(idx, lengths), labels))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+# the function that is kept, and what it sees
+
+
+@every_variant
+@every_head
+@torch.no_grad()
+def test_answers_are_at_first_those_of_the_gpt(variant, head):
+    base = make_base()
+    idx, lengths = tokens()
+    x = base.features(idx)
+    logits, last = base(idx, idx)[0], x[torch.arange(3), lengths - 1]
+    assert logits.std() > 0.5
+    model, _ = make(variant, head, base)
+    found = model(idx, lengths)
+    if head == 'sonnets':
+        expected = logits
+        real = torch.arange(9) < lengths[:, None]
+        found, expected = found[real], expected[real]
+    elif head == 'cloze':
+        expected = torch.stack([row[n - 1, ANSWERS] for row, n in zip(logits, lengths)])
+    else:
+        layer = model.head.adapters['default'].copy if isinstance(model.head, LoRALayer) else model.head
+        assert not layer.bias.any() and 0.01 < layer.weight.std() < 0.03
+        expected = last @ layer.weight.T
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_variant
+@every_head
+def test_no_token_sees_what_comes_after_it(variant, head):
+    """By the gradient of what is read off at a place with respect to the embeddings of all places; adapters and gates far from zero."""
+    model, _ = make(variant, head)
+    stir(model, trained=True)
+    inputs = []
+    model.gpt.transformer.wpe.register_forward_hook(
+        lambda module, args, out: inputs.append(out.detach().expand(3, -1, -1).requires_grad_()) or inputs[-1]
+    )
+    idx, lengths = tokens()
+    out = model(idx, lengths)
+    (x,) = inputs
+    if head == 'sonnets':
+        for t in range(2):
+            (grad,) = torch.autograd.grad(out[:, t].square().sum(), x, retain_graph=True)
+            assert grad[:, : t + 1].abs().amin((0, 2)).gt(0).all() and not grad[:, t + 1 :].any()
+    else:
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        for row, n in zip(grad, lengths):
+            assert row[:n].any(-1).all() and not row[n:].any()
+
+
+@every_variant
+@every_head
+@torch.no_grad()
+def test_a_row_alone_is_a_row_among_longer_ones(variant, head):
+    model, _ = make(variant, head)
+    stir(model, trained=True).double()
+    idx, lengths = tokens()
+    together, other = model(idx, lengths), model(idx.where(torch.arange(9) < lengths[:, None], 0), lengths)
+    for i, n in enumerate(lengths.tolist()):
+        alone = model(idx[i : i + 1, :n], lengths[i : i + 1])[0]
+        for rows in together, other:  # whatever stands in the padding
+            row = rows[i, :n] if head == 'sonnets' else rows[i]
+            torch.testing.assert_close(row, alone, atol=1e-8, rtol=1e-8)
+    assert (together[0, -1] - together[1, -1]).abs().max() > 0.01
+
+
+@every_variant
+@pytest.mark.parametrize('head, dtype', [('linear', torch.float16), ('sonnets', torch.bfloat16)], ids=str)
+def test_half_precision_is_near_single_precision(variant, head, dtype):
+    """And the gradients are single."""
+    model, _ = make(variant, head)
+    stir(model, 0.05, trained=True)
+    idx, lengths = tokens()
+    expected = model(idx, lengths).detach()
+    with torch.autocast('cpu', dtype):
+        found = model(idx, lengths)
+        loss = sum_losses(found, torch.tensor([3, 0, 4]) if head == 'linear' else idx)
+    loss.backward()
+    assert found.dtype == dtype and loss.dtype == torch.float32
+    rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
+    assert (found - expected)[rows].abs().mean() < 0.1 * expected[rows].std()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# what trains
+
+LINEAR = {'attn.c_attn': (C, 3 * C), 'attn.c_proj': (C, C), 'mlp.c_fc': (C, 4 * C), 'mlp.c_proj': (4 * C, C)}
+
+
+def adapters_of(*names):
+    return [f'gpt.transformer.h.{i}.{layer}.adapters.default.{name}' for i in range(N_LAYER) for layer in LINEAR for name in names]
+
+
+def expected_names(variant, head, base):
+    if variant == 'head':
+        return ['gpt.lm_head.weight'] if head == 'sonnets' else ['head.weight', 'head.bias'][: 1 if head == 'cloze' else 2]
+    copied = ['weight', 'bias'] if head == 'linear' else []
+    if VARIANTS[variant].get('finetune_mode') == 'full':
+        names = ['gpt.' + name for name, _ in base.named_parameters()] + [f'head.{name}' for name in copied]
+        blocks = {'kan': [0, 1], 'kan_single_layer': [1]}.get(variant, [])
+        return names + [
+            f'gpt.transformer.h.{i}.mlp.{layer}.{name}'
+            for i in blocks
+            for layer in ('c_fc', 'c_proj')
+            for name in ('base_weight', 'spline_weight')
+        ]
+    names = {
+        'lora': adapters_of('lora_A.weight', 'lora_B.weight'),
+        'dora': adapters_of('lora_A.weight', 'lora_B.weight', 'magnitude'),
+        'kan-lora': adapters_of(*(f'bottleneck.phi_{end}.{kind}_weight' for end in ('in', 'out') for kind in ('base', 'spline'))),
+        'kan-base': [
+            name for name in adapters_of(*(f'lora_{half}.{kind}_weight' for half in 'AB' for kind in ('base', 'spline'))) if '.mlp.' in name
+        ],
+    }
+    names['graph-lora'] = names['sparse-graph-lora'] = names['lora'] + [
+        f'gpt.transformer.h.{i}.{layer}'
+        for i in range(N_LAYER)
+        for layer in (
+            *(f'ln_3.adapters.default.copy.{name}' for name in ('weight', 'bias')),
+            *(f'graph.adapters.default.copy.{name}' for name in ('gate', 'conv.att_src', 'conv.att_dst', 'conv.bias', 'conv.lin.weight')),
+        )
+    ]
+    return names[variant] + [f'head.adapters.default.copy.{name}' for name in copied]
+
+
+@every_variant
+@every_head
+def test_what_trains_is_what_the_settings_say(variant, head):
+    base = make_base()
+    plain = copy.deepcopy(base)
+    model, settings = make(variant, head, base)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = expected_names(variant, head, plain)
+    replaced = [name for name in expected if name not in trained and re.search(r'mlp\.c_\w+\.weight', name)]  # by KAN layers
+    assert len(replaced) == {'kan': 4, 'kan_single_layer': 2}.get(variant, 0)
+    assert sorted(trained) == sorted({*expected} - {*replaced})
+    n = sum(p.numel() for p in trained.values())
+    if variant == 'lora':
+        assert n == N_LAYER * sum(2 * (I + O) for I, O in LINEAR.values()) + (5 * C + 5) * (head == 'linear')
+    whole = make_task_model(plain, TOKENIZER, settings | FULL) if settings['use_lora'] else model
+    total = sum(p.numel() for p in whole.parameters())
+    total += sum(p.numel() for name, p in trained.items() if '.adapters.' in name and '.copy.' not in name)
+    report = trained_report(model, settings)
+    assert report.startswith(f'{n:,} of {total:,} parameters train:\n')
+    assert sum(int(line.split()[0].replace(',', '')) for line in report.splitlines()[1:]) == n
+
+
+def test_report_refuses_what_must_not_train():
+    model, settings = make('lora', 'cloze')
+    model.gpt.transformer.ln_f.weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match="gpt.transformer.ln_f.weight must not train with finetune_mode='adapter'"):
+        trained_report(model, settings)
+    model, settings = make('head', 'linear')
+    model.head.bias.requires_grad_(False)
+    with pytest.raises(AssertionError, match="head.bias must train with finetune_mode='head'"):
+        trained_report(model, settings)
+
+
+@every_variant
+@pytest.mark.parametrize('ratio', [1.0, 8.0])
+def test_groups_of_the_optimizer_hold_each_parameter_once(variant, ratio):
+    model, settings = make(variant, 'linear', weight_decay=0.2, learning_rate=0.01, lora_plus_ratio=ratio)
+    groups = param_groups(model, settings)
+    ids = [id(p) for group in groups for p in group['params']]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert all(group['weight_decay'] == (0.2 if p.dim() >= 2 else 0.0) for group in groups for p in group['params'])
+    fast = {id(p) for name, p in model.named_parameters() if re.search('lora_B|phi_out', name) and ratio > 1}
+    for group in groups:
+        assert {id(p) in fast for p in group['params']} == {group.get('lr_scale', 1.0) == 8.0}
+        assert group.get('lr', 0.01) == 0.01 * group.get('lr_scale', 1.0)
+
+
+@every_variant
+@every_head
+def test_the_rest_stays_bit_for_bit_while_what_trains_moves(variant, head):
+    model, settings = make(variant, head)
+    before = copy.deepcopy(model.state_dict())
+    trains = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    losses = train(model, settings)
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert after.keys() == before.keys() and trains <= after.keys()
+    assert [name for name in after if torch.equal(before[name], after[name]) != (name not in trains)] == []
+    embedding, read_off = model.gpt.transformer.wte.weight, model.gpt.lm_head.weight
+    assert (embedding is read_off) == (variant != 'head' or head != 'sonnets')
+
+
+@pytest.mark.parametrize('variant', ['lora', 'kan-lora', 'kan-base', 'graph-lora'])
+@pytest.mark.parametrize('head', ['cloze', 'sonnets'])
+def test_without_its_adapter_it_is_the_gpt_it_was(variant, head):
+    base = make_base()
+    idx, lengths = tokens()
+    with torch.no_grad():
+        logits = base(idx, idx)[0]
+    model, settings = make(variant, head, base)
+    train(model, settings)
+    with torch.no_grad(), lora_off(model):
+        found = model(idx, lengths)
+    expected = logits if head == 'sonnets' else logits[torch.arange(3), lengths - 1][:, ANSWERS]
+    rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
+    torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert (model(idx, lengths) - found)[rows].abs().max() > 0.01
+
+
+# checkpoints and adapters
+
+
+def to_checkpoint(model, settings, base_config):
+    return {'model': model.state_dict(), 'model_args': asdict(base_config), 'finetune': settings}
+
+
+@every_variant
+@every_head
+def test_checkpoint_gives_the_same_model(variant, head, tmp_path):
+    base = make_base()
+    config = base.config
+    model, settings = make(variant, head, base)
+    train(model, settings)
+    torch.save(to_checkpoint(model, settings, config), tmp_path / 'a.pt')
+    torch.manual_seed(9)
+    again, tokenizer = load_task_model(torch.load(tmp_path / 'a.pt', weights_only=True))
+    idx, lengths = tokens()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(idx, lengths), model(idx, lengths))
+    assert tokenizer is TOKENIZER and again.gpt.config == model.gpt.config
+    names = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, again)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize('variant', ['full', 'graph-lora'])
+def test_checkpoint_gives_a_model_without_dropout(variant):
+    base = make_base()
+    config = base.config
+    model, settings = make(variant, 'linear', base)
+    stir(model, trained=True)
+    calm, _ = load_task_model(to_checkpoint(model, settings, config), dropout=0.0)
+    idx, lengths = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(calm.train()(idx, lengths), model(idx, lengths))
+        assert not torch.allclose(model.train()(idx, lengths), calm(idx, lengths))
+
+
+@pytest.mark.parametrize('harm', ['settings', 'sizes', 'weights'])
+def test_checkpoint_that_does_not_fit_itself_is_one_line(harm):
+    base = make_base()
+    model, settings = make('lora', 'linear', base)
+    checkpoint = copy.deepcopy(to_checkpoint(model, settings, base.config))
+    if harm == 'settings':
+        del checkpoint['finetune']['lora_rank']
+    elif harm == 'sizes':
+        checkpoint['model_args']['n_embd'] = 8
+    else:
+        del checkpoint['model']['gpt.transformer.wpe.weight']
+    with pytest.raises(ValueError, match='the checkpoint does not fit its own settings: ') as error:
+        load_task_model(checkpoint)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('variant', ['lora', 'dora', 'kan-lora', 'kan-base', 'graph-lora'])
+@pytest.mark.parametrize('head', ['cloze', 'linear'])
+def test_adapter_alone_makes_the_model_of_its_base(variant, head, tmp_path):
+    base = make_base()
+    model, settings = make(variant, head, copy.deepcopy(base))
+    train(model, settings)
+    save_lora(model, tmp_path)
+    torch.manual_seed(9)  # and the new head is another one
+    plain = make_task_model(base, TOKENIZER, settings | FULL).eval()
+    idx, lengths = tokens()
+    with torch.no_grad():
+        assert torch.equal(load_lora(plain, tmp_path)(idx, lengths), model(idx, lengths))
+
+
+# bases
+
+
+def test_base_is_that_of_a_checkpoint(tmp_path):
+    base = make_base(use_kan=True, gelu='tanh')
+    checkpoint = {'model': base.state_dict(), 'model_args': asdict(base.config), 'tokenizer': TOKENIZER.to_dict()}
+    save_checkpoint(str(tmp_path), checkpoint, is_best=False)
+    model, tokenizer = load_base(str(tmp_path), dropout=0.3)
+    assert model.config.dropout == 0.3 and tokenizer is TOKENIZER
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('variant', [dict(FULL), dict(HEAD), {}, dict(lora_kind='kan'), dict(lora_kind='kan_base')], ids=str)
+@pytest.mark.parametrize('head', HEADS)
+def test_base_with_kan_layers(variant, head):
+    """They are adapted as they are."""
+    base = make_base(use_kan=True, kan_targets='mlp,head')
+    idx, lengths = tokens()
+    with torch.no_grad():
+        logits = base(idx, idx)[0]
+    model, settings = make('lora', head, base, **variant)
+    trained_report(model, settings)
+    if head != 'linear':
+        expected = logits if head == 'sonnets' else logits[torch.arange(3), lengths - 1][:, ANSWERS]
+        with torch.no_grad():
+            found = model(idx, lengths)
+        rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
+        torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
+    losses = train(model, settings)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('mlp', ['mlp', 'swiglu'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_kan_surgery_on_other_mlps(mlp, bias):
+    base = make_base(mlp=mlp, bias=bias)
+    idx, lengths = tokens()
+    with torch.no_grad():
+        logits = base(idx, idx)[0]
+        model, _ = make('kan', 'sonnets', base)
+        found = model(idx, lengths)
+    torch.testing.assert_close(found[0], logits[0], atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(module, KANLinear) for module in model.modules()) == 2 * N_LAYER
+    for block in model.gpt.transformer.h:  # the splines of the second layer lie beside the activation, not behind it
+        assert isinstance(block.mlp.c_proj.base_activation, torch.nn.GELU if mlp == 'mlp' else torch.nn.Identity)
+        assert mlp == 'swiglu' or isinstance(block.mlp.gelu, torch.nn.Identity)
+
+
+@pytest.mark.parametrize('variant', ['full', 'lora', 'kan', 'kan-base', 'graph-lora'])
+def test_gpt2_of_transformers_gives_what_it_gave(variant, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=TOKENIZER.vocab_size, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    peer = stir(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), 0.1).eval()
+    peer.save_pretrained(tmp_path)
+    base, tokenizer = load_base(str(tmp_path), dropout=0.2)
+    assert base.config.dropout == 0.2 and tokenizer is TOKENIZER
+    idx, lengths = tokens(T=16)
+    with torch.no_grad():
+        expected = peer(idx).logits
+        torch.testing.assert_close(base.eval()(idx, idx)[0], expected, atol=1e-4, rtol=1e-4)
+        model, _ = make(variant, 'cloze', base)
+        found = model(idx, lengths)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(found, expected[torch.arange(3), lengths - 1][:, ANSWERS], atol=1e-4, rtol=1e-4)
+
+
+def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=52000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
+    monkeypatch.setattr(task_model, 'load_tokenizer', load_tokenizer)
+    with pytest.raises(ValueError, match='has 52000 tokens: the tasks want a model with those of GPT-2, 50257$'):
+        load_base(str(tmp_path), 0.0)
+
+
+def test_base_that_is_none(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match='empty holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers$'):
+        load_base(str(tmp_path / 'empty'), 0.0)
+    with pytest.raises(ValueError, match="expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got 'gtp2'"):
+        load_base('gtp2', 0.0)
+    base = make_base()
+    model, settings = make('lora', 'cloze', base)
+    save_checkpoint(str(tmp_path), to_checkpoint(model, settings, base.config), is_best=True)
+    with pytest.raises(ValueError, match='holds a fine-tuned model: init_from wants one of train.py, or a GPT-2$'):
+        load_base(str(tmp_path), 0.0)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(task='imdb'), "task='imdb': expected one of sst, cfimdb, quora, sonnets"),
+        (dict(form='head'), "form='head': expected cloze, linear"),
+        (dict(finetune_mode='lora'), "finetune_mode='lora': expected full, head, adapter"),
+        (dict(finetune_mode='full'), "use_lora=True with finetune_mode='full': adapters train alone"),
+        (dict(finetune_mode='head'), "use_lora=True with finetune_mode='head': adapters train alone"),
+        (dict(use_lora=False), "use_lora=False with finetune_mode='adapter': adapters train alone"),
+        (dict(lora_kind='kan_base'), "lora_kind='kan_base' adapts KAN layers: it wants use_kan=True"),
+        (dict(lora_kind='kan_base', use_kan=True, lora_targets='attn'), "adapters are of kind 'lora' or 'kan', not 'kan_base'"),
+        (dict(task='sonnets', form='linear'), "form='linear' reads labels off, and sonnets have none"),
+        (dict(use_kan=True), 'no adapter is on a KAN layer'),
+        (dict(form='linear', lora_targets='lm_head'), "lora_targets names lm_head, which takes no part with form='linear'"),
+        (dict(lora_kind='vera'), 'kind must be one of lora, kan, kan_base'),
+        (dict(lora_rank=0), 'rank must be at least 1, got 0'),
+        (dict(lora_targets='attention'), "no layer to replace or adapt by the name 'attention'"),
+        (dict(use_kan=True, kan_single_layer=2), 'kan_single_layer=2: the model has blocks 0 to 1; -1 means all'),
+        (dict(use_kan=True, kan_single_layer=-2), 'kan_single_layer=-2: the model has blocks'),
+        (dict(kan_single_layer=1), 'kan_single_layer=1 .* use_kan=True'),
+        (dict(use_kan=True, grid_min=2.0), 'grid_range'),
+        (dict(use_graph=True, graph_heads=3), 'n_embd=16 is not divisible by graph_heads=3'),
+        (dict(use_graph=True, graph_edges='future'), "graph_edges='future': expected any of"),
+        (dict(HEAD, use_graph=True), "use_graph=True with finetune_mode='head': these layers would not train"),
+        (dict(HEAD, use_kan=True), "use_kan=True with finetune_mode='head': these layers would not train"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other(settings, message):
+    if 'use_graph' in settings:
+        pytest.importorskip('torch_geometric')
+    with pytest.raises(ValueError, match=message) as error:
+        make('lora', 'cloze', **settings)
+    assert '\n' not in str(error.value)
+
+
+def test_settings_that_contradict_the_base():
+    with pytest.raises(ValueError, match='this model has KAN layers already: leave use_kan out'):
+        make('kan', 'cloze', make_base(use_kan=True))
+    pytest.importorskip('torch_geometric')
+    with pytest.raises(ValueError, match='this model has some already: leave use_graph out'):
+        make('graph-lora', 'cloze', make_base(use_graph=True, graph_heads=2))
+
+
+# losses and predictions
+
+
+def draw_examples(n, head):
+    examples = []
+    for i in range(n):
+        ids = torch.randint(TOKENIZER.vocab_size, (2 + (5 * i) % 9,)).tolist()
+        examples.append(Example(str(i), ids, text='x' if head == 'sonnets' else '', label=None if head == 'sonnets' else i % 5))
+    return examples
+
+
+@every_head
+def test_loss_and_predictions_are_those_of_one_example_at_a_time(head):
+    model, settings = make('graph-lora', head)
+    stir(model, trained=True)
+    examples = draw_examples(7, head)
+    total, predictions = predict(model, examples, 3, 'cpu', 'float32')
+    losses, labels = [], []
+    with torch.no_grad():
+        model.eval()
+        for example in examples:
+            if head == 'sonnets':
+                logits, _ = model.gpt(torch.tensor([example.ids[:-1]]), torch.tensor([example.ids[1:]]))
+                losses += [-logits[0, t].log_softmax(-1)[i].item() for t, i in enumerate(example.ids[1:])]
+            else:
+                logits = model(torch.tensor([example.ids]), torch.tensor([len(example.ids)]))[0]
+                losses.append(-logits.log_softmax(-1)[example.label].item())
+                labels.append(logits.argmax().item())
+    assert total == pytest.approx(sum(losses), rel=1e-5)
+    assert task_model.count_targets(examples) == len(losses)
+    assert predictions == (labels or [None] * 7)
+    assert predict(model, examples, 3, 'cpu', 'float32', stop=[1.0]) is None and model.training
+    idx, lengths, targets = collate(examples, 'cpu')
+    with torch.no_grad():
+        whole = F.cross_entropy(model.eval()(idx, lengths).flatten(0, -2), targets.flatten(), ignore_index=-1)
+    assert total / len(losses) == pytest.approx(whole.item(), rel=1e-5)

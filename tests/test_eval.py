@@ -1,0 +1,126 @@
+"""evaluate.py against losses computed token by token."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data.loader import open_split, write_meta, write_split
+from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from helpers import SHAPE, TINY, TOKENIZER, complaint, make_checkpoint, read_log, run_forked, train, write_dataset
+from run.checkpoint import build_model
+
+T = SHAPE['block_size']
+
+
+def evaluate(folder, *args):
+    done = run_forked(folder, 'eval.py', '--device=cpu', *args)
+    assert done.returncode == 0, done.stderr
+    *text, line = done.stdout.strip().split('\n')
+    return json.loads(line)
+
+
+@pytest.fixture(scope='module')
+def model_and_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')
+    dataset = write_dataset(folder / 'data', n_val=3 * T + 6)
+    return folder, dataset, make_checkpoint(folder / 'out')
+
+
+@pytest.mark.parametrize('stride', [1, 3, T // 2, T])
+@torch.no_grad()
+def test_every_token_counts_once_after_the_context_its_stride_leaves(model_and_data, stride):
+    folder, dataset, checkpoint = model_and_data
+    result = evaluate(folder, f'--dataset={dataset}', f'--stride={stride}', '--batch_size=3')
+    model, data = build_model(checkpoint).eval(), torch.from_numpy(open_split(dataset, 'val').astype(np.int64))
+    losses, start = [], 0
+    for i in range(1, len(data)):  # the loss of token i, in the first window that reaches it
+        while start + T < i:
+            start = min(start + stride, len(data) - 1 - T)
+        logits, _ = model(data[None, start:i])
+        losses.append(F.cross_entropy(logits[0, -1], data[i]).item())
+    assert result['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result['perplexity'] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert (result['tokens'], result['stride'], result['block_size']) == (len(data) - 1, stride, T)
+
+
+def test_batch_size_changes_nothing(model_and_data):
+    folder, dataset, _ = model_and_data
+    one, many = (evaluate(folder, f'--dataset={dataset}', f'--batch_size={n}')['loss'] for n in (1, 64))
+    assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_agrees_with_training_on_the_same_windows(tmp_path):
+    dataset = write_dataset(tmp_path / 'data', n_val=20 * T + 1)
+    train(tmp_path, dataset, eval_iters=20, **{'use_kan': True})
+    result = evaluate(tmp_path, f'--stride={T}')
+    log = read_log(tmp_path / 'out')
+    assert result['loss'] == pytest.approx(min(line['val_loss'] for line in log[1:]), rel=1e-6)
+    assert result['dataset'] == dataset and result['iter_num'] <= TINY['max_iters']
+
+
+def test_bits_are_per_character_and_per_byte(tmp_path):
+    tokenizer = CharTokenizer('aé€😀')
+    dataset = write_dataset(tmp_path / 'data', tokenizer=tokenizer, n_val=300)
+    train(tmp_path, dataset)
+    result = evaluate(tmp_path)
+    text = tokenizer.decode(open_split(dataset, 'val')[1:])
+    assert (result['chars'], result['bytes']) == (299, len(text.encode()))
+    nats = result['loss'] * 299
+    assert result['bits_per_char'] == pytest.approx(nats / math.log(2) / 299)
+    assert result['bits_per_byte'] == pytest.approx(nats / math.log(2) / len(text.encode()))
+
+
+def test_split_shorter_than_the_context(model_and_data, tmp_path):
+    folder, _, _ = model_and_data
+    dataset = write_dataset(tmp_path / 'short', n_val=T - 3)
+    assert evaluate(folder, f'--dataset={dataset}')['tokens'] == T - 4
+
+
+def test_checkpoint_of_nanogpt(model_and_data, tmp_path):
+    """Without a vocabulary and with the prefix of torch.compile: that of the data set, and the same loss."""
+    folder, dataset, checkpoint = model_and_data
+    ours = evaluate(folder, f'--dataset={dataset}')
+    model_args = {
+        name: checkpoint['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    }
+    state = {f'_orig_mod.{name}': p for name, p in checkpoint['model'].items()}
+    torch.save({'model': state, 'model_args': model_args, 'config': {'dataset': dataset}}, tmp_path / 'ckpt.pt')
+    theirs = evaluate(tmp_path, '--out_dir=.')
+    assert theirs['loss'] == ours['loss'] and theirs['bits_per_byte'] == ours['bits_per_byte']
+
+
+def test_another_vocabulary_is_refused_where_the_checkpoint_holds_none(model_and_data, tmp_path):
+    _, _, checkpoint = model_and_data
+    torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')
+    other = write_dataset(tmp_path / 'few', tokenizer=CharTokenizer('abcdef'))
+    words = complaint(tmp_path, 'eval.py', '--out_dir=.', f'--dataset={other}')
+    assert f'has 6 different tokens, the model {TOKENIZER.vocab_size}: not its vocabulary' in words
+
+
+def test_weights_of_gpt2_on_byte_pairs(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=50257)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
+    tokenizer = GPT2Tokenizer()
+    text = 'A rose is a rose — is a rosé. ' * 9
+    for split in ('train', 'val'):
+        write_split(tmp_path, split, tokenizer.encode_ordinary(text))
+    write_meta(tmp_path, tokenizer, 'a poem')
+    result = evaluate(tmp_path, f'--init_from={tmp_path}/gpt2', f'--dataset={tmp_path}')
+    first = len(tokenizer.decode_bytes(tokenizer.encode_ordinary(text)[:1]))
+    assert result['bytes'] == len(text.encode()) - first and result['chars'] == len(text) - first
+    assert result['loss'] == pytest.approx(math.log(50257), abs=0.3)
+
+
+def test_mistakes_are_named(model_and_data, tmp_path):
+    folder, dataset, checkpoint = model_and_data
+    assert 'no checkpoint' in complaint(tmp_path, 'eval.py', f'--dataset={dataset}')
+    assert 'split train, val or dev' in complaint(folder, 'eval.py', f'--dataset={dataset}', '--split=test')
+    other = write_dataset(tmp_path / 'other', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
+    assert 'another vocabulary' in complaint(folder, 'eval.py', f'--dataset={other}')
+    torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')
+    assert 'name it by --dataset' in complaint(tmp_path, 'eval.py', '--out_dir=.')
