@@ -277,8 +277,8 @@ def resources(compiled):
 
 def test_kernels_compile_and_fit_their_card(tmp_path):
     command = [sys.executable, __file__, 'sm_80', 'sm_90']
-    root = str(Path(spline.__file__).parent)
-    environment = {**os.environ, 'PYTHONPATH': root, 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+    environment = {**os.environ, 'PYTHONPATH': paths, 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     usages = [json.loads(line) for line in done.stdout.splitlines()]
