@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import sys
+import time
 import traceback
 
 KINDS = (bool, int, float, str)  # a variable of any other type is not a setting, nor is a CONSTANT or a _private one
@@ -24,8 +25,18 @@ ARITHMETIC = {
     ast.FloorDiv: operator.floordiv,
 }
 ROOT = os.path.dirname(os.path.abspath(__file__))
+PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
-INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'wandb_log', 'wandb_project', 'wandb_run_name')
+INCIDENTAL = (
+    'out_dir',
+    'init_from',
+    'device',
+    'compile',
+    'log_interval',
+    'wandb_log',
+    'wandb_project',
+    'wandb_run_name',
+)
 
 
 class ConfigError(ValueError):
@@ -54,6 +65,13 @@ def divide(argv, names):
     return own, [arg for arg in argv if arg not in own]
 
 
+def name_of_configs(argv):
+    """What the config files of a command are called together: config/finetune/sst.py config/finetune/kan_lora.py, sst-kan-lora."""
+    paths = [arg for arg in argv if not arg.startswith('-')]
+    names = [os.path.basename(path).removesuffix('.py') for path in paths]
+    return '-'.join(names).replace('_', '-')
+
+
 def settings_of(script, argv):
     """The settings with which a script of this repository would run under these arguments; nothing is run."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
@@ -64,7 +82,7 @@ def settings_of(script, argv):
         if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
             break
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            defaults[line.targets[0].id] = evaluate(line.value)
+            defaults[line.targets[0].id] = read_value(line.value)
     return override(defaults, argv)
 
 
@@ -104,20 +122,20 @@ def read_file(path):
         if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
             raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{text}`')
         try:
-            value = evaluate(line.value)
+            value = read_value(line.value)
         except (TypeError, ArithmeticError, RecursionError):
             raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{text}`') from None
         yield line.targets[0].id, value, where
 
 
-def evaluate(node):
+def read_value(node):
     """A literal, or numbers joined by + - * / //, as in `gradient_accumulation_steps = 5 * 8`; TypeError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in KINDS:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -evaluate(node.operand)
+        return -read_value(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        left, right = evaluate(node.left), evaluate(node.right)
+        left, right = read_value(node.left), read_value(node.right)
         if not isinstance(left, str) and not isinstance(right, str):
             return ARITHMETIC[type(node.op)](left, right)
     raise TypeError
@@ -127,10 +145,14 @@ def check(name, value, settings, where):
     """`value` as the type of the setting's default. Whole floats pass as int (1e3), and ints as float."""
     if name not in settings:
         close = difflib.get_close_matches(name, settings, n=1)
-        raise ConfigError(f'{where}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
+        raise ConfigError(
+            f'{where}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help')
+        )
     kind = type(settings[name])
     if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
-        raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got an int of {value.bit_length()} bits')
+        raise ConfigError(
+            f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got an int of {value.bit_length()} bits'
+        )
     if type(value) is kind:
         if kind is float and not math.isfinite(value):
             raise ConfigError(f'{where}: {name} must be finite, got {value!r}')
@@ -139,7 +161,24 @@ def check(name, value, settings, where):
         return int(value)
     if kind is float and type(value) is int:
         return float(value)
-    raise ConfigError(f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got {type(value).__name__} {value!r}')
+    raise ConfigError(
+        f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got {type(value).__name__} {value!r}'
+    )
+
+
+def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
+    """ValueError for a number out of range. Each argument names settings, separated by spaces; fractions are in [0, 1)."""
+    for name in at_least_one.split():
+        if settings[name] < 1:
+            raise ValueError(f'{name} must be at least 1, got {settings[name]}')
+    for name in f'{not_negative} {fractions}'.split():
+        if settings[name] < 0:
+            raise ValueError(f'{name} must not be negative, got {settings[name]}')
+    for name in fractions.split():
+        if settings[name] >= 1:
+            raise ValueError(f'{name} must be less than 1, got {settings[name]}')
+    if settings.get('seed', 0) >= 2**63:
+        raise ValueError(f'seed must be less than 2**63, got {settings["seed"]}')
 
 
 def report(kind, error, trace):
@@ -150,7 +189,13 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
     if issubclass(kind, (ValueError, OSError)) and ours:
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # of the processes of a machine, which meet the same mistake, one says so
-            print(f'error: {error}', file=sys.stderr)
+        local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        if (
+            local_rank
+        ):  # the processes of a machine mostly meet the same mistake: torchrun ends this one when the first has said so
+            time.sleep(PATIENCE)
+        print(
+            f'error on process {local_rank}: {error}' if local_rank else f'error: {error}', file=sys.stderr, flush=True
+        )
     else:
         sys.__excepthook__(kind, error, trace)

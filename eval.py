@@ -24,7 +24,7 @@ from configurator import configure, settings_of
 from data import loader
 from data.tokenizer import measure_text
 from model import GPT
-from run.checkpoint import build_model, load_checkpoint, load_tokenizer
+from run.checkpoint import build_model, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
 from tasks import model as task_model
@@ -88,8 +88,10 @@ def evaluate_text(checkpoint):
     loader.prepare_dataset(name)
     meta = loader.read_meta(name)
     if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
-        raise ValueError(f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that of the model')
-    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
+        raise ValueError(
+            f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that of the model'
+        )
+    tokenizer = loader.load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
     data = loader.open_split(name, split)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
@@ -101,7 +103,9 @@ def evaluate_text(checkpoint):
     bits_per_char, bits_per_byte = total / math.log(2) / n_chars, total / math.log(2) / n_bytes
     print(f'{source} on {split} of {name}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
     print(f'windows of {length} tokens, every {step}')
-    print(f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte')
+    print(
+        f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
+    )
     return {
         'loss': loss,
         'perplexity': math.exp(loss),
@@ -140,12 +144,22 @@ def evaluate_task(checkpoint):
     examples = prompts.read_examples(name, part, tokenizer, model.gpt.config.block_size)
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
-    scores, _ = task_model.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
-    print(f'{source} on {part} of {name}, {len(examples):,} examples: ' + ', '.join(f'{key} {value:.4f}' for key, value in scores.items()))
-    result = {**scores, 'task': name, 'split': part, 'examples': len(examples), 'parameters': task_model.count_trained(model)[1]}
-    if name == 'sonnets':
-        others = [example.text for example in prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)]
-        result['baselines'] = score.sonnet_baselines(others, [example.text for example in examples], range(baselines))
+    scores, _ = score.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
+    print(
+        f'{source} on {part} of {name}, {len(examples):,} examples: '
+        + ', '.join(f'{key} {value:.4f}' for key, value in scores.items())
+    )
+    result = {
+        **scores,
+        'task': name,
+        'split': part,
+        'examples': len(examples),
+        'parameters': task_model.count_trained(model)[1],
+    }
+    if not prompts.find_task(name).answers:
+        train = prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)
+        texts = [[example.text for example in part] for part in (train, examples)]
+        result['baselines'] = score.sonnet_baselines(*texts, range(baselines))
         print('without a model: ' + ', '.join(f'{key} {value:.4f}' for key, value in result['baselines'].items()))
     return result
 

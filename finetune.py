@@ -1,11 +1,11 @@
 """
 Fine-tune a GPT on one of four tasks: sst, cfimdb, quora, sonnets.
 
-    python finetune.py config/finetune_sst_lora.py
-    python finetune.py config/finetune_sonnets_kan_lora.py --seed=2
-    python finetune.py config/finetune_quora_graph_lora.py --init_from=gpt2
-    python finetune.py config/finetune_sst_lora.py --resume=True
-    torchrun --standalone --nproc_per_node=2 finetune.py config/finetune_sst_lora.py --gradient_accumulation_steps=2
+    python finetune.py config/finetune/sst.py config/finetune/lora.py
+    python finetune.py config/finetune/sonnets.py config/finetune/kan_lora.py --seed=2
+    python finetune.py config/finetune/quora.py config/finetune/graph_lora.py --init_from=gpt2-large
+    python finetune.py config/finetune/sst.py config/finetune/lora.py --resume=True
+    torchrun --standalone --nproc_per_node=2 finetune.py config/finetune/sst.py config/finetune/lora.py --gradient_accumulation_steps=2
 
 A part of train is held out to stop by; dev is scored once, at the end, with the weights that did best on that part. Ctrl-C (or SIGTERM)
 finishes the step and saves; the same command with --resume=True then goes on, bit for bit. --help shows the settings.
@@ -22,26 +22,36 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import INCIDENTAL, configure
+from configurator import INCIDENTAL, check_ranges, configure, name_of_configs
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
 from run.files import write_atomically
 from run.session import Session
 from surgery.lora import save_lora
-from tasks import model as task_model
-from tasks import prompts, score
+from tasks.model import (
+    count_targets,
+    count_trained,
+    load_base,
+    load_task_model,
+    make_task_model,
+    param_groups,
+    sum_losses,
+    trained_report,
+)
+from tasks.prompts import collate, find_task, hold_out, make_batches, prepare_task, read_examples
+from tasks.score import check_packages, predict, score, sonnet_baselines, write_predictions
 
 # -----------------------------------------------------------------------------
 # default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
 # I/O
-out_dir = 'out-finetune'
+out_dir = ''  # empty: by the names of the config files, e.g. out-finetune-sst-lora
 init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2 of transformers, or the out_dir of a run of train.py
 resume = False  # go on with the run in out_dir
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'finetune'
-wandb_run_name = 'gpt2'
+wandb_run_name = ''  # empty: by the names of the config files, too
 # task
 task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
@@ -101,22 +111,24 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
 # -----------------------------------------------------------------------------
 config = configure(globals())
+name = name_of_configs(sys.argv[1:])
+out_dir, wandb_run_name = out_dir or f'out-finetune{name and "-" + name}', wandb_run_name or name or init_from
+config.update(out_dir=out_dir, wandb_run_name=wandb_run_name)
 
-for name in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'n_beams', 'best_of', 'lora_rank', 'lora_grid_size'):
-    if config[name] < 1:
-        raise ValueError(f'{name} must be at least 1, got {config[name]}')
-for name in ('train_limit', 'patience', 'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'temperature'):
-    if config[name] < 0:
-        raise ValueError(f'{name} must not be negative, got {config[name]}')
-for name in ('dropout', 'lora_dropout', 'beta1', 'beta2', 'warmup_fraction', 'valid_fraction'):
-    if not 0 <= config[name] < 1:
-        raise ValueError(f'{name} must be at least 0 and less than 1, got {config[name]}')
-if valid_fraction == 0 or seed >= 2**63:
-    raise ValueError(f'expected valid_fraction > 0 and seed < 2**63, got {valid_fraction} and {seed}')
+check_ranges(
+    config,
+    at_least_one='batch_size gradient_accumulation_steps epochs n_beams best_of lora_rank lora_grid_size',
+    not_negative='train_limit patience learning_rate weight_decay grad_clip seed temperature',
+    fractions='dropout lora_dropout beta1 beta2 warmup_fraction valid_fraction',
+)
+if valid_fraction == 0:
+    raise ValueError('valid_fraction must be greater than 0: what is held out tells when to stop')
 if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
-    raise ValueError(f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}')
-score.check_packages(task)
-prompts.prepare_task(task)
+    raise ValueError(
+        f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}'
+    )
+check_packages(task)
+prepare_task(task)
 session = Session(device, dtype)
 device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
@@ -130,47 +142,46 @@ if resume:
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
-    changed = [
-        name
-        for name in config
-        if name not in {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'} and config[name] != state['finetune'].get(name)
-    ]
+    free = {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'}
+    then = {name: state['finetune'].get(name) for name in config if name not in free}
+    changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
     if changed:
-        was = ', '.join(f'{name}={state["finetune"].get(name)}' for name in changed)
-        raise ValueError(f'a run is resumed by the command it began with: there {was}')
-    model, tokenizer = task_model.load_task_model(state)
-    step, best_loss, seconds, train_loss = state['iter_num'], float(state['best_val_loss']), state['seconds'], state['train_loss']
-    log, model_args = state['log'], state['model_args']
+        raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
+    model, tokenizer = load_task_model(state)
+    step, best_loss = state['iter_num'], float(state['best_val_loss'])
+    seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
-    gpt, tokenizer = task_model.load_base(init_from, dropout)
+    gpt, tokenizer = load_base(init_from, dropout)
     model_args = asdict(gpt.config)
-    model = task_model.make_task_model(gpt, tokenizer, config)
+    model = make_task_model(gpt, tokenizer, config)
 model.to(device)
-say(task_model.trained_report(model, config))
+say(trained_report(model, config))
 
 # data
 block_size = model.gpt.config.block_size
-examples_of_train = prompts.read_examples(task, 'train', tokenizer, block_size)
-train_examples, valid_examples = prompts.hold_out(examples_of_train, valid_fraction)
+examples_of_train = read_examples(task, 'train', tokenizer, block_size)
+train_examples, valid_examples = hold_out(examples_of_train, valid_fraction)
 if train_limit:
-    train_examples, valid_examples = train_examples[:train_limit], valid_examples[: max(1, round(train_limit * valid_fraction))]
-scored = {'dev': prompts.read_examples(task, 'dev', tokenizer, block_size)}
-if predict_test and prompts.split_path(task, 'test').exists():
-    scored['test'] = prompts.read_examples(task, 'test', tokenizer, block_size)
+    train_examples = train_examples[:train_limit]
+    valid_examples = valid_examples[: max(1, round(train_limit * valid_fraction))]
+scored = {'dev': read_examples(task, 'dev', tokenizer, block_size)}
+if predict_test and find_task(task).path('test').exists():
+    scored['test'] = read_examples(task, 'test', tokenizer, block_size)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
 if state and state['data'] != data:
     raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
 steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)
 n_steps = epochs * steps_per_epoch
-say(f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(scored["dev"]):,} of dev')
+say(
+    f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(scored["dev"]):,} of dev'
+)
 say(
     f'{n_steps:,} steps of {batch_size * gradient_accumulation_steps} examples on {device_name(device)}, {session.world_size} process(es), {dtype}'
 )
 
-betas, trained = (beta1, beta2), [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(
-    task_model.param_groups(model, config), lr=learning_rate, betas=betas, fused=session.device_type in ('cpu', 'cuda')
-)
+trained = [p for p in model.parameters() if p.requires_grad]
+fused = session.device_type in ('cpu', 'cuda')
+optimizer = torch.optim.AdamW(param_groups(model, config), lr=learning_rate, betas=(beta1, beta2), fused=fused)
 scaler = torch.amp.GradScaler(session.device_type, enabled=dtype == 'float16')
 if state:
     optimizer.load_state_dict(state['optimizer'])
@@ -191,14 +202,14 @@ def get_lr(step):
 @functools.cache
 def epoch_batches(epoch):
     """All micro-batches of an epoch, a pure function of the seed and the epoch."""
-    return prompts.make_batches(train_examples, batch_size, seed=f'{seed} {epoch}')
+    return make_batches(train_examples, batch_size, seed=f'{seed} {epoch}')
 
 
 def run_step():
     """Forward, backward, update, on the micro-batches of all processes together; returns the mean loss."""
     place = step % steps_per_epoch * gradient_accumulation_steps
     batches = epoch_batches(step // steps_per_epoch)[place : place + gradient_accumulation_steps]
-    n_targets = task_model.count_targets(example for batch in batches for example in batch)
+    n_targets = count_targets(example for batch in batches for example in batch)
     own = batches[session.rank :: session.world_size]
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
@@ -206,35 +217,29 @@ def run_step():
     for i in range(micro_steps if session.ddp else len(own)):
         # a process without a batch of its own, at the end of an epoch, goes through one of the others' at a weight of zero
         batch, weight = (own[i], 1.0) if i < len(own) else (batches[0], 0.0)
-        idx, lengths, targets = prompts.collate(batch, device)
+        idx, lengths, targets = collate(batch, device)
         if session.ddp:
             fast_model.require_backward_grad_sync = i == micro_steps - 1
         with autocast(device, dtype):
-            loss = weight * task_model.sum_losses(fast_model(idx, lengths), targets) / n_targets
+            loss = weight * sum_losses(fast_model(idx, lengths), targets) / n_targets
         total += float(loss.detach())
         scaler.scale(loss * session.world_size).backward()  # the gradients of processes are averaged
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    total = session.all_reduce(total)[0]
-    if not (math.isfinite(total) and (scaler.is_enabled() or norm.isfinite())):
-        give_up(f'the loss or its gradient is not finite at step {step}')
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total
+    return session.update(optimizer, scaler, trained, total, grad_clip, f'step {step}')
 
 
-def evaluate():
+def score_held_out():
     """{'loss', 'accuracy'} (of sonnets the loss alone) on the examples held out, each process with a share; None when told to stop."""
     share = valid_examples[session.rank :: session.world_size]
-    found = task_model.predict(model, share, batch_size, device, dtype, session.signals)
+    found = predict(model, share, batch_size, device, dtype, session.signals)
     loss, predictions = found or (0.0, [])
     right = sum(prediction == example.label for prediction, example in zip(predictions, share))
     loss, right = session.all_reduce(loss, right)
     if session.is_stopping():
         return None
-    scores = {'loss': loss / task_model.count_targets(valid_examples)}
-    return scores if task == 'sonnets' else {**scores, 'accuracy': right / len(valid_examples)}
+    scores = {'loss': loss / count_targets(valid_examples)}
+    if find_task(task).answers:
+        scores['accuracy'] = right / len(valid_examples)
+    return scores
 
 
 def save(is_best=False):
@@ -257,17 +262,6 @@ def save(is_best=False):
     session.save(out_dir, checkpoint, is_best, f'step {step}')
 
 
-def write_record(**fields):
-    record.update(fields)
-    session.write_record(out_dir, record, log)
-
-
-def give_up(reason):
-    """End a run that diverged, before it does harm to what is saved."""
-    write_record(failed=reason)
-    sys.exit(f'error: {reason}; the checkpoints are untouched')
-
-
 def finish():
     """Score dev with the weights that did best, and write down all that a run leaves; False when told to stop."""
     best = ckpt.load_checkpoint(out_dir, ['best.pt'])
@@ -275,11 +269,11 @@ def finish():
     torch.manual_seed(seed)
     sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
     for split, examples in scored.items():
-        found = task_model.score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
+        found = score(model, tokenizer, task, examples, batch_size, device, dtype, sampling, session.signals)
         if found is None:
             return False
         scores, predictions = found
-        task_model.write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
+        write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
         if split == 'dev':
             dev = scores
             say(f'dev: {", ".join(f"{name} {value:.4f}" for name, value in dev.items())}')
@@ -287,38 +281,32 @@ def finish():
         save_lora(model, os.path.join(out_dir, 'adapter'))
     metrics = dict(task=task, dev=dev, valid=best['log'][-1], steps=step, seconds=seconds)
     metrics.update(trained=n_trained, parameters=n_parameters, peak_memory=peak_memory(device))
-    if task == 'sonnets':
-        metrics['baselines'] = score.sonnet_baselines([e.text for e in examples_of_train], [e.text for e in scored['dev']], range(10))
+    if not find_task(task).answers:
+        texts = [[example.text for example in part] for part in (examples_of_train, scored['dev'])]
+        metrics['baselines'] = sonnet_baselines(*texts, range(10))
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
-        json.dump(metrics, f, indent=1)
-    write_record(final=metrics, finished=records.now())
+        json.dump(metrics, f, indent=1, allow_nan=False)
+    session.write_record(final=metrics, finished=records.now())
     return True
 
 
 # the record of the run
-n_trained, n_parameters = task_model.count_trained(model)
-record = dict(
+n_trained, n_parameters = count_trained(model)
+session.begin(
+    out_dir,
+    log,
+    resumed_at=step if state else None,
     config=config,
-    seed=seed,
-    commit=records.commit(),
-    versions=ckpt.versions(),
-    device=device_name(device),
-    processes=session.world_size,
     parameters={'total': n_parameters, 'trained': n_trained},
     model_args=model_args,
     dataset={'name': task, 'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(scored['dev'])},
-    resumed_at=step or None,
-    started=records.now(),
 )
-if session.master:
-    os.makedirs(out_dir, exist_ok=True)
-    if not state and (folder := ckpt.set_aside(out_dir)):
-        say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
 if state:
     say(f'resuming at step {step}')
     if session.master and log and log[-1]['iter'] == step and log[-1]['loss'] == best_loss:
-        ckpt.link(os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt'))  # a crash may have come before that
-write_record()
+        ckpt.link(
+            os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
+        )  # a crash may have come before that
 
 
 def is_done():
@@ -333,18 +321,29 @@ bar = session.bar(n_steps, step, 'step')
 model.train()
 while True:
     if step > 0 and step % steps_per_epoch == 0 and (not log or log[-1]['iter'] < step):
-        scores = evaluate()
+        scores = score_held_out()
         if scores is None:
             break
         if not math.isfinite(scores['loss']):
-            give_up(f'the evaluated loss is not finite at step {step}')
+            session.give_up(f'the evaluated loss is not finite at step {step}')
         is_best = scores['loss'] < best_loss
         best_loss = min(best_loss, scores['loss'])
-        line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss, lr=get_lr(step - 1), **scores)
+        line = dict(
+            iter=step,
+            epoch=step // steps_per_epoch,
+            seconds=seconds,
+            train_loss=train_loss,
+            lr=get_lr(step - 1),
+            **scores,
+        )
         log.append(line)
-        say(f'epoch {line["epoch"]}: ' + ', '.join(f'{name} {value:.4f}' for name, value in scores.items()) + f', {seconds:.0f} s')
+        say(
+            f'epoch {line["epoch"]}: '
+            + ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+            + f', {seconds:.0f} s'
+        )
         save(is_best)
-        write_record()
+        session.write_record()
         if wandb_log:
             session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
     if is_done() or session.is_stopping():

@@ -30,7 +30,9 @@ class GPTConfig:
     bias: bool = True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
     gelu: str = 'none'  # the `approximate` of F.gelu: 'none' is exact, 'tanh' is what GPT-2 was trained with
     mlp: str = 'mlp'  # or 'swiglu'
-    mlp_hidden: float = 4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
+    mlp_hidden: float = (
+        4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
+    )
     init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
     use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets; they never have a bias
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
@@ -44,7 +46,9 @@ class GPTConfig:
     graph_kind: str = 'gat'  # or 'gatv2'
     graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
     graph_heads: int = 4
-    graph_place: str = 'after'  # behind the MLP, with a gate that starts at zero; or 'attention': in place of self-attention
+    graph_place: str = (
+        'after'  # behind the MLP, with a gate that starts at zero; or 'attention': in place of self-attention
+    )
     graph_window: int = 8  # window: that many tokens before
     graph_topk: int = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
     graph_backend: str = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
@@ -71,7 +75,9 @@ class GPTConfig:
                 raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
         unknown = set(self.kan_targets.split(',')) - set(KAN_TARGETS)
         if unknown:
-            raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas')
+            raise ValueError(
+                f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas'
+            )
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
@@ -288,7 +294,9 @@ class GPT(nn.Module):
         B, T = idx.size()
         start = caches[0].length if caches else 0
         if start + T > self.config.block_size:
-            raise ValueError(f'cannot forward a sequence of length {start + T}, block_size is only {self.config.block_size}')
+            raise ValueError(
+                f'cannot forward a sequence of length {start + T}, block_size is only {self.config.block_size}'
+            )
         if start > 0 and T > 1:
             raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
         caches = caches or [None] * self.config.n_layer
@@ -330,25 +338,37 @@ class GPT(nn.Module):
         try:
             from transformers import GPT2LMHeadModel
         except ImportError:
-            raise ValueError(f'loading {model_type!r} needs the transformers package: pip install transformers') from None
+            raise ValueError(
+                f'loading {model_type!r} needs the transformers package: pip install transformers'
+            ) from None
         try:
             model_hf = GPT2LMHeadModel.from_pretrained(model_type)
         except OSError as error:  # what transformers raises without network, too
             raise ValueError(f'cannot load {model_type!r}: {error}'.splitlines()[0]) from None
         hf = model_hf.config
-        sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions)
+        sizes = dict(
+            n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions
+        )
         gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)
         if gelu is None:
-            raise ValueError(f'{model_type!r} has activation {hf.activation_function!r}, expected gelu_new (as GPT-2) or gelu')
+            raise ValueError(
+                f'{model_type!r} has activation {hf.activation_function!r}, expected gelu_new (as GPT-2) or gelu'
+            )
         model = cls(GPTConfig(**sizes, bias=True, gelu=gelu, **override_args))
-        state = {name: p for name, p in model_hf.state_dict().items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+        state = {
+            name: p
+            for name, p in model_hf.state_dict().items()
+            if not name.endswith(('.attn.bias', '.attn.masked_bias'))
+        }
         for name in state:  # OpenAI's Conv1D keeps its weights the other way round
             if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
                 state[name] = state[name].t()
         model.load_state_dict(state)
         return model
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None):
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
+    ):
         """
         AdamW. Every tensor of two or more dimensions decays (matrices, splines, embeddings), biases and LayerNorms do not.
         Spline weights and scalers take spline_lr_scale times the learning rate and spline_weight_decay (None: weight_decay);
@@ -366,7 +386,14 @@ class GPT(nn.Module):
         ]
         if splines:
             decay = weight_decay if spline_weight_decay is None else spline_weight_decay
-            groups.append({'params': splines, 'weight_decay': decay, 'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale})
+            groups.append(
+                {
+                    'params': splines,
+                    'weight_decay': decay,
+                    'lr': learning_rate * spline_lr_scale,
+                    'lr_scale': spline_lr_scale,
+                }
+            )
         fused = device_type in ('cuda', 'cpu') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
 
@@ -406,7 +433,10 @@ class GPT(nn.Module):
             caches = None
             for _ in range(max_new_tokens):
                 if not caches or caches[0].length == block_size:
-                    caches, fresh = self.new_caches() if use_cache and idx.size(1) < block_size else None, idx[:, -block_size:]
+                    caches, fresh = (
+                        self.new_caches() if use_cache and idx.size(1) < block_size else None,
+                        idx[:, -block_size:],
+                    )
                 logits, _ = self(fresh, caches=caches)
                 fresh = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
                 idx = torch.cat((idx, fresh), dim=1)
@@ -423,7 +453,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that a small temperature cannot overflow
+    logits = (
+        logits - logits.amax(-1, keepdim=True)
+    ) / temperature  # at most zero, so that a small temperature cannot overflow
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)

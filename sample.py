@@ -13,10 +13,10 @@ import codecs
 import torch
 
 from configurator import configure
+from data.loader import load_tokenizer
 from model import GPT
-from run.checkpoint import build_model, load_checkpoint, load_tokenizer
+from run.checkpoint import build_model, load_checkpoint
 from run.device import autocast, pick_device, pick_dtype
-from tasks.model import load_task_model
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -38,10 +38,11 @@ configure(globals())
 if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
 if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
-    raise ValueError(f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {num_samples}, {max_new_tokens}, {seed}')
+    raise ValueError(
+        f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {num_samples}, {max_new_tokens}, {seed}'
+    )
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-torch.manual_seed(seed)
 
 
 def read_prompt():
@@ -60,7 +61,11 @@ class Sample:
 
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.text, self.end, self.shown = '', -1, 0  # generated text, where `stop` begins in it, how much of it is on the terminal
+        self.text, self.end, self.shown = (
+            '',
+            -1,
+            0,
+        )  # generated text, where `stop` begins in it, how much of it is on the terminal
 
     def add(self, token):
         if self.end < 0:
@@ -81,12 +86,18 @@ def held_back(text):
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-if init_from == 'resume':
-    checkpoint = load_checkpoint(out_dir)
-    model = load_task_model(checkpoint, dropout=0.0)[0].gpt if 'finetune' in checkpoint else build_model(checkpoint, dropout=0.0)
-else:
-    checkpoint = {}
-    model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+def load_model(checkpoint):
+    if init_from != 'resume':
+        return GPT.from_pretrained(init_from, dict(dropout=0.0))
+    if 'finetune' not in checkpoint:
+        return build_model(checkpoint, dropout=0.0)
+    from tasks.model import load_task_model  # not needed for a plain GPT
+
+    return load_task_model(checkpoint, dropout=0.0)[0].gpt
+
+
+checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {}
+model = load_model(checkpoint)
 tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset)
 if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
@@ -97,6 +108,7 @@ model.eval()
 model.to(device)
 if compile:
     model.forward = torch.compile(model.forward)
+torch.manual_seed(seed)  # after the model, whose initial weights are drawn, too
 x = torch.tensor([prompt] * num_samples, dtype=torch.long, device=device)  # (num_samples, T)
 samples = [Sample() for _ in range(num_samples)]
 print(tokenizer.decode(prompt), end='', flush=True)

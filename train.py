@@ -11,13 +11,12 @@ Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on
 
 import math
 import os
-import sys
 import time
 from dataclasses import asdict
 
 import torch
 
-from configurator import configure
+from configurator import check_ranges, configure
 from data import loader
 from model import GPT, GPTConfig, model_settings
 from run import checkpoint as ckpt
@@ -95,17 +94,16 @@ compile = True  # torch.compile on a GPU, where it pays
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-for name in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'n_layer', 'n_embd'):
-    if config[name] < 1:
-        raise ValueError(f'{name} must be at least 1, got {config[name]}')
-for name in ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'spline_lr_scale', 'grad_clip', 'dropout', 'beta1', 'beta2'):
-    if config[name] < 0:
-        raise ValueError(f'{name} must not be negative, got {config[name]}')
+check_ranges(
+    config,
+    at_least_one='eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size n_layer n_embd',
+    not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip',
+    fractions='dropout beta1 beta2',
+)
 if spline_weight_decay < 0 and spline_weight_decay != -1:
-    raise ValueError(f'spline_weight_decay must not be negative, or -1 for that of the others, got {spline_weight_decay}')
-for name, end in ('dropout', 1), ('beta1', 1), ('beta2', 1), ('seed', 2**63):
-    if config[name] >= end:
-        raise ValueError(f'{name} must be less than {end}, got {config[name]}')
+    raise ValueError(
+        f'spline_weight_decay must not be negative, or -1 for that of the others, got {spline_weight_decay}'
+    )
 
 # processes and device
 session = Session(device, dtype)
@@ -115,64 +113,85 @@ config.update(device=device, dtype=dtype)
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
-# data: rank 0 prepares and checks it, the others wait
-if master:
-    loader.prepare_dataset(dataset)
-    if not eval_only and init_from != 'resume':
-        os.makedirs(out_dir, exist_ok=True)
-while not loader.is_prepared(dataset):
-    time.sleep(1)
+# data
+loader.prepare_dataset(dataset)
 session.join(backend)
 meta = loader.read_meta(dataset)
+session.check_same(f'data set {dataset!r}', meta.get('splits'))
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 
-# model
-torch.manual_seed(seed)
-iter_num, best_val_loss, seconds = 0, math.inf, 0.0
-state = None
-if init_from == 'scratch':
-    vocab_size = loader.model_vocab_size(meta)
-    if not meta and master:
-        print(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them')
-    model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(config)))
-elif init_from == 'resume':
+
+def load_state():
+    """The checkpoint that --init_from=resume goes on from; ValueError where it is none of train.py, or of another text."""
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' in state:
         raise ValueError(f'{out_dir} holds a run of finetune.py: that script resumes it, by --resume=True')
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-        raise ValueError(f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}: prepare its text again')
-    if meta and state.get('data', meta['splits']) != meta['splits'] and master:
-        print(f'warning: the tokens of data set {dataset!r} are not those this run began with')
-    model = ckpt.build_model(state, dropout=dropout)
+        raise ValueError(
+            f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}: prepare its text again'
+        )
+    if meta and state.get('data', meta['splits']) != meta['splits']:
+        say(f'warning: the tokens of data set {dataset!r} are not those this run began with')
+    return state
+
+
+def build_model(state):
+    """The GPT that init_from and the settings ask for, or that of the state to resume. ValueError where they disagree."""
+    if state:
+        model = ckpt.build_model(state, dropout=dropout)
+    elif init_from == 'scratch':
+        vocab_size = loader.model_vocab_size(meta)
+        if not meta:
+            say(
+                f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them'
+            )
+        model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(config)))
+    elif init_from.startswith('gpt2') or os.path.isdir(init_from):
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+    else:
+        names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"
+        raise ValueError(f'init_from={init_from!r}: expected {names}')
+    if block_size != model.config.block_size:
+        raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
+    made = {name: getattr(model.config, name) for name in model_settings(config)}
+    changed = [f'{name}={value}' for name, value in made.items() if value != config[name]]
+    if changed:
+        say(f'warning: {init_from} decides the shape of the model: {", ".join(changed)}')
+    config.update(made)
+    return model
+
+
+def build_optimizer(model, state):
+    """(AdamW, GradScaler) at the settings of this command, with the moments of the state to resume."""
+    splines = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines)
+    scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
+    if state:
+        groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
+        if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
+            raise ValueError(
+                'spline_lr_scale or spline_weight_decay set splines apart, and the run to resume did not, or the other way round'
+            )
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
+        if scaler.is_enabled() and state.get('scaler'):
+            scaler.load_state_dict(state['scaler'])
+    return optimizer, scaler
+
+
+torch.manual_seed(seed)
+state = load_state() if init_from == 'resume' else None
+raw_model = build_model(state)
+if session.local_rank == 0:
+    loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
+raw_model.to(device)
+optimizer, scaler = build_optimizer(raw_model, state)
+iter_num, best_val_loss, seconds = 0, math.inf, 0.0
+if state:
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
-elif init_from.startswith('gpt2') or os.path.isdir(init_from):
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-else:
-    raise ValueError(f"init_from={init_from!r}: expected 'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder")
-if block_size < model.config.block_size and not state:
-    model.crop_block_size(block_size)
-if block_size != model.config.block_size:
-    raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
-made = {name: getattr(model.config, name) for name in model_settings(config)}
-if master and any(made[name] != config[name] for name in made):
-    differences = ', '.join(f'{name}={made[name]}' for name in made if made[name] != config[name])
-    print(f'warning: {init_from} decides the shape of the model: {differences}')
-config.update(made)
-if master:
-    loader.check_dataset(dataset, block_size, model.config.vocab_size)
-model.to(device)
-spline_settings = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *spline_settings)
-scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
-if state:  # the moments of the optimizer, at the settings of this command
-    parts = [[len(group['params']) for group in groups] for groups in (optimizer.param_groups, state['optimizer']['param_groups'])]
-    if parts[0] != parts[1]:
-        raise ValueError('spline_lr_scale or spline_weight_decay set splines apart, and the run to resume did not, or the other way round')
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
-    if scaler.is_enabled() and state.get('scaler'):
-        scaler.load_state_dict(state['scaler'])
 
 
 def compiled(model):
@@ -188,12 +207,11 @@ def compiled(model):
     model.zero_grad(set_to_none=True)
     if session.all_reduce(failure is not None)[0] == 0:
         return fast_model
-    if master:
-        print(f'warning: torch.compile failed, going on without it: {failure or "on another process"}')
+    say(f'warning: torch.compile failed, going on without it: {failure or "on another process"}')
     return model
 
 
-raw_model = model
+model = raw_model
 if compile and device_type == 'cuda' and not eval_only:
     model = compiled(model)
 model = session.wrap(model)
@@ -257,18 +275,6 @@ def save(is_best=False):
     session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
-def write_record(**fields):
-    record.update(fields)
-    session.write_record(out_dir, record, log)
-
-
-def give_up(reason):
-    """End a run that diverged, before it does harm to what is saved."""
-    if master and not eval_only:
-        write_record(failed=reason)
-    sys.exit(f'error: {reason}; the checkpoints are untouched')
-
-
 def train_batch(iteration, micro_step):
     starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
     return loader.get_batch(train_data, block_size, starts, device)
@@ -277,33 +283,26 @@ def train_batch(iteration, micro_step):
 X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
-bar = session.bar(max_iters, iter_num, 'iter')
-
-
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
-record = dict(
+session.begin(
+    None if eval_only else out_dir,
+    log,
+    resumed_at=iter_num if state else None,
     config=config,
-    seed=seed,
-    commit=records.commit(),
-    versions=ckpt.versions(),
-    device=device_name(device),
-    processes=world_size,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
     model_args=asdict(raw_model.config),
     dataset={'name': dataset, **{key: meta.get(key) for key in ('source', 'splits', 'val_chars')}},
     tokens_per_iter=tokens_per_iter,
-    resumed_at=iter_num or None,
-    started=records.now(),
+    flops_per_token=count_flops(asdict(raw_model.config)) if master and not eval_only else None,
 )
-say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}')
+say(
+    f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}'
+)
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
-say(f'{tokens_per_iter:,} tokens per iteration on {record["device"]}, {world_size} process(es), {dtype}')
+say(f'{tokens_per_iter:,} tokens per iteration on {device_name(device)}, {world_size} process(es), {dtype}')
 if state:
     say(f'resuming at iteration {iter_num}')
-if master and not eval_only:
-    if not state and (folder := ckpt.set_aside(out_dir)):
-        say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
-    write_record(flops_per_token=count_flops(asdict(raw_model.config)))
+bar = session.bar(max_iters, iter_num, 'iter')
 
 
 # training loop
@@ -315,23 +314,30 @@ while True:
     is_last = iter_num >= max_iters
     losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
     if losses and not math.isfinite(losses['train'] + losses['val']):
-        give_up(f'the evaluated loss is not finite at iteration {iter_num}')
+        session.give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        tokens_per_s = (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
-        line = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, seconds=seconds, train_loss=losses['train'], val_loss=losses['val'])
+        tokens_per_s = (
+            (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
+        )
+        line = dict(
+            iter=iter_num,
+            tokens=iter_num * tokens_per_iter,
+            seconds=seconds,
+            train_loss=losses['train'],
+            val_loss=losses['val'],
+        )
         line.update(lr=get_lr(iter_num), tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
-        log = [before for before in log if before['iter'] < iter_num] + [line]
+        session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
         if wandb_log:
             session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
-        if iter_num > 0 and not eval_only:
+        if not eval_only and (iter_num > 0 or is_last):
             is_best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             if is_best or always_save_checkpoint or is_last:
                 save(is_best)
-        if master and not eval_only:
-            write_record()
+        session.write_record()
     finished = is_last and losses is not None
     if finished or eval_only or session.is_stopping():
         break
@@ -347,18 +353,12 @@ while True:
         with autocast(device, dtype):
             loss = model(X, Y)[1] / micro_steps
         total_loss += loss.detach()
-        X, Y = train_batch(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps)  # while the GPU works
+        X, Y = train_batch(
+            iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps
+        )  # while the GPU works
         scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    if not scaler.is_enabled():  # the scaler itself skips steps with gradients that are not finite
-        total_loss = torch.where(norm.isfinite(), total_loss, math.nan)
-    lossf = session.all_reduce(float(total_loss))[0] / world_size
-    if not math.isfinite(lossf):
-        give_up(f'the loss or its gradient is not finite at iteration {iter_num}')
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    share = total_loss / world_size
+    lossf = session.update(optimizer, scaler, raw_model.parameters(), share, grad_clip, f'iteration {iter_num}')
     iter_num += 1
     if device_type == 'cuda':
         torch.cuda.synchronize()
@@ -375,8 +375,8 @@ while True:
         say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
-if finished and not eval_only and master:
-    write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
+if finished:
+    session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
 elif not finished and not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')

@@ -1,13 +1,13 @@
 """
-Evaluate the pretrained gpt2 (124M parameters) on the data set at hand.
+The exact loss of the pretrained GPT-2 (124M parameters) on OpenWebText, by the windows of train.py; other sizes and texts by a flag.
 
     pip install transformers
-    python train.py config/eval_gpt2.py --dataset=shakespeare
+    python eval.py config/eval_gpt2.py
+    python eval.py config/eval_gpt2.py --init_from=gpt2-xl --dataset=shakespeare   # or gpt2-medium, gpt2-large
 
 Not run here: it needs GPT-2's weights from the Hugging Face hub.
 """
 
 init_from = 'gpt2'
-eval_only = True
-eval_iters = 500  # use more batches to get a good estimate
-batch_size = 8
+dataset = 'openwebtext'
+stride = 1024

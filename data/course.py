@@ -1,24 +1,142 @@
 """
-How the data of Stanford's course CS224N gets into data/<task>: fetched under a checksum or taken from a folder, and looked through.
-tasks.py reads it.
+The data of Stanford's course CS224N: its tables and sonnets are read here, and this is how their files get into data/<task>: fetched under
+a checksum or taken from a folder, and looked through.
 """
 
+import csv
 import hashlib
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
-from configurator import configure
-from run.files import download, write_atomically
-from tasks.prompts import describe, parse_rows
+from data.download import download
+from run.files import write_atomically
 
 REPOSITORY = 'https://raw.githubusercontent.com/gpoesia/minbert-default-final-project'
+COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
+    'sst': (('sentence',), 'sentiment', 5),
+    'cfimdb': (('sentence',), 'sentiment', 2),
+    'quora': (('sentence1', 'sentence2'), 'is_duplicate', 2),
+}
+FAULTS = {  # why a row is left out
+    'missing': 'without an id or a sentence',
+    'malformed': 'of another number of columns than the first line',
+    'unlabelled': 'without a label',
+    'mislabelled': 'with a label other than 0 to {}',
+}
 
 
-def inspect(task, split, content):
+# tables
+
+
+def read_rows(task, path, labelled=True):
+    """
+    The rows of a file as (id, sentence, label), or (id, sentence, sentence, label) for pairs, sentences in lower case; the label is
+    None where `labelled` is False. Rows that cannot be used are left out and named on stderr. ValueError if the file has another
+    format or no row to use.
+    """
+    rows, left_out = parse_rows(task, Path(path).read_bytes(), path, labelled)
+    for line in list_left_out(task, left_out):
+        print(f'{path}: {line}', file=sys.stderr)
+    return rows
+
+
+def parse_rows(task, content, name, labelled=True):
+    """The rows in the bytes `content` of the file called `name`, and the numbers of the lines left out, by FAULTS."""
+    texts, label, _ = COLUMNS[task]
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
+    # a quotation mark is a character like any other: were it to open a field, an odd one would swallow the lines after it
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter='\t', quoting=csv.QUOTE_NONE)
+    try:
+        (_, columns), *lines = [(reader.line_num, row) for row in reader] or [(1, [])]
+    except csv.Error as error:
+        raise ValueError(f'{name} is not a tab-separated file: line {reader.line_num}: {error}') from None
+    absent = [column for column in ('id', *texts, *[label] * labelled) if column not in columns]
+    if absent:
+        raise ValueError(f'{name} has no column {" or ".join(absent)}: its first line has {str(columns)[:80]}')
+    rows, left_out = [], {fault: [] for fault in FAULTS}
+    for number, row in lines:
+        fields = {column: field.strip() for column, field in zip(columns, row)}
+        fault = find_fault(task, row, columns, fields, labelled)
+        if fault:
+            left_out[fault].append(number)
+        else:
+            sentences = (fields[column].lower() for column in texts)
+            rows.append((fields['id'], *sentences, int(float(fields[label])) if labelled else None))
+    if not rows:
+        raise ValueError('; '.join([f'{name} has no row that can be used', *list_left_out(task, left_out)]))
+    return rows, left_out
+
+
+def find_fault(task, row, columns, fields, labelled):
+    """The key in FAULTS of what keeps a row from use, or ''."""
+    texts, label, n_labels = COLUMNS[task]
+    if not any(fields.values()):  # an empty line
+        return 'missing'
+    if len(row) != len(columns):
+        return 'malformed'
+    if not all(fields[column] for column in ('id', *texts)):
+        return 'missing'
+    if labelled and not fields[label]:
+        return 'unlabelled'
+    if labelled and fields[label].removesuffix('.0') not in [str(i) for i in range(n_labels)]:
+        return 'mislabelled'
+    return ''
+
+
+def list_left_out(task, left_out):
+    """A line for each kind of rows left out: how many, and the first of them."""
+    for fault, lines in left_out.items():
+        if lines:
+            more = f' and {len(lines) - 5} more' if len(lines) > 5 else ''
+            reason = FAULTS[fault].format(COLUMNS[task][2] - 1)
+            yield f'{len(lines)} row(s) left out, {reason}: line {", ".join(map(str, lines[:5]))}{more}'
+
+
+# sonnets
+
+N_LINES, N_PROMPT_LINES = 14, 3
+
+
+def parse_sonnets(content, name, prompts=False):
+    """
+    [(number, text)] of a file of sonnets: after a heading, each under its number on a line of its own. The text is its lines as they
+    are, without empty ones. ValueError for a sonnet of fewer lines than N_PROMPT_LINES, or, unless they are `prompts`, than N_LINES - 2
+    (the 126th has twelve), or where there is none.
+    """
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
+    parts = re.split(r'^\s*(\d+)\s*$', text, flags=re.MULTILINE)[1:]
+    sonnets = [
+        (number, '\n'.join(line.rstrip() for line in body.splitlines() if line.strip()))
+        for number, body in zip(parts[::2], parts[1::2])
+    ]
+    fewest = N_PROMPT_LINES if prompts else N_LINES - 2
+    short = next((number for number, body in sonnets if body.count('\n') + 1 < fewest), None)
+    if short or not sonnets:
+        found = f'sonnet {short} has fewer than {fewest} lines' if short else 'no line is the number of a sonnet'
+        raise ValueError(f'{name} is no file of sonnets: {found}')
+    return sonnets
+
+
+def read_sonnets(path, prompts=False):
+    return parse_sonnets(Path(path).read_bytes(), path, prompts)
+
+
+# how the files get into their folders
+
+
+def inspect_table(task, split, content):
     """What meta.json says of a table. Of a test split no row has a label, and none is left out for it."""
     rows, left_out = parse_rows(task, content, f'{split}.csv', labelled=split != 'test')
-    for line in describe(task, left_out):
+    for line in list_left_out(task, left_out):
         print(f'{split}.csv: {line}', file=sys.stderr)
     counts = {'rows': len(rows), **{fault: len(lines) for fault, lines in left_out.items()}}
     if split == 'test':
@@ -26,7 +144,7 @@ def inspect(task, split, content):
     return counts
 
 
-def prepare(folder, files, source, inspect, divide=None):
+def write_splits(folder, files, source, inspect, divide=None):
     """
     Write the files as they are, but for the ends of their lines, into `folder`, then meta.json: where it is, a preparation was not cut off.
     files    {name here: (name there, address, sha256, bytes)}
@@ -38,7 +156,10 @@ def prepare(folder, files, source, inspect, divide=None):
     original = all(hashlib.sha256(contents[name]).hexdigest() == sha256 for name, (_, _, sha256, _) in files.items())
     contents = {name: content.replace(b'\r\n', b'\n') for name, content in contents.items()}
     contents = divide(contents) if divide else contents
-    about = {name: dict(sha256=hashlib.sha256(content).hexdigest(), **inspect(name, content)) for name, content in contents.items()}
+    about = {
+        name: dict(sha256=hashlib.sha256(content).hexdigest(), **inspect(name, content))
+        for name, content in contents.items()
+    }
     where = f'folder {source}' if source else ', '.join(dict.fromkeys(address for _, address, _, _ in files.values()))
     description = f'{"the files of the course" if original else "files other than those of the course"}, {where}'
     (folder / 'meta.json').unlink(missing_ok=True)
@@ -47,7 +168,9 @@ def prepare(folder, files, source, inspect, divide=None):
             f.write(content)
         print(f'{name}: {about[name]["rows"]:,} rows, sha256 {about[name]["sha256"]}')
     with write_atomically(folder / 'meta.json', 'w', encoding='utf-8') as f:
-        json.dump(dict(source=description, splits={Path(name).stem: entry for name, entry in about.items()}), f, indent=1)
+        json.dump(
+            dict(source=description, splits={Path(name).stem: entry for name, entry in about.items()}), f, indent=1
+        )
     print(f'source: {description}')
 
 
@@ -58,13 +181,6 @@ def read_original(entry, source):
         return download(f'{address}/{name}', sha256, size, timeout=120)
     content = (Path(source) / name).read_bytes()
     lf = content.replace(b'\r\n', b'\n')  # git may have changed the ends of its lines
-    return next((form for form in (lf, lf.replace(b'\n', b'\r\n')) if hashlib.sha256(form).hexdigest() == sha256), content)
-
-
-def main(variables, task, prepare):
-    """Run a prepare.py: settings from the command line, and one line for what goes wrong."""
-    configure(variables)
-    try:
-        prepare(Path(variables['__file__']).resolve().parent, variables['source'])
-    except OSError as error:
-        sys.exit(f'cannot prepare {task}: {error} (--source=FOLDER takes the files from a folder)')
+    return next(
+        (form for form in (lf, lf.replace(b'\n', b'\r\n')) if hashlib.sha256(form).hexdigest() == sha256), content
+    )

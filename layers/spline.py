@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
+BACKEND = (
+    'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
+)
 CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
@@ -40,7 +42,8 @@ def cardinal_spline(d, k):
     sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!, for k = 3 (a^3 - 4 c^3) / 6.
     """
     terms = [
-        ((k + 1) / 2 - j - d).clamp_min_(0).pow_(k).mul_((-1) ** j * math.comb(k + 1, j) / math.factorial(k)) for j in range(k // 2 + 1)
+        ((k + 1) / 2 - j - d).clamp_min_(0).pow_(k).mul_((-1) ** j * math.comb(k + 1, j) / math.factorial(k))
+        for j in range(k // 2 + 1)
     ]
     return functools.reduce(Tensor.add_, terms)
 
@@ -79,7 +82,9 @@ def reciprocal(width):
 def are_uniform(knots):
     """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype."""
     knots, eps = knots.double() if knots.device.type != 'mps' else knots.cpu().double(), torch.finfo(knots.dtype).eps
-    even = torch.lerp(knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device))
+    even = torch.lerp(
+        knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device)
+    )
     increasing = (knots[:, -1] > knots[:, 0]).all()
     return bool(increasing and ((knots - even).abs() <= 2 * eps * knots.abs().amax(1, keepdim=True)).all())
 
@@ -156,7 +161,9 @@ def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
 
 def plain_spline_linear(x, weight, knots, k, activation, dtype):
     """What spline_linear computes, and its reference."""
-    return torch.nn.functional.linear(columns(x, knots, k, activation, recursive_bases, dtype).flatten(1), weight.to(dtype))
+    return torch.nn.functional.linear(
+        columns(x, knots, k, activation, recursive_bases, dtype).flatten(1), weight.to(dtype)
+    )
 
 
 def spline_linear(x, weight, knots, k, activation, dtype):
@@ -183,7 +190,9 @@ def name_of(activation):
 
 
 @torch.library.custom_op('kan::spline_linear', mutates_args=())
-def spline_linear_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype) -> Tensor:
+def spline_linear_forward(
+    x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype
+) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x, w = x.contiguous(), weight.to(dtype)
         backend = choose_backend(x, knots, k, activation, dtype)
@@ -200,7 +209,14 @@ def spline_linear_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, acti
 
 @torch.library.custom_op('kan::spline_linear_backward', mutates_args=())
 def spline_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype, needed: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    knots: Tensor,
+    k: int,
+    activation: str,
+    dtype: torch.dtype,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of weight; an empty tensor in place of one that is not needed."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -244,7 +260,9 @@ def differentiate(ctx, grad):
 
 
 def refuse(ctx, *grads):
-    raise RuntimeError('spline_linear (KANLinear) cannot be differentiated twice; layers.spline.plain_spline_linear can')
+    raise RuntimeError(
+        'spline_linear (KANLinear) cannot be differentiated twice; layers.spline.plain_spline_linear can'
+    )
 
 
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)
@@ -300,7 +318,9 @@ def triton_works(activation, device, dtype):
         torch.cuda.synchronize(device)
         return True
     except Exception as error:  # whatever a compiler or a card can raise: the other passes do the same work
-        warnings.warn(f'the Triton kernels do not work here, KAN layers run without them, slower: {reason(error)}', stacklevel=2)
+        warnings.warn(
+            f'the Triton kernels do not work here, KAN layers run without them, slower: {reason(error)}', stacklevel=2
+        )
         return False
 
 
@@ -310,7 +330,10 @@ def compiler_works(device_type):
         torch.compile(torch.sin)(torch.zeros(16, device=device_type))
         return True
     except Exception as error:  # whatever a compiler can raise: the plain passes do the same work
-        warnings.warn(f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason(error)}', stacklevel=2)
+        warnings.warn(
+            f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason(error)}',
+            stacklevel=2,
+        )
         return False
 
 
@@ -322,7 +345,9 @@ def passes(backend, knots, k, activation):
     """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
     if backend == 'compiled':
         K = knots.size(1) - 1 - k
-        make_columns, take_back = (compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient))
+        make_columns, take_back = (
+            compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient)
+        )
         settings = *scale(*to_working_dtype(knots)), K, k, activation
     else:
         make_columns, take_back = columns, input_gradient

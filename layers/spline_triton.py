@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ('SiLU()', "GELU(approximate='none')", "GELU(approximate='tanh')", 'ReLU()', 'Tanh()', 'Sigmoid()', 'Identity()')
+ACTIVATIONS = (
+    'SiLU()',
+    "GELU(approximate='none')",
+    "GELU(approximate='tanh')",
+    'ReLU()',
+    'Tanh()',
+    'Sigmoid()',
+    'Identity()',
+)
 
 # The tile of one program, by kernel and by the bytes of a number in w. Guesses, not measured: a column costs about ten instructions
 # a number each time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers
@@ -187,7 +195,12 @@ def dw_kernel(
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """A tile of one column of dw (S, O, K + 1, I), over the `rows` rows of one split. Columns vary fastest: they share x and grad."""
-    m, i0, o0, s = tl.program_id(0) % (K + 1), tl.program_id(0) // (K + 1) * BLOCK_I, tl.program_id(1) * BLOCK_O, tl.program_id(2)
+    m, i0, o0, s = (
+        tl.program_id(0) % (K + 1),
+        tl.program_id(0) // (K + 1) * BLOCK_I,
+        tl.program_id(1) * BLOCK_O,
+        tl.program_id(2),
+    )
     i, o = i0 + tl.arange(0, BLOCK_I), o0 + tl.arange(0, BLOCK_O)
     low, high = s * rows, tl.minimum((s + 1) * rows, N)
     if m < K:

@@ -16,14 +16,11 @@ import pickle
 import platform
 import re
 import shutil
-import sys
 import zipfile
 
 import numpy
 import torch
 
-from data.loader import model_vocab_size, read_meta
-from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
 from model import GPT, GPTConfig
 from run.files import write_atomically
 
@@ -63,7 +60,8 @@ def set_aside(out_dir):
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return None
-    folder = next(folder for i in itertools.count(1) if not os.path.exists(folder := os.path.join(out_dir, f'earlier-{i}')))
+    folders = (os.path.join(out_dir, f'earlier-{i}') for i in itertools.count(1))
+    folder = next(folder for folder in folders if not os.path.exists(folder))
     os.mkdir(folder)
     for name in names:
         os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
@@ -72,7 +70,8 @@ def set_aside(out_dir):
 
 def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
     """The first of the files `names` in out_dir. ValueError where there is none, or it is damaged or holds more than data."""
-    path = next((path for name in names if os.path.exists(path := os.path.join(out_dir, name))), None)
+    paths = [os.path.join(out_dir, name) for name in names]
+    path = next(filter(os.path.exists, paths), None)
     if path is None:
         raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
     others = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
@@ -85,7 +84,9 @@ def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
             damaged = folder or archive.testzip()
         checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code') from None
+        raise ValueError(
+            f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code'
+        ) from None
     except Exception as error:  # what the readers raise on damaged bytes has no type in common
         what = f'{type(error).__name__} {error}'.splitlines()[0]
         raise ValueError(f'{path} is cut off, damaged or no checkpoint ({what}){advice}') from None
@@ -109,7 +110,9 @@ def build_model(checkpoint, **overrides):
         model = GPT(GPTConfig(**model_args))
         model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f'the checkpoint does not fit its own model_args: {" ".join(str(error).split())[:300]}') from None
+        raise ValueError(
+            f'the checkpoint does not fit its own model_args: {" ".join(str(error).split())[:300]}'
+        ) from None
     return model
 
 
@@ -121,28 +124,6 @@ def kan_args(state):
     K, P = splines.size(-1), knots.size(-1)  # G + k and G + 2k + 1
     spline_order = P - 1 - K
     return dict(use_kan=True, kan_targets='attn,mlp', grid_size=K - spline_order, spline_order=spline_order)
-
-
-def load_tokenizer(checkpoint, vocab_size, dataset=''):
-    """The tokenizer of `dataset` if named, else the one in the checkpoint; for nanoGPT's, which has none, the one its size tells."""
-    if 'tokenizer' in checkpoint and not dataset:
-        return tokenizer_from_dict(checkpoint['tokenizer'])
-    if dataset:
-        meta = read_meta(dataset)
-        if not meta:
-            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
-        tokenizer = tokenizer_from_dict(meta['tokenizer'])
-        if vocab_size not in (tokenizer.vocab_size, model_vocab_size(meta)):
-            raise ValueError(
-                f'data set {dataset!r} has {tokenizer.vocab_size} different tokens, the model {vocab_size}: not its vocabulary'
-            )
-        return tokenizer
-    if vocab_size in (50257, 50304):
-        return GPT2Tokenizer()
-    if vocab_size == len(TINYSHAKESPEARE_CHARS):
-        print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
-        return CharTokenizer(TINYSHAKESPEARE_CHARS)
-    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset')
 
 
 def versions():

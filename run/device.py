@@ -11,7 +11,16 @@ from contextlib import nullcontext
 import torch
 
 # dense bfloat16 peaks in FLOP/s, from the cards' data sheets
-PEAKS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, '4090': 165e12, '3090': 71e12}
+PEAKS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    '4090': 165e12,
+    '3090': 71e12,
+}
 
 
 def pick_device(device):

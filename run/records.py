@@ -28,7 +28,7 @@ def read_record(out_dir):
 
 def write_record(out_dir, record):
     with write_atomically(os.path.join(out_dir, 'run.json'), 'w', encoding='utf-8') as f:
-        json.dump(record, f, indent=1)
+        json.dump(record, f, indent=1, allow_nan=False)
 
 
 def read_log(out_dir):
@@ -45,7 +45,7 @@ def read_log(out_dir):
 
 def write_log(out_dir, lines):
     with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(line) + '\n' for line in lines)
+        f.writelines(json.dumps(line, allow_nan=False) + '\n' for line in lines)
 
 
 def commit():

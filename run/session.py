@@ -3,6 +3,7 @@ What train.py and finetune.py share around their loops: the processes of a run, 
 """
 
 import inspect
+import math
 import os
 import signal
 import sys
@@ -15,16 +16,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from run import records
-from run.checkpoint import save_checkpoint
-from run.device import get_rng, pick_device, pick_dtype, set_rng, set_up
+from run.checkpoint import save_checkpoint, set_aside, versions
+from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, set_up
 
 
 class Session:
     """One process of a run, started by torchrun or by hand."""
 
     def __init__(self, device, dtype):
-        self.rank, self.local_rank, world_size = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-        self.ddp, self.world_size, self.master = world_size > 0, max(world_size, 1), self.rank == 0
+        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+        self.ddp, self.world_size = 'WORLD_SIZE' in os.environ, int(os.environ.get('WORLD_SIZE', 1))
+        self.master = self.rank == 0
         self.device = pick_device('cpu' if self.ddp and device == 'auto' and not torch.cuda.is_available() else device)
         self.device_type = self.device.split(':')[0]
         if self.ddp and self.device_type == 'cuda':
@@ -54,7 +56,11 @@ class Session:
         if not self.ddp:
             return model
         # constant buffers need no exchange; torch 2.13 has another name for that
-        exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(DDP).parameters else 'broadcast_buffers'
+        exchange = (
+            'forward_sync_buffers'
+            if 'forward_sync_buffers' in inspect.signature(DDP).parameters
+            else 'broadcast_buffers'
+        )
         return DDP(model, device_ids=[self.local_rank] if self.device_type == 'cuda' else None, **{exchange: False})
 
     def all_reduce(self, *numbers):
@@ -64,6 +70,37 @@ class Session:
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def check_same(self, what, value):
+        """ValueError where the processes do not have the same: nodes without a shared disk prepare data of their own."""
+        values = [value] * self.world_size
+        if self.ddp:
+            dist.all_gather_object(values, value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise ValueError(
+                f'{what} is not the same on process {others[0]} as on process 0: copy its files from one node to all'
+            )
+
+    def update(self, optimizer, scaler, parameters, loss, grad_clip, place):
+        """
+        A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the sum over all processes of their
+        shares of the loss. Where the loss or a gradient is not finite, the run ends here and the weights stay as they are.
+        """
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        loss = float(loss)
+        if not (
+            scaler.is_enabled() or norm.isfinite()
+        ):  # the scaler itself skips steps with gradients that are not finite
+            loss = math.nan
+        loss = self.all_reduce(loss)[0]
+        if not math.isfinite(loss):
+            self.give_up(f'the loss or its gradient is not finite at {place}')
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
 
     def leave(self):
         if self.ddp:
@@ -104,7 +141,9 @@ class Session:
         if len(state.get('rng', [])) == self.world_size:
             set_rng(state['rng'][self.rank], self.device)
         elif self.master:
-            print(f'warning: no random state for {self.world_size} processes in the checkpoint, dropout starts from the seed')
+            print(
+                f'warning: no random state for {self.world_size} processes in the checkpoint, dropout starts from the seed'
+            )
 
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
@@ -125,13 +164,41 @@ class Session:
             self.save_failed = True
             self.say(f'warning: {name} is not saved, the checkpoint before it stays: {error}')
 
-    def write_record(self, out_dir, record, log):
-        """run.json and log.jsonl"""
-        if not self.master:
+    def begin(self, out_dir, log, resumed_at, config, **fields):
+        """
+        Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far. Where the
+        run is not resumed, the files of an earlier one in out_dir move aside.
+        """
+        self.out_dir, self.log = out_dir, log
+        self.record = dict(
+            config=config,
+            seed=config['seed'],
+            commit=records.commit(),
+            versions=versions(),
+            device=device_name(self.device),
+            processes=self.world_size,
+            **fields,
+            resumed_at=resumed_at,
+            started=records.now(),
+        )
+        if self.master and out_dir:
+            os.makedirs(out_dir, exist_ok=True)
+            if resumed_at is None and (folder := set_aside(out_dir)):
+                self.say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
+        self.write_record()
+
+    def give_up(self, reason):
+        """End a run that diverged, before it does harm to what is saved."""
+        self.write_record(failed=reason)
+        sys.exit(f'error: {reason}; the checkpoints are untouched')
+
+    def write_record(self, **fields):
+        self.record.update(fields)
+        if not (self.master and self.out_dir):
             return
         try:
-            records.write_record(out_dir, record)
-            records.write_log(out_dir, log)
+            records.write_record(self.out_dir, self.record)
+            records.write_log(self.out_dir, self.log)
         except OSError as error:
             self.save_failed = True
             self.say(f'warning: the run record is not saved: {error}')

@@ -44,7 +44,9 @@ if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
 settings = settings_of('train.py', others)
 config_file = next((arg for arg in others if not arg.startswith('-')), '')
 if not config_file or not settings['use_kan']:
-    raise ValueError('expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py')
+    raise ValueError(
+        'expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py'
+    )
 out = out or (config_file.removesuffix('.py').removesuffix('_kan') + f'_by_{by}' + '_wide' * (first == 'width') + '.py')
 if os.path.exists(out):
     raise ValueError(f'{out} exists: move it away, or choose another name by --out=...')
@@ -102,7 +104,9 @@ def closest(f, start):
 def fit_hidden(shape):
     """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
     n_embd = shape.get('n_embd', kan['n_embd'])
-    n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=round(kan['mlp_hidden'] * n_embd))
+    n, found = closest(
+        lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=round(kan['mlp_hidden'] * n_embd)
+    )
     return dict(shape, mlp_hidden=n / n_embd), found
 
 
@@ -119,7 +123,9 @@ def search():
             print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
     if abs(found - 1) > tolerance:
         other = 'width' if first == 'depth' else 'depth'
-        raise ValueError(f'no vanilla GPT within {tolerance:.0%}, the closest is {shape} with {found:.3f} of the {by}; try --first={other}')
+        raise ValueError(
+            f'no vanilla GPT within {tolerance:.0%}, the closest is {shape} with {found:.3f} of the {by}; try --first={other}'
+        )
     return shape
 
 
@@ -127,12 +133,21 @@ tolerance = 0.05 if by == 'seconds' else 0.01
 shape = search()
 chosen = vanilla(**shape)
 varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
-models = [kan, *(vanilla(**{**shape, varied: chosen[varied] + n * step}) for n in (-1, 0, 1) if chosen[varied] + n * step > 0)]
+models = [
+    kan,
+    *(vanilla(**{**shape, varied: chosen[varied] + n * step}) for n in (-1, 0, 1) if chosen[varied] + n * step > 0),
+]
 rows = [(m, count_parameters(m), count_flops(m), s) for m, s in zip(models, measure_seconds(*models))]
-print(f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}')
+print(
+    f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}'
+)
 for m, *costs in rows:
     label = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
-    ratios = '' if m is kan else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
+    ratios = (
+        ''
+        if m is kan
+        else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
+    )
     print(
         f'{label:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
     )
@@ -140,10 +155,14 @@ print(f'on {device_name(device)}, {dtype}')
 
 # the config file: what the KAN's command says, without the machine and without KAN layers
 _, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
-measured = f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} times as long, on {device_name(device)}, {dtype}'
+measured = (
+    f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} times as long, on {device_name(device)}, {dtype}'
+)
 figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': measured}[by]
 if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
-    print(f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?')
+    print(
+        f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?'
+    )
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
 left_out = {

@@ -53,7 +53,12 @@ case = ''  # what a process measures, as JSON
 configure(globals())
 device = pick_device(device)
 
-PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lora': 'kolmg_lora'}  # and the packages that have them
+PEERS = {
+    'efficient-kan': 'kan_gpt',
+    'inkan': 'inkan',
+    'peft': 'peft',
+    'kolmg-lora': 'kolmg_lora',
+}  # and the packages that have them
 LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
 SHAPES = [(192, 768, 16384), (768, 192, 16384), (96, 384, 2048), (768, 3072, 2048)]  # features in, features out, rows
 SIZES = ['micro', 'nano']
@@ -107,7 +112,9 @@ def list_cases():
     except re.error as error:
         raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
     if not chosen:
-        raise ValueError(f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}')
+        raise ValueError(
+            f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}'
+        )
     if missing:
         print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
     return chosen
@@ -165,7 +172,9 @@ def prepare_floor(I, O, N, dtype):
     The matrix products of nn.Linear(9 * I, O) on inputs that are ready: the arithmetic of a KAN layer of eight bases and an
     activation, when it multiplies by all of them.
     """
-    x, w, g = (torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O)))
+    x, w, g = (
+        torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O))
+    )
 
     def run():
         t0 = clock(device)
@@ -213,7 +222,9 @@ def prepare_step(dtype, where, name):
     raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
-            module.layers = nn.ModuleList(make_layer(name, layer.in_features, layer.out_features) for layer in module.layers)
+            module.layers = nn.ModuleList(
+                make_layer(name, layer.in_features, layer.out_features) for layer in module.layers
+            )
     raw_model.to(device)
     step = make_step(raw_model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
     return lambda: {'step': step()}
@@ -312,7 +323,9 @@ def run_rounds(cases):
         if 'error' in row:
             continue
         one = json.dumps([row['dtype'], row['where'], row['name']])
-        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep, case=one)
+        flags = dict(
+            suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep, case=one
+        )
         command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -342,7 +355,11 @@ def print_table(rows):
         parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
         times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in parts)
         ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
-        share = f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges' if 'edges' in parts else ''
+        share = (
+            f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges'
+            if 'edges' in parts
+            else ''
+        )
         print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB{share}')
         for name, count, seconds in row['operators']:
             print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
@@ -358,7 +375,9 @@ if case:
 else:
     rows = run_rounds(list_cases())
     print_table(rows)
-    about = dict(suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds)
+    about = dict(
+        suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds
+    )
     print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'keep': keep, 'rows': rows}))
     if all('error' in row for row in rows):
         sys.exit('error: every case failed')

@@ -34,7 +34,9 @@ from study import figures
 out = 'out-compare'  # the folder to write into
 baseline = ''  # the row that the others are compared with, by its name; by default the first
 mix = False  # compare even runs on other data, other validation windows or another number of tokens
-over = ''  # two settings, joined by a comma: also the best loss over the two for each family, the rows alike in all else
+over = (
+    ''  # two settings, joined by a comma: also the best loss over the two for each family, the rows alike in all else
+)
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
 configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
@@ -71,7 +73,9 @@ def group_runs(runs):
     for run in runs:
         config = {key: value for key, value in run['record']['config'].items() if key not in (*INCIDENTAL, 'seed')}
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
-        group = groups.setdefault(key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []})
+        group = groups.setdefault(
+            key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []}
+        )
         group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
     names = [group['name'] for group in groups.values()]
     for name in names:
@@ -91,9 +95,16 @@ def group_runs(runs):
 
 def describe_clash(one, other, *_):
     folders = [(group['finished'] + group['unfinished'])[0]['folder'] for group in (one, other)]
-    changed = [key for key in sorted(one['config'] | other['config']) if one['config'].get(key) != other['config'].get(key)]
-    listed = ', '.join(f'{key} ({one["config"].get(key)!r} and {other["config"].get(key)!r})' for key in changed) or 'their data'
-    return f'{folders[0]} and {folders[1]} would be one row, but differ in {listed}: leave one out, or rename its folder'
+    changed = [
+        key for key in sorted(one['config'] | other['config']) if one['config'].get(key) != other['config'].get(key)
+    ]
+    listed = (
+        ', '.join(f'{key} ({one["config"].get(key)!r} and {other["config"].get(key)!r})' for key in changed)
+        or 'their data'
+    )
+    return (
+        f'{folders[0]} and {folders[1]} would be one row, but differ in {listed}: leave one out, or rename its folder'
+    )
 
 
 def name_of(folder):
@@ -105,7 +116,9 @@ def name_of(folder):
 def check_comparable(groups):
     """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
     facts = {
-        'data': lambda g, record: tuple(data['sha256'] for data in (record['dataset']['splits'] or {}).values()) or g['config']['dataset'],
+        'data': lambda g, record: (
+            tuple(data['sha256'] for data in (record['dataset']['splits'] or {}).values()) or g['config']['dataset']
+        ),
         'validation windows (eval_iters * batch_size of them, block_size long)': lambda g, record: (
             g['config']['eval_iters'] * g['config']['batch_size'],
             g['config']['block_size'],
@@ -116,7 +129,9 @@ def check_comparable(groups):
     for what, fact in facts.items():
         found = {g['name']: fact(g, (g['finished'] + g['unfinished'])[0]['record']) for g in groups}
         if len(set(found.values())) > 1:
-            listed = '; '.join(f'{name}: {" ".join(str(v)[:12] for v in np.atleast_1d(value))}' for name, value in found.items())
+            listed = '; '.join(
+                f'{name}: {" ".join(str(v)[:12] for v in np.atleast_1d(value))}' for name, value in found.items()
+            )
             raise ValueError(f'the runs have different {what} ({listed}); to compare them all the same, add --mix=True')
 
 
@@ -142,7 +157,9 @@ def summarize(group):
     chars, splits = first['dataset'].get('val_chars'), first['dataset']['splits']
     group['chars_per_token'] = chars / splits['val']['tokens'] if chars else math.nan
     iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
-    losses = np.array([[next(line['val_loss'] for line in log if line['iter'] == i) for i in iterations] for log in logs])
+    losses = np.array(
+        [[next(line['val_loss'] for line in log if line['iter'] == i) for i in iterations] for log in logs]
+    )
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
 
 
@@ -154,7 +171,11 @@ def deviation(values):
 
 def compare_with(base, group):
     """(mean difference of the best losses over the seeds both have, p of a paired t-test, number of these seeds); NaN for too few."""
-    pairs = [(group['best'][i], base['best'][base['seeds'].index(seed)]) for i, seed in enumerate(group['seeds']) if seed in base['seeds']]
+    pairs = [
+        (group['best'][i], base['best'][base['seeds'].index(seed)])
+        for i, seed in enumerate(group['seeds'])
+        if seed in base['seeds']
+    ]
     difference = np.mean([ours - theirs for ours, theirs in pairs]) if pairs else math.nan
     return float(difference), float(stats.ttest_rel(*zip(*pairs)).pvalue) if len(pairs) > 1 else math.nan, len(pairs)
 
@@ -164,7 +185,9 @@ def fit_power_law(groups):
     loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the logarithms.
     The 95 % interval of the exponent is Student's, with as many degrees of freedom as sizes but two.
     """
-    fit = stats.linregress([math.log(group['parameters']) for group in groups], [math.log(np.mean(group['best'])) for group in groups])
+    fit = stats.linregress(
+        [math.log(group['parameters']) for group in groups], [math.log(np.mean(group['best'])) for group in groups]
+    )
     width = stats.t.ppf(0.975, len(groups) - 2) * fit.stderr
     return {
         'factor': math.exp(fit.intercept),
@@ -178,7 +201,9 @@ def families(groups, settings):
     """[(name, groups that differ in these settings only)]; the name is what theirs have in common, if anything, else the first's."""
     found = {}
     for group in groups:
-        key = json.dumps({name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True)
+        key = json.dumps(
+            {name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True
+        )
         found.setdefault(key, []).append(group)
     named = {}
     for members in found.values():
@@ -219,7 +244,10 @@ def bits_per_char(group):
 
 COLUMNS = {  # name: (text, number to sort by)
     'run': lambda g: (g['name'], g['name']),
-    'seeds': lambda g: (str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''), len(g['seeds'])),
+    'seeds': lambda g: (
+        str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''),
+        len(g['seeds']),
+    ),
     'parameters': lambda g: (f'{g["parameters"] / 1e6:.3g}M', g['parameters']),
     'FLOPs / token': lambda g: (f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
     'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
@@ -242,7 +270,9 @@ def notes(groups, base):
         'median over evaluation intervals and seeds, and the seconds of the curves are that many for each step; FLOPs are those of matrix '
         'products, forward and backward; parameters are all of them, position embeddings included.'
     )
-    yield f'Measured on: {"; ".join(devices)}.' + (' Times on different ones do not compare.' if len(devices) > 1 else '')
+    yield f'Measured on: {"; ".join(devices)}.' + (
+        ' Times on different ones do not compare.' if len(devices) > 1 else ''
+    )
     for group in groups:
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0
@@ -266,7 +296,9 @@ def markdown(groups, base, laws, grids, settings):
         lines += [f'| {name}: {settings[0]} | ' + ' | '.join(f'{settings[1]} {value}' for value in columns) + ' |']
         lines += ['|---' + '|--:' * len(columns) + '|']
         for row, cells in zip(rows, losses):
-            texts = [f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}'.replace('nan', '') for loss in cells]
+            texts = [
+                f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}'.replace('nan', '') for loss in cells
+            ]
             lines += [f'| {row} | ' + ' | '.join(texts) + ' |']
         lines += ['']
     return '\n'.join(lines + ['![best loss over the two settings](grids.png)', ''] * bool(grids))
@@ -286,10 +318,17 @@ def page(groups, base, laws, grids, settings):
     shown = [group for group in groups if group['finished']]
     cells = [[column(group) for column in COLUMNS.values()] for group in shown]
     body = [
-        ''.join(f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>' for text, value in row)
+        ''.join(
+            f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>'
+            for text, value in row
+        )
         for row in cells
     ]
-    curves = [figures.interactive_curves(shown, axis, unit) for axis, unit in figures.AXES.items() if figures.has_curves(shown)]
+    curves = [
+        figures.interactive_curves(shown, axis, unit)
+        for axis, unit in figures.AXES.items()
+        if figures.has_curves(shown)
+    ]
     maps = [figures.interactive_grid(grid, settings, *figures.loss_range(grids)) for grid in grids]
     return figures.PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
@@ -312,7 +351,9 @@ if not shown:
     raise ValueError('none of the runs is finished')
 for group in shown:
     summarize(group)
-base = next((group for group in shown if baseline in (group['name'], group['full_name'])), None) if baseline else shown[0]
+base = (
+    next((group for group in shown if baseline in (group['name'], group['full_name'])), None) if baseline else shown[0]
+)
 if base is None:
     raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(group["name"] for group in shown)}')
 for group in shown:
@@ -323,13 +364,21 @@ if over and (over.count(',') != 1 or not set(over.split(',')) <= shown[0]['confi
 settings = over.split(',') if over else []
 grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if over else []
 by_size = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else []
-laws = [(name, members, fit_power_law(members)) for name, members in by_size if len({group['parameters'] for group in members}) > 2]
+laws = [
+    (name, members, fit_power_law(members))
+    for name, members in by_size
+    if len({group['parameters'] for group in members}) > 2
+]
 if scaling and not laws:
-    raise ValueError('--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only')
+    raise ValueError(
+        '--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only'
+    )
 
 os.makedirs(out, exist_ok=True)
 table = markdown(groups, base, laws, grids, settings)
-public = [{key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown]
+public = [
+    {key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown
+]
 report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
 for name, text in {
     'compare.md': table,

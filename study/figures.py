@@ -24,7 +24,9 @@ AXES = {  # of the curves: what a line of the log says in this unit
 }
 LOGARITHMIC = ('FLOPs', 'seconds')
 COLORS = [matplotlib.colors.to_hex(color) for color in plt.rcParams['axes.prop_cycle'].by_key()['color']]
-LAYOUT = dict(template='plotly_white', height=480, margin=dict(l=50, r=10, t=10, b=40), legend=dict(orientation='h', y=-0.2))
+LAYOUT = dict(
+    template='plotly_white', height=480, margin=dict(l=50, r=10, t=10, b=40), legend=dict(orientation='h', y=-0.2)
+)
 
 
 def describe(law):
@@ -42,7 +44,9 @@ def draw_curves(groups):
             curve = group['curve']
             x = [unit(group, iteration) for iteration in curve['iterations']]
             (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
-            panel.fill_between(x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2)
+            panel.fill_between(
+                x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2
+            )
         panel.set_xlabel(axis)
         if axis in LOGARITHMIC:
             panel.set_xscale('log')
@@ -62,7 +66,9 @@ def draw_scaling(laws):
         points = [(group['parameters'], loss) for group in members for loss in group['best']]
         dots = panel.scatter(*zip(*points), s=14)
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
-        panel.plot(x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}')
+        panel.plot(
+            x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}'
+        )
     panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
@@ -75,7 +81,9 @@ def draw_scaling(laws):
 def draw_grids(grids, settings):
     """A panel for each family, all on one scale of colours."""
     n = min(3, len(grids))
-    figure, panels = plt.subplots(-(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained')
+    figure, panels = plt.subplots(
+        -(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained'
+    )
     low, high = loss_range(grids)
     for panel in panels.flat[len(grids) :]:
         panel.axis('off')
@@ -88,7 +96,15 @@ def draw_grids(grids, settings):
         for (i, j), loss in np.ndenumerate(losses):
             dark = image.norm(loss) < 0.6
             weight = 'bold' if loss == np.nanmin(losses) else 'normal'
-            panel.text(j, i, f'{loss:.3f}'.replace('nan', ''), ha='center', va='center', color='w' if dark else 'k', weight=weight)
+            panel.text(
+                j,
+                i,
+                f'{loss:.3f}'.replace('nan', ''),
+                ha='center',
+                va='center',
+                color='w' if dark else 'k',
+                weight=weight,
+            )
     figure.colorbar(image, ax=panels, label='best validation loss, nats per token')
     return figure
 
@@ -100,7 +116,9 @@ def loss_range(grids):
 def interactive_grid(grid, settings, low, high):
     name, rows, columns, losses = grid
     texts = [[f'{loss:.4f}'.replace('nan', '') for loss in row] for row in losses]
-    shown = dict(z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high)
+    shown = dict(
+        z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high
+    )
     figure = go.Figure(go.Heatmap(x=[str(value) for value in columns], y=[str(value) for value in rows], **shown))
     layout = dict(title_text=name, title_font_size=14, xaxis_title=settings[1], yaxis_title=settings[0])
     figure.update_layout(**layout, template='plotly_white', height=360, margin=dict(l=70, r=10, t=50, b=40))
@@ -114,15 +132,22 @@ def interactive_curves(groups, axis, unit):
     for group, color in zip(groups, COLORS * len(groups)):
         curve = group['curve']
         x = [unit(group, iteration) for iteration in curve['iterations']]
-        text = [f'{mean:.4f}' + ('' if math.isnan(std) else f' ± {std:.4f}') for mean, std in zip(curve['mean'], curve['std'])]
+        text = [
+            f'{mean:.4f}' + ('' if math.isnan(std) else f' ± {std:.4f}')
+            for mean, std in zip(curve['mean'], curve['std'])
+        ]
         line = dict(x=x, y=curve['mean'].tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
         figure.add_scatter(**line, text=text, hovertemplate='%{text}', mode='lines+markers')
         if len(group['seeds']) > 1:
             edge = [*(curve['mean'] + curve['std']), *(curve['mean'] - curve['std'])[::-1]]
-            figure.add_scatter(x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip')
+            figure.add_scatter(
+                x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip'
+            )
             figure.data[-1].update(legendgroup=group['name'], showlegend=False)
     figure.update_layout(xaxis_title=axis, yaxis_title='validation loss, nats per token (± one std)', **LAYOUT)
-    figure.update_xaxes(tickformat='~g' if axis == 'seconds' else '~s', **(dict(type='log', dtick='D2') if axis in LOGARITHMIC else {}))
+    figure.update_xaxes(
+        tickformat='~g' if axis == 'seconds' else '~s', **(dict(type='log', dtick='D2') if axis in LOGARITHMIC else {})
+    )
     return figure
 
 
@@ -130,9 +155,22 @@ def interactive_scaling(laws):
     figure = go.Figure()
     for (name, members, law), color in zip(laws, COLORS * len(laws)):
         x, y = zip(*[(group['parameters'], loss) for group in members for loss in group['best']])
-        figure.add_scatter(x=x, y=y, mode='markers', marker_color=color, showlegend=False, hovertemplate='%{x:,}: %{y:.4f}<extra></extra>')
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode='markers',
+            marker_color=color,
+            showlegend=False,
+            hovertemplate='%{x:,}: %{y:.4f}<extra></extra>',
+        )
         x = np.geomspace(min(x), max(x))
-        figure.add_scatter(x=x, y=law['factor'] * x ** law['exponent'], name=f'{name}: {describe(law)}', line_color=color, hoverinfo='skip')
+        figure.add_scatter(
+            x=x,
+            y=law['factor'] * x ** law['exponent'],
+            name=f'{name}: {describe(law)}',
+            line_color=color,
+            hoverinfo='skip',
+        )
     figure.update_layout(xaxis_title='parameters', yaxis_title='best validation loss, nats per token', **LAYOUT)
     figure.update_xaxes(type='log', dtick='D2', tickformat='~s')
     figure.update_yaxes(type='log', dtick='L0.1', tickformat='~r')
@@ -176,5 +214,8 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 
 def section(title, figures):
     """HTML: a heading and the interactive figures below it; nothing where there are none."""
-    drawn = [plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True}) for figure in figures]
+    drawn = [
+        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True})
+        for figure in figures
+    ]
     return f'<h2>{title}</h2>{"".join(drawn)}' if drawn else ''

@@ -83,10 +83,18 @@ def list_runs(stage):
     if stage == 'search':
         short = dict(sst, train_limit=2500, valid_fraction=0.3, seed=0)
         rates = [(name, settings, lr) for name, (settings, rates) in VARIANTS.items() for lr in rates]
-        return [(stage, f'{name}, lr={lr:g}', 'sst', {**short, **settings, 'learning_rate': lr}) for name, settings, lr in rates]
+        return [
+            (stage, f'{name}, lr={lr:g}', 'sst', {**short, **settings, 'learning_rate': lr})
+            for name, settings, lr in rates
+        ]
     if stage == 'final':
         return [
-            (stage, f'{name}, {task}, seed={seed}', task, {**TASKS[task], **settings, 'learning_rate': best_rate(name), 'seed': seed})
+            (
+                stage,
+                f'{name}, {task}, seed={seed}',
+                task,
+                {**TASKS[task], **settings, 'learning_rate': best_rate(name), 'seed': seed},
+            )
             for seed in many
             for task in TASKS
             for name, (settings, _) in VARIANTS.items()
@@ -130,7 +138,10 @@ def list_runs(stage):
         ]
     if stage == 'time':
         short = dict(sst, train_limit=640, epochs=2, seed=1)  # the second epoch is timed
-        return [(stage, name, 'sst', {**short, **settings, 'learning_rate': best_rate(name)}) for name, (settings, _) in VARIANTS.items()]
+        return [
+            (stage, name, 'sst', {**short, **settings, 'learning_rate': best_rate(name)})
+            for name, (settings, _) in VARIANTS.items()
+        ]
     raise ValueError(f'stages: expected any of search, final, rank, single, rates, time, graph, got {stage!r}')
 
 
@@ -161,7 +172,9 @@ def run_one(stage, name, task, settings):
         process.join()
         if process.exitcode:
             sys.exit(f'error: {stage} {name} failed, see above')
-        metrics, about = (json.loads(Path(folder, file).read_text(encoding='utf-8')) for file in ('metrics.json', 'run.json'))
+        metrics, about = (
+            json.loads(Path(folder, file).read_text(encoding='utf-8')) for file in ('metrics.json', 'run.json')
+        )
         log = read_log(folder)
     base = dict(name=Path(init_from).name, model_args=about['model_args'])
     record = dict(
@@ -190,7 +203,9 @@ def finetune(flags):
     sys.stdout = open(os.devnull, 'w')
     try:
         runpy.run_path(str(Path(ROOT, 'finetune.py')), run_name='__main__')
-    except Exception:  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
+    except (
+        Exception
+    ):  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
@@ -199,7 +214,9 @@ def measure_edges():
     """What finding edges takes of a training step: the last line of bench.py --suite=graph is the record."""
     if not path_of('graph', 'edges').exists():
         flags = ['--suite=graph', '--dtypes=float32', '--only=nano|micro', '--rounds=1']
-        done = subprocess.run([sys.executable, Path(ROOT, 'bench.py'), *flags], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, Path(ROOT, 'bench.py'), *flags], stdout=subprocess.PIPE, text=True, check=True
+        )
         write_record('graph', 'edges', json.loads(done.stdout.split('\n')[-2]))
 
 
@@ -212,7 +229,9 @@ def warm_up():
                 layer = KANLinear(64, 8, grid_size, spline_order=1).requires_grad_(False)
                 x, grad = torch.randn(512, 64, requires_grad=trains), torch.randn(512, 8)
                 with torch.no_grad():
-                    spline_linear_backward(grad, x, layer.packed_weight(), layer.grid, 1, name_of(activation), x.dtype, [True, True])
+                    spline_linear_backward(
+                        grad, x, layer.packed_weight(), layer.grid, 1, name_of(activation), x.dtype, [True, True]
+                    )
 
 
 # reading the records
@@ -229,9 +248,13 @@ def check_record(stage, name, task, settings):
     """ValueError for a record that was made with other settings than the study has, or that began with another model."""
     record, base = read_record(stage, name), Path(init_from).name
     if record['settings'] != settings:
-        raise ValueError(f'{path_of(stage, name).name} was made with {record["settings"]}, the study has {settings}: move it away')
+        raise ValueError(
+            f'{path_of(stage, name).name} was made with {record["settings"]}, the study has {settings}: move it away'
+        )
     if record['base']['name'] != base:
-        raise ValueError(f'{path_of(stage, name).name} began with {record["base"]["name"]}, the study begins with {base}: move it away')
+        raise ValueError(
+            f'{path_of(stage, name).name} began with {record["base"]["name"]}, the study begins with {base}: move it away'
+        )
 
 
 def best_rate(variant):
@@ -246,14 +269,19 @@ def read_seeds(stage, name):
 
 def read_cfimdb(variant, lr):
     """The runs on CFIMDB at a learning rate; where that is SST's they are in `final`."""
-    return read_seeds('final', f'{variant}, cfimdb') if lr == best_rate(variant) else read_seeds('rates', f'{variant}, lr={lr:g}')
+    return (
+        read_seeds('final', f'{variant}, cfimdb')
+        if lr == best_rate(variant)
+        else read_seeds('rates', f'{variant}, lr={lr:g}')
+    )
 
 
 def read_finals(variant, task):
     """The runs of a variant on a task, of CFIMDB at the learning rate with the lowest loss on what was held out of it."""
     if task == 'cfimdb':
         return min(
-            (read_cfimdb(variant, lr) for lr in VARIANTS[variant][1]), key=lambda found: sum(record['valid']['loss'] for record in found)
+            (read_cfimdb(variant, lr) for lr in VARIANTS[variant][1]),
+            key=lambda found: sum(record['valid']['loss'] for record in found),
         )
     return read_seeds('final', f'{variant}, {task}')
 
@@ -309,7 +337,10 @@ def make_main_table():
 
 
 def make_rank_table():
-    lines = ['| LoRA on SST | ' + ' | '.join(f'alpha {alpha}' for alpha in ALPHAS) + ' |', '|---|' + '--:|' * len(ALPHAS)]
+    lines = [
+        '| LoRA on SST | ' + ' | '.join(f'alpha {alpha}' for alpha in ALPHAS) + ' |',
+        '|---|' + '--:|' * len(ALPHAS),
+    ]
     for rank in RANKS:
         cells = []
         for alpha in ALPHAS:
@@ -379,7 +410,9 @@ def draw_curves():
                 epochs = [line['epoch'] for line in record['log']]
                 for key, style, name in ('train_loss', '--', 'train'), ('loss', '-', 'held out'):
                     label = f'{variant}, {name}' if i == 0 else None
-                    panel.plot(epochs, [line[key] for line in record['log']], style, color=color, alpha=0.7, label=label)
+                    panel.plot(
+                        epochs, [line[key] for line in record['log']], style, color=color, alpha=0.7, label=label
+                    )
         panel.set_title(f'{task}, rates {", ".join(f"{rate_of(variant, task):g}" for variant in colors)}')
         panel.set_xlabel('epoch')
         panel.set_xticks(epochs)

@@ -32,9 +32,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import ROOT, configure
-from kan import KANLinear, kanify
+from kan import KANLinear
 from run.device import keep_memory, peak_memory
 from run.files import write_atomically
+from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, fit_linear, lora_layers, lora_param_groups, save_lora
 from tasks.prompts import read_rows
 
@@ -107,7 +108,9 @@ def apply_method(model, method, lr, batch):
             kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1, grid_eps=1.0)
             fit_grids(model, batch)
         model.head.requires_grad_(True)
-        groups = [{'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
+        groups = [
+            {'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}
+        ]
     if method == 'head only':
         return groups
     head = {
@@ -164,7 +167,10 @@ def make_batches(rows, shuffle):
 def collate(rows):
     ids = [torch.tensor(row) for row, _ in rows]
     pad = nn.utils.rnn.pad_sequence
-    inputs = {'input_ids': pad(ids, batch_first=True), 'attention_mask': pad([torch.ones_like(row) for row in ids], batch_first=True)}
+    inputs = {
+        'input_ids': pad(ids, batch_first=True),
+        'attention_mask': pad([torch.ones_like(row) for row in ids], batch_first=True),
+    }
     return inputs, torch.tensor([label for _, label in rows])
 
 
@@ -180,7 +186,10 @@ def train(stage, method, lr, seed):
     keep_memory()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     rows, dev = load_split('train', tokenizer), load_split('dev', tokenizer)
-    if stage in ('search', 'squash'):  # a third of train to learn from, an eighth to choose by; dev is only reported, at the end
+    if stage in (
+        'search',
+        'squash',
+    ):  # a third of train to learn from, an eighth to choose by; dev is only reported, at the end
         random.Random(0).shuffle(rows)
         rows, dev = rows[: len(rows) // 3], rows[-len(rows) // 8 :]
     torch.manual_seed(seed)
@@ -204,10 +213,14 @@ def train(stage, method, lr, seed):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
         seconds.append(time.perf_counter() - start)
-    record = dict(stage=stage, method=method, lr=lr, seed=seed, steps=len(batches), trainable=sum(p.numel() for p in parameters))
+    record = dict(
+        stage=stage, method=method, lr=lr, seed=seed, steps=len(batches), trainable=sum(p.numel() for p in parameters)
+    )
     if stage == 'time':
         return record | dict(
-            seconds=statistics.median(seconds[3:]), peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method)
+            seconds=statistics.median(seconds[3:]),
+            peak_bytes=peak_memory('cpu') - loaded,
+            bytes=count_bytes(model, method),
         )
     record['accuracy'] = score(model, dev)
     if (stage, method) == ('final', 'KAN-LoRA'):  # what its nearest linear map would do
@@ -226,7 +239,9 @@ def score(model, rows):
     """The share of rows whose label the model gives."""
     model.eval()
     with torch.autocast('cpu', torch.bfloat16):
-        return sum((model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)) / len(rows)
+        return sum(
+            (model(**inputs).argmax(-1) == labels).sum().item() for inputs, labels in make_batches(rows, None)
+        ) / len(rows)
 
 
 # against PEFT
@@ -239,7 +254,9 @@ def compare_with_peft(method):
 
     keep_memory()
     rows = load_split('train', AutoTokenizer.from_pretrained(MODEL))
-    inputs, labels = [batch for batch in make_batches(rows, random.Random(0)) if 24 <= batch[0]['input_ids'].size(1) <= 28][0]
+    inputs, labels = [
+        batch for batch in make_batches(rows, random.Random(0)) if 24 <= batch[0]['input_ids'].size(1) <= 28
+    ][0]
     settings, _ = METHODS[method]
     torch.manual_seed(0)
     ours, theirs = load_model(), load_model()
@@ -247,11 +264,16 @@ def compare_with_peft(method):
     options = dict(use_dora=settings.get('use_dora', False), use_rslora=settings.get('rs_lora', False))
     add_lora(ours, LoRAConfig(**settings))
     theirs.head.requires_grad_(False)
-    get_peft_model(theirs.encoder, LoraConfig(target_modules=['query', 'value'], r=16, lora_alpha=32, lora_dropout=0.05, **options))
+    get_peft_model(
+        theirs.encoder, LoraConfig(target_modules=['query', 'value'], r=16, lora_alpha=32, lora_dropout=0.05, **options)
+    )
     pairs = []
     for path, layer in lora_layers(ours).items():
         adapter, other = layer.adapter, theirs.get_submodule(path)
-        pairs += [(adapter.lora_A['weight'], other.lora_A['default'].weight), (adapter.lora_B['weight'], other.lora_B['default'].weight)]
+        pairs += [
+            (adapter.lora_A['weight'], other.lora_A['default'].weight),
+            (adapter.lora_B['weight'], other.lora_B['default'].weight),
+        ]
         if adapter.magnitude is not None:
             pairs.append((adapter.magnitude, other.lora_magnitude_vector['default'].weight))
     for p, other in pairs:
@@ -391,7 +413,11 @@ def make_tables(records):
         '|---|--:|--:|--:|--:|--:|--:|--:|',
     ]
     for method in METHODS:
-        values, final, timed = accuracies(records, 'final', method), select(records, 'final', method), select(records, 'time', method)
+        values, final, timed = (
+            accuracies(records, 'final', method),
+            select(records, 'final', method),
+            select(records, 'time', method),
+        )
         seconds = statistics.median(record['seconds'] for record in timed)
         memory, size = max(record['peak_bytes'] for record in timed) / 1e6, timed[0]['bytes'] / 1e6
         cells = [f'{final[0]["trainable"]:,}', describe(values), to_baseline(values, baseline), f'{final[0]["lr"]:.3g}']
@@ -400,7 +426,9 @@ def make_tables(records):
     baseline = accuracies(records, 'squash', 'KAN-LoRA')
     for method in ('KAN-LoRA', *SQUASHED):
         values = accuracies(records, 'squash', method)
-        lines.append(f'| {method.partition(", ")[2] or "tanh"} | {describe(values)} | {to_baseline(values, baseline)} |')
+        lines.append(
+            f'| {method.partition(", ")[2] or "tanh"} | {describe(values)} | {to_baseline(values, baseline)} |'
+        )
     lines += [
         '',
         '| against PEFT | outputs differ by | gradients by | forward + backward, ms | PEFT | ratio |',
@@ -409,12 +437,17 @@ def make_tables(records):
     for method in ('LoRA', 'rsLoRA', 'DoRA'):
         rounds = select(records, 'peft', method)
         apart = [max(record[key] for record in rounds) for key in ('outputs', 'gradients')]
-        ours, theirs = (1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds'))
+        ours, theirs = (
+            1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds')
+        )
         ratio = statistics.median(record['seconds'] / record['peft_seconds'] for record in rounds)
         lines.append(f'| {method} | {apart[0]:.1e} | {apart[1]:.1e} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |')
     fitted = select(records, 'final', 'KAN-LoRA')
     error, linear = mean_of(fitted, 'linear_error'), describe([record['linear_accuracy'] for record in fitted])
-    lines += ['', f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.']
+    lines += [
+        '',
+        f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.',
+    ]
     return '\n'.join(lines) + '\n'
 
 
@@ -440,7 +473,9 @@ def draw(records):
         last = -math.inf
         for mean, x, method, color in sorted(column):
             last = max(mean, last + 0.19)
-            panel.annotate(method, (x, mean), (x * 1.28, last), textcoords='data', va='center', fontsize=10, color=color)
+            panel.annotate(
+                method, (x, mean), (x * 1.28, last), textcoords='data', va='center', fontsize=10, color=color
+            )
     panel.set_xscale('log')
     panel.set_xlim(1200, 1.2e8)
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))

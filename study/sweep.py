@@ -42,7 +42,9 @@ def read_grid(argv):
         elif not arg.startswith('--') or not equals:
             raise ValueError(f'expected a config file or --key=value, got {arg!r}')
         elif name in ('out_dir', 'init_from', 'eval_only'):
-            raise ValueError(f'{arg}: the runs of a sweep start from scratch and have folders of their own (--root=...)')
+            raise ValueError(
+                f'{arg}: the runs of a sweep start from scratch and have folders of their own (--root=...)'
+            )
         else:
             grid[name] = text.split(',') if re.fullmatch(r'[-+.\deE_,]+', text) else [text]
     if not configs:
@@ -55,7 +57,9 @@ def list_runs(configs, grid):
     runs = {}
     for config, values in itertools.product(configs, itertools.product(*grid.values())):
         flags = [f'--{name}={value}' for name, value in zip(grid, values)]
-        varied = sorted(flag.removeprefix('--') for flag, name in zip(flags, grid) if name == 'seed' or len(grid[name]) > 1)
+        varied = sorted(
+            flag.removeprefix('--') for flag, name in zip(flags, grid) if name == 'seed' or len(grid[name]) > 1
+        )
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         if os.path.join(root, name) in runs:
             raise ValueError(f'two of the runs are called {name}: name each config file and each value once')
@@ -66,7 +70,11 @@ def list_runs(configs, grid):
 def check_record(out_dir, record, settings):
     """ValueError where the folder holds a run with other settings than those of this command."""
     config = record.get('config', {})
-    others = [f'{name}={config[name]!r}' for name in config if name not in (*INCIDENTAL, 'dtype') and config[name] != settings.get(name)]
+    others = [
+        f'{name}={config[name]!r}'
+        for name in config
+        if name not in (*INCIDENTAL, 'dtype') and config[name] != settings.get(name)
+    ]
     if others:
         raise ValueError(f'{out_dir} holds a run with {", ".join(others)}; move it away or choose another --root')
 
@@ -74,7 +82,13 @@ def check_record(out_dir, record, settings):
 def train(out_dir, args, bar):
     """Run train.py to its end, from its last checkpoint if there is one; returns its last line. Ctrl-C lets it save first."""
     started = os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), *args, f'--out_dir={out_dir}', *['--init_from=resume'] * started]
+    command = [
+        sys.executable,
+        os.path.join(ROOT, 'train.py'),
+        *args,
+        f'--out_dir={out_dir}',
+        *['--init_from=resume'] * started,
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, env={**os.environ, 'PYTHONUNBUFFERED': '1'}, **pipes)
     before, last, stopped = bar.n, '', False
@@ -108,7 +122,9 @@ settings = {out_dir: settings_of('train.py', args) for out_dir, args in runs.ite
 known = {}
 for out_dir, chosen in settings.items():
     if chosen['init_from'] != 'scratch' or chosen['eval_only']:
-        raise ValueError(f'{runs[out_dir][0]}: the runs of a sweep are trained from scratch, not with init_from or eval_only')
+        raise ValueError(
+            f'{runs[out_dir][0]}: the runs of a sweep are trained from scratch, not with init_from or eval_only'
+        )
     other = known.setdefault(str({key: value for key, value in chosen.items() if key not in INCIDENTAL}), out_dir)
     if other != out_dir:
         raise ValueError(f'{other} and {out_dir} would be the same run')

@@ -30,8 +30,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KANLinear, choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, to_float64, without_tied
+from kan import KANLinear, to_float64
 from run.files import write_atomically
+from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
 
 KINDS = ('lora', 'kan', 'kan_base')
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
@@ -216,7 +217,9 @@ class LowRank(Adapter):
 
     def forward(self, layer, x):
         if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights
-            kept = self.dropout(torch.ones_like(self.lora_A['base_weight'][0]))  # dropout is of features, the same for all rows
+            kept = self.dropout(
+                torch.ones_like(self.lora_A['base_weight'][0])
+            )  # dropout is of features, the same for all rows
             return layer(x, **self.adapted(layer, kept))
         y, A, B = layer(x), self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
         if isinstance(layer, nn.Embedding):
@@ -243,11 +246,15 @@ class LowRank(Adapter):
         scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
         rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
         stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
-        return {name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()}
+        return {
+            name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()
+        }
 
     def merged(self, layer):
         layer = copy.copy(layer)
-        layer._parameters = dict(layer._parameters)  # its own, so that the weights of the layer itself stay where they are
+        layer._parameters = dict(
+            layer._parameters
+        )  # its own, so that the weights of the layer itself stay where they are
         for name, w in self.adapted(layer).items():
             setattr(layer, name, nn.Parameter(w, requires_grad=False))
         return layer
@@ -310,7 +317,9 @@ class TrainedCopy(Adapter):
         super().__init__(config)
         inner = next(iter(lora_layers(module)), None)
         if inner is not None:
-            raise ValueError(f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double')
+            raise ValueError(
+                f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double'
+            )
         self.copy = copy.deepcopy(module).requires_grad_(True)
 
     def forward(self, module, *args, **kwargs):
@@ -375,7 +384,9 @@ def add_lora(model, config, name='default'):
     ValueError names what there is where a target matches nothing.
     """
     if not isinstance(config, LoRAConfig):
-        raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; configs of PEFT go to its get_peft_model')
+        raise ValueError(
+            f'expected a LoRAConfig, got {type(config).__name__}; configs of PEFT go to its get_peft_model'
+        )
     refuse_merged(model)
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
@@ -391,7 +402,9 @@ def make_adapters(model, config, targets):
 
 def install(model, adapters, name):
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ValueError(f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}')
+        raise ValueError(
+            f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}'
+        )
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
     for path, adapter in adapters.items():
@@ -425,7 +438,9 @@ def active_lora(model):
     """The LoRALayers whose adapter is at work, {path: LoRALayer}; ValueError if there are none."""
     layers = {path: layer for path, layer in lora_layers(model).items() if layer.adapter is not None}
     if not layers:
-        raise ValueError('the model has no active adapter: add_lora or load_lora give it one, set_lora switches between them')
+        raise ValueError(
+            'the model has no active adapter: add_lora or load_lora give it one, set_lora switches between them'
+        )
     return layers
 
 
@@ -449,7 +464,11 @@ def find_targets(model, config):
     """The paths of the layers that a config names. Embeddings and layers that share their weight have to be named themselves."""
     layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    chosen = [path for path in choose(layers, targets) if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
+    chosen = [
+        path
+        for path in choose(layers, targets)
+        if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)
+    ]
     if not chosen:
         raise ValueError(f'embeddings have to be named themselves: {names_of(choose(layers, targets))}')
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
@@ -519,7 +538,9 @@ def merge_lora(model):
     merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
     for path, layer in layers.items():
         layer.unmerged, layer.base_layer = layer.base_layer, merged[path]
-    dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()}))
+    dtypes = ', '.join(
+        sorted({str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()})
+    )
     print(f'merged into {len(layers)} layers: exact up to the rounding of {dtypes}')
     return model
 
@@ -552,7 +573,9 @@ def fit_linear(model, batches, name='linear'):
     """
     layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
     if not layers:
-        raise ValueError('fit_linear replaces adapters of kind kan, and the active one is linear: merge_lora(model) is exact')
+        raise ValueError(
+            'fit_linear replaces adapters of kind kan, and the active one is linear: merge_lora(model) is exact'
+        )
     kans = [path for path, layer in layers.items() if isinstance(layer.base_layer, KANLinear)]
     if kans:
         raise ValueError(f'{kans[0]} is a KAN layer: its weights cannot hold a linear map, so there is nothing to fit')
@@ -592,7 +615,9 @@ def collect_moments(model, layers, batches):
     model.eval()
     try:
         for batch in batches:
-            model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+            model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(
+                batch, (tuple, list)
+            ) else model(batch)
     finally:
         for module in training:
             module.training = True
@@ -630,13 +655,21 @@ def save_lora(model, folder):
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
     stray = next((path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours), None)
     if stray:
-        raise ValueError(f'{stray} trains but is not part of the adapter and would be lost: name its module in modules_to_save')
+        raise ValueError(
+            f'{stray} trains but is not part of the adapter and would be lost: name its module in modules_to_save'
+        )
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
         'layers': {path: [kind_of(layer.adapter), describe(layer.base_layer)] for path, layer in layers.items()},
-        'base': base_identity(model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]),
+        'base': base_identity(
+            model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]
+        ),
     }
-    tensors = {f'{path}.{name}': p.detach().clone() for path, layer in layers.items() for name, p in layer.adapter.state_dict().items()}
+    tensors = {
+        f'{path}.{name}': p.detach().clone()
+        for path, layer in layers.items()
+        for name, p in layer.adapter.state_dict().items()
+    }
     os.makedirs(folder, exist_ok=True)
     with write_atomically(os.path.join(folder, 'adapter_model.safetensors')) as f:
         f.write(save(tensors, {'adapter': json.dumps(record)}))
@@ -682,8 +715,12 @@ def load_lora(model, folder, name='default', check_base=True):
         targets = {path: kind for path, (kind, _) in record['layers'].items()}
         base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})') from None
-    if check_base and base != (found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])):
+        raise ValueError(
+            f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})'
+        ) from None
+    if check_base and base != (
+        found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])
+    ):
         raise ValueError(
             f'{folder} belongs to another base: {base["class"]} of {base["numbers"]} numbers, sha256 {str(base["sha256"])[:12]}; this is '
             f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. A new head with numbers of its own belongs in '
@@ -693,7 +730,9 @@ def load_lora(model, folder, name='default', check_base=True):
     for path, (kind, was) in record['layers'].items():
         found = describe(modules[path]) if path in modules else 'not there'
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
-            raise ValueError(f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}')
+            raise ValueError(
+                f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}'
+            )
     adapters = make_adapters(model, config, targets)
     wanted = {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
     if wanted.keys() != tensors.keys():
@@ -713,7 +752,9 @@ def read_adapter(path):
     from safetensors import SafetensorError, safe_open
 
     if not os.path.exists(path):
-        raise ValueError(f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors, as save_lora writes it')
+        raise ValueError(
+            f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors, as save_lora writes it'
+        )
     try:
         with safe_open(path, 'pt') as f:
             record = json.loads((f.metadata() or {}).get('adapter', 'null'))
@@ -721,7 +762,9 @@ def read_adapter(path):
     except (SafetensorError, ValueError) as error:
         raise ValueError(f'{path} is cut off or damaged ({" ".join(str(error).split())[:200]})') from None
     if not isinstance(record, dict):
-        raise ValueError(f'{path} has no header of save_lora: an adapter of PEFT is loaded by PeftModel.from_pretrained')
+        raise ValueError(
+            f'{path} has no header of save_lora: an adapter of PEFT is loaded by PeftModel.from_pretrained'
+        )
     return record, tensors
 
 
@@ -740,7 +783,10 @@ def lora_param_groups(model, lr, weight_decay):
         for p in layer.adapter.parameters():
             scale = layer.adapter.config.lora_plus_ratio if id(p) in fast else 1.0
             groups.setdefault((scale, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
-    return [{'params': ps, 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale} for (scale, decay), ps in groups.items()]
+    return [
+        {'params': ps, 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale}
+        for (scale, decay), ps in groups.items()
+    ]
 
 
 VARIANTS = (  # name, path, whether it merges, settings
@@ -765,7 +811,13 @@ def lora_report(model):
     total = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
     rows = [('layer', 'adapter', 'trainable', 'frozen', 'share', 'bytes')]
     for path, layer in layers.items():
-        rows.append((path, kind_of(layer.adapter), *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters()))))
+        rows.append(
+            (
+                path,
+                kind_of(layer.adapter),
+                *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters())),
+            )
+        )
     rows.append(('total', '', *cells([layer.adapter for layer in layers.values()], total)))
     copies = [layer.adapter for layer in layers.values() if isinstance(layer.adapter, TrainedCopy)]
     bases = [copy.deepcopy(layer.base_layer).to('meta') for layer in layers.values() if layer.adapter not in copies]
@@ -774,7 +826,9 @@ def lora_report(model):
     for label, path, merges, settings in VARIANTS:
         settings = replace(config, **dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0) | settings)
         sketches = [CLASSES[settings.kind](base, settings) for base in bases if settings.kind in kinds_of(base)]
-        variants.append((label, path, merges, str(len(sketches)), *(cells(sketches + copies, total) if sketches else '----')))
+        variants.append(
+            (label, path, merges, str(len(sketches)), *(cells(sketches + copies, total) if sketches else '----'))
+        )
     return '\n\n'.join(map(aligned, (rows, variants)))
 
 
@@ -790,4 +844,6 @@ def aligned(rows):
     columns = list(zip(*rows))
     widths = [max(map(len, column)) for column in columns]
     left = [column[1][:1].isalpha() or not column[1] for column in columns]
-    return '\n'.join('  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip() for row in rows)
+    return '\n'.join(
+        '  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip() for row in rows
+    )

@@ -34,8 +34,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 
-from kan import is_conv1d, is_linear
 from run.files import write_atomically
+from surgery.kanify import is_conv1d, is_linear
 from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, sizes
 
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
@@ -44,7 +44,18 @@ OURS = {  # fields of KanLoraConfig by the names they have in lora.py
     'alpha': 'lora_alpha',
     'dropout': 'lora_dropout',
     'rs_lora': 'use_rslora',
-    **{name: name for name in ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')},
+    **{
+        name: name
+        for name in (
+            'use_dora',
+            'grid_size',
+            'spline_order',
+            'grid_range',
+            'kan_scale_noise',
+            'kan_scale_base',
+            'squash',
+        )
+    },
 }
 BIASES = ('none', 'all', 'kanlora_only')
 CARD = """
@@ -158,7 +169,9 @@ class KanLoraLayer(nn.Module, BaseTunerLayer):
         return result.to(y.dtype)
 
     def merge(self, safe_merge=False, adapter_names=None):
-        raise NotImplementedError('a KANLORA adapter is not linear in its input, so no weight can hold it: keep it beside the base model')
+        raise NotImplementedError(
+            'a KANLORA adapter is not linear in its input, so no weight can hold it: keep it beside the base model'
+        )
 
     unmerge = merge
 
@@ -166,9 +179,13 @@ class KanLoraLayer(nn.Module, BaseTunerLayer):
 def check_layer(path, layer):
     """ValueError for a layer that cannot have this adapter."""
     weight = getattr(layer, 'weight', None)
-    plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()  # quantised ones are classes or integers
+    plain = (
+        type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+    )  # quantised ones are classes or integers
     if not (plain and (is_linear(layer) or is_conv1d(layer))):
-        detail = '' if plain else f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
+        detail = (
+            '' if plain else f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
+        )
         raise ValueError(
             f'{path} is a {type(layer).__module__}.{type(layer).__name__}{detail}: a KANLORA adapter goes on nn.Linear or Conv1D of float '
             'weights. Leave the layer out by target_modules or exclude_modules, or if it is quantised, load the base without quantisation'
@@ -210,7 +227,9 @@ def register():
     peft_type = add_peft_type(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         mapping.pop(peft_type, None)  # importlib.reload makes other classes of the same names
-    register_peft_method(name=NAME.lower(), config_cls=KanLoraConfig, model_cls=KanLoraModel, prefix=KanLoraModel.prefix)
+    register_peft_method(
+        name=NAME.lower(), config_cls=KanLoraConfig, model_cls=KanLoraModel, prefix=KanLoraModel.prefix
+    )
 
 
 register()

@@ -19,17 +19,16 @@ import sys
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from kan import KANLinear, kanify
+from data.loader import load_tokenizer
+from kan import KANLinear
 from layers.graph import add_graph
 from model import GPT, MLP, GPTConfig
-from run.checkpoint import build_model, load_checkpoint, load_tokenizer
-from run.device import autocast
+from run.checkpoint import build_model, load_checkpoint
 from run.records import read_record
+from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
-from tasks import score as scoring
-from tasks.prompts import N_PROMPT_LINES, answer_ids, collate, find_task, make_batches, prompt_of
+from tasks.prompts import answer_ids, find_task
 
 FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
 
@@ -43,12 +42,16 @@ def load_base(init_from, dropout):
         model = build_model(checkpoint, dropout=dropout)
         return model, load_tokenizer(checkpoint, model.config.vocab_size)
     if os.path.isdir(init_from) and not os.path.exists(os.path.join(init_from, 'config.json')):
-        raise ValueError(f'{init_from} holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers')
+        raise ValueError(
+            f'{init_from} holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'
+        )
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     try:
         return model, load_tokenizer({}, model.config.vocab_size)
     except ValueError:
-        raise ValueError(f'{init_from} has {model.config.vocab_size} tokens: the tasks want a model with those of GPT-2, 50257') from None
+        raise ValueError(
+            f'{init_from} has {model.config.vocab_size} tokens: the tasks want a model with those of GPT-2, 50257'
+        ) from None
 
 
 def has_rows(gpt):
@@ -69,7 +72,7 @@ class TaskModel(nn.Module):
     def forward(self, idx, lengths):
         """idx (B, T) tokens, padded on the right; lengths (B,) without the padding."""
         x = self.gpt.features(idx, lengths=lengths)  # (B, T, C)
-        if self.answers is None:
+        if not self.answers:
             return self.gpt.lm_head(x)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
         if self.head is not None:
@@ -87,10 +90,10 @@ def make_task_model(gpt, tokenizer, settings):
         add_graph(gpt, **{name: settings[name] for name in settings if name.startswith('graph_')})
     if settings['use_kan']:
         kanify_mlps(gpt, settings)
-    answers = task and answer_ids(task, tokenizer)
+    answers = answer_ids(task, tokenizer)
     head = make_head(gpt, answers, settings)
     model = TaskModel(gpt, answers, head)
-    if mode == 'head' and task is None and has_rows(gpt):  # on its own, or the embeddings would train with it
+    if mode == 'head' and not answers and has_rows(gpt):  # on its own, or the embeddings would train with it
         gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
     if mode == 'adapter':
         add_lora(model, lora_config(settings, has_head=head is not None))
@@ -125,7 +128,7 @@ def check_settings(gpt, settings):
     for name, choices in ('form', FORMS), ('finetune_mode', MODES):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
-    if find_task(settings['task']) is None and settings['form'] == 'linear':
+    if settings['form'] == 'linear' and not find_task(settings['task']).answers:
         raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
     if settings['use_graph'] and gpt.config.use_graph:
         raise ValueError('use_graph adds graph layers, and this model has some already: leave use_graph out')
@@ -138,11 +141,15 @@ def check_settings(gpt, settings):
         raise ValueError("lora_kind='kan_base' adapts KAN layers: it wants use_kan=True, or a model that has some")
     idle = [name for name in ('use_kan', 'use_graph') if settings[name]]
     if settings['finetune_mode'] == 'head' and idle:
-        raise ValueError(f"{idle[0]}=True with finetune_mode='head': these layers would not train, and change nothing until they do")
+        raise ValueError(
+            f"{idle[0]}=True with finetune_mode='head': these layers would not train, and change nothing until they do"
+        )
     if settings['use_kan'] and gpt.config.use_kan:
         raise ValueError('use_kan makes KAN layers of MLPs, and this model has KAN layers already: leave use_kan out')
     if settings['kan_single_layer'] >= 0 and not settings['use_kan']:
-        raise ValueError(f'kan_single_layer={settings["kan_single_layer"]} says which block gets KAN layers: it wants use_kan=True')
+        raise ValueError(
+            f'kan_single_layer={settings["kan_single_layer"]} says which block gets KAN layers: it wants use_kan=True'
+        )
     if not -1 <= settings['kan_single_layer'] < gpt.config.n_layer:
         raise ValueError(
             f'kan_single_layer={settings["kan_single_layer"]}: the model has blocks 0 to {gpt.config.n_layer - 1}; -1 means all'
@@ -160,20 +167,23 @@ def kanify_mlps(gpt, settings):
 
 def make_head(gpt, answers, settings):
     """The linear layer that reads the label off, or None where lm_head does. In the cloze form it begins as the rows of the answers."""
-    if answers is None or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
+    if not answers or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
         return None
     head = nn.Linear(gpt.config.n_embd, len(answers), bias=settings['form'] == 'linear')
     with torch.no_grad():
         if settings['form'] == 'cloze':
             head.weight.copy_(gpt.lm_head.weight[answers])
         else:
-            nn.init.normal_(head.weight, std=0.02), nn.init.zeros_(head.bias)
+            nn.init.normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
     return head
 
 
 def lora_config(settings, has_head):
     copies = ('head',) * has_head + ('ln_3', 'graph') * settings['use_graph']
-    names = dict(kind='lora_kind', rank='lora_rank', alpha='lora_alpha', dropout='lora_dropout', target_modules='lora_targets')
+    names = dict(
+        kind='lora_kind', rank='lora_rank', alpha='lora_alpha', dropout='lora_dropout', target_modules='lora_targets'
+    )
     own = {name: settings[setting] for name, setting in names.items()}
     same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
     grid = dict(grid_size=settings['lora_grid_size'], spline_order=settings['lora_spline_order'])
@@ -189,7 +199,11 @@ def param_groups(model, settings):
         return lora_param_groups(model, settings['learning_rate'], settings['weight_decay'])
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [[p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]]
-    return [{'params': group, 'weight_decay': decay} for group, decay in zip(groups, (settings['weight_decay'], 0.0)) if group]
+    return [
+        {'params': group, 'weight_decay': decay}
+        for group, decay in zip(groups, (settings['weight_decay'], 0.0))
+        if group
+    ]
 
 
 def trained_report(model, settings):
@@ -216,12 +230,17 @@ def trained_report(model, settings):
 def count_trained(model):
     """(parameters that train, all), the layers that an adapter has a trained copy of counted once."""
     twice = sum(
-        p.numel() for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy) for p in layer.base_layer.parameters()
+        p.numel()
+        for layer in lora_layers(model).values()
+        if isinstance(layer.adapter, TrainedCopy)
+        for p in layer.base_layer.parameters()
     )
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters()) - twice
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(
+        p.numel() for p in model.parameters()
+    ) - twice
 
 
-# training and scoring
+# losses
 
 
 def sum_losses(logits, targets):
@@ -234,54 +253,7 @@ def count_targets(examples):
     return sum(len(example.ids) - 1 if example.text else 1 for example in examples)
 
 
-@torch.no_grad()
-def predict(model, examples, batch_size, device, dtype, stop=()):
-    """(sum of the losses, the label that the model gives each example; of sonnets none). None once `stop` holds something."""
-    model.eval()
-    total, labels = 0.0, {}
-    for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
-        if stop:
-            break
-        idx, lengths, targets = collate(batch, device)
-        with autocast(device, dtype):
-            logits = model(idx, lengths)
-        total += float(sum_losses(logits, targets))
-        if model.answers is not None:
-            labels.update(zip(map(id, batch), logits.argmax(-1).tolist()))
-    model.train()
-    return None if stop else (total, [labels.get(id(example)) for example in examples])
-
-
-def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
-    """
-    (scores, predictions) on examples of the task `name`. Of labels: loss, accuracy, macro F1 ({} where the examples have none), and the
-    labels. Of sonnets: CHRF and that of what follows the prompt alone ({} where the prompt is all there is), and whole sonnets written
-    on from the prompts, by the settings `sampling` of scoring.continue_lines. None once `stop` holds something.
-    """
-    if find_task(name):
-        found = predict(model, examples, batch_size, device, dtype, stop)
-        if found is None:
-            return None
-        total, predictions = found
-        labels = [example.label for example in examples]
-        scores = {} if None in labels else {'loss': total / len(labels), **scoring.score_labels(labels, predictions)}
-        return scores, predictions
-    model.eval()
-    with autocast(device, dtype):
-        progress = tqdm(examples, unit='sonnet', leave=False, disable=None)
-        written = [scoring.write_sonnet(model.gpt, tokenizer, prompt_of(e.text), **sampling) for e in progress if not stop]
-    if stop:
-        return None
-    whole = all(example.text.count('\n') >= N_PROMPT_LINES for example in examples)
-    return scoring.score_sonnets(written, [example.text for example in examples]) if whole else {}, written
-
-
-def write_predictions(folder, name, split, examples, predictions):
-    """The course's file of predictions: folder/<task>-<split>-out.csv, of sonnets a .txt."""
-    os.makedirs(folder, exist_ok=True)
-    task, ids = find_task(name), [example.id for example in examples]
-    path = os.path.join(folder, f'{name}-{split}-out.{"csv" if task else "txt"}')
-    scoring.write_predictions(path, task, ids, predictions) if task else scoring.write_sonnets(path, ids, predictions)
+# files
 
 
 def load_task_model(checkpoint, **overrides):
@@ -294,7 +266,9 @@ def load_task_model(checkpoint, **overrides):
             model = make_task_model(gpt, tokenizer, settings)
         model.load_state_dict(checkpoint['model'])
     except (TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f'the checkpoint does not fit its own settings: {" ".join(str(error).split())[:300]}') from None
+        raise ValueError(
+            f'the checkpoint does not fit its own settings: {" ".join(str(error).split())[:300]}'
+        ) from None
     return model, tokenizer
 
 
@@ -302,7 +276,9 @@ def load_adapter(out_dir, init_from):
     """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py has left beside its run.json."""
     settings = read_record(out_dir).get('config', {})
     if not settings.get('use_lora') or 'lora_kind' not in settings:
-        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected the folder with its run.json and adapter/')
+        raise ValueError(
+            f'{out_dir} holds no run of finetune.py with an adapter: expected the folder with its run.json and adapter/'
+        )
     gpt, tokenizer = load_base(init_from, dropout=0.0)
     model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
     load_lora(model, os.path.join(out_dir, 'adapter'))

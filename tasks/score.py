@@ -1,22 +1,76 @@
 """
-How good a fine-tuned model is: scores of labels and of sonnets, the sonnets that it writes, and files of both in the format of
-Stanford's course CS224N. sklearn and sacrebleu are needed by the scores alone.
+How good a fine-tuned model is: what it predicts, scores of labels and of sonnets, and files of both in the format of Stanford's course
+CS224N. sklearn and sacrebleu are needed by the scores alone.
 """
 
 import importlib.util
+import os
 import random
 import statistics
-from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from kan import packed_weights
-from model import sample_token
+from data.course import N_PROMPT_LINES
+from run.device import autocast
 from run.files import write_atomically
-from tasks.prompts import N_LINES, N_PROMPT_LINES
+from tasks.model import sum_losses
+from tasks.prompts import collate, find_task, make_batches, prompt_of
+from tasks.sonnets import write_sonnet
 
 COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label is the token of GPT-2: no, yes
+
+
+# predictions
+
+
+@torch.no_grad()
+def predict(model, examples, batch_size, device, dtype, stop=()):
+    """(sum of the losses, the label that the model gives each example; of sonnets none). None once `stop` holds something."""
+    model.eval()
+    total, labels = 0.0, {}
+    for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
+        if stop:
+            break
+        idx, lengths, targets = collate(batch, device)
+        with autocast(device, dtype):
+            logits = model(idx, lengths)
+        total += float(sum_losses(logits, targets))
+        if model.answers:
+            labels.update(zip(map(id, batch), logits.argmax(-1).tolist()))
+    model.train()
+    return None if stop else (total, [labels.get(id(example)) for example in examples])
+
+
+def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
+    """
+    (scores, predictions) on examples of the task `name`, None once `stop` holds something. Of labels: loss, accuracy and
+    macro F1 ({} where the examples have none), and the labels. Of sonnets see `score_written`.
+    """
+    if not find_task(name).answers:
+        return score_written(model, tokenizer, examples, device, dtype, sampling, stop)
+    found = predict(model, examples, batch_size, device, dtype, stop)
+    if found is None:
+        return None
+    total, predictions = found
+    labels = [example.label for example in examples]
+    scores = {} if None in labels else {'loss': total / len(labels), **score_labels(labels, predictions)}
+    return scores, predictions
+
+
+def score_written(model, tokenizer, examples, device, dtype, sampling, stop=()):
+    """
+    (scores, sonnets) of sonnets written on from their prompts by the settings `sampling` of sonnets.continue_lines: CHRF
+    and that of what follows the prompt alone ({} where the prompt is all there is). None once `stop` holds something.
+    """
+    model.eval()
+    with autocast(device, dtype):
+        progress = tqdm(examples, unit='sonnet', leave=False, disable=None)
+        written = [write_sonnet(model.gpt, tokenizer, prompt_of(e.text), **sampling) for e in progress if not stop]
+    if stop:
+        return None
+    whole = all(example.text.count('\n') >= N_PROMPT_LINES for example in examples)
+    return score_sonnets(written, [example.text for example in examples]) if whole else {}, written
 
 
 # scores
@@ -24,9 +78,9 @@ COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label
 
 def check_packages(name):
     """ValueError where a package is missing that scores the task `name`, before anything has been trained."""
-    package = 'sacrebleu' if name == 'sonnets' else 'sklearn'
+    package = find_task(name).scored_by
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f'the scores of {name} need {package}: pip install -r requirements-finetune.txt')
+        raise ValueError(f'the scores of {name} need {package}: pip install -r requirements-all.txt')
 
 
 def check_pairs(name, one, other):
@@ -67,7 +121,7 @@ def score_sonnets(written, sonnets):
 
 def sonnet_baselines(train, sonnets, seeds):
     """
-    Scores without a model: 'prompt' is that of the given lines alone; 'random' and 'random_continuation' those of the given lines with
+    Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and 'random_continuation' those of the given lines with
     what follows in a sonnet drawn from `train`, as means over seeds, and with '_std' their standard deviations (of one seed: NaN).
     """
     scores = []
@@ -83,101 +137,22 @@ def sonnet_baselines(train, sonnets, seeds):
     return baselines
 
 
-# generation
-
-
-@dataclass
-class Draft:
-    """What may follow a prompt: its tokens, the sum of their log-probabilities, how many line breaks they hold."""
-
-    ids: tuple = ()
-    log_prob: float = 0.0
-    n_lines: int = 0
-    row: int = 0  # of the batch, in which all but the last of its tokens have been
-
-    @property
-    def score(self):
-        """The mean log-probability of a token, under the model as it is."""
-        return self.log_prob / len(self.ids)
-
-
-@torch.no_grad()
-def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p=None, n_beams=1, best_of=1):
-    """
-    The Draft that follows the token ids of a prompt. It ends with the token that ends its n_lines-th line (a line may be empty, and
-    that token may hold more), with `tokenizer.end_of_text` where the tokenizer has one, or where prompt and draft fill the block_size
-    of the model. Nothing beyond counts towards its score. Wants model.eval().
-
-    temperature, top_p  as in sample_token; temperature 0 takes the most likely token
-    best_of             draw so many at once and keep the one of the highest score
-    n_beams             more than 1: beam search, which draws nothing and has no use for temperature and top_p. Each step keeps the most
-                        likely drafts, n_beams less those that have ended; of the ended ones the highest score wins
-
-    ValueError for a prompt that is empty or leaves no room, for settings out of range, and for n_beams together with best_of.
-    """
-    check_settings(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of)
-    room, end_of_text = model.config.block_size - len(prompt_ids), getattr(tokenizer, 'end_of_text', None)
-    device = next(model.parameters()).device
-    drafts, ended, caches = [Draft() for _ in range(best_of)], [], model.new_caches()
-    fresh = torch.tensor([prompt_ids] * best_of, device=device)  # (B, T), from then on (B, 1)
-    with packed_weights(model):
-        while drafts:
-            logits = model(fresh, caches=caches)[0][:, -1, : tokenizer.vocab_size]  # (B, V)
-            log_probs = F.log_softmax(logits.float(), dim=-1)
-            if n_beams > 1:
-                rows, tokens = search(drafts, log_probs, n_beams - len(ended))
-            else:
-                rows, tokens = list(range(len(drafts))), sample_token(logits, temperature, top_p=top_p)[:, 0].tolist()
-            longer = [extend(drafts[row], *step, row, tokenizer) for row, *step in zip(rows, tokens, log_probs[rows, tokens].tolist())]
-            drafts = [draft for draft in longer if draft.ids[-1] != end_of_text and draft.n_lines < n_lines and len(draft.ids) < room]
-            ended += [draft for draft in longer if draft not in drafts]
-            if drafts and [draft.row for draft in drafts] != list(range(len(fresh))):
-                for cache in caches:
-                    cache.select([draft.row for draft in drafts])
-            fresh = torch.tensor([draft.ids[-1:] for draft in drafts], device=device)
-    return max(ended, key=lambda draft: draft.score)
-
-
-def check_settings(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of):
-    if min(n_lines, n_beams, best_of) < 1:
-        raise ValueError(f'expected n_lines, n_beams and best_of of at least 1, got {n_lines}, {n_beams} and {best_of}')
-    if n_beams > 1 and best_of > 1:
-        raise ValueError(f'n_beams={n_beams} and best_of={best_of} exclude each other: one of them has to be 1')
-    if not 0 < len(prompt_ids) < model.config.block_size:
-        raise ValueError(f'the prompt has {len(prompt_ids)} tokens, expected 1 to {model.config.block_size - 1}: block_size less one')
-    if n_beams > 1:
-        sample_token(torch.zeros(1, 1), temperature, top_p=top_p)  # not used, but checked all the same
-
-
-def search(drafts, log_probs, n):
-    """The n most likely drafts that are longer by a token, log_probs (B, V): the rows that they go on from, and the tokens."""
-    so_far = torch.tensor([[draft.log_prob] for draft in drafts], device=log_probs.device)
-    totals = (so_far + log_probs).flatten()  # (B * V,)
-    best = totals.topk(min(n, len(totals))).indices.tolist()
-    return [i // log_probs.size(1) for i in best], [i % log_probs.size(1) for i in best]
-
-
-def extend(draft, token, log_prob, row, tokenizer):
-    n_lines = draft.n_lines + tokenizer.decode_bytes([token]).count(b'\n')  # a token may hold several line breaks, and more after them
-    return Draft((*draft.ids, token), draft.log_prob + log_prob, n_lines, row)
-
-
-def write_sonnet(model, tokenizer, prompt, **sampling):
-    """The whole text of a sonnet that begins with the lines of `prompt`: 14 at most, no empty ones at the end. `sampling` as above."""
-    prompt = prompt.rstrip('\n') + '\n'
-    n_given = prompt.count('\n')
-    if n_given >= N_LINES:
-        raise ValueError(f'the prompt has {n_given} lines, a whole sonnet has {N_LINES}')
-    draft = continue_lines(model, tokenizer, tokenizer.encode(prompt), N_LINES - n_given, **sampling)
-    text = prompt + tokenizer.decode([i for i in draft.ids if i != getattr(tokenizer, 'end_of_text', None)])
-    return '\n'.join(text.split('\n')[:N_LINES]).rstrip()
-
-
 # files
 
 
-def write_predictions(path, task, ids, predictions):
-    """The course's file of predictions (labels 0, 1, ...) for a Task of tasks.py, whose `column` says what they are."""
+def write_predictions(folder, name, split, examples, predictions):
+    """The course's file of predictions: folder/<task>-<split>-out.csv, of sonnets a .txt."""
+    os.makedirs(folder, exist_ok=True)
+    task, ids = find_task(name), [example.id for example in examples]
+    path = os.path.join(folder, f'{name}-{split}-out.{task.suffix}')
+    if task.answers:
+        write_labels(path, task, ids, predictions)
+    else:
+        write_sonnets(path, ids, predictions)
+
+
+def write_labels(path, task, ids, predictions):
+    """The course's file of labels (0, 1, ...) for a Task of prompts.py, whose `column` says what they are."""
     check_pairs('ids as predictions', ids, predictions)
     names = COURSE_LABELS.get(task.column, {})
     with write_atomically(path, 'w', encoding='utf-8') as f:

@@ -32,7 +32,17 @@ PATIENCE = 300  # seconds for a script: one that hangs is ended, one on a busy m
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
 FORKED.set_forkserver_preload(
-    ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'tqdm', 'pytest', 'matplotlib.pyplot', 'plotly.io', 'scipy.stats']
+    [
+        'torch',
+        'torch.distributed',
+        'torch.nn.parallel',
+        'torch._dynamo',
+        'tqdm',
+        'pytest',
+        'matplotlib.pyplot',
+        'plotly.io',
+        'scipy.stats',
+    ]
     + ['sklearn.metrics', 'sacrebleu.metrics', 'torch_geometric.nn']
 )
 TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
@@ -143,7 +153,9 @@ def run_forked(folder, script, *args, modules='', prelude='', env=()):
         process.join(PATIENCE)
         process.kill()
         process.join()
-        return subprocess.CompletedProcess(argv, process.exitcode, *(Path(outputs, name).read_text() for name in ('stdout', 'stderr')))
+        return subprocess.CompletedProcess(
+            argv, process.exitcode, *(Path(outputs, name).read_text() for name in ('stdout', 'stderr'))
+        )
 
 
 def enter(folder, argv, outputs, modules, prelude, env):
@@ -158,7 +170,9 @@ def enter(folder, argv, outputs, modules, prelude, env):
         importlib.import_module(prelude)
     try:
         runpy.run_path(argv[0], run_name='__main__')
-    except Exception:  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
+    except (
+        Exception
+    ):  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 
@@ -166,7 +180,9 @@ def enter(folder, argv, outputs, modules, prelude, env):
 def train(folder, dataset, out_dir='out', processes=1, **settings):
     """A run of train.py that has to end well."""
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
-    done = run(folder, 'train.py', *args, processes=processes) if processes > 1 else run_forked(folder, 'train.py', *args)
+    done = (
+        run(folder, 'train.py', *args, processes=processes) if processes > 1 else run_forked(folder, 'train.py', *args)
+    )
     assert done.returncode == 0, done.stderr
     return done
 

@@ -60,7 +60,9 @@ def test_files_and_flags_apply_from_left_to_right(config):
 
 
 def test_config_file_holds_docstrings_comments_and_assignments(config):
-    path = config('"""What it is.\n\nOn two lines."""\n# a comment\nbatch_size = 7  # another\n\nuse_kan = True; n_layer = 3\n"text"\n')
+    path = config(
+        '"""What it is.\n\nOn two lines."""\n# a comment\nbatch_size = 7  # another\n\nuse_kan = True; n_layer = 3\n"text"\n'
+    )
     assert settle(path) == {**DEFAULTS, 'batch_size': 7, 'use_kan': True, 'n_layer': 3}
     assert settle(config('')) == settle(config('# nothing\n')) == DEFAULTS
 
@@ -84,7 +86,9 @@ def test_numbers_may_be_joined(config, text, value):
     assert result == value and type(result) is int
 
 
-@pytest.mark.parametrize('text, value', [('1', 1.0), ('-2', -2.0), ('1e-3', 1e-3), ('.5', 0.5), ('0', 0.0), ('6e4', 6e4)])
+@pytest.mark.parametrize(
+    'text, value', [('1', 1.0), ('-2', -2.0), ('1e-3', 1e-3), ('.5', 0.5), ('0', 0.0), ('6e4', 6e4)]
+)
 def test_float_takes_whole_numbers(config, text, value):
     for result in (settle(config(f'learning_rate = {text}')), settle(f'--learning_rate={text}')):
         assert result['learning_rate'] == value and type(result['learning_rate']) is float
@@ -96,7 +100,9 @@ def test_integer_takes_whole_floats_from_flags(text, value):
     assert result == value and type(result) is int
 
 
-@pytest.mark.parametrize('text', ['123', '1e-3', 'True', 'a=b', '--x', 'None', '', "'quoted'", 'ROMEO: é\n', '[1]', 'FILE:a b'])
+@pytest.mark.parametrize(
+    'text', ['123', '1e-3', 'True', 'a=b', '--x', 'None', '', "'quoted'", 'ROMEO: é\n', '[1]', 'FILE:a b']
+)
 def test_text_from_flags_stays_text(text):
     assert settle(f'--out_dir={text}')['out_dir'] == text
 
@@ -153,7 +159,9 @@ def test_wrong_type_names_the_right_one_and_the_place(config, name, text, expect
         assert refuse(f'--{name}={text}') == f'--{name}={text}: {expected}'
 
 
-@pytest.mark.parametrize('text', ['abc', '5*8', '', '[1]', 'None', '1 2', '__import__("os")', '(' * 5000, '-' * 100000 + '1', '1 if'])
+@pytest.mark.parametrize(
+    'text', ['abc', '5*8', '', '[1]', 'None', '1 2', '__import__("os")', '(' * 5000, '-' * 100000 + '1', '1 if']
+)
 def test_flag_that_is_no_number_is_refused(text):
     variables = dict(DEFAULTS)
     with pytest.raises(ConfigError, match='batch_size is int'):
@@ -222,7 +230,14 @@ def test_anything_but_literals_and_arithmetic_is_refused_and_never_executed(conf
 
 @pytest.mark.parametrize(
     'text',
-    [b'out_dir = "\xff"', b'out_dir = "a\x00b"', b'batch_size = ', b'  n_layer = 1', b'batch_size = ' + b'9' * 5000, b'x = ' + b'(' * 5000],
+    [
+        b'out_dir = "\xff"',
+        b'out_dir = "a\x00b"',
+        b'batch_size = ',
+        b'  n_layer = 1',
+        b'batch_size = ' + b'9' * 5000,
+        b'x = ' + b'(' * 5000,
+    ],
 )
 def test_unreadable_config_file_is_named(config, text):
     path = config(text)
@@ -236,14 +251,18 @@ def test_missing_config_file_is_named(tmp_path):
 
 @pytest.mark.parametrize('name', ['learning_rate', 'batch_size', 'out_dir'])
 @pytest.mark.parametrize(
-    'text', ['0x' + 'f' * 5000, '10 * 0x' + 'f' * 5000, '0x' + 'f' * 5000 + ' / 3'], ids=['plain', 'product', 'quotient']
+    'text',
+    ['0x' + 'f' * 5000, '10 * 0x' + 'f' * 5000, '0x' + 'f' * 5000 + ' / 3'],
+    ids=['plain', 'product', 'quotient'],
 )
 def test_number_too_large_to_print_is_refused_with_the_place(config, name, text):
     path = config(f'{name} = {text}')
     assert refuse(path).startswith(f'{path}:1: ')
 
 
-@pytest.mark.parametrize('text', ['1' + ' + 1' * 2000, '-' * 900 + '1', '(' * 150 + '1' + ')' * 150], ids=['sum', 'signs', 'brackets'])
+@pytest.mark.parametrize(
+    'text', ['1' + ' + 1' * 2000, '-' * 900 + '1', '(' * 150 + '1' + ')' * 150], ids=['sum', 'signs', 'brackets']
+)
 def test_deeply_nested_value_is_a_value_or_refused_with_the_place(config, text):
     path = config(f'batch_size = {text}')
     try:

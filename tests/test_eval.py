@@ -85,7 +85,8 @@ def test_checkpoint_of_nanogpt(model_and_data, tmp_path):
     folder, dataset, checkpoint = model_and_data
     ours = evaluate(folder, f'--dataset={dataset}')
     model_args = {
-        name: checkpoint['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+        name: checkpoint['model_args'][name]
+        for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
     }
     state = {f'_orig_mod.{name}': p for name, p in checkpoint['model'].items()}
     torch.save({'model': state, 'model_args': model_args, 'config': {'dataset': dataset}}, tmp_path / 'ckpt.pt')

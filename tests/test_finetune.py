@@ -78,7 +78,9 @@ def write_table(path, name, labels, text='{word} film {i}'):
 
 
 def sonnet(i, n_lines=14):
-    return '\n'.join(f'{"abc"[(i + line) % 3]} {line}' for line in range(n_lines)) + 'd' * (i % 5 if n_lines == 14 else 0)
+    return '\n'.join(f'{"abc"[(i + line) % 3]} {line}' for line in range(n_lines)) + 'd' * (
+        i % 5 if n_lines == 14 else 0
+    )
 
 
 def write_data(folder):
@@ -218,10 +220,14 @@ def test_what_a_run_leaves(workshop, config, more):
     assert sorted(os.listdir(out)) == ['adapter'] * ('lora' in config) + expected
     record, metrics, log = read_json(out, 'run.json'), read_json(out, 'metrics.json'), read_log(out)
     assert list(record)[-1] == 'finished' and record['final'] == metrics
-    assert record['config']['task'] == metrics['task'] == name and record['config']['lora_rank'] == settings.get('lora_rank', 32)
+    assert record['config']['task'] == metrics['task'] == name and record['config']['lora_rank'] == settings.get(
+        'lora_rank', 32
+    )
     n_dev = (POEMS if name == 'sonnets' else COUNTS)['dev']
     assert record['dataset'] == {'name': name, 'train': 18, 'valid': 2, 'dev': n_dev}
-    assert [(line['iter'], line['epoch']) for line in log] == [(N_STEPS, 1), (2 * N_STEPS, 2)] and metrics['steps'] == 2 * N_STEPS
+    assert [(line['iter'], line['epoch']) for line in log] == [(N_STEPS, 1), (2 * N_STEPS, 2)] and metrics[
+        'steps'
+    ] == 2 * N_STEPS
     assert metrics['valid'] == min(log, key=lambda line: line['loss']) and log[-1]['train_loss'] > 0
     assert load(out)['iter_num'] == 2 * N_STEPS and load(out, 'best.pt')['iter_num'] == metrics['valid']['iter']
     assert load(out)['best_val_loss'] == metrics['valid']['loss']
@@ -229,7 +235,9 @@ def test_what_a_run_leaves(workshop, config, more):
     if 'lora' in config:
         tensors = read_adapter(str(out / 'adapter' / 'adapter_model.safetensors'))[1]
         state = load(out, 'best.pt')['model']
-        assert sum(tensor.numel() for tensor in tensors.values()) == metrics['trained'] + ('kan' in config and count_knots(tensors))
+        assert sum(tensor.numel() for tensor in tensors.values()) == metrics['trained'] + (
+            'kan' in config and count_knots(tensors)
+        )
         names = {key: next(n for n in state if n.replace('.adapters.default', '') == key) for key in tensors}
         assert all(torch.equal(tensors[key], state[name]) for key, name in names.items())
     check_sonnets(out) if name == 'sonnets' else check_labels(out, name)
@@ -269,12 +277,26 @@ def gpt2s(workshop):
 
 @pytest.mark.parametrize(
     'config, init_from',
-    [('sst_full', 'gpt2'), ('cfimdb_lora', 'gpt2'), ('quora_graph_lora', 'gpt2'), ('sonnets_kan_lora', 'gpt2'), ('sonnets_lora', 'padded')],
+    [
+        ('sst_full', 'gpt2'),
+        ('cfimdb_lora', 'gpt2'),
+        ('quora_graph_lora', 'gpt2'),
+        ('sonnets_kan_lora', 'gpt2'),
+        ('sonnets_lora', 'padded'),
+    ],
 )
 def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, config, init_from):
     settings = {} if 'full' in config else ADAPTERS
     out, task = workshop / f'out-{init_from}-{config}', config.split('_')[0]
-    tune(workshop, out.name, ROOT / f'config/finetune_{config}.py', env={'VOCABULARY': 'gpt2'}, init_from=init_from, epochs=1, **settings)
+    tune(
+        workshop,
+        out.name,
+        ROOT / f'config/finetune_{config}.py',
+        env={'VOCABULARY': 'gpt2'},
+        init_from=init_from,
+        epochs=1,
+        **settings,
+    )
     check_sonnets(out) if task == 'sonnets' else check_labels(out, task)
     shape = load(out)['model']['gpt.lm_head.weight'].shape
     assert shape == (gpt2s[init_from], 8)
@@ -282,7 +304,11 @@ def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, config, init_from):
 
 def test_sample_writes_on_from_a_fine_tuned_model(workshop):
     tune(workshop, 'out-sample', task='sonnets', epochs=1, **ADAPTERS)
-    done = enter(workshop, 'sample.py', *flags(out_dir='out-sample', start='a 1 b', num_samples=2, max_new_tokens=8, device='cpu'))
+    done = enter(
+        workshop,
+        'sample.py',
+        *flags(out_dir='out-sample', start='a 1 b', num_samples=2, max_new_tokens=8, device='cpu'),
+    )
     assert done.returncode == 0 and done.stderr == '', done.stderr
     samples = done.stdout.split('\n---------------\n')
     assert len(samples) == 3 and all(text.startswith('a 1 b') and len(text) > 5 for text in samples[:2])
@@ -291,7 +317,10 @@ def test_sample_writes_on_from_a_fine_tuned_model(workshop):
 def test_part_of_train_is_enough(workshop):
     tune(workshop, 'out-part', epochs=1, train_limit=10, valid_fraction=0.2, **ADAPTERS)
     record = read_json(workshop, 'out-part', 'run.json')
-    assert record['dataset'] == {'name': 'sst', 'train': 10, 'valid': 2, 'dev': COUNTS['dev']} and record['final']['steps'] == 3
+    assert (
+        record['dataset'] == {'name': 'sst', 'train': 10, 'valid': 2, 'dev': COUNTS['dev']}
+        and record['final']['steps'] == 3
+    )
 
 
 def test_earlier_run_is_moved_with_all_that_it_left(place):
@@ -300,14 +329,20 @@ def test_earlier_run_is_moved_with_all_that_it_left(place):
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob('*') if path.is_file()}
     done = tune(place, epochs=1, **FULL, env={'STOP_AT': '2'})
     assert f'moved to {os.path.join("out", "earlier-1")}' in done.stdout
-    assert {path.relative_to(out / 'earlier-1'): path.read_bytes() for path in (out / 'earlier-1').rglob('*') if path.is_file()} == before
+    assert {
+        path.relative_to(out / 'earlier-1'): path.read_bytes()
+        for path in (out / 'earlier-1').rglob('*')
+        if path.is_file()
+    } == before
     assert sorted(os.listdir(out)) == ['ckpt.pt', 'earlier-1', 'log.jsonl', 'run.json']
 
 
 # resume
 
 
-@pytest.mark.parametrize('settings', [ADAPTERS, dict(task='sonnets', use_kan=True, spline_order=1, **FULL)], ids=['lora', 'sonnets kan'])
+@pytest.mark.parametrize(
+    'settings', [ADAPTERS, dict(task='sonnets', use_kan=True, spline_order=1, **FULL)], ids=['lora', 'sonnets kan']
+)
 def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
     """Stopped within an epoch, then at the evaluation after it. The control goes on without its random state."""
     together(
@@ -330,7 +365,9 @@ def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
     assert not same_state(load(place / 'straight'), load(place / 'control'))
     if settings is ADAPTERS:  # once more where all is done: stopped while dev is scored, then the same scores again
         done = tune(place, 'parts', resume=True, env={'STOP_AT': '1'}, **settings)
-        assert f'stopped at step {2 * N_STEPS}; to go on' in done.stdout and 'finished' not in read_json(parts, 'run.json')
+        assert f'stopped at step {2 * N_STEPS}; to go on' in done.stdout and 'finished' not in read_json(
+            parts, 'run.json'
+        )
         tune(place, 'parts', resume=True, **settings)
         assert same_run(place / 'straight', parts)
 
@@ -339,12 +376,19 @@ def test_resume_wants_the_same_settings_and_data(place):
     tune(place, env={'STOP_AT': '2'}, **ADAPTERS)
     before = {path.name: path.read_bytes() for path in (place / 'out').iterdir()}
     common = {**TINY, **ADAPTERS, 'out_dir': 'out', 'resume': True}
-    for changed, was in (dict(learning_rate=0.1), 'learning_rate=0.01'), (dict(task='quora', lora_rank=3), 'task=sst, lora_rank=2'):
+    for changed, was in (
+        (dict(learning_rate=0.1), 'learning_rate=0.01'),
+        (dict(task='quora', lora_rank=3), 'task=sst, lora_rank=2'),
+    ):
         words = complaint(place, 'finetune.py', *flags(**{**common, **changed}), modules=str(place), prelude='small')
         assert words == f'error: a run is resumed by the command it began with: there {was}\n'
-    words = complaint(place, 'finetune.py', *flags(**{**common, 'out_dir': 'base'}), modules=str(place), prelude='small')
+    words = complaint(
+        place, 'finetune.py', *flags(**{**common, 'out_dir': 'base'}), modules=str(place), prelude='small'
+    )
     assert words == 'error: base/ckpt.pt is not one of finetune.py\n'
-    words = complaint(place, 'finetune.py', *flags(**{**common, 'out_dir': 'nowhere'}), modules=str(place), prelude='small')
+    words = complaint(
+        place, 'finetune.py', *flags(**{**common, 'out_dir': 'nowhere'}), modules=str(place), prelude='small'
+    )
     assert "no checkpoint in 'nowhere'" in words and not (place / 'nowhere').exists()
     write_table(place / 'data' / 'sst' / 'train.csv', 'sst', [i % 5 for i in range(21)])
     words = complaint(place, 'finetune.py', *flags(**common), modules=str(place), prelude='small')
@@ -381,7 +425,9 @@ def test_two_processes_give_the_weights_of_one(workshop, settings):
         assert moved and all(p.abs().max() > 1e-3 for p in moved)
     else:
         assert any(not torch.allclose(two['model'][f'gpt.{name}'], p, atol=1e-3) for name, p in start.items())
-    logs = [[[line[key] for key in ('iter', 'train_loss', 'loss')] for line in read_log(workshop / name)] for name in names]
+    logs = [
+        [[line[key] for key in ('iter', 'train_loss', 'loss')] for line in read_log(workshop / name)] for name in names
+    ]
     assert torch.allclose(*map(torch.tensor, logs), rtol=0, atol=1e-5)
     scores = [read_json(workshop, name, 'metrics.json')['dev'] for name in names]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
@@ -390,7 +436,9 @@ def test_two_processes_give_the_weights_of_one(workshop, settings):
 @pytest.mark.parametrize('task', ['sst', 'sonnets'])
 def test_loss_of_a_step_is_the_mean_over_its_micro_batches(workshop, task):
     """By the model at its start, which a rate of zero leaves as it is. Each epoch has other batches, and the last step of one a single batch."""
-    settings = dict(task=task, dropout=0.0, learning_rate=0.0, gradient_accumulation_steps=2, valid_fraction=0.1, **FULL)
+    settings = dict(
+        task=task, dropout=0.0, learning_rate=0.0, gradient_accumulation_steps=2, valid_fraction=0.1, **FULL
+    )
     tune(workshop, f'out-mean-{task}', **settings)
     gpt, examples = read_base(workshop, task, 20)
     train, valid = prompts.hold_out(examples, 0.1)
@@ -408,7 +456,9 @@ def test_loss_of_a_step_is_the_mean_over_its_micro_batches(workshop, task):
     for epoch, line in enumerate(log):
         batches = prompts.make_batches(train, 4, seed=f'1337 {epoch}')
         steps = [mean_loss(sum(batches[i : i + 2], [])) for i in (0, 2, 4)]
-        assert line['train_loss'] == pytest.approx(sum(steps) / 3, rel=1e-5) and line['loss'] == pytest.approx(mean_loss(valid), rel=1e-5)
+        assert line['train_loss'] == pytest.approx(sum(steps) / 3, rel=1e-5) and line['loss'] == pytest.approx(
+            mean_loss(valid), rel=1e-5
+        )
     assert log[0]['train_loss'] != pytest.approx(log[1]['train_loss'], rel=1e-4)
 
 
@@ -425,7 +475,9 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     assert done.stdout.count('epoch ') == len(losses)
     base, found = evaluate(workshop, '--out_dir=base', '--task=sst'), evaluate(workshop, '--out_dir=out-early')
     dev = read_json(out, 'metrics.json')['dev']
-    assert {key: found[key] for key in dev} == pytest.approx(dev, rel=1e-5) and base['loss'] != pytest.approx(dev['loss'], rel=0.01)
+    assert {key: found[key] for key in dev} == pytest.approx(dev, rel=1e-5) and base['loss'] != pytest.approx(
+        dev['loss'], rel=0.01
+    )
 
 
 def test_a_rate_of_zero_stops_after_the_patience(workshop):
@@ -467,11 +519,17 @@ def complain(workshop):
     [
         (dict(task='imdb'), "task='imdb': expected one of sst, cfimdb, quora, sonnets"),
         (dict(finetune_mode='full'), "use_lora=True with finetune_mode='full': adapters train alone"),
-        (dict(init_from='data'), 'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'),
+        (
+            dict(init_from='data'),
+            'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers',
+        ),
         (dict(epochs=0), 'epochs must be at least 1, got 0'),
         (dict(lora_dropout=1.0), 'lora_dropout must be at least 0 and less than 1, got 1.0'),
         (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
-        (dict(n_beams=2, best_of=3), 'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got 0.9, 2 and 3'),
+        (
+            dict(n_beams=2, best_of=3),
+            'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got 0.9, 2 and 3',
+        ),
         (dict(top_p=2.0), 'got 2.0, 1 and 1'),
     ],
     ids=str,
@@ -485,7 +543,10 @@ def test_bad_data_is_named(place, complain):
     header = path.read_text().splitlines()[0]
     for content, words in [
         (header + '\n', 'dev.csv has no row that can be used\n'),
-        (header + '\n0\ta\tGood\t5\n', 'dev.csv has no row that can be used; 1 row(s) left out, with a label other than 0 to 4: line 2\n'),
+        (
+            header + '\n0\ta\tGood\t5\n',
+            'dev.csv has no row that can be used; 1 row(s) left out, with a label other than 0 to 4: line 2\n',
+        ),
         ('id,sentence,sentiment\na,b,1\n', 'dev.csv has no column id or sentence or sentiment'),
     ]:
         path.write_text(content)
@@ -499,12 +560,18 @@ def test_bad_data_is_named(place, complain):
 
 def test_base_that_cannot_be_one(place, complain):
     tune(place, 'tuned', epochs=1, **ADAPTERS)
-    assert 'tuned holds a fine-tuned model: init_from wants one of train.py, or a GPT-2\n' in complain(place, init_from='tuned')
+    assert 'tuned holds a fine-tuned model: init_from wants one of train.py, or a GPT-2\n' in complain(
+        place, init_from='tuned'
+    )
     make_checkpoint(place / 'char')
-    assert "' terrible' is not a single token of this vocabulary: sst wants a model with" in complain(place, init_from='char')
+    assert "' terrible' is not a single token of this vocabulary: sst wants a model with" in complain(
+        place, init_from='char'
+    )
     make_base(place / 'short', block_size=1)
     assert 'block_size=1 has no room for the prompt of quora' in complain(place, init_from='short', task='quora')
-    assert 'block_size=1 has no room for a sonnet: its first 3 lines take 12 tokens' in complain(place, init_from='short', task='sonnets')
+    assert 'block_size=1 has no room for a sonnet: its first 3 lines take 12 tokens' in complain(
+        place, init_from='short', task='sonnets'
+    )
 
 
 def test_what_is_left_out_or_cut_is_said_in_a_line_and_the_run_goes_on(place):
@@ -525,7 +592,9 @@ def test_what_is_left_out_or_cut_is_said_in_a_line_and_the_run_goes_on(place):
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem.removeprefix('finetune_'))
 def test_every_config_learns(workshop, config):
     """Two steps on one batch."""
-    settings = settings_of('finetune.py', [str(config), '--learning_rate=0.0003', '--dropout=0.0', '--lora_dropout=0.0'])
+    settings = settings_of(
+        'finetune.py', [str(config), '--learning_rate=0.0003', '--dropout=0.0', '--lora_dropout=0.0']
+    )
     base, examples = read_base(workshop, settings['task'], 4)
     torch.manual_seed(0)
     model = task_model.make_task_model(base, Words(), settings)
@@ -545,5 +614,7 @@ def test_configs_cover_tasks_and_variants():
     assert {settings['task'] for settings in found} == set(prompts.TASKS)
     assert {settings['finetune_mode'] for settings in found} == set(task_model.MODES)
     assert {settings['lora_kind'] for settings in found} == {'lora', 'kan', 'kan_base'}
-    assert any(settings['use_graph'] for settings in found) and any(settings['use_kan'] and not settings['use_lora'] for settings in found)
+    assert any(settings['use_graph'] for settings in found) and any(
+        settings['use_kan'] and not settings['use_lora'] for settings in found
+    )
     assert len({settings['out_dir'] for settings in found}) == len(found)

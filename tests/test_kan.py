@@ -43,7 +43,9 @@ def make_inputs(knots, n=50):
     """Rows inside and outside the knots, and every knot itself; (n + P + 8, I)."""
     spread = (knots.amax(1) - knots.amin(1)) * 1.3
     inside = knots.amin(1) + (torch.rand(n, knots.size(0), dtype=knots.dtype) - 0.12) * spread
-    exact = torch.tensor([-1, -0.6, 0.2, 0, 1, -2.2, 2.2, 100], dtype=knots.dtype).unsqueeze(1).expand(-1, knots.size(0))
+    exact = (
+        torch.tensor([-1, -0.6, 0.2, 0, 1, -2.2, 2.2, 100], dtype=knots.dtype).unsqueeze(1).expand(-1, knots.size(0))
+    )
     return torch.cat([inside, knots.t(), exact])
 
 
@@ -82,7 +84,10 @@ def gradients(layer, x, g):
     """Output, and the gradients of the input and of every parameter under the output gradient g."""
     x = x.clone().requires_grad_()
     y = layer(x)
-    return {'y': y.detach(), **dict(zip(['x', *dict(layer.named_parameters())], torch.autograd.grad(y, [x, *layer.parameters()], g)))}
+    return {
+        'y': y.detach(),
+        **dict(zip(['x', *dict(layer.named_parameters())], torch.autograd.grad(y, [x, *layer.parameters()], g))),
+    }
 
 
 # bases
@@ -139,7 +144,9 @@ def test_output_is_that_of_scipy_and_numpy(k, kind):
     knots = make_knots(kind, k)
     layer = make_layer(k, knots, bias=True)
     x = make_inputs(knots)
-    base, spline, scaler, bias = (p.detach().numpy() for p in (layer.base_weight, layer.spline_weight, layer.spline_scaler, layer.bias))
+    base, spline, scaler, bias = (
+        p.detach().numpy() for p in (layer.base_weight, layer.spline_weight, layer.spline_scaler, layer.bias)
+    )
     silu = x.numpy() / (1 + np.exp(-x.numpy()))
     expected = silu @ base.T + np.einsum('nim,oim,oi->no', scipy_bases(x, knots, k).numpy(), spline, scaler) + bias
     close(layer(x), torch.from_numpy(expected), 1e-12)
@@ -172,7 +179,9 @@ def test_output_and_gradients_are_those_of_efficient_kan(peer, k, grid, dtype, t
         theirs.update_grid(torch.randn(60, I, dtype=dtype))
         ours.grid.copy_(theirs.grid)
     assert spline.basis_function(ours.grid) is (
-        spline.recursive_bases if grid == 'updated' or grid + str(dtype) == 'initialtorch.float64' else spline.uniform_bases
+        spline.recursive_bases
+        if grid == 'updated' or grid + str(dtype) == 'initialtorch.float64'
+        else spline.uniform_bases
     )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = make_inputs(ours.grid)
@@ -225,7 +234,9 @@ def test_changing_the_grid_in_place_changes_the_bases():
     assert torch.equal(layer(x), twin(x))
 
 
-@pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize(
+    'copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=['deepcopy', 'pickle']
+)
 def test_copies_of_an_updated_layer_use_its_grid(copied):
     layer, x = make_layer(3, make_knots('uniform', 3)), torch.randn(50, I, dtype=torch.float64)
     layer(x)
@@ -353,7 +364,9 @@ def test_wrong_number_of_features_is_named():
             call(torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize('kwargs', [dict(grid_size=0), dict(spline_order=-1), dict(grid_range=(1, 1)), dict(grid_range=(2, -2))])
+@pytest.mark.parametrize(
+    'kwargs', [dict(grid_size=0), dict(spline_order=-1), dict(grid_range=(1, 1)), dict(grid_range=(2, -2))]
+)
 def test_impossible_grid_is_refused(kwargs):
     with pytest.raises(ValueError, match=r'grid_(size|range) must be .* got'):
         KANLinear(I, O, **kwargs)
@@ -419,7 +432,10 @@ def test_larger_scale_makes_larger_initial_weights(name):
 
 
 def test_scale_of_splines_acts_without_a_scaler():
-    small, large = (KANLinear(50, 60, scale_spline=s, enable_standalone_scale_spline=False).spline_weight.std().item() for s in (0.5, 2))
+    small, large = (
+        KANLinear(50, 60, scale_spline=s, enable_standalone_scale_spline=False).spline_weight.std().item()
+        for s in (0.5, 2)
+    )
     assert large / small == pytest.approx(4, rel=0.1)
 
 
@@ -437,7 +453,9 @@ def test_regularization_is_that_of_efficient_kan(peer):
     for options in ((), (0.3, 2.0), (0.0, 1.0)):
         actual, expected = ours.regularization_loss(*options), theirs.regularization_loss(*options)
         close(actual, expected, 1e-12)
-        actual, expected = (torch.autograd.grad(loss, layer.spline_weight)[0] for loss, layer in ((actual, ours), (expected, theirs)))
+        actual, expected = (
+            torch.autograd.grad(loss, layer.spline_weight)[0] for loss, layer in ((actual, ours), (expected, theirs))
+        )
         close(actual, expected, 1e-12)
 
 
@@ -471,7 +489,11 @@ def test_kan_updates_the_grid_of_every_layer_for_the_inputs_it_gets():
     assert all((layer.grid != grid).all() for layer, grid in zip(model.layers, before))
     hidden = model.layers[0](x)
     low, high = model.layers[1].grid[:, 3], model.layers[1].grid[:, -4]
-    assert (low <= hidden.amin(0)).all() and (high >= hidden.amax(0)).all() and (high - low <= hidden.amax(0) - hidden.amin(0) + 0.1).all()
+    assert (
+        (low <= hidden.amin(0)).all()
+        and (high >= hidden.amax(0)).all()
+        and (high - low <= hidden.amax(0) - hidden.amin(0) + 0.1).all()
+    )
 
 
 # update_grid
@@ -539,7 +561,9 @@ def test_update_grid_leaves_features_whose_grid_stays_bit_identical():
     x[:, 1] *= 2
     layer.update_grid(x)
     for name in ('grid', 'spline_weight'):
-        p, old = (tensor if name == 'grid' else tensor.transpose(0, 1) for tensor in (layer.state_dict()[name], state[name]))
+        p, old = (
+            tensor if name == 'grid' else tensor.transpose(0, 1) for tensor in (layer.state_dict()[name], state[name])
+        )
         assert [torch.equal(p[i], old[i]) for i in range(I)] == [True, False, True, True]
 
 
@@ -547,7 +571,10 @@ def test_update_grid_leaves_the_scaler_the_base_path_and_the_bias():
     layer = make_layer(3, bias=True)
     state = {name: p.clone() for name, p in layer.state_dict().items()}
     layer.update_grid(torch.randn(100, I, dtype=torch.float64) * 3)
-    assert {name for name, p in layer.state_dict().items() if not torch.equal(p, state[name])} == {'grid', 'spline_weight'}
+    assert {name for name, p in layer.state_dict().items() if not torch.equal(p, state[name])} == {
+        'grid',
+        'spline_weight',
+    }
 
 
 def test_update_grid_puts_the_knots_at_quantiles_and_an_even_grid_as_efficient_kan_does(peer):
@@ -560,7 +587,9 @@ def test_update_grid_puts_the_knots_at_quantiles_and_an_even_grid_as_efficient_k
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize('x', [torch.full((50, I), 0.3), torch.randn(1, I), torch.full((50, I), 1e4)], ids=['constant', 'row', 'large'])
+@pytest.mark.parametrize(
+    'x', [torch.full((50, I), 0.3), torch.randn(1, I), torch.full((50, I), 1e4)], ids=['constant', 'row', 'large']
+)
 def test_update_grid_on_degenerate_data_stays_finite(x, dtype):
     layer, x = make_layer(3, dtype=dtype), x.to(dtype)
     for margin in (0.01, 0):

@@ -52,7 +52,9 @@ def tokens(*shape, vocab_size=20):
 def test_logits_are_those_of_transformers(tmp_path, activation):
     transformers = pytest.importorskip('transformers')
     sizes = dict(vocab_size=97, n_positions=16, n_embd=48, n_layer=2, n_head=3)
-    peer = stir(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function=activation)), 0.1).eval()
+    peer = stir(
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function=activation)), 0.1
+    ).eval()
     peer.save_pretrained(tmp_path)
     model = GPT.from_pretrained(str(tmp_path), dict(dropout=0.1)).eval()
     assert (model.config.block_size, model.config.dropout, model.config.bias) == (16, 0.1, True)
@@ -143,7 +145,9 @@ def test_names_are_those_of_nanogpkant():
     kans = ['attn.c_attn.layers.0', 'attn.c_proj.layers.0', 'mlp.kan.layers.0', 'mlp.kan.layers.1']
     for module in kans:
         names += ['transformer.h.0.ln_2.weight'] if module == 'mlp.kan.layers.0' else []
-        names += [f'transformer.h.0.{module}.{name}' for name in ('base_weight', 'spline_weight', 'spline_scaler', 'grid')]
+        names += [
+            f'transformer.h.0.{module}.{name}' for name in ('base_weight', 'spline_weight', 'spline_scaler', 'grid')
+        ]
     state = make(n_layer=1, use_kan=True, kan_targets='attn,mlp').state_dict()
     assert list(state) == [*names, 'transformer.ln_f.weight', 'lm_head.weight']
     shapes = [tuple(state[f'transformer.h.0.{module}.spline_weight'].shape) for module in kans]
@@ -168,17 +172,28 @@ def test_targets_become_kan_layers_and_nothing_else_does(slots):
 
 @pytest.mark.parametrize(
     'size, slots',
-    [('0.90', dict(n_layer=2)), ('8.86', dict(n_layer=2, use_kan=True)), ('7.10', dict(n_layer=16)), ('8.87', dict(n_layer=20))],
+    [
+        ('0.90', dict(n_layer=2)),
+        ('8.86', dict(n_layer=2, use_kan=True)),
+        ('7.10', dict(n_layer=16)),
+        ('8.87', dict(n_layer=20)),
+    ],
 )
 def test_parameters_of_the_micro_models(size, slots):
-    model = GPT(GPTConfig(block_size=256, vocab_size=65, n_head=6, n_embd=192, bias=False, kan_targets='attn,mlp', **slots))
+    model = GPT(
+        GPTConfig(block_size=256, vocab_size=65, n_head=6, n_embd=192, bias=False, kan_targets='attn,mlp', **slots)
+    )
     assert f'{model.get_num_params() / 1e6:.2f}' == size
     assert model.get_num_params(non_embedding=False) - model.get_num_params() == 256 * 192
 
 
 def test_swiglu_is_its_formula_with_as_many_parameters_as_the_mlp():
-    mlp, swiglu = (make(n_embd=48, bias=True, **slots).transformer.h[0].mlp for slots in ({}, dict(mlp='swiglu', mlp_hidden=8 / 3)))
-    assert sum(p.numel() for p in swiglu.parameters() if p.dim() > 1) == sum(p.numel() for p in mlp.parameters() if p.dim() > 1)
+    mlp, swiglu = (
+        make(n_embd=48, bias=True, **slots).transformer.h[0].mlp for slots in ({}, dict(mlp='swiglu', mlp_hidden=8 / 3))
+    )
+    assert sum(p.numel() for p in swiglu.parameters() if p.dim() > 1) == sum(
+        p.numel() for p in mlp.parameters() if p.dim() > 1
+    )
     x, (W, V), (b, c) = torch.randn(5, 48), stir(swiglu).c_fc.weight.chunk(2), swiglu.c_fc.bias.chunk(2)
     gate = x @ W.t() + b
     hidden = gate / (1 + torch.exp(-gate)) * (x @ V.t() + c)
@@ -226,7 +241,9 @@ def test_initial_weights_of_linear_layers():
             assert p.std().item() == pytest.approx(expected, rel=0.05) and abs(p.mean().item()) < 0.1 * expected
 
 
-@pytest.mark.parametrize('module', ['attn.c_attn.layers.0', 'attn.c_proj.layers.0', 'mlp.kan.layers.0', 'mlp.kan.layers.1'])
+@pytest.mark.parametrize(
+    'module', ['attn.c_attn.layers.0', 'attn.c_proj.layers.0', 'mlp.kan.layers.0', 'mlp.kan.layers.1']
+)
 def test_initial_weights_of_kan_layers(module):
     """Those of a layer by itself; base and spline weights of the residual projections divided by sqrt(2 * n_layer)."""
     layer = make(n_layer=3, n_embd=96, use_kan=True, kan_targets='attn,mlp').get_submodule(f'transformer.h.1.{module}')
@@ -334,7 +351,9 @@ def greedy(model, idx, n, vocab_size=None):
     return idx
 
 
-@pytest.mark.parametrize('options', [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9), dict(temperature=0, top_k=5, top_p=0.5)])
+@pytest.mark.parametrize(
+    'options', [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9), dict(temperature=0, top_k=5, top_p=0.5)]
+)
 def test_greedy_takes_the_most_likely_token_also_beyond_the_block(options):
     model, idx = stir(make()), tokens(3, 4)
     out = model.generate(idx, 15, **options)
@@ -467,7 +486,10 @@ def test_utilisation_counts_flops_per_second():
 
 def disguise(model, drop=()):
     """`model` as its predecessor would have saved it: compiled, with model_args that know of no KAN."""
-    args = {name: getattr(model.config, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    args = {
+        name: getattr(model.config, name)
+        for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    }
     return {'model': {f'_orig_mod.{name}': p for name, p in model.state_dict().items()}, 'model_args': args}
 
 
@@ -483,13 +505,17 @@ def test_checkpoint_of_nanogpt_is_the_same_model():
 
 
 @pytest.mark.parametrize(
-    'sizes', [dict(), dict(grid_size=3, spline_order=2), dict(grid_size=8, spline_order=1), dict(grid_min=-2.0, grid_max=4.0)]
+    'sizes',
+    [dict(), dict(grid_size=3, spline_order=2), dict(grid_size=8, spline_order=1), dict(grid_min=-2.0, grid_max=4.0)],
 )
 def test_checkpoint_of_nanogpkant_is_the_same_model(sizes):
     model, idx = stir(make(use_kan=True, kan_targets='attn,mlp', **sizes)), tokens(2, 12)
     rebuilt = build_model(disguise(model))
     assert torch.equal(rebuilt.eval()(idx, idx)[0], model(idx, idx)[0])
-    assert (rebuilt.config.grid_size, rebuilt.config.spline_order) == (model.config.grid_size, model.config.spline_order)
+    assert (rebuilt.config.grid_size, rebuilt.config.spline_order) == (
+        model.config.grid_size,
+        model.config.spline_order,
+    )
 
 
 def test_checkpoint_that_contradicts_itself_is_refused():

@@ -31,7 +31,9 @@ def sample(folder, out_dir='out', **settings):
 
 
 def test_command_line(trained):
-    done = run(trained, 'sample.py', '--out_dir=out', '--start=ROMEO:', '--num_samples=3', '--seed=1', '--max_new_tokens=20')
+    done = run(
+        trained, 'sample.py', '--out_dir=out', '--start=ROMEO:', '--num_samples=3', '--seed=1', '--max_new_tokens=20'
+    )
     assert done.returncode == 0 and done.stderr == ''
     samples = done.stdout.split(END)
     assert len(samples) == 4 and samples[3] == ''
@@ -45,7 +47,9 @@ def test_seed_decides(trained):
 
 
 def test_greedy_is_the_same_for_every_seed_and_sample(trained):
-    first, other = together(*(lambda seed=seed: sample(trained, seed=seed, temperature=0, num_samples=2) for seed in (1, 2)))
+    first, other = together(
+        *(lambda seed=seed: sample(trained, seed=seed, temperature=0, num_samples=2) for seed in (1, 2))
+    )
     assert first == other and first[0] == first[1]
     assert sample(trained, top_k=1) == sample(trained, top_p=1e-6) == first[:1]
 
@@ -61,7 +65,11 @@ def test_prompt_from_a_file(trained, tmp_path):
 def test_stop_ends_a_sample_before_it(trained):
     (whole,) = sample(trained)
     generated = whole[6:]
-    for stop in generated[14], generated[14:17], whole[-2:] + 'z':  # the last one could only have begun, and is printed in the end
+    for stop in (
+        generated[14],
+        generated[14:17],
+        whole[-2:] + 'z',
+    ):  # the last one could only have begun, and is printed in the end
         assert sample(trained, stop=stop) == ['ROMEO:' + generated.partition(stop)[0]]
 
 
@@ -176,7 +184,9 @@ def test_nothing_in_a_checkpoint_becomes_a_path(tmp_path):
     assert 'out/ckpt.pt' in opened and trap not in opened
 
 
-@pytest.mark.parametrize('tokenizer', [{'kind': 'gpt5'}, {'kind': 'char', 'chars': 7}, {'kind': 'char', 'chars': 'abc', 'path': '/x'}, 'x'])
+@pytest.mark.parametrize(
+    'tokenizer', [{'kind': 'gpt5'}, {'kind': 'char', 'chars': 7}, {'kind': 'char', 'chars': 'abc', 'path': '/x'}, 'x']
+)
 def test_vocabulary_that_is_none_is_refused(tmp_path, tokenizer):
     saved = make_checkpoint(tmp_path / 'out')
     torch.save({**saved, 'tokenizer': tokenizer}, tmp_path / 'out' / 'ckpt.pt')
@@ -193,7 +203,9 @@ def test_sample_from_a_folder_of_gpt2(tmp_path):
     assert sample(tmp_path, init_from=tmp_path / 'gpt2', dataset=dataset)[0].startswith('ROMEO:')
 
 
-@pytest.mark.parametrize('setting', [dict(temperature=-1), dict(top_p=2), dict(top_k=-3), dict(num_samples=0), dict(seed=-1)])
+@pytest.mark.parametrize(
+    'setting', [dict(temperature=-1), dict(top_p=2), dict(top_k=-3), dict(num_samples=0), dict(seed=-1)]
+)
 def test_numbers_out_of_range_are_refused_before_the_prompt(tmp_path, setting):
     make_checkpoint(tmp_path / 'out')
     done = run_forked(tmp_path, 'sample.py', *flags(out_dir='out', device='cpu', **setting))
@@ -204,7 +216,9 @@ def test_very_small_temperature_is_greedy(tmp_path):
     make_checkpoint(tmp_path / 'out')
     cold, greedy = (
         run_forked(
-            tmp_path, 'sample.py', *flags(out_dir='out', device='cpu', start='ROMEO', num_samples=1, max_new_tokens=20, temperature=t)
+            tmp_path,
+            'sample.py',
+            *flags(out_dir='out', device='cpu', start='ROMEO', num_samples=1, max_new_tokens=20, temperature=t),
         )
         for t in (1e-30, 0)
     )

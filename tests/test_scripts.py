@@ -84,7 +84,11 @@ def test_configs_name_only_what_differs_from_the_defaults():
 
 
 def test_runs_go_to_folders_of_their_own():
-    names = [(settings_of('train.py', [str(path)])['out_dir'], path.name) for path in CONFIGS if path.stem.startswith('train_shake')]
+    names = [
+        (settings_of('train.py', [str(path)])['out_dir'], path.name)
+        for path in CONFIGS
+        if path.stem.startswith('train_shake')
+    ]
     assert len({out_dir for out_dir, _ in names}) == len(names), names
 
 
@@ -105,7 +109,9 @@ def test_model_knows_nothing_of_what_acts_on_it():
 
 
 def run_python(source, *args):
-    return subprocess.run([sys.executable, '-c', source, *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, '-c', source, *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_kan_needs_torch_alone():
@@ -180,7 +186,10 @@ def enter(folder, line, **settings):
     return done.stdout
 
 
-SMALL = {name: TINY[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'gradient_accumulation_steps', 'eval_iters')}
+SMALL = {
+    name: TINY[name]
+    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'gradient_accumulation_steps', 'eval_iters')
+}
 
 
 def test_micro_kan_trains_and_goes_on(clone):
@@ -213,7 +222,11 @@ def test_every_script_says_how_to_run_it():
 
 def test_main_table_of_the_readme_is_that_of_its_study():
     def read_rows(path):
-        lines = [line.strip('|').split('|') for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('| ')]
+        lines = [
+            line.strip('|').split('|')
+            for line in path.read_text(encoding='utf-8').splitlines()
+            if line.startswith('| ')
+        ]
         return {name.strip('` '): {cell.strip() for cell in cells} for name, *cells in lines}
 
     rows, measured = read_rows(ROOT / 'README.md'), read_rows(ROOT / 'results/nano/compare.md')

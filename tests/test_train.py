@@ -64,13 +64,17 @@ def stopped_at(stdout):
 # resume
 
 
-@pytest.mark.parametrize('processes, settings', [(1, {}), (1, {**KAN, **SPLINES}), (2, {})], ids=['vanilla', 'kan', 'two processes'])
+@pytest.mark.parametrize(
+    'processes, settings', [(1, {}), (1, {**KAN, **SPLINES}), (2, {})], ids=['vanilla', 'kan', 'two processes']
+)
 def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, settings):
     def go(out_dir, **more):
         return lambda: train(tmp_path, dataset, out_dir, processes, **settings, **more)
 
     together(go('straight', max_iters=4), go('parts', max_iters=2))
-    shutil.copytree(tmp_path / 'parts', tmp_path / 'control')  # the same without its random state, or with the other process's
+    shutil.copytree(
+        tmp_path / 'parts', tmp_path / 'control'
+    )  # the same without its random state, or with the other process's
     state = load(tmp_path / 'control')
     state['rng'] = state['rng'][::-1] if processes > 1 else []
     torch.save(state, tmp_path / 'control' / 'ckpt.pt')
@@ -81,7 +85,12 @@ def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, setting
 
 
 def test_settings_of_splines_change_the_run(tmp_path, dataset):
-    changes = dict(same={}, rate=dict(spline_lr_scale=2.0), decay=dict(spline_weight_decay=0.0), alike=dict(spline_weight_decay=0.1))
+    changes = dict(
+        same={},
+        rate=dict(spline_lr_scale=2.0),
+        decay=dict(spline_weight_decay=0.0),
+        alike=dict(spline_weight_decay=0.1),
+    )
     together(*(lambda name=name: train(tmp_path, dataset, name, **KAN, **changes[name]) for name in changes))
     same, rate, decay, alike = (load(tmp_path / name) for name in changes)
     assert same_state(same, alike) and not same_state(same, rate) and not same_state(same, decay)
@@ -126,8 +135,12 @@ def test_signal_during_training_saves_and_exits_0(tmp_path, dataset, number):
 
 def test_sigterm_during_evaluation_saves_and_exits_0(tmp_path, dataset):
     long = write_dataset(tmp_path / 'long', n_train=10**6, n_val=10**6)
-    together(lambda: train(tmp_path, long, 'parts', max_iters=3), lambda: train(tmp_path, long, 'straight', max_iters=6))
-    process = start_training(tmp_path, long, 'parts', max_iters=NEVER, init_from='resume', eval_interval=4, eval_iters=NEVER)
+    together(
+        lambda: train(tmp_path, long, 'parts', max_iters=3), lambda: train(tmp_path, long, 'straight', max_iters=6)
+    )
+    process = start_training(
+        tmp_path, long, 'parts', max_iters=NEVER, init_from='resume', eval_interval=4, eval_iters=NEVER
+    )
     read_until(process.stdout, 'iter 4:')
     time.sleep(0.5)  # into the evaluation, which takes much longer
     process.terminate()
@@ -184,10 +197,14 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, dataset):
     common = dict(TINY, dataset=dataset, init_from='resume', max_iters=50, eval_interval=1)
     nan, diverging = together(
         lambda: run_forked(tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'nan', 'eval_interval': 7})),
-        lambda: run_forked(tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'diverging', 'decay_lr': False, 'learning_rate': 1e30})),
+        lambda: run_forked(
+            tmp_path, 'train.py', *flags(**{**common, 'out_dir': 'diverging', 'decay_lr': False, 'learning_rate': 1e30})
+        ),
     )
     assert re.fullmatch(r'error: the loss or its gradient is not finite at iteration 2;.*\n', nan.stderr)
-    assert re.fullmatch(r'error: the (loss or its gradient|evaluated loss) is not finite at iteration \d+;.*\n', diverging.stderr)
+    assert re.fullmatch(
+        r'error: the (loss or its gradient|evaluated loss) is not finite at iteration \d+;.*\n', diverging.stderr
+    )
     assert nan.returncode == diverging.returncode == 1
     assert (tmp_path / 'nan' / 'ckpt.pt').read_bytes() == before
     assert all(p.isfinite().all() for p in load(tmp_path / 'diverging')['model'].values())
@@ -201,7 +218,9 @@ def test_evaluated_loss_that_is_not_finite_stops_too(tmp_path, dataset):
     state = load(tmp_path / 'out')
     state['model']['transformer.ln_f.weight'].fill_(float('nan'))
     torch.save(state, tmp_path / 'out' / 'ckpt.pt')
-    error = complaint(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume'}))
+    error = complaint(
+        tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume'})
+    )
     assert 'the evaluated loss is not finite at iteration 2' in error
 
 
@@ -241,13 +260,34 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=3)
     out = tmp_path / 'out'
     assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'run.json']
-    keys = {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'rng', 'scaler', 'tokenizer', 'versions'}
+    keys = {
+        'model',
+        'optimizer',
+        'model_args',
+        'iter_num',
+        'best_val_loss',
+        'config',
+        'rng',
+        'scaler',
+        'tokenizer',
+        'versions',
+    }
     state = load(out)
     assert keys <= state.keys() and state['iter_num'] == 3  # the last step is saved
     assert state['tokenizer'] == TOKENIZER.to_dict() and state['config']['dropout'] == 0.2
     record = json.loads((out / 'run.json').read_text())
     assert list(record)[-1] == 'finished'
-    assert {'config', 'seed', 'commit', 'versions', 'device', 'parameters', 'dataset', 'started', 'final'} <= record.keys()
+    assert {
+        'config',
+        'seed',
+        'commit',
+        'versions',
+        'device',
+        'parameters',
+        'dataset',
+        'started',
+        'final',
+    } <= record.keys()
     assert record['flops_per_token'] == count_flops(record['model_args'])
     assert record['config']['max_iters'] == 3 and record['dataset']['source'] == 'random characters'
     log = read_log(out)
@@ -256,7 +296,9 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
     assert record['final']['val_loss'] == log[-1]['val_loss']
     assert abs(state['best_val_loss'] - min(line['val_loss'] for line in log)) < 1e-12
 
-    assert 'resuming at iteration 3\n' in train(tmp_path, dataset, max_iters=5, init_from='resume', decay_lr=False).stdout
+    assert (
+        'resuming at iteration 3\n' in train(tmp_path, dataset, max_iters=5, init_from='resume', decay_lr=False).stdout
+    )
     log = read_log(out)
     assert [line['iter'] for line in log] == [0, 2, 3, 4, 5]
     assert log[-1]['lr'] == TINY['learning_rate']
@@ -264,7 +306,15 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
 
 def test_best_is_kept_where_only_the_best_is_saved(tmp_path, dataset):
     """Random characters cannot be learned: a high learning rate makes the validation loss worse."""
-    train(tmp_path, dataset, max_iters=30, eval_interval=3, learning_rate=0.3, decay_lr=False, always_save_checkpoint=False)
+    train(
+        tmp_path,
+        dataset,
+        max_iters=30,
+        eval_interval=3,
+        learning_rate=0.3,
+        decay_lr=False,
+        always_save_checkpoint=False,
+    )
     best = min(read_log(tmp_path / 'out')[1:], key=lambda line: line['val_loss'])
     assert load(tmp_path / 'out')['iter_num'] == 30
     if (tmp_path / 'out' / 'best.pt').exists():
@@ -354,7 +404,11 @@ def test_weights_of_gpt2_are_tuned_and_cropped(tmp_path, dataset):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
     train(tmp_path, dataset, init_from=tmp_path / 'gpt2')
     state = load(tmp_path / 'out')
-    assert state['iter_num'] == 4 and state['model_args']['bias'] and state['model_args']['block_size'] == SHAPE['block_size']
+    assert (
+        state['iter_num'] == 4
+        and state['model_args']['bias']
+        and state['model_args']['block_size'] == SHAPE['block_size']
+    )
     assert state['model']['transformer.wpe.weight'].shape == (SHAPE['block_size'], 16)
     train(tmp_path, dataset, init_from='resume', max_iters=5)
 
@@ -365,7 +419,9 @@ def test_weights_of_gpt2_are_tuned_and_cropped(tmp_path, dataset):
 @pytest.fixture
 def complain(tmp_path, dataset):
     def complain(env=(), **settings):
-        return complaint(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', **settings}), env=env)
+        return complaint(
+            tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', **settings}), env=env
+        )
 
     return complain
 

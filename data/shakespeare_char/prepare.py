@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from configurator import configure
 from data.loader import write_meta, write_split
+from data.prepare import main
 from data.tinyshakespeare import read_text
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
 
@@ -32,8 +32,4 @@ def prepare(folder, source):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    try:
-        prepare(Path(__file__).resolve().parent, source)
-    except OSError as error:
-        sys.exit(f'cannot prepare shakespeare_char: {error} (--source=FILE takes a text of your own)')
+    main(globals())

@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from configurator import configure
 from data.loader import write_meta, write_split
+from data.prepare import main
 from data.tinyshakespeare import read_text
 from data.tokenizer import GPT2Tokenizer
-from tasks.prompts import COLUMNS, TASKS, prepare_task, read_rows, read_sonnets, split_path
+from tasks.prompts import TASKS, prepare_task
 
 source = ''  # a text file; empty: tinyshakespeare
 
@@ -26,11 +26,10 @@ def read_documents(source):
     text, description = read_text(source)
     for task in TASKS:
         prepare_task(task)
-    documents = [text for task in COLUMNS for _, *texts, _ in read_rows(task, split_path(task, 'train')) for text in texts]
-    documents += [text for _, text in read_sonnets(split_path('sonnets', 'train'))]
+    documents = [text for task in TASKS.values() for _, *texts, _ in task.read('train') for text in texts]
     scenes = text.split('\n\n')  # what one speaker says
     documents += ['\n\n'.join(scenes[i : i + 20]) for i in range(0, len(scenes), 20)]
-    return documents, f'train of {", ".join(COLUMNS)} and sonnets; {description}'
+    return documents, f'train of {", ".join(TASKS)}; {description}'
 
 
 def prepare(folder, source):
@@ -46,8 +45,4 @@ def prepare(folder, source):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    try:
-        prepare(Path(__file__).resolve().parent, source)
-    except OSError as error:
-        sys.exit(f'cannot prepare taskmix: {error}')
+    main(globals())

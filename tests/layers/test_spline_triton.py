@@ -34,7 +34,9 @@ with pytest.MonkeyPatch.context() as patch:  # read when triton is imported; not
 TILES, SPLITS = spline_triton.TILES, spline_triton.splits
 MODULES = [nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.Identity()]
 SHAPE = dict(N=20, I=17, O=5)  # more than one tile of 16 rows and of features, and no multiple of it
-SHARED_MEMORY = 99 << 10  # of one program, in bytes: what a consumer card of sm_86 or sm_89 gives; sm_80 gives 163 KiB, sm_90 227
+SHARED_MEMORY = (
+    99 << 10
+)  # of one program, in bytes: what a consumer card of sm_86 or sm_89 gives; sm_80 gives 163 KiB, sm_90 227
 
 
 def round_as_a_gpu(patch):
@@ -52,7 +54,9 @@ def round_as_a_gpu(patch):
     def rounding_cast(self, handle, dtype):
         if (handle.dtype.scalar, dtype.scalar) != (language.float32, language.bfloat16):
             return cast(self, handle, dtype)
-        return TensorHandle(torch.tensor(handle.data).bfloat16().view(torch.int16).numpy().view('uint16'), language.bfloat16)
+        return TensorHandle(
+            torch.tensor(handle.data).bfloat16().view(torch.int16).numpy().view('uint16'), language.bfloat16
+        )
 
     patch.setattr(InterpreterBuilder, 'create_dot', exact_dot)
     patch.setattr(InterpreterBuilder, 'cast_impl', rounding_cast)
@@ -110,7 +114,9 @@ def reference(x, w, knots, k, activation, grad):
 
 def results(x, w, knots, k, activation, grad, needed=(True, True)):
     name = spline.name_of(activation)
-    return spline_triton.forward(x, w, knots, k, name), *spline_triton.backward(grad, x, w, knots, k, name, list(needed))
+    return spline_triton.forward(x, w, knots, k, name), *spline_triton.backward(
+        grad, x, w, knots, k, name, list(needed)
+    )
 
 
 def close(value, expected, dtype):
@@ -160,7 +166,9 @@ def test_dtypes(dtype, x_dtype):
     check(*make_arguments(**SHAPE, dtype=dtype, x_dtype=x_dtype))
 
 
-@pytest.mark.parametrize('shape', [(0, 5, 3), (1, 5, 3), (20, 1, 3), (20, 3, 1), (1, 1, 1), (16, 32, 16), (17, 33, 17)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(0, 5, 3), (1, 5, 3), (20, 1, 3), (20, 3, 1), (1, 1, 1), (16, 32, 16), (17, 33, 17)], ids=str
+)
 def test_shapes(shape):
     check(*make_arguments(*shape))
 
@@ -195,12 +203,21 @@ def test_rows_in_any_number_of_splits(monkeypatch):
         check(*arguments)
     if DEVICE == 'cpu':  # as if it were a card of one multiprocessor
         x = torch.empty(1024, 1)
-        assert [SPLITS(x[:rows], programs) for rows, programs in ((0, 1), (1024, 1), (1024, 2), (1024, 9), (600, 1))] == [1, 4, 2, 1, 2]
+        assert [
+            SPLITS(x[:rows], programs) for rows, programs in ((0, 1), (1024, 1), (1024, 2), (1024, 9), (600, 1))
+        ] == [1, 4, 2, 1, 2]
 
 
 def test_what_is_not_contiguous():
     x, w, knots, k, activation, grad = make_arguments(5, 4, 3)
-    check(x.t().contiguous().t(), w.t().contiguous().t(), knots.t().contiguous().t(), k, activation, grad.t().contiguous().t())
+    check(
+        x.t().contiguous().t(),
+        w.t().contiguous().t(),
+        knots.t().contiguous().t(),
+        k,
+        activation,
+        grad.t().contiguous().t(),
+    )
 
 
 def test_the_same_bits_again():
@@ -213,7 +230,9 @@ def test_one_percent_of_one_weight_is_seen(dtype):
     """The comparison of the other tests, and what it is worth."""
     x, w, *others = make_arguments(**SHAPE, dtype=dtype)
     y, dx, _ = results(x, w, *others)
-    w.view(-1)[w.abs().argmax()] *= 1.01 if dtype == torch.float32 else 1 + 2 * torch.finfo(dtype).eps  # as near as it can be
+    w.view(-1)[w.abs().argmax()] *= (
+        1.01 if dtype == torch.float32 else 1 + 2 * torch.finfo(dtype).eps
+    )  # as near as it can be
     expected_y, expected_dx, _ = reference(x, w, *others)
     for value, expected in (y, expected_y), (dx, expected_dx):
         with pytest.raises(AssertionError):
@@ -222,11 +241,17 @@ def test_one_percent_of_one_weight_is_seen(dtype):
 
 @pytest.mark.parametrize('autocast', [False, True])
 def test_the_layer_runs_on_them(monkeypatch, autocast):
-    layer, x, grad = KANLinear(7, 5).to(DEVICE), torch.randn(4, 9, 7, device=DEVICE), torch.randn(4, 9, 5, device=DEVICE)
+    layer, x, grad = (
+        KANLinear(7, 5).to(DEVICE),
+        torch.randn(4, 9, 7, device=DEVICE),
+        torch.randn(4, 9, 5, device=DEVICE),
+    )
     calls, outcomes = [], []
     for name in 'forward', 'backward':
         function = getattr(spline_triton, name)
-        monkeypatch.setattr(spline_triton, name, lambda *args, name=name, function=function: calls.append(name) or function(*args))
+        monkeypatch.setattr(
+            spline_triton, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
+        )
     for backend in 'triton', 'plain':
         monkeypatch.setattr(spline, 'BACKEND', backend)
         rows = x.clone().requires_grad_()
@@ -236,7 +261,9 @@ def test_the_layer_runs_on_them(monkeypatch, autocast):
     assert calls == ['forward', 'backward']
     for ours, theirs in zip(*outcomes):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **(dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-5)))
+        torch.testing.assert_close(
+            ours, theirs, **(dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-5))
+        )
 
 
 def test_importing_the_kernels_does_not_import_triton():
@@ -255,7 +282,9 @@ def compile_kernel(name, arch, dtype, x_dtype, precision, k=3, activation='SiLU(
     pointers = dict(x=x_dtype, dx=x_dtype, w=dtype, y=dtype, grad=dtype, knots='fp32', dw='fp32')
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
-        signature[argument] = 'constexpr' if argument in constants else '*' + pointers[argument] if argument in pointers else 'i32'
+        signature[argument] = (
+            'constexpr' if argument in constants else '*' + pointers[argument] if argument in pointers else 'i32'
+        )
         if argument in pointers or argument in ('I', 'O'):
             attributes[index,] = [['tt.divisibility', 16]]
     constants = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
@@ -270,7 +299,9 @@ def resources(compiled):
     if cuobjdump.exists():
         with tempfile.NamedTemporaryFile(suffix='.cubin') as cubin:
             Path(cubin.name).write_bytes(compiled.asm['cubin'])
-            lines = subprocess.run([cuobjdump, '-res-usage', cubin.name], capture_output=True, text=True, check=True).stdout
+            lines = subprocess.run(
+                [cuobjdump, '-res-usage', cubin.name], capture_output=True, text=True, check=True
+            ).stdout
         usage = {name: int(value) for name, value in re.findall(r'(REG|STACK|LOCAL):(\d+)', lines)}
     return {'SHARED': compiled.metadata.shared, **usage}
 

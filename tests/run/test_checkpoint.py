@@ -28,7 +28,10 @@ def leaves(value):
 
 def same(a, b):
     a, b = leaves(a), leaves(b)
-    equal = (torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y for x, y in zip(a, b))
+    equal = (
+        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+        for x, y in zip(a, b)
+    )
     return len(a) == len(b) and all(equal)
 
 
@@ -38,7 +41,9 @@ def contents(folder):
 
 def save(folder, iter_num, is_best=False, size=1000):
     ckpt.save_checkpoint(
-        str(folder), {'model': {'w': torch.full((size,), float(iter_num))}, 'model_args': {}, 'iter_num': iter_num}, is_best
+        str(folder),
+        {'model': {'w': torch.full((size,), float(iter_num))}, 'model_args': {}, 'iter_num': iter_num},
+        is_best,
     )
 
 
@@ -77,7 +82,9 @@ def test_checkpoint_of_nanogpt_builds(prefix):
 @pytest.mark.parametrize('grid_size, spline_order', [(5, 3), (3, 2), (8, 1)])
 def test_checkpoint_of_nanogpkant_builds(grid_size, spline_order):
     sizes = dict(**SHAPE, vocab_size=65, bias=False, dropout=0.2)
-    model = GPT(GPTConfig(**sizes, use_kan=True, kan_targets='attn,mlp', grid_size=grid_size, spline_order=spline_order))
+    model = GPT(
+        GPTConfig(**sizes, use_kan=True, kan_targets='attn,mlp', grid_size=grid_size, spline_order=spline_order)
+    )
     built = ckpt.build_model({'model': model.state_dict(), 'model_args': sizes})
     assert same(model.state_dict(), built.state_dict())
     assert (built.config.grid_size, built.config.spline_order) == (grid_size, spline_order)
@@ -194,7 +201,10 @@ def test_flipped_bit_outside_the_records_is_refused_or_harmless(tmp_path):
     whole, harmless = torch.load(path, weights_only=True), 0
     with zipfile.ZipFile(path) as archive:
         begin, headers = archive.start_dir, [info.header_offset for info in archive.infolist()]
-    bits = [(place, place % 8) for place in [*range(begin, len(content)), *(header + i for header in headers for i in range(30))]]
+    bits = [
+        (place, place % 8)
+        for place in [*range(begin, len(content)), *(header + i for header in headers for i in range(30))]
+    ]
     name = content.index(b'/data/0', begin)
     bits += [(place, bit) for place in range(name - 50, name + 10) for bit in range(8)]
     for place, bit in bits:
@@ -214,7 +224,8 @@ def test_flipped_bit_outside_the_records_is_refused_or_harmless(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'program', [b'', b'h\x61.', b'.', b'0.', b'X\xff\xff\xff\x7f', b'U\x01\xff.', b'\x80\x63.', b'Rq\x00', b'}(u.', b'((sb.']
+    'program',
+    [b'', b'h\x61.', b'.', b'0.', b'X\xff\xff\xff\x7f', b'U\x01\xff.', b'\x80\x63.', b'Rq\x00', b'}(u.', b'((sb.'],
 )
 def test_nonsense_instead_of_the_pickle(tmp_path, program):
     """Pickles that no program wrote, under a right checksum: whatever the unpickler stumbles over."""
@@ -253,7 +264,9 @@ def test_malicious_pickle_is_refused_and_does_not_run(tmp_path, dump):
     check_refused(folder, 'refused' if dump is torch.save else None)
     assert not marker.exists()
     with contextlib.suppress(RuntimeError):
-        torch.load(folder / 'ckpt.pt', weights_only=False) if dump is not dump_pickle else pickle.loads((folder / 'ckpt.pt').read_bytes())
+        torch.load(folder / 'ckpt.pt', weights_only=False) if dump is not dump_pickle else pickle.loads(
+            (folder / 'ckpt.pt').read_bytes()
+        )
     assert marker.exists()  # the payload is real
 
 

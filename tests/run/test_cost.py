@@ -32,9 +32,13 @@ def test_flops_are_three_times_those_of_the_forward_products(settings, products)
     assert count_flops({**SIZES, **settings}) == 3 * (2 * products + L * ATTENTION)
 
 
-@pytest.mark.parametrize('settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True)])
+@pytest.mark.parametrize(
+    'settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True)]
+)
 def test_parameters_are_those_of_the_model(settings):
-    assert count_parameters({**SIZES, **settings}) == sum(p.numel() for p in GPT(GPTConfig(**{**SIZES, **settings})).parameters())
+    assert count_parameters({**SIZES, **settings}) == sum(
+        p.numel() for p in GPT(GPTConfig(**{**SIZES, **settings})).parameters()
+    )
 
 
 def test_a_step_trains(one_thread, seed):

@@ -64,12 +64,17 @@ def test_wide_hidden_layers_where_one_layer_more_is_too_much(tmp_path, dataset):
     printed = balance(tmp_path, dataset, dict(n_head=3, n_embd=48, grid_size=5), *flags, '--repeats=1')
     kan = model_args(dataset, tmp_path / 'train_x_kan.py', *flags[1:])
     found = model_args(dataset, tmp_path / 'train_x_by_flops.py')
-    assert found['n_layer'] == 1 and found['mlp_hidden'] > 4 and count_flops(found) == pytest.approx(count_flops(kan), rel=0.01), printed
+    assert (
+        found['n_layer'] == 1
+        and found['mlp_hidden'] > 4
+        and count_flops(found) == pytest.approx(count_flops(kan), rel=0.01)
+    ), printed
 
 
 @pytest.mark.parametrize('first', ['depth', 'width'])
 @pytest.mark.parametrize(
-    'by, cost, tolerance', [('params', count_parameters, 0.01), ('flops', count_flops, 0.01), ('seconds', clocked, 0.05)]
+    'by, cost, tolerance',
+    [('params', count_parameters, 0.01), ('flops', count_flops, 0.01), ('seconds', clocked, 0.05)],
 )
 @pytest.mark.parametrize('sizes', [dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48, grid_size=3)])
 def test_found_within_the_tolerance(tmp_path, dataset, sizes, by, cost, tolerance, first):

@@ -27,12 +27,16 @@ PARTS = {
     ],
 )
 def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
-    done = run(tmp_path, 'study/bench.py', f'--suite={suite}', f'--only={only}', '--device=cpu', '--rounds=2', '--repeats=2')
+    done = run(
+        tmp_path, 'study/bench.py', f'--suite={suite}', f'--only={only}', '--device=cpu', '--rounds=2', '--repeats=2'
+    )
     assert done.returncode == 0, done.stderr
     *table, line = done.stdout.strip().split('\n')
     report = json.loads(line)
     (row,) = report['rows']
-    assert f'{row["dtype"]} {row["where"]} {row["name"]}$' == only and any(row['name'] in text and 'MiB' in text for text in table)
+    assert f'{row["dtype"]} {row["where"]} {row["name"]}$' == only and any(
+        row['name'] in text and 'MiB' in text for text in table
+    )
     assert set(row['seconds']) == PARTS['edges' if 'edges$' in only else suite] and all(
         len(seconds) == 4 and min(seconds) > 0 for seconds in row['seconds'].values()
     )
@@ -54,10 +58,18 @@ def test_mistakes_are_named(tmp_path, flag, message):
 
 def test_operators_are_listed_with_their_times(tmp_path):
     done = run(
-        tmp_path, 'study/bench.py', '--only=float32 96 384 2048 nn.Linear$', '--device=cpu', '--rounds=1', '--repeats=1', '--operators=3'
+        tmp_path,
+        'study/bench.py',
+        '--only=float32 96 384 2048 nn.Linear$',
+        '--device=cpu',
+        '--rounds=1',
+        '--repeats=1',
+        '--operators=3',
     )
     *table, line = done.stdout.strip().split('\n')
     (row,) = json.loads(line)['rows']
     names, counts, seconds = zip(*row['operators'])
     assert 'aten::mm' in names and counts[names.index('aten::mm')] == 3  # forward, and two of the backward pass
-    assert len(names) == 3 and sorted(seconds, reverse=True) == list(seconds) and any('aten::mm' in text for text in table)
+    assert (
+        len(names) == 3 and sorted(seconds, reverse=True) == list(seconds) and any('aten::mm' in text for text in table)
+    )

@@ -41,7 +41,10 @@ def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **
         parameters={'total': parameters},
         flops_per_token=6.0 * parameters,
         tokens_per_iter=50,
-        dataset={'splits': {split: {'sha256': splits * 64, 'tokens': 100} for split in ('train', 'val')}, 'val_chars': 400},
+        dataset={
+            'splits': {split: {'sha256': splits * 64, 'tokens': 100} for split in ('train', 'val')},
+            'val_chars': 400,
+        },
         device='an abacus',
         versions={'torch': '2'},
     )
@@ -62,7 +65,9 @@ def runs(tmp_path):
 
 
 def compare(folder, *args):
-    done = run_forked(folder, 'study/compare.py', *sorted(str(path) for path in (folder / 'runs').iterdir()), '--out=c', *args)
+    done = run_forked(
+        folder, 'study/compare.py', *sorted(str(path) for path in (folder / 'runs').iterdir()), '--out=c', *args
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -81,12 +86,20 @@ def test_numbers_are_those_of_numpy_and_scipy(runs):
     ours, theirs = list(LOSSES['b'].values()), list(LOSSES['a'].values())
     assert b['best'] == ours and b['final'] == [loss + 0.1 for loss in ours]
     assert b['difference'] == pytest.approx(np.mean(ours) - np.mean(theirs))
-    assert b['p'] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue) and b['p'] != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
-    assert wide['p'] is None and wide['difference'] == pytest.approx(1.40 - 1.54) and wide['pairs'] == 1  # of the seed both have
+    assert b['p'] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue) and b['p'] != pytest.approx(
+        stats.ttest_ind(ours, theirs).pvalue
+    )
+    assert (
+        wide['p'] is None and wide['difference'] == pytest.approx(1.40 - 1.54) and wide['pairs'] == 1
+    )  # of the seed both have
     assert a['tokens'] == 1500 and a['seconds_per_step'] == 0.25 and a['peak_memory'] == 3e9
     row = next(line for line in table.splitlines() if line.startswith('| b |'))
     assert f'{np.mean(ours):.4f} ± {np.std(ours, ddof=1):.4f}' in row
-    assert f'{math.exp(np.mean(ours)):.3f}' in row and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row and f'p = {b["p"]:.2g}' in row
+    assert (
+        f'{math.exp(np.mean(ours)):.3f}' in row
+        and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row
+        and f'p = {b["p"]:.2g}' in row
+    )
 
 
 def test_curves_are_means_over_seeds_without_the_start(runs):
@@ -107,13 +120,19 @@ def test_baseline_by_name(runs):
     compare(runs, '--baseline=b')
     a, b, _ = read_report(runs)['groups']
     assert a['difference'] == pytest.approx(0.05) and b['difference'] == 0
-    assert 'expected one of a, b, b_wide' in complaint(runs, 'study/compare.py', *map(str, (runs / 'runs').iterdir()), '--baseline=c')
+    assert 'expected one of a, b, b_wide' in complaint(
+        runs, 'study/compare.py', *map(str, (runs / 'runs').iterdir()), '--baseline=c'
+    )
 
 
 def test_folders_without_a_run_are_left_out_with_a_word(runs):
     (runs / 'runs/empty').mkdir()
     done = run_forked(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())), '--out=c')
-    assert done.returncode == 0 and 'runs/empty holds no run of train.py' in done.stderr and len(read_report(runs)['groups']) == 3
+    assert (
+        done.returncode == 0
+        and 'runs/empty holds no run of train.py' in done.stderr
+        and len(read_report(runs)['groups']) == 3
+    )
 
 
 def test_settings_with_no_finished_run_are_named(runs):
@@ -132,7 +151,10 @@ def test_diverged_runs_are_marked(runs):
 def test_unfinished_runs_are_marked_and_not_counted(runs):
     write_run(runs / 'runs/a,seed=4', 4, 0.1, finished=False)
     table = compare(runs)
-    assert '| a | 3 (+ 1 unfinished) |' in table and f'Unfinished, not counted: {runs}/runs/a,seed=4, evaluated at 10 of 30' in table
+    assert (
+        '| a | 3 (+ 1 unfinished) |' in table
+        and f'Unfinished, not counted: {runs}/runs/a,seed=4, evaluated at 10 of 30' in table
+    )
     assert read_report(runs)['groups'][0]['seeds'] == [1, 2, 3]
 
 
@@ -140,7 +162,10 @@ def test_unfinished_runs_are_marked_and_not_counted(runs):
     'change, reason',
     [
         (dict(splits='1'), 'different data (a: 000000000000 000000000000; '),
-        (dict(block_size=16), 'different validation windows (eval_iters * batch_size of them, block_size long) (a: 8 8; '),
+        (
+            dict(block_size=16),
+            'different validation windows (eval_iters * batch_size of them, block_size long) (a: 8 8; ',
+        ),
         (dict(eval_iters=3), 'different validation windows'),
         (dict(eval_interval=20), 'different iterations between evaluations'),
         (dict(max_iters=40), 'different tokens to train on (a: 1500; '),
@@ -158,7 +183,9 @@ def test_mistakes_are_named(runs):
         runs, 'study/compare.py', str(runs / 'runs/a,seed=1'), '--basline=a'
     )
     write_run(runs / 'runs/again,seed=1', 1, 1.0)
-    assert 'seed 1 of a is there twice: ' in complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert 'seed 1 of a is there twice: ' in complaint(
+        runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir()))
+    )
     (runs / 'runs/a,seed=1/run.json').write_text('{"config": 3')
     assert 'damaged' in complaint(runs, 'study/compare.py', str(runs / 'runs/a,seed=1'))
 
@@ -166,7 +193,9 @@ def test_mistakes_are_named(runs):
 def test_power_law_of_points_that_lie_on_one(tmp_path):
     for n_layer, parameters in enumerate((1000, 3000, 9000, 20000), 1):
         for seed in (1, 2):
-            write_run(tmp_path / f'runs/d{n_layer},seed={seed}', seed, 5 * parameters**-0.1, parameters, n_layer=n_layer)
+            write_run(
+                tmp_path / f'runs/d{n_layer},seed={seed}', seed, 5 * parameters**-0.1, parameters, n_layer=n_layer
+            )
     table = compare(tmp_path, '--scaling=True')
     (law,) = read_report(tmp_path)['scaling'].values()
     assert law['factor'] == pytest.approx(5) and law['exponent'] == pytest.approx(-0.1) and law['sizes'] == 4
@@ -193,7 +222,14 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
         for rate in (0.1, 0.2):
             for std in (0.02, 0.04):
                 name = f'{family},learning_rate={rate},init_std={std}'
-                write_run(tmp_path / 'runs' / name, 1, 10 * rate + std / n_layer, n_layer=n_layer, learning_rate=rate, init_std=std)
+                write_run(
+                    tmp_path / 'runs' / name,
+                    1,
+                    10 * rate + std / n_layer,
+                    n_layer=n_layer,
+                    learning_rate=rate,
+                    init_std=std,
+                )
     table = compare(tmp_path, '--over=learning_rate,init_std')
     deep = [
         '| deep: learning_rate | init_std 0.02 | init_std 0.04 |',
@@ -205,14 +241,20 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
     assert 'expected two settings' in complaint(tmp_path, 'study/compare.py', *folders, '--over=learning_rate')
     assert '(grids.png)' in table and (tmp_path / 'c/grids.png').read_bytes().startswith(b'\x89PNG')
-    assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 2  # of the curves, and one for each family
+    assert (tmp_path / 'c/compare.html').read_text().count(
+        'Plotly.newPlot('
+    ) == 4 + 2  # of the curves, and one for each family
 
 
 @pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/compare.md')))
 def test_pages_of_results_are_those_of_their_records(tmp_path, study):
     """`make results` would leave them as they are."""
     printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (args,) = (line.partition('study/compare.py')[2].split() for line in printed.splitlines() if f' --out=results/{study} ' in line + ' ')
+    (args,) = (
+        line.partition('study/compare.py')[2].split()
+        for line in printed.splitlines()
+        if f' --out=results/{study} ' in line + ' '
+    )
     done = run_forked(ROOT, 'study/compare.py', *args, f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'compare.md').read_text() == (ROOT / 'results' / study / 'compare.md').read_text()
@@ -231,12 +273,16 @@ def test_data_without_checksums_is_told_apart_by_its_name(runs):
         record['dataset']['splits'] = None
         record['config']['dataset'] = './one' if folder.name.startswith('a') else './two'
         (folder / 'run.json').write_text(json.dumps(record))
-    assert 'different data (a: ./one; b: ./two' in complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert 'different data (a: ./one; b: ./two' in complaint(
+        runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir()))
+    )
 
 
 def test_time_of_a_run_resumed_at_its_only_evaluation(runs):
     folder = write_run(runs / 'runs/z', 1, 1.0, n_layer=9)
-    (folder / 'log.jsonl').write_text(json.dumps(dict(iter=30, val_loss=1.0, tokens_per_s=None, peak_mem=1e9, seconds=6.0)) + '\n')
+    (folder / 'log.jsonl').write_text(
+        json.dumps(dict(iter=30, val_loss=1.0, tokens_per_s=None, peak_mem=1e9, seconds=6.0)) + '\n'
+    )
     compare(runs)
     assert read_report(runs)['groups'][-1]['seconds_per_step'] == pytest.approx(0.2)
 
@@ -245,15 +291,22 @@ def test_families_that_share_their_first_settings_keep_their_names(tmp_path):
     for scale in (1, 3):
         for n_layer in (1, 2, 3):
             name = f'nano,n_layer={n_layer},spline_lr_scale={scale}'
-            write_run(tmp_path / 'runs' / name, 1, 2 / n_layer**scale, 1000 * n_layer, n_layer=n_layer, spline_lr_scale=scale)
+            write_run(
+                tmp_path / 'runs' / name, 1, 2 / n_layer**scale, 1000 * n_layer, n_layer=n_layer, spline_lr_scale=scale
+            )
     compare(tmp_path, '--scaling=True')
     laws = read_report(tmp_path)['scaling']
-    assert {name: round(law['exponent'], 3) for name, law in laws.items()} == {'nano,spline_lr_scale=1': -1, 'nano,spline_lr_scale=3': -3}
+    assert {name: round(law['exponent'], 3) for name, law in laws.items()} == {
+        'nano,spline_lr_scale=1': -1,
+        'nano,spline_lr_scale=3': -3,
+    }
 
 
 def test_page_needs_no_network(runs):
     compare(runs)
-    page = re.sub(r'<script>/\*\*.*?</script>', '', (runs / 'c/compare.html').read_text(), count=1, flags=re.DOTALL)  # plotly itself
+    page = re.sub(
+        r'<script>/\*\*.*?</script>', '', (runs / 'c/compare.html').read_text(), count=1, flags=re.DOTALL
+    )  # plotly itself
     assert not re.search(r'(src|href)\s*=|url\(|@import', page) and 'viewport' in page
 
 
@@ -273,7 +326,14 @@ def test_page_opens_and_sorts_in_a_browser(runs):
     });
     </script>"""
     page.write_text(page.read_text().replace('<title>', probe + '<title>', 1))
-    command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=400,800', '--virtual-time-budget=10000']
+    command = [
+        BROWSER,
+        '--headless',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--window-size=400,800',
+        '--virtual-time-budget=10000',
+    ]
     done = subprocess.run([*command, '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120)
     title = re.search(r'<title>(.*?)</title>', done.stdout)[1]
     assert title == 'a b b_wide; b_wide b a; a b b_wide; b_wide a b; a b b_wide; true; true'

@@ -26,7 +26,11 @@ def study(tmp_path, monkeypatch):
 def make_record(study, stage, name, task, settings):
     """A record as a run would leave it, its numbers drawn by its name."""
     draw = random.Random(f'{stage} {name}')
-    dev = {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')} if task == 'sonnets' else {'accuracy': draw.random()}
+    dev = (
+        {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')}
+        if task == 'sonnets'
+        else {'accuracy': draw.random()}
+    )
     log = [dict(epoch=i, iter=20 * i, seconds=10.0 * i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
     record = dict(task=task, settings=settings, dev=dev, valid=min(log, key=lambda line: line['loss']), log=log)
     record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8, base={'name': 'out-taskmix'})
@@ -43,7 +47,11 @@ def make_records(study, *stages):
 def make_edges_record(study):
     """A record as bench.py --suite=graph prints it."""
     seconds = {'edges': [0.002, 0.001, 0.009], 'rest': [0.038, 0.039, 0.031], 'total': [0.04, 0.04, 0.04]}
-    rows = [dict(where=size, name=f'{edges} edges', seconds=seconds) for size in ('micro', 'nano') for edges in ('no', 'topk')]
+    rows = [
+        dict(where=size, name=f'{edges} edges', seconds=seconds)
+        for size in ('micro', 'nano')
+        for edges in ('no', 'topk')
+    ]
     study.path_of('graph', 'edges').write_text(json.dumps({'rows': rows}))
 
 
@@ -67,7 +75,9 @@ def test_the_rate_of_a_variant_is_the_one_with_the_lowest_loss_on_what_was_held_
 def test_runs_on_cfimdb_are_those_at_the_rate_with_the_lowest_loss(study):
     make_records(study, 'search')
     make_records(study, 'final', 'rates')
-    losses = {lr: sum(record['valid']['loss'] for record in study.read_cfimdb('KAN', lr)) for lr in study.VARIANTS['KAN'][1]}
+    losses = {
+        lr: sum(record['valid']['loss'] for record in study.read_cfimdb('KAN', lr)) for lr in study.VARIANTS['KAN'][1]
+    }
     assert len(set(losses.values())) == 3 and study.rate_of('KAN', 'cfimdb') == min(losses, key=losses.get)
     assert study.rate_of('KAN', 'quora') == study.best_rate('KAN')
 
@@ -91,7 +101,9 @@ def test_page_is_made_of_all_records(study):
 
 def test_a_missing_record_is_named(study):
     make_records(study, 'search')
-    with pytest.raises(FileNotFoundError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'):
+    with pytest.raises(
+        FileNotFoundError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'
+    ):
         study.read_finals('full', 'sst')
 
 

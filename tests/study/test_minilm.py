@@ -26,7 +26,9 @@ def clone(tmp_path_factory):
     BertModel(BertConfig(vocab_size=len(WORDS), **sizes)).save_pretrained(folder / 'data/minilm')
     (folder / 'data/minilm/vocab.txt').write_text('\n'.join(WORDS) + '\n')
     for split in 'train', 'dev':
-        rows = [f'{i}\t{i}\t{" ".join(WORDS[5 + (i * 7 + j) % 7] for j in range(22 + i % 4))}\t{i % 5}' for i in range(400)]
+        rows = [
+            f'{i}\t{i}\t{" ".join(WORDS[5 + (i * 7 + j) % 7] for j in range(22 + i % 4))}\t{i % 5}' for i in range(400)
+        ]
         (folder / f'data/sst/{split}.csv').write_text('\n'.join(['\tid\tsentence\tsentiment', *rows]) + '\n')
     (folder / 'data/sst/meta.json').write_text('{}')
     return folder
@@ -34,7 +36,9 @@ def clone(tmp_path_factory):
 
 def run(clone, *args):
     env = {**ENV, 'HF_HUB_OFFLINE': '1'}
-    return subprocess.run([sys.executable, 'study/minilm.py', *args], cwd=clone, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, 'study/minilm.py', *args], cwd=clone, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,4 +80,8 @@ def test_the_page_comes_from_the_records(clone):
 
 def test_a_stage_that_is_not_there(clone):
     done = run(clone, '--stages=all')
-    assert done.returncode == 1 and done.stderr.startswith('error: stages: expected any of search, widen') and done.stderr.count('\n') == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith('error: stages: expected any of search, widen')
+        and done.stderr.count('\n') == 1
+    )

@@ -29,7 +29,11 @@ def test_runs_all_then_skips_all(folder):
     assert sorted(os.listdir(folder / 'runs')) == names
     for name in names:
         config = json.loads((folder / 'runs' / name / 'run.json').read_text())['config']
-        assert (config['n_layer'], config['seed'], config['learning_rate']) == (1 + (name[0] == 'b'), int(name[-1]), 1e-2)
+        assert (config['n_layer'], config['seed'], config['learning_rate']) == (
+            1 + (name[0] == 'b'),
+            int(name[-1]),
+            1e-2,
+        )
     before = [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
     assert run(folder, 'study/sweep.py', *command).stdout == '4 runs, 4 of them finished\n'
     assert before == [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
@@ -38,7 +42,9 @@ def test_runs_all_then_skips_all(folder):
     same = run(folder, 'study/sweep.py', *command[:3], '--learning_rate=1e-2', '--seed=1,2')
     assert same.stdout == '4 runs, 4 of them finished\n'  # in whatever order the flags come
     other = complaint(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=1,2,4', '--learning_rate=2e-2')
-    assert other.startswith('error: runs/a,seed=1 holds a run with learning_rate=0.01;') and 'a,seed=4' not in os.listdir(folder / 'runs')
+    assert other.startswith(
+        'error: runs/a,seed=1 holds a run with learning_rate=0.01;'
+    ) and 'a,seed=4' not in os.listdir(folder / 'runs')
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,9 @@ def test_goes_on_with_the_run_that_was_cut_off(folder, send):
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     done = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert done.returncode == 1
-    assert done.stderr.strip().endswith('error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30')
+    assert done.stderr.strip().endswith(
+        'error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30'
+    )
     assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
     before = (folder / 'runs/a,learning_rate=1e30/train.txt').read_text()
     again = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
@@ -91,7 +99,9 @@ def test_two_at_once_share_the_runs(folder):
     assert 'a,seed=1 is being trained by another sweep' in second.stdout
     for name in ('a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2'):
         said = (folder / 'runs' / name / 'train.txt').read_text()
-        assert said.count('number of parameters') == 1 and 'finished' in json.loads((folder / 'runs' / name / 'run.json').read_text())
+        assert said.count('number of parameters') == 1 and 'finished' in json.loads(
+            (folder / 'runs' / name / 'run.json').read_text()
+        )
 
 
 def test_mistakes_are_named_before_anything_runs(folder):

@@ -18,7 +18,11 @@ ENCODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, inter
 MODELS = {  # class, sizes, layers in blocks
     'BertForSequenceClassification': ('BertConfig', ENCODER, 12),
     'RobertaForSequenceClassification': ('RobertaConfig', ENCODER, 12),
-    'DistilBertForSequenceClassification': ('DistilBertConfig', dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40), 12),
+    'DistilBertForSequenceClassification': (
+        'DistilBertConfig',
+        dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40),
+        12,
+    ),
     'BartForConditionalGeneration': (
         'BartConfig',
         dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=40)
@@ -60,7 +64,11 @@ def kans(model):
 @pytest.mark.parametrize('name', MODELS)
 def test_a_pretrained_model_gives_what_it_gave_and_trains_on(name):
     model = make(name)
-    heads = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) and 'layer' not in path]
+    heads = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and 'layer' not in path
+    ]
     kept = {path: model.get_submodule(path) for path in heads if '.h.' not in path and '.block.' not in path}
     logits = run(model)
     assert kanify(model, grid_size=3) is model
@@ -102,7 +110,11 @@ def test_an_activation_moves_into_the_layer_after_it(name, absorb, activation):
 
 def test_our_gpt_becomes_two_kan_layers_per_mlp():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=32, gelu='tanh', **{name: TINY[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}))
+    model = GPT(
+        GPTConfig(
+            vocab_size=32, gelu='tanh', **{name: TINY[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}
+        )
+    )
     idx = torch.arange(8)[None]
     logits = model(idx, idx)[0]
     kanify(model, 'mlp', absorb={'mlp.c_proj': 'mlp.gelu'})
@@ -129,7 +141,10 @@ def test_fresh_layers_start_as_kan_layers_do():
     logits = run(model)
     kanify(model, init='fresh', grid_size=2)
     assert not torch.allclose(run(model), logits, atol=0.1)
-    assert all(layer.spline_weight.abs().sum() > 0 and isinstance(layer.base_activation, nn.SiLU) for layer in kans(model).values())
+    assert all(
+        layer.spline_weight.abs().sum() > 0 and isinstance(layer.base_activation, nn.SiLU)
+        for layer in kans(model).values()
+    )
 
 
 def test_splines_alone_can_train(capsys):
@@ -137,9 +152,14 @@ def test_splines_alone_can_train(capsys):
     before = {name: p.clone() for name, p in model.named_parameters()}
     kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [f'bert.encoder.layer.{i}.attention.self.{which}.spline_weight' for i in range(2) for which in ('query', 'value')]
+    assert trainable == [
+        f'bert.encoder.layer.{i}.attention.self.{which}.spline_weight' for i in range(2) for which in ('query', 'value')
+    ]
     old, splines = sum(p.numel() for p in before.values()), 4 * 16 * 16 * 5
-    assert capsys.readouterr().out == f'4 layers became KAN layers: {old:,} -> {old + splines:,} parameters, {splines:,} of them train\n'
+    assert (
+        capsys.readouterr().out
+        == f'4 layers became KAN layers: {old:,} -> {old + splines:,} parameters, {splines:,} of them train\n'
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits = run(model)
     logits.square().sum().backward()
@@ -197,7 +217,9 @@ def test_what_cannot_be_done_says_so_and_changes_nothing(arguments, message):
 
 def test_a_model_without_blocks_wants_names():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r'no linear layers within blocks: name some in targets; there is 0 \(1\), 2 \(1\)'):
+    with pytest.raises(
+        ValueError, match=r'no linear layers within blocks: name some in targets; there is 0 \(1\), 2 \(1\)'
+    ):
         kanify(model)
     assert list(kans(kanify(model, ('0',)))) == ['0']
 

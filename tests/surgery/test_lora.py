@@ -96,7 +96,9 @@ def train_steps(model, x, steps=3, lr=0.05):
 
 
 def base_state(model):
-    return {name.replace('.base_layer', ''): p.clone() for name, p in model.state_dict().items() if '.adapters.' not in name}
+    return {
+        name.replace('.base_layer', ''): p.clone() for name, p in model.state_dict().items() if '.adapters.' not in name
+    }
 
 
 def equal_states(a, b):
@@ -191,11 +193,15 @@ def test_kan_is_two_kan_layers_beside_the_base(layer, squash, use_dora):
 
     def phi(layer, x):
         rows = formulas[squash](x).reshape(-1, x.size(-1))
-        return plain_spline_linear(rows, layer.packed_weight(), layer.grid, 1, nn.SiLU(), torch.float64).view(*x.shape[:-1], -1)
+        return plain_spline_linear(rows, layer.packed_weight(), layer.grid, 1, nn.SiLU(), torch.float64).view(
+            *x.shape[:-1], -1
+        )
 
     y, bias = base(x), 0 if base.bias is None else base.bias
     if use_dora:
-        weights = [p.flatten(1) for p in ((base.base_weight, base.spline_weight) if 'KAN' in layer else (weight_of(base),))]
+        weights = [
+            p.flatten(1) for p in ((base.base_weight, base.spline_weight) if 'KAN' in layer else (weight_of(base),))
+        ]
         y = bias + (y - bias) * adapter.magnitude / torch.cat(weights, 1).norm(dim=1)
     update = phi(adapter.bottleneck.phi_out, phi(adapter.bottleneck.phi_in, x))
     assert update.abs().max() > 0.1
@@ -205,7 +211,9 @@ def test_kan_is_two_kan_layers_beside_the_base(layer, squash, use_dora):
 def as_kolmg(model, dora=False):
     """kolmg-lora's layer with the weights of our kan adapter."""
     base, adapter = model.layer.base_layer, model.layer.adapter
-    theirs = KOLMGLoRALinear(copy.deepcopy(base), rank=R, alpha=adapter.config.alpha, grid_size=4, spline_order=adapter.config.spline_order)
+    theirs = KOLMGLoRALinear(
+        copy.deepcopy(base), rank=R, alpha=adapter.config.alpha, grid_size=4, spline_order=adapter.config.spline_order
+    )
     for name, phi in ('in', adapter.bottleneck.phi_in), ('out', adapter.bottleneck.phi_out):
         getattr(theirs.kan, f'{name}_base_weight').data = phi.base_weight.data
         getattr(theirs.kan, f'{name}_spline_weight').data = phi.spline_weight.data
@@ -217,7 +225,9 @@ def as_kolmg(model, dora=False):
 def test_kan_equals_kolmg_lora_inside_the_grid(spline_order):
     model, _ = make('Linear', 'kan', torch.float64, squash='none', spline_order=spline_order)
     randomise(model)
-    model.layer.adapter.bottleneck.phi_in.base_weight.data.mul_(0.1)  # so that what lies between the two layers is on the grid, too
+    model.layer.adapter.bottleneck.phi_in.base_weight.data.mul_(
+        0.1
+    )  # so that what lies between the two layers is on the grid, too
     model.layer.adapter.bottleneck.phi_in.spline_weight.data.mul_(0.1)
     x = torch.rand(50, I, dtype=torch.float64) * 2 - 1
     assert model.layer.adapter.bottleneck.phi_in(x).abs().max() < 1
@@ -232,7 +242,9 @@ def test_splines_of_inputs_far_outside_the_grid(squash, alive):
     x[:, 0] = 8.0
     phi_in = model.layer.adapter.bottleneck.phi_in
     model.layer(x).square().sum().backward()
-    assert (phi_in.spline_weight.grad[:, 0].abs().sum() > 0) == alive and phi_in.spline_weight.grad[:, 1].abs().sum() > 0
+    assert (phi_in.spline_weight.grad[:, 0].abs().sum() > 0) == alive and phi_in.spline_weight.grad[
+        :, 1
+    ].abs().sum() > 0
 
 
 # merging
@@ -264,7 +276,12 @@ def test_merged_equals_unmerged_and_comes_back_bit_for_bit(kind, layer, options,
 
 
 @pytest.mark.parametrize(
-    'change', [lambda m: set_lora(m, None), lambda m: add_lora(m, LoRAConfig(target_modules='layer'), 'b'), lambda m: save_lora(m, 'x')]
+    'change',
+    [
+        lambda m: set_lora(m, None),
+        lambda m: add_lora(m, LoRAConfig(target_modules='layer'), 'b'),
+        lambda m: save_lora(m, 'x'),
+    ],
 )
 def test_nothing_else_happens_to_a_merged_model(change):
     model, _ = make('Linear', 'lora')
@@ -421,7 +438,9 @@ def test_modules_to_save_train_in_a_copy():
     optimizer = torch.optim.SGD(lora_param_groups(model, 0.1, 0.0))
     model(x).square().mean().backward()
     optimizer.step()
-    assert not torch.equal(model.head.adapter.copy.weight, before['head.weight']) and equal_states(base_state(model), before)
+    assert not torch.equal(model.head.adapter.copy.weight, before['head.weight']) and equal_states(
+        base_state(model), before
+    )
     trained = model(x)
     with lora_off(model):
         assert torch.equal(model(x), y)
@@ -467,7 +486,11 @@ def test_lora_plus_gives_the_second_factor_its_own_rate():
         model, _ = make('Linear', kind, lora_plus_ratio=16.0, use_dora=True)
         names = {id(p): name for name, p in model.named_parameters()}
         groups = lora_param_groups(model, 1e-3, 0.1)
-        rates = {names[id(p)]: (group['lr'], group['weight_decay'], group['lr_scale']) for group in groups for p in group['params']}
+        rates = {
+            names[id(p)]: (group['lr'], group['weight_decay'], group['lr_scale'])
+            for group in groups
+            for p in group['params']
+        }
         assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
         for name, rate in rates.items():
             decay = 0.0 if 'magnitude' in name else 0.1
@@ -550,7 +573,15 @@ def test_attention_projections_are_found_by_default(name):
 
 @pytest.mark.parametrize(
     'target, number',
-    [('c_attn', 2), ('attn', 4), ('h.0', 4), ('transformer.h.1.mlp.c_fc', 1), ('attn.c_proj', 2), ('transformer', 8), ('wpe', 1)],
+    [
+        ('c_attn', 2),
+        ('attn', 4),
+        ('h.0', 4),
+        ('transformer.h.1.mlp.c_fc', 1),
+        ('attn.c_proj', 2),
+        ('transformer', 8),
+        ('wpe', 1),
+    ],
 )
 def test_targets_name_layers_and_modules(target, number):
     layers = lora_layers(add_lora(make_gpt(), LoRAConfig(target_modules=(target,))))
@@ -558,17 +589,45 @@ def test_targets_name_layers_and_modules(target, number):
 
 
 BAD_TARGETS = [
-    (make_gpt, dict(target_modules=('c_atn',)), r"by the name 'c_atn'; there is .*c_attn \(2\), c_proj \(4\), c_fc \(2\)"),
+    (
+        make_gpt,
+        dict(target_modules=('c_atn',)),
+        r"by the name 'c_atn'; there is .*c_attn \(2\), c_proj \(4\), c_fc \(2\)",
+    ),
     (make_gpt, dict(target_modules=('c_attn', 'attn_')), "by the name 'attn_'"),
-    (make_gpt, dict(kind='kan', target_modules=('wpe',)), "transformer.wpe is a Embedding: its adapters are of kind 'lora', not 'kan'"),
-    (lambda: tiny('GPT2', n_embd=16, n_layer=1, n_head=2, vocab_size=40), dict(kind='kan', target_modules=('wpe',)), "of kind 'lora'"),
-    (lambda: tiny('Bert', **ENCODER), dict(target_modules=('embeddings',)), 'have to be named themselves: word_embeddings'),
+    (
+        make_gpt,
+        dict(kind='kan', target_modules=('wpe',)),
+        "transformer.wpe is a Embedding: its adapters are of kind 'lora', not 'kan'",
+    ),
+    (
+        lambda: tiny('GPT2', n_embd=16, n_layer=1, n_head=2, vocab_size=40),
+        dict(kind='kan', target_modules=('wpe',)),
+        "of kind 'lora'",
+    ),
+    (
+        lambda: tiny('Bert', **ENCODER),
+        dict(target_modules=('embeddings',)),
+        'have to be named themselves: word_embeddings',
+    ),
     (make_gpt, dict(kind='kan_base'), "c_attn is a Linear: its adapters are of kind 'lora' or 'kan'"),
-    (make_gpt, dict(modules_to_save=('classifier',)), "no module 'classifier'; at the top there are transformer, lm_head"),
+    (
+        make_gpt,
+        dict(modules_to_save=('classifier',)),
+        "no module 'classifier'; at the top there are transformer, lm_head",
+    ),
     (lambda: nn.Sequential(nn.Linear(4, 4)), dict(), r'set target_modules; there is 0 \(1\)'),
     (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), dict(target_modules=('0',)), "by the name '0'; there is none"),
-    (lambda: nn.TransformerEncoderLayer(8, 2), dict(target_modules=('out_proj',)), "by the name 'out_proj'; there is none"),
-    (lambda: nn.TransformerEncoderLayer(8, 2), dict(target_modules=('linear1',)), "by the name 'linear1'; there is none"),
+    (
+        lambda: nn.TransformerEncoderLayer(8, 2),
+        dict(target_modules=('out_proj',)),
+        "by the name 'out_proj'; there is none",
+    ),
+    (
+        lambda: nn.TransformerEncoderLayer(8, 2),
+        dict(target_modules=('linear1',)),
+        "by the name 'linear1'; there is none",
+    ),
 ]
 
 
@@ -673,7 +732,9 @@ model = nn.ModuleDict({{'layer': nn.Linear({I}, {O}), 'head': nn.Linear({O}, 2)}
 model.load_state_dict(base['state'])
 torch.save(load_lora(model, folder).layer(base['x']), folder + '/y.pt')
 """
-    done = subprocess.run([sys.executable, '-c', source, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-c', source, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / 'y.pt'), model.layer(x))
 
@@ -693,7 +754,10 @@ CHANGES = [
     (lambda t, r: r['config'].update(rank=R + 1), r'is \(3, 6\), expected \(4, 6\)'),
     (lambda t, r: r['config'].update(rank='3'), 'rank must be of type int'),
     (lambda t, r: r['config'].update(surprise=1), 'surprise'),
-    (lambda t, r: r['layers'].update(there=['kan', 'Linear(weight 5x6, bias 5)']), 'there was Linear.*; in this model it is not there'),
+    (
+        lambda t, r: r['layers'].update(there=['kan', 'Linear(weight 5x6, bias 5)']),
+        'there was Linear.*; in this model it is not there',
+    ),
     (lambda t, r: r['layers'].update(layer=['kan_base', 'Linear(weight 5x6, bias 5)']), "adapter of kind 'kan_base'"),
     (lambda t, r: r['base'].update(sha256='0' * 64), 'belongs to another base'),
     (lambda t, r: r.pop('layers'), 'is not what save_lora writes'),
@@ -735,10 +799,14 @@ def test_an_adapter_of_another_model_is_refused_unless_asked(tmp_path):
     model = make_base()
     with torch.no_grad():
         model.layer.weight[0, 0] += 1e-6
-    with pytest.raises(ValueError, match=r'another base: ModuleDict of 35 numbers, sha256 \w{12}; this is ModuleDict of 35'):
+    with pytest.raises(
+        ValueError, match=r'another base: ModuleDict of 35 numbers, sha256 \w{12}; this is ModuleDict of 35'
+    ):
         load_lora(model, tmp_path)
     assert torch.allclose(load_lora(model, tmp_path, check_base=False).layer(x), saved.layer(x), atol=1e-4)
-    with pytest.raises(ValueError, match=r'layer was Linear\(weight 5x6, bias 5\).*; in this model it is Linear\(weight 5x6\)'):
+    with pytest.raises(
+        ValueError, match=r'layer was Linear\(weight 5x6, bias 5\).*; in this model it is Linear\(weight 5x6\)'
+    ):
         load_lora(make_base('Linear without bias'), tmp_path, check_base=False)
 
 
@@ -766,7 +834,9 @@ def test_another_grid_is_another_base(tmp_path):
 
 
 def test_a_saved_module_may_share_tensors_and_have_buffers(tmp_path):
-    model = nn.ModuleDict({'layer': nn.Linear(I, O), 'head': nn.Sequential(nn.Linear(O, O), nn.BatchNorm1d(O), nn.Linear(O, O))})
+    model = nn.ModuleDict(
+        {'layer': nn.Linear(I, O), 'head': nn.Sequential(nn.Linear(O, O), nn.BatchNorm1d(O), nn.Linear(O, O))}
+    )
     model.head[2].weight = model.head[0].weight
     before = copy.deepcopy(model)
     add_lora(model, LoRAConfig(target_modules='layer', modules_to_save='head'))
@@ -828,7 +898,9 @@ def test_autocast(kind, layer):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.layer.adapter.parameters())
 
 
-@pytest.mark.parametrize('kind, layer', [('lora', 'Linear'), ('kan', 'Linear'), ('kan_base', 'KANLinear'), ('lora', 'Embedding')])
+@pytest.mark.parametrize(
+    'kind, layer', [('lora', 'Linear'), ('kan', 'Linear'), ('kan_base', 'KANLinear'), ('lora', 'Embedding')]
+)
 def test_compiled_equals_eager(kind, layer):
     model, x = make(layer, kind, use_dora=True)
     randomise(model)
@@ -840,7 +912,9 @@ def test_compiled_equals_eager(kind, layer):
     compiled = torch.compile(model.layer, fullgraph=True, backend='aot_eager')(x)
     compiled.square().mean().backward()
     assert torch.allclose(compiled, y, atol=1e-5)
-    assert all(torch.allclose(p.grad, grad, atol=1e-5) for p, grad in zip(model.layer.adapter.parameters(), grads, strict=True))
+    assert all(
+        torch.allclose(p.grad, grad, atol=1e-5) for p, grad in zip(model.layer.adapter.parameters(), grads, strict=True)
+    )
 
 
 @pytest.mark.parametrize('kind', ['lora', 'kan'])

@@ -55,7 +55,16 @@ def download_source(folder):
         requirements = Path(aside, 'requirements.txt')
         requirements.write_text(PEFT_SDIST + '\n')
         # pip asks the package for its metadata, for which the setuptools at hand will do: with build isolation it downloads another
-        options = ['-q', '--retries=1', '--no-deps', '--no-binary=:all:', '--no-build-isolation', '--require-hashes', '-d', aside]
+        options = [
+            '-q',
+            '--retries=1',
+            '--no-deps',
+            '--no-binary=:all:',
+            '--no-build-isolation',
+            '--require-hashes',
+            '-d',
+            aside,
+        ]
         pip = [sys.executable, '-m', 'pip', 'download', *options, '-r', str(requirements)]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
         if done.returncode:
@@ -82,7 +91,10 @@ def suite(request):
         except (OSError, subprocess.TimeoutExpired) as error:
             pytest.skip(f"PEFT's source cannot be had ({error}); PEFT_SOURCE=folder names a copy of it")
     with pytest.MonkeyPatch.context() as patch:
-        for name, attribute in ('diffusers', 'StableDiffusionPipeline'), ('datasets', 'load_dataset'):  # imported, and not used here
+        for name, attribute in (
+            ('diffusers', 'StableDiffusionPipeline'),
+            ('datasets', 'load_dataset'),
+        ):  # imported, and not used here
             stub = types.ModuleType(name)
             setattr(stub, attribute, type(attribute, (), {}))
             patch.setitem(sys.modules, name, stub)
@@ -94,7 +106,9 @@ def suite(request):
     def stop(*args):
         raise ReachedMerging
 
-    module._skip_if_merging_not_supported = sys.modules['peft_tests.testing_common']._skip_if_merging_not_supported = stop
+    module._skip_if_merging_not_supported = sys.modules['peft_tests.testing_common']._skip_if_merging_not_supported = (
+        stop
+    )
     return module
 
 
@@ -176,7 +190,9 @@ LEFT_OUT = {
 @pytest.mark.parametrize('name', CHECKS)
 def test_peft_checks_custom_models(suite, name, case, tmp_path):
     model_id, settings = CASES[case]
-    arguments = dict(test_name=case, model_id=model_id, config_cls=KanLoraConfig, config_kwargs=dict(settings), tmp_path=tmp_path)
+    arguments = dict(
+        test_name=case, model_id=model_id, config_cls=KanLoraConfig, config_kwargs=dict(settings), tmp_path=tmp_path
+    )
     run_check(getattr(suite.TestPeftCustomModel(), name), **arguments)
 
 
@@ -199,7 +215,9 @@ def test_peft_checks_configs(suite, name):
 
 def test_every_check_of_peft_is_run_or_left_out_for_a_reason(suite):
     methods = inspect.getmembers(suite.TestPeftCustomModel, inspect.isfunction)
-    generic = {name for name, method in methods if {'config_cls', 'config0'} & inspect.signature(method).parameters.keys()}
+    generic = {
+        name for name, method in methods if {'config_cls', 'config0'} & inspect.signature(method).parameters.keys()
+    }
     left_out = {name for names in LEFT_OUT.values() for name in names.split()}
     assert {name for name in generic if name.startswith('test_')} == {*CHECKS, *CHECKS_OF_CONFIGS} | left_out
     common = {name for name in generic if name.startswith('_test_')}
@@ -218,9 +236,15 @@ def process_group():
 @pytest.mark.parametrize('bias', [None, 'bias_all', 'bias_peft_method_only'])
 def test_peft_checks_fsdp(suite, process_group, case, bias):
     checks = suite.TestPeftFsdpStateDict()
-    check = checks.test_save_load_roundtrip_fsdp_wrapped_learnable_bias if bias else checks.test_save_load_roundtrip_fsdp_wrapped
+    check = (
+        checks.test_save_load_roundtrip_fsdp_wrapped_learnable_bias
+        if bias
+        else checks.test_save_load_roundtrip_fsdp_wrapped
+    )
     model_id, settings = CASES[case]
-    run_check(check, test_name=case, model_id=model_id, config_cls=KanLoraConfig, config_kwargs=dict(settings), bias_arg=bias)
+    run_check(
+        check, test_name=case, model_id=model_id, config_cls=KanLoraConfig, config_kwargs=dict(settings), bias_arg=bias
+    )
 
 
 @pytest.mark.parametrize('second', ['lin0', 'lin1'])
@@ -228,7 +252,12 @@ def test_peft_checks_that_active_adapters_add_up(suite, second):
     settings = [dict(target_modules=[name], init_weights=False) for name in ('lin0', second)]
     check = suite.TestMultipleActiveAdapters().test_multiple_active_adapters_forward
     run_check(
-        check, test_name='', tuner_method='kanlora', config_cls=KanLoraConfig, config_kwargs_1=settings[0], config_kwargs_2=settings[1]
+        check,
+        test_name='',
+        tuner_method='kanlora',
+        config_cls=KanLoraConfig,
+        config_kwargs_1=settings[0],
+        config_kwargs_2=settings[1],
     )
 
 
@@ -289,7 +318,10 @@ def test_peft_checks_transformers(suite, tiny, name):
         transformers_class = AutoModelForCausalLM
 
         def prepare_inputs_for_testing(self):
-            return {'input_ids': torch.tensor([[1, 1, 1], [1, 2, 1]]), 'attention_mask': torch.tensor([[1, 1, 1], [1, 0, 1]])}
+            return {
+                'input_ids': torch.tensor([[1, 1, 1], [1, 2, 1]]),
+                'attention_mask': torch.tensor([[1, 1, 1], [1, 0, 1]]),
+            }
 
     settings = dict(task_type='CAUSAL_LM', init_weights=False, lora_dropout=0.0)
     arguments = dict(test_name='', model_id=str(tiny), config_cls=KanLoraConfig, config_kwargs=settings)
@@ -322,10 +354,17 @@ def tokens():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    'options', [{}, dict(use_dora=True), dict(use_rslora=True), dict(squash='none', grid_size=7, spline_order=3)], ids=str
+    'options',
+    [{}, dict(use_dora=True), dict(use_rslora=True), dict(squash='none', grid_size=7, spline_order=3)],
+    ids=str,
 )
 def test_same_as_lora(tiny, options, dtype):
-    model = adapted(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), target_modules=['c_attn', 'c_fc', 'c_proj'], r=3, **options)
+    model = adapted(
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype),
+        target_modules=['c_attn', 'c_fc', 'c_proj'],
+        r=3,
+        **options,
+    )
     theirs = {'rs_lora' if name == 'use_rslora' else name: value for name, value in options.items()}
     config = LoRAConfig(kind='kan', rank=3, dropout=0.0, target_modules=('c_attn', 'c_fc', 'c_proj'), **theirs)
     reference = add_lora(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), config)
@@ -380,14 +419,23 @@ def test_merging_is_refused():
     model = adapted(Toy(), target_modules=['first'])
     x = torch.randn(5, 6)
     before = model(x)
-    for merge in model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True), model.unmerge_adapter:
+    for merge in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: model.merge_and_unload(safe_merge=True),
+        model.unmerge_adapter,
+    ):
         with pytest.raises(NotImplementedError, match='not linear in its input'):
             merge()
     assert torch.equal(model(x), before)
 
 
 def test_biases_train_if_asked():
-    for bias, names in ('none', []), ('kanlora_only', ['first.base_layer.bias']), ('all', ['first.base_layer.bias', 'other.bias']):
+    for bias, names in (
+        ('none', []),
+        ('kanlora_only', ['first.base_layer.bias']),
+        ('all', ['first.base_layer.bias', 'other.bias']),
+    ):
         toy = Toy()
         toy.other = nn.Linear(1, 1)
         model = adapted(toy, target_modules=['first'], bias=bias)
@@ -421,7 +469,10 @@ def with_weight(weight):
     'make, named',
     [
         (lambda: Linear8bitLt(6, 8), 'Linear8bitLt'),
-        (lambda: with_weight(torch.zeros(8, 6, dtype=torch.int8)), 'Linear with a weight of type Parameter, dtype torch.int8'),
+        (
+            lambda: with_weight(torch.zeros(8, 6, dtype=torch.int8)),
+            'Linear with a weight of type Parameter, dtype torch.int8',
+        ),
         (
             lambda: with_weight(torch.zeros(8, 6).as_subclass(TorchaoTensor)),
             'Linear with a weight of type TorchaoTensor, dtype torch.float32',
@@ -451,7 +502,10 @@ def test_other_layers_are_named(make, named):
         (dict(grid_range=(1, -1)), 'grid_range must be (low, high) with low < high, got (1.0, -1.0)'),
         (dict(kan_scale_noise=-1.0), 'kan_scale_noise must be a number of at least 0, got -1.0'),
         (dict(bias='lora_only'), "bias must be one of none, all, kanlora_only, got 'lora_only'"),
-        (dict(target_modules='.*', layers_to_transform=[0]), 'layers_to_transform needs target_modules as a list of names'),
+        (
+            dict(target_modules='.*', layers_to_transform=[0]),
+            'layers_to_transform needs target_modules as a list of names',
+        ),
         (dict(layers_pattern='h'), 'layers_pattern needs layers_to_transform'),
     ],
     ids=str,
@@ -468,7 +522,10 @@ def test_grids_are_each_adapters_own_and_saved(tmp_path):
     toy = Toy()
     model = adapted(toy, target_modules=['first'], grid_range=(-2, 2))
     model.add_adapter('other', KanLoraConfig(target_modules=['first'], grid_size=9, init_weights=False))
-    first, other = (layers_of(model)['base_model.model.first'].kanlora_adapters[name].bottleneck.phi_in for name in ('default', 'other'))
+    first, other = (
+        layers_of(model)['base_model.model.first'].kanlora_adapters[name].bottleneck.phi_in
+        for name in ('default', 'other')
+    )
     first.update_grid(torch.randn(50, 6))
     assert first.grid.shape == (6, 7) and other.grid.shape == (6, 12)
     model.save_pretrained(tmp_path)
@@ -485,7 +542,9 @@ def test_grids_are_each_adapters_own_and_saved(tmp_path):
 
 
 def test_config_comes_back(tmp_path):
-    config = KanLoraConfig(r=3, lora_alpha=5, grid_range=[-3, 3], squash='clamp', use_dora=True, target_modules=['b', 'a'], bias='all')
+    config = KanLoraConfig(
+        r=3, lora_alpha=5, grid_range=[-3, 3], squash='clamp', use_dora=True, target_modules=['b', 'a'], bias='all'
+    )
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
     assert config.grid_range == (-3, 3) and type(config.lora_alpha) is float and config.target_modules == {'a', 'b'}
@@ -499,13 +558,17 @@ def test_readme_names_the_import_once(tmp_path):
         model.save_pretrained(tmp_path)
     for path in tmp_path / 'README.md', tmp_path / 'other' / 'README.md':
         text = path.read_text()
-        assert text.count('\nimport peft_kan\n') == 1 and text.index('import peft_kan') < text.index('PeftModel.from_pretrained')
+        assert text.count('\nimport peft_kan\n') == 1 and text.index('import peft_kan') < text.index(
+            'PeftModel.from_pretrained'
+        )
         assert text.startswith('---\n') and 'library_name: peft\n' in text
     assert '- PEFT 0.' in (tmp_path / 'README.md').read_text()
 
 
 def test_classifier_of_bert_is_saved_with_it(tmp_path):
-    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
     base = BertForSequenceClassification(config)
     weights = {name: p.clone() for name, p in base.state_dict().items()}
     model = adapted(base, task_type='SEQ_CLS')
@@ -552,7 +615,10 @@ for _ in range(2):
 def test_commands_of_the_docstring_in_two_processes(tiny, tmp_path):
     (tmp_path / 'gpt2').symlink_to(tiny)
     save, load = re.findall(r'(?:^    .*\n|^\n)*^    .*\n', peft_kan.__doc__, re.MULTILINE)
-    for script, example, printed in (SAVE, textwrap.dedent(save), 'trainable params: '), (LOAD, load, "KeyError 'KANLORA'\nTrue\nTrue\n"):
+    for script, example, printed in (
+        (SAVE, textwrap.dedent(save), 'trainable params: '),
+        (LOAD, load, "KeyError 'KANLORA'\nTrue\nTrue\n"),
+    ):
         env = {**ENV, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
         command = [sys.executable, '-c', script.format(example=example)]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)

@@ -185,12 +185,19 @@ LINEAR = {'attn.c_attn': (C, 3 * C), 'attn.c_proj': (C, C), 'mlp.c_fc': (C, 4 * 
 
 
 def adapters_of(*names):
-    return [f'gpt.transformer.h.{i}.{layer}.adapters.default.{name}' for i in range(N_LAYER) for layer in LINEAR for name in names]
+    return [
+        f'gpt.transformer.h.{i}.{layer}.adapters.default.{name}'
+        for i in range(N_LAYER)
+        for layer in LINEAR
+        for name in names
+    ]
 
 
 def expected_names(variant, head, base):
     if variant == 'head':
-        return ['gpt.lm_head.weight'] if head == 'sonnets' else ['head.weight', 'head.bias'][: 1 if head == 'cloze' else 2]
+        return (
+            ['gpt.lm_head.weight'] if head == 'sonnets' else ['head.weight', 'head.bias'][: 1 if head == 'cloze' else 2]
+        )
     copied = ['weight', 'bias'] if head == 'linear' else []
     if VARIANTS[variant].get('finetune_mode') == 'full':
         names = ['gpt.' + name for name, _ in base.named_parameters()] + [f'head.{name}' for name in copied]
@@ -204,9 +211,13 @@ def expected_names(variant, head, base):
     names = {
         'lora': adapters_of('lora_A.weight', 'lora_B.weight'),
         'dora': adapters_of('lora_A.weight', 'lora_B.weight', 'magnitude'),
-        'kan-lora': adapters_of(*(f'bottleneck.phi_{end}.{kind}_weight' for end in ('in', 'out') for kind in ('base', 'spline'))),
+        'kan-lora': adapters_of(
+            *(f'bottleneck.phi_{end}.{kind}_weight' for end in ('in', 'out') for kind in ('base', 'spline'))
+        ),
         'kan-base': [
-            name for name in adapters_of(*(f'lora_{half}.{kind}_weight' for half in 'AB' for kind in ('base', 'spline'))) if '.mlp.' in name
+            name
+            for name in adapters_of(*(f'lora_{half}.{kind}_weight' for half in 'AB' for kind in ('base', 'spline')))
+            if '.mlp.' in name
         ],
     }
     names['graph-lora'] = names['sparse-graph-lora'] = names['lora'] + [
@@ -214,7 +225,10 @@ def expected_names(variant, head, base):
         for i in range(N_LAYER)
         for layer in (
             *(f'ln_3.adapters.default.copy.{name}' for name in ('weight', 'bias')),
-            *(f'graph.adapters.default.copy.{name}' for name in ('gate', 'conv.att_src', 'conv.att_dst', 'conv.bias', 'conv.lin.weight')),
+            *(
+                f'graph.adapters.default.copy.{name}'
+                for name in ('gate', 'conv.att_src', 'conv.att_dst', 'conv.bias', 'conv.lin.weight')
+            ),
         )
     ]
     return names[variant] + [f'head.adapters.default.copy.{name}' for name in copied]
@@ -228,7 +242,9 @@ def test_what_trains_is_what_the_settings_say(variant, head):
     model, settings = make(variant, head, base)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = expected_names(variant, head, plain)
-    replaced = [name for name in expected if name not in trained and re.search(r'mlp\.c_\w+\.weight', name)]  # by KAN layers
+    replaced = [
+        name for name in expected if name not in trained and re.search(r'mlp\.c_\w+\.weight', name)
+    ]  # by KAN layers
     assert len(replaced) == {'kan': 4, 'kan_single_layer': 2}.get(variant, 0)
     assert sorted(trained) == sorted({*expected} - {*replaced})
     n = sum(p.numel() for p in trained.values())
@@ -380,7 +396,9 @@ def test_base_is_that_of_a_checkpoint(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize('variant', [dict(FULL), dict(HEAD), {}, dict(lora_kind='kan'), dict(lora_kind='kan_base')], ids=str)
+@pytest.mark.parametrize(
+    'variant', [dict(FULL), dict(HEAD), {}, dict(lora_kind='kan'), dict(lora_kind='kan_base')], ids=str
+)
 @pytest.mark.parametrize('head', HEADS)
 def test_base_with_kan_layers(variant, head):
     """They are adapted as they are."""
@@ -445,7 +463,9 @@ def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
 
 def test_base_that_is_none(tmp_path):
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(ValueError, match='empty holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers$'):
+    with pytest.raises(
+        ValueError, match='empty holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers$'
+    ):
         load_base(str(tmp_path / 'empty'), 0.0)
     with pytest.raises(ValueError, match="expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got 'gtp2'"):
         load_base('gtp2', 0.0)
@@ -466,10 +486,16 @@ def test_base_that_is_none(tmp_path):
         (dict(finetune_mode='head'), "use_lora=True with finetune_mode='head': adapters train alone"),
         (dict(use_lora=False), "use_lora=False with finetune_mode='adapter': adapters train alone"),
         (dict(lora_kind='kan_base'), "lora_kind='kan_base' adapts KAN layers: it wants use_kan=True"),
-        (dict(lora_kind='kan_base', use_kan=True, lora_targets='attn'), "adapters are of kind 'lora' or 'kan', not 'kan_base'"),
+        (
+            dict(lora_kind='kan_base', use_kan=True, lora_targets='attn'),
+            "adapters are of kind 'lora' or 'kan', not 'kan_base'",
+        ),
         (dict(task='sonnets', form='linear'), "form='linear' reads labels off, and sonnets have none"),
         (dict(use_kan=True), 'no adapter is on a KAN layer'),
-        (dict(form='linear', lora_targets='lm_head'), "lora_targets names lm_head, which takes no part with form='linear'"),
+        (
+            dict(form='linear', lora_targets='lm_head'),
+            "lora_targets names lm_head, which takes no part with form='linear'",
+        ),
         (dict(lora_kind='vera'), 'kind must be one of lora, kan, kan_base'),
         (dict(lora_rank=0), 'rank must be at least 1, got 0'),
         (dict(lora_targets='attention'), "no layer to replace or adapt by the name 'attention'"),
@@ -507,7 +533,9 @@ def draw_examples(n, head):
     examples = []
     for i in range(n):
         ids = torch.randint(TOKENIZER.vocab_size, (2 + (5 * i) % 9,)).tolist()
-        examples.append(Example(str(i), ids, text='x' if head == 'sonnets' else '', label=None if head == 'sonnets' else i % 5))
+        examples.append(
+            Example(str(i), ids, text='x' if head == 'sonnets' else '', label=None if head == 'sonnets' else i % 5)
+        )
     return examples
 
 

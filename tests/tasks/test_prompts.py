@@ -54,7 +54,11 @@ def test_one_prompt_for_all_splits(data, gpt2, name):
         write_table(data, name, split, texts, labelled=split != 'test')
     train, dev, test = (read_examples(name, split, gpt2, 1024) for split in ('train', 'dev', 'test'))
     assert [e.ids for e in train] == [e.ids for e in dev] == [e.ids for e in test]
-    assert [e.label for e in train] == [1] * 3 and [e.label for e in test] == [None] * 3 and [e.id for e in dev] == ['dev0', 'dev1', 'dev2']
+    assert (
+        [e.label for e in train] == [1] * 3
+        and [e.label for e in test] == [None] * 3
+        and [e.id for e in dev] == ['dev0', 'dev1', 'dev2']
+    )
     assert gpt2.end_of_text not in sum([e.ids for e in train], [])
     texts = [text.lower() for text in texts]
     if name == 'quora':
@@ -90,7 +94,8 @@ def test_answers_are_single_tokens_that_go_on_from_the_prompt(gpt2, name):
 def test_answer_of_several_tokens_is_refused(gpt2):
     task = prompts.Task('sst', ('',), '\nSentiment:', (' good', ' indescribable!'), '')
     with pytest.raises(
-        ValueError, match="' indescribable!' is not a single token of this vocabulary: sst wants a model with the tokens of"
+        ValueError,
+        match="' indescribable!' is not a single token of this vocabulary: sst wants a model with the tokens of",
     ):
         prompts.answer_ids(task, gpt2)
 
@@ -111,7 +116,9 @@ def test_cutting_keeps_the_question_and_the_block(gpt2, name):
     befores, question = [gpt2.encode(text) for text in task.before], gpt2.encode(task.question)
     n_fixed = len(question) + sum(map(len, befores))
     for _ in range(200):
-        sentences = [' '.join(draw.choices(['good', 'incomprehensible', 'film'], k=draw.randint(1, 12))) for _ in task.before]
+        sentences = [
+            ' '.join(draw.choices(['good', 'incomprehensible', 'film'], k=draw.randint(1, 12))) for _ in task.before
+        ]
         parts = [gpt2.encode_ordinary(' ' * (name == 'quora') + sentence) for sentence in sentences]
         block_size = n_fixed + draw.randint(len(parts), 40)
         ids, was_cut = encode_prompt(task, sentences, gpt2, block_size)
@@ -126,7 +133,9 @@ def test_block_without_room_is_refused_in_one_line(gpt2, name):
     """The tokens that the message counts, and one for each sentence, are the least that there has to be."""
     task = TASKS[name]
     sentences = ['film'] * len(task.before)
-    with pytest.raises(ValueError, match=f'block_size=3 has no room for the prompt of {name}: it takes [0-9]+ tokens beside') as error:
+    with pytest.raises(
+        ValueError, match=f'block_size=3 has no room for the prompt of {name}: it takes [0-9]+ tokens beside'
+    ) as error:
         encode_prompt(task, sentences, gpt2, 3)
     assert '\n' not in str(error.value)
     least = int(str(error.value).split()[-5]) + len(sentences)
@@ -160,7 +169,9 @@ def test_sonnet_whose_prompt_does_not_fit_is_refused(data, gpt2):
     (data / 'sonnets' / 'dev.txt').write_text(f'1\n\n{SONNET}\n')
     n = len(gpt2.encode(prompts.prompt_of(SONNET)))
     assert len(read_examples('sonnets', 'dev', gpt2, n + 1)[0].ids) == n + 2
-    with pytest.raises(ValueError, match=f'block_size={n} has no room for a sonnet: its first 3 lines take {n} tokens$'):
+    with pytest.raises(
+        ValueError, match=f'block_size={n} has no room for a sonnet: its first 3 lines take {n} tokens$'
+    ):
         read_examples('sonnets', 'dev', gpt2, n)
 
 
@@ -175,7 +186,9 @@ def test_unknown_task(call):
 
 @pytest.mark.parametrize('name', TASKS)
 def test_files_that_are_not_there(data, name):
-    with pytest.raises(ValueError, match=rf'{name}/dev.* is not there: python data/{name}/prepare.py writes it$') as error:
+    with pytest.raises(
+        ValueError, match=rf'{name}/dev.* is not there: python data/{name}/prepare.py writes it$'
+    ) as error:
         read_examples(name, 'dev', None, 8)
     assert '\n' not in str(error.value)
 
@@ -183,7 +196,9 @@ def test_files_that_are_not_there(data, name):
 def test_missing_data_is_prepared_once(data, capfd):
     script = data / 'sst' / 'prepare.py'
     script.write_text('raise SystemExit("no network")')
-    with pytest.raises(ValueError, match="preparing the data of 'sst' failed, see above; python .*prepare.py --source=FOLDER$"):
+    with pytest.raises(
+        ValueError, match="preparing the data of 'sst' failed, see above; python .*prepare.py --source=FOLDER$"
+    ):
         prompts.prepare_task('sst')
     assert capfd.readouterr().err == 'no network\n'
     script.write_text('from pathlib import Path; print("run"); Path(__file__).with_name("meta.json").write_text("{}")')
@@ -196,9 +211,13 @@ def test_missing_data_is_prepared_once(data, capfd):
 
 @pytest.mark.parametrize('name', TASKS)
 def test_vocabulary_by_character_is_refused(data, name):
-    write_table(data, name, 'train', ['abc']) if TASKS[name] else (data / name / 'train.txt').write_text(f'1\n{SONNET}\n')
+    write_table(data, name, 'train', ['abc']) if TASKS[name] else (data / name / 'train.txt').write_text(
+        f'1\n{SONNET}\n'
+    )
     tokenizer = CharTokenizer('abc')
-    with pytest.raises(ValueError, match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of 3 char') as error:
+    with pytest.raises(
+        ValueError, match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of 3 char'
+    ) as error:
         read_examples(name, 'train', tokenizer, 64)
     assert '\n' not in str(error.value)
 
@@ -258,7 +277,9 @@ def test_batches_are_a_pure_function_of_the_seed():
         found.append([[e.id for e in batch] for batch in make_batches(examples, 8, seed)])
         assert random.getstate() == before
     assert found[0] == found[1] and found[0] != found[2] != found[3] != found[0]
-    assert {frozenset(batch) for batch in found[0]} != {frozenset(batch) for batch in found[2]}  # other mates, not another order alone
+    assert {frozenset(batch) for batch in found[0]} != {
+        frozenset(batch) for batch in found[2]
+    }  # other mates, not another order alone
 
 
 def padding(batches):

@@ -11,11 +11,21 @@ import torch.nn as nn
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, sample_token
 from tasks import prompts, score
-from tasks.score import continue_lines, score_labels, score_sonnets, sonnet_baselines, write_predictions, write_sonnet, write_sonnets
+from tasks.score import (
+    continue_lines,
+    score_labels,
+    score_sonnets,
+    sonnet_baselines,
+    write_predictions,
+    write_sonnet,
+    write_sonnets,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
-SONNETS = ['\n'.join(f'{word} line {i} of {poem}' for i in range(14)) for poem, word in enumerate(('rose', 'thorn', 'summer'))]
+SONNETS = [
+    '\n'.join(f'{word} line {i} of {poem}' for i in range(14)) for poem, word in enumerate(('rose', 'thorn', 'summer'))
+]
 
 
 class Tokenizer:
@@ -269,7 +279,9 @@ def all_texts(tokenizer, n_lines, room, ids=()):
     """Every text that has ended, and no text beyond one."""
     if ids and has_ended(tokenizer, ids, n_lines, room):
         return [ids]
-    return [text for token in range(tokenizer.vocab_size) for text in all_texts(tokenizer, n_lines, room, (*ids, token))]
+    return [
+        text for token in range(tokenizer.vocab_size) for text in all_texts(tokenizer, n_lines, room, (*ids, token))
+    ]
 
 
 @pytest.mark.parametrize('graph', [False, True])

@@ -1,0 +1,11 @@
+"""
+All weights train.
+
+    python finetune.py config/finetune/sst.py config/finetune/full.py   # or another task
+
+The learning rate is a guess to start from.
+"""
+
+finetune_mode = 'full'
+use_lora = False
+learning_rate = 2e-5

@@ -1,0 +1,175 @@
+"""
+kanify: KAN layers in place of the linear layers of any PyTorch model, a BERT, BART, GPT-2 or Llama, by their names.
+
+    from surgery.kanify import kanify
+
+    kanify(model)  # every linear layer in the blocks; what the model computes stays what it was
+    kanify(model, ('query', 'value'), train='splines')
+    kanify(gpt2, 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
+
+The functions that find layers serve lora.py, too.
+"""
+
+import torch
+import torch.nn as nn
+
+from kan import KANLinear
+
+
+def kanify(model, targets=None, init='preserve', train='all', absorb=None, **settings):
+    """
+    Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
+
+    targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an nn.ModuleList
+              or nn.Sequential), so that heads stay as they are. A layer that shares its weight is left out unless named itself.
+    init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the model still gives
+              what it gave; 'fresh': as KANLinear starts.
+    train     'all': a KAN layer trains if the layer it replaces does; 'splines' freezes all else in the model: a spline adapter.
+    absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base activation of
+              the KAN layer, so that its splines lie beside the activation and not behind it. Not for gated MLPs: what the
+              activation gives must go to that layer, as it is, and nowhere else.
+    settings  of KANLinear: grid_size, spline_order, grid_range ...
+
+    Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
+    """
+    if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
+        raise ValueError(
+            f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r} and {train!r}"
+        )
+    if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
+        raise ValueError('the model has adapters: kanify comes before them')
+    if init == 'preserve':
+        settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
+    paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
+    absorbed = find_absorbed(model, paths, absorb or {})
+    before = sum(p.numel() for p in model.parameters())
+    layers = {path: model.get_submodule(absorbed[path]) if path in absorbed else None for path in paths}
+    layers = {
+        path: to_kan(model.get_submodule(path), init, activation, settings) for path, activation in layers.items()
+    }
+    for path, layer in (layers | dict.fromkeys(absorbed.values(), nn.Identity())).items():
+        model.set_submodule(path, layer)
+    if train == 'splines':
+        model.requires_grad_(False)
+        for layer in layers.values():
+            layer.spline_weight.requires_grad_(True)
+    after, training = (
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    print(f'{len(layers)} layers became KAN layers: {before:,} -> {after:,} parameters, {training:,} of them train')
+    return model
+
+
+@torch.no_grad()
+def to_kan(layer, init, activation, settings):
+    """A KANLinear for a linear layer, with `activation` (None: that of the settings) as its base activation."""
+    weight = layer.weight.t() if is_conv1d(layer) else layer.weight
+    O, I = weight.shape
+    if activation is not None:
+        settings = settings | dict(base_activation=lambda: activation)
+    with torch.device(weight.device):
+        kan = KANLinear(I, O, bias=layer.bias is not None, **settings).to(weight.dtype).train(layer.training)
+    kan.requires_grad_(layer.weight.requires_grad)
+    if init == 'preserve':
+        kan.base_weight.copy_(weight)
+        kan.spline_weight.zero_()
+        if layer.bias is not None:
+            kan.bias.copy_(layer.bias)
+    return kan
+
+
+def is_linear(layer):
+    """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
+    plain = type(layer).forward is nn.Linear.forward and not hasattr(layer, 'parametrizations')
+    return plain and layer.weight.is_floating_point()
+
+
+def is_conv1d(layer):
+    """transformers' Conv1D, a linear layer with a weight of (I, O), by its looks: transformers need not be there."""
+    return type(layer).__name__ == 'Conv1D' and hasattr(layer, 'nf')
+
+
+def named_layers(model):
+    """
+    named_modules, less the layers of PyTorch's own attention and encoder layers: those read the weights of their linear layers and
+    do not always call them, so that what stands in the place of one would be passed by in silence.
+    """
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
+    return {
+        path: module for path, module in model.named_modules(remove_duplicate=False) if path and id(module) not in read
+    }
+
+
+def find_linear(model, targets):
+    """The paths of the linear layers that targets name, in order."""
+    layers = [path for path, module in named_layers(model).items() if is_linear(module) or is_conv1d(module)]
+    chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets)
+    if not chosen:
+        raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
+    return without_tied(chosen, tied_modules(model), targets or ())
+
+
+def without_tied(paths, tied, targets):
+    """The paths less those of layers that share their weight, unless a target names them themselves; ValueError if none is left."""
+    left = [path for path in paths if path not in tied or is_named(path, targets)]
+    if not left:
+        raise ValueError(
+            f'{paths[0]} shares its weight with {", ".join(tied[paths[0]])}: it is left alone unless named itself'
+        )
+    return left
+
+
+def in_block(model, path):
+    """Whether the layer at a path lies within an entry of an nn.ModuleList or nn.Sequential."""
+    parents = [path[:i] for i, character in enumerate(path) if character == '.']
+    return any(isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)) for parent in parents[:-1])
+
+
+def find_absorbed(model, paths, absorb):
+    """{path of a layer: path of the activation that it takes in}, both under the same parent"""
+    modules, found = dict(model.named_modules()), {}
+    for layer, activation in absorb.items():
+        pairs = [(path, path.removesuffix(layer) + activation) for path in paths if is_named(path, [layer])]
+        pairs = {path: other for path, other in pairs if other in modules}
+        if not pairs:
+            raise ValueError(f'absorb: found no layer {layer!r} among the targets with {activation!r} beside it')
+        found.update(pairs)
+    return found
+
+
+# layers by their names
+
+
+def choose(paths, targets):
+    """The paths that targets name: `c_attn`, `attn` and `h.0` all name h.0.attn.c_attn. ValueError where one names nothing."""
+    for target in targets:
+        if not any(f'.{target}.' in f'.{path}.' for path in paths):
+            raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths)}')
+    return [path for path in paths if any(f'.{target}.' in f'.{path}.' for target in targets)]
+
+
+def is_named(path, targets):
+    """Whether a target names the layer at a path itself, and not a module that holds it."""
+    return any(f'.{path}'.endswith(f'.{target}') for target in targets)
+
+
+def names_of(paths):
+    """Their last names, each once, with their number: c_attn (12), c_proj (24)"""
+    names = [path.rpartition('.')[2] for path in paths]
+    return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names)) or 'none'
+
+
+def tied_modules(model):
+    """{path: paths of the modules that share a parameter with the one at that path}"""
+    owners = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(path)
+    return {
+        path: [other for other in paths if other != path]
+        for paths in owners.values()
+        if len(paths) > 1
+        for path in paths
+    }
