@@ -11,7 +11,6 @@ The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k m
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -27,11 +26,12 @@ def least_squares(gram, moments):
 class KANLinear(nn.Module):
     """
     A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
-    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition.
+    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition. Two arguments mean something else when
+    they are not 1: scale_base and scale_spline multiply the initial weights. In efficient-kan a larger one makes them smaller.
     Outside the extended knots the splines vanish and the base path alone acts.
     """
 
-    _packed = None  # see packed_weights
+    _packed = None  # see layers.generation.packed_weights
 
     def __init__(
         self,
@@ -220,23 +220,6 @@ class KANLinear(nn.Module):
 def to_float64(tensor):
     """Least squares need it; MPS has none, so there the work moves to the CPU."""
     return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
-
-
-@contextmanager
-def packed_weights(model):
-    """
-    For inference: inside, the KAN layers of a model scale, pack and round their weights once and not at every call.
-    Changes of the weights go unnoticed until the end, except where gradients are on.
-    """
-    layers = [module for module in model.modules() if isinstance(module, KANLinear)]
-    with torch.no_grad():
-        for layer in layers:
-            layer._packed = layer.packed_weight().to(layer.compute_dtype())
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop('_packed', None)
 
 
 class KAN(nn.Module):

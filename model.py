@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KAN, KANLinear, packed_weights
+from kan import KAN, KANLinear
+from layers.generation import KVCache, stream
 from layers.graph import Edges, GraphAttention, check_graph
 
 KAN_TARGETS = ('attn', 'mlp', 'head')
@@ -105,33 +106,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
-class KVCache:
-    """What a block has computed of the tokens so far, such as keys and values, so that each token is computed once."""
-
-    def __init__(self, block_size):
-        self.block_size, self.kept, self.lengths = block_size, {}, {}
-
-    @property
-    def length(self):
-        """The number of tokens so far."""
-        return max(self.lengths.values(), default=0)
-
-    def extend(self, name, x):
-        """Keep x of the next tokens, (..., T, n), and return that of all tokens so far."""
-        start = self.lengths.get(name, 0)
-        if start == 0:
-            self.kept[name] = x.new_empty(*x.shape[:-2], self.block_size, x.size(-1))
-        self.lengths[name] = start + x.size(-2)
-        self.kept[name][..., start : self.lengths[name], :] = x
-        return self.kept[name][..., : self.lengths[name], :]
-
-    def select(self, rows):
-        """Go on with these rows of the batch (a list), in this order; a row may come several times."""
-        for name, x in self.kept.items():
-            self.kept[name] = x.new_empty(len(rows), *x.shape[1:])
-            self.kept[name][..., : self.lengths[name], :] = x[rows, ..., : self.lengths[name], :]
 
 
 class CausalSelfAttention(nn.Module):
@@ -415,53 +389,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
-        """Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens). Wants model.eval()."""
-        for idx_next in self.stream(idx, max_new_tokens, temperature, top_k, top_p, vocab_size, use_cache):
+        """
+        Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens). Arguments as in layers.generation.stream;
+        wants model.eval().
+        """
+        for idx_next in stream(self, idx, max_new_tokens, temperature, top_k, top_p, vocab_size, use_cache):
             idx = torch.cat((idx, idx_next), dim=1)
         return idx
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
-        """
-        The tokens of `generate` as they come, (B, 1) each. Rows of the head from vocab_size on are padding, never drawn.
-        With a cache each token is computed once, as long as all of them fit into block_size. Beyond that the window moves and
-        with it the position of every token in it, so the window is computed anew for each token, as without a cache.
-        The weights must not change before the last token.
-        """
-        block_size = self.config.block_size
-        with packed_weights(self):
-            caches = None
-            for _ in range(max_new_tokens):
-                if not caches or caches[0].length == block_size:
-                    caches, fresh = (
-                        self.new_caches() if use_cache and idx.size(1) < block_size else None,
-                        idx[:, -block_size:],
-                    )
-                logits, _ = self(fresh, caches=caches)
-                fresh = sample_token(logits[:, -1, :vocab_size], temperature, top_k, top_p)
-                idx = torch.cat((idx, fresh), dim=1)
-                yield fresh
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
-    """
-    Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most likely,
-    top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
-    """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float()
-    logits = (
-        logits - logits.amax(-1, keepdim=True)
-    ) / temperature  # at most zero, so that a small temperature cannot overflow
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
-    probs = F.softmax(logits, dim=-1)
-    if top_p is not None and top_p < 1:
-        ranked, order = probs.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the probability before a token already reaches p
-        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
-    return torch.multinomial(probs, num_samples=1)

@@ -14,6 +14,7 @@ import torch
 
 from configurator import configure
 from data.loader import load_tokenizer
+from layers.generation import stream
 from model import GPT
 from run.checkpoint import build_model, load_checkpoint
 from run.device import autocast, pick_device, pick_dtype
@@ -113,7 +114,7 @@ x = torch.tensor([prompt] * num_samples, dtype=torch.long, device=device)  # (nu
 samples = [Sample() for _ in range(num_samples)]
 print(tokenizer.decode(prompt), end='', flush=True)
 with torch.no_grad(), autocast(device, dtype):
-    for tokens in model.stream(x, max_new_tokens, temperature, top_k or None, top_p, tokenizer.vocab_size):
+    for tokens in stream(model, x, max_new_tokens, temperature, top_k or None, top_p, tokenizer.vocab_size):
         for sample, token in zip(samples, tokens[:, 0].tolist()):
             sample.add(token)
         samples[0].show()

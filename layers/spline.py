@@ -12,6 +12,7 @@ Legend: I, O features in and out; G grid intervals; k spline order; K = G + k ba
 The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
 """
 
+import copy
 import functools
 import importlib.util
 import math
@@ -52,13 +53,13 @@ def uniform_bases(x, knots, k):
     """The B-splines of order k on uniform knots, in closed form; x (N, I), knots (I, P) -> (N, P - 1 - k, I)."""
     if k == 0:  # steps are taken at the knots themselves, so that a value on a knot falls where the recursion puts it
         return recursive_bases(x, knots, k)
-    first, per_spacing = scale(knots)
+    first, per_spacing = measure_knots(knots)
     t = (x - first) * per_spacing  # position in knot spacings
     centres = torch.arange(knots.size(1) - 1 - k, dtype=x.dtype, device=x.device) + (k + 1) / 2
     return cardinal_spline((t.unsqueeze(1) - centres.unsqueeze(1)).abs(), k)
 
 
-def scale(knots):
+def measure_knots(knots):
     """The first of uniform knots (I, P) and one over their spacing, (I,) each."""
     return knots[:, 0].contiguous(), (knots.size(1) - 1) / (knots[:, -1] - knots[:, 0])
 
@@ -178,14 +179,34 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
 
 ACTIVATIONS = {}  # modules by name: the arguments of an operator are tensors, numbers and strings
+MODULE_FIELDS = frozenset(vars(torch.nn.Module()))  # what every module has
+PLAIN_FIELDS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
 def name_of(activation):
-    """PyTorch's own activations are what they print; of any other module nothing is known, and each is its own."""
-    is_torchs = type(activation).__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear')
-    name = repr(activation) if is_torchs else f'{type(activation).__name__} {id(activation)}'
-    if name not in ACTIVATIONS:
+    """
+    The name of an activation in ACTIVATIONS. PyTorch's own are what they print. Others are named by their type and their
+    settings, so that one compiled pass serves all layers of a model; those with tensors, modules or hooks by themselves.
+    """
+    kind, fields = type(activation), vars(activation)
+    if kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear'):
+        return register(repr(activation), activation)
+    settings = {key: value for key, value in fields.items() if key not in MODULE_FIELDS}
+    has_state = any(fields[key] for key in MODULE_FIELDS if isinstance(fields[key], dict))
+    if has_state or not all(isinstance(value, PLAIN_FIELDS) for value in settings.values()):
+        name = f'{kind.__name__} {id(activation)}'
         ACTIVATIONS[name] = activation
+        return name
+    values = [id(value) if callable(value) else repr(value) for value in settings.values()]
+    name = ' '.join(map(str, [kind.__name__, id(kind), *settings, *values]))
+    return register(name, activation)
+
+
+def register(name, activation):
+    if name not in ACTIVATIONS:
+        ACTIVATIONS[name] = copy.copy(
+            activation
+        )  # the settings of the original may change, and then it has another name
     return name
 
 
@@ -348,7 +369,7 @@ def passes(backend, knots, k, activation):
         make_columns, take_back = (
             compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient)
         )
-        settings = *scale(*to_working_dtype(knots)), K, k, activation
+        settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
     else:
         make_columns, take_back = columns, input_gradient
         settings = knots, k, ACTIVATIONS[activation], basis_function(knots)

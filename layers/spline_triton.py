@@ -95,7 +95,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def scale(knots, i, I, K, k: tl.constexpr):
+def measure_knots(knots, i, I, K, k: tl.constexpr):
     """The first knot of features i and one over their spacing; anything finite where there is no feature."""
     first = tl.load(knots + i * (K + k + 1), mask=i < I, other=0.0).to(tl.float32)
     last = tl.load(knots + i * (K + k + 1) + K + k, mask=i < I, other=1.0).to(tl.float32)
@@ -121,7 +121,7 @@ def forward_kernel(
     for start in range(0, I, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         xs = tl.load(x + (row * I + i), mask=(row < N - row0) & (i < I), other=0.0).to(tl.float32)
-        first, per_spacing = scale(knots, i, I, K, k)
+        first, per_spacing = measure_knots(knots, i, I, K, k)
         t = (xs - first) * per_spacing
         activated = activate(xs, ACTIVATION)[0].to(w.dtype.element_ty)
         i = i[:, None]
@@ -157,7 +157,7 @@ def dx_kernel(
     grad, x, dx = grad + row0.to(tl.int64) * O, x + row0.to(tl.int64) * I, dx + row0.to(tl.int64) * I
     offset, mask = row[:, None] * I + i, (row[:, None] < N - row0) & (i < I)
     xs = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-    first, per_spacing = scale(knots, i, I, K, k)
+    first, per_spacing = measure_knots(knots, i, I, K, k)
     t = (xs - first) * per_spacing
     total = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for m in range(K):
@@ -172,7 +172,7 @@ def column_product(
     k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """column_m^T @ grad over the rows from low to high, (BLOCK_I, BLOCK_O); column m is the activation where one is given."""
-    first, per_spacing = scale(knots, i, I, K, k)
+    first, per_spacing = measure_knots(knots, i, I, K, k)
     first, per_spacing, i = first[:, None], per_spacing[:, None], i[:, None]
     total = tl.zeros((i.shape[0], o.shape[0]), tl.float32)
     row = tl.arange(0, BLOCK_N)

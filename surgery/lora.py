@@ -22,16 +22,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KANLinear, to_float64
-from run.files import write_atomically
+from kan import KANLinear, least_squares, to_float64
 from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
 
 KINDS = ('lora', 'kan', 'kan_base')
@@ -206,9 +205,11 @@ class LowRank(Adapter):
             A = torch.empty(config.rank, w.size(1), dtype=adapter_dtype(w), device=w.device)
             B = torch.empty(w.size(0), config.rank, dtype=adapter_dtype(w), device=w.device)
             if isinstance(layer, nn.Embedding):  # one-hot inputs meet one column of A: it starts at zero, B at random
-                nn.init.zeros_(A), nn.init.normal_(B)
+                nn.init.zeros_(A)
+                nn.init.normal_(B)
             else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5)), nn.init.zeros_(B)
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+                nn.init.zeros_(B)
             self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
 
@@ -221,17 +222,18 @@ class LowRank(Adapter):
                 torch.ones_like(self.lora_A['base_weight'][0])
             )  # dropout is of features, the same for all rows
             return layer(x, **self.adapted(layer, kept))
-        y, A, B = layer(x), self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
+        y = layer(x)
+        A, B = self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
         if isinstance(layer, nn.Embedding):
             update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
         else:
             update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
-        y, dtype = y + update, y.dtype
+        adapted = y + update
         if self.magnitude is not None:
             with torch.no_grad():
                 lengths = row_norms(layer, self.updates())
-            y = rescaled(y, layer, row_scale(self.magnitude, lengths))
-        return y.to(dtype)
+            adapted = rescaled(adapted, layer, row_scale(self.magnitude, lengths))
+        return adapted.to(y.dtype)
 
     def updates(self, kept=None):
         """{parameter: s B A, (O, n)}; `kept` (I,) is a factor of each feature, of which a row of A holds the numbers side by side."""
@@ -270,7 +272,8 @@ class KANBottleneck(nn.Module):
         self.phi_in = KANLinear(in_features, config.rank, **settings)
         self.phi_out = KANLinear(config.rank, out_features, **settings)
         nn.init.normal_(self.phi_in.spline_weight, std=config.kan_scale_noise / math.sqrt(in_features))
-        nn.init.zeros_(self.phi_out.base_weight), nn.init.zeros_(self.phi_out.spline_weight)
+        nn.init.zeros_(self.phi_out.base_weight)
+        nn.init.zeros_(self.phi_out.spline_weight)
         self.config = config
 
     def forward(self, x):
@@ -287,7 +290,9 @@ class KANAdapter(Adapter):
         w = next(iter(weights(layer).values()))
         with torch.device(w.device):
             self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
-        self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
+        # the rows of the layer are frozen: their lengths are measured once, and saved, as what the adapter has learned rests on them
+        self.register_buffer('lengths', row_norms(layer) if config.use_dora else None)
+        self.magnitude = nn.Parameter(self.lengths.clone()) if config.use_dora else None
 
     def fast_parameters(self):
         return self.bottleneck.phi_out.parameters()
@@ -300,7 +305,7 @@ class KANAdapter(Adapter):
         """What is to be added to the layer's output y."""
         update = self.bottleneck(self.dropout(x.to(self.bottleneck.phi_in.weight.dtype)))
         if self.magnitude is not None:
-            update = update + (rescaled(y, layer, row_scale(self.magnitude, row_norms(layer))) - y)
+            update = update + (rescaled(y, layer, row_scale(self.magnitude, self.lengths)) - y)
         return update
 
     def merged(self, layer):
@@ -318,7 +323,7 @@ class TrainedCopy(Adapter):
         inner = next(iter(lora_layers(module)), None)
         if inner is not None:
             raise ValueError(
-                f'modules_to_save: {inner} in {describe(module)[:80]} has an adapter of its own, which a copy would double'
+                f'modules_to_save: {inner} in {shapes_of(module)[:80]} has an adapter of its own, which a copy would double'
             )
         self.copy = copy.deepcopy(module).requires_grad_(True)
 
@@ -590,7 +595,10 @@ def fit_linear(model, batches, name='linear'):
         adapters[path] = copy.deepcopy(layer.adapter)
         if path in layers:
             adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
-            M = solve(fit[path], layer.bias is not None)
+            xx, xd, _ = fit[path]
+            n = len(xx) - (layer.bias is None)  # without a bias the last row, of the ones, stays zero
+            M = torch.zeros_like(xd)  # (I + 1, O)
+            M[:n] = least_squares(xx[:n, :n], xd[:n])
             errors[path] = relative_error(M, measured[path])
             with torch.no_grad():
                 weights(adapters[path].copy)['weight'].add_(M[:-1].T)
@@ -626,14 +634,6 @@ def collect_moments(model, layers, batches):
     return moments
 
 
-def solve(moments, bias):
-    """The (I + 1, O) map of least squares, its last row zero without a bias."""
-    xx, xd, _ = moments
-    n, M = len(xx) - (not bias), torch.zeros_like(xd)
-    M[:n] = torch.linalg.pinv(xx[:n, :n], rtol=1e-12, hermitian=True) @ xd[:n]
-    return M
-
-
 def relative_error(M, moments):
     xx, xd, dd = moments
     residual = dd - 2 * (M * xd).sum() + (M * (xx @ M)).sum()
@@ -660,7 +660,7 @@ def save_lora(model, folder):
         )
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
-        'layers': {path: [kind_of(layer.adapter), describe(layer.base_layer)] for path, layer in layers.items()},
+        'layers': {path: [kind_of(layer.adapter), shapes_of(layer.base_layer)] for path, layer in layers.items()},
         'base': base_identity(
             model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]
         ),
@@ -671,17 +671,29 @@ def save_lora(model, folder):
         for name, p in layer.adapter.state_dict().items()
     }
     os.makedirs(folder, exist_ok=True)
-    with write_atomically(os.path.join(folder, 'adapter_model.safetensors')) as f:
-        f.write(save(tensors, {'adapter': json.dumps(record)}))
-    with write_atomically(os.path.join(folder, 'adapter_config.json'), 'w', 'utf-8') as f:
-        f.write(json.dumps(record, indent=2) + '\n')
+    write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
+    write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
+
+
+def write_whole(path, content):
+    """Put bytes at a path. A crash or a full disk leaves what was there before."""
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(path + '.tmp')
+        raise
 
 
 def kind_of(adapter):
     return 'copy' if isinstance(adapter, TrainedCopy) else adapter.config.kind
 
 
-def describe(module):
+def shapes_of(module):
     """Linear(weight 768x768, bias 768)"""
     shapes = (f'{name} {"x".join(map(str, p.shape))}' for name, p in module.named_parameters())
     return f'{type(module).__name__}({", ".join(shapes)})'
@@ -728,13 +740,15 @@ def load_lora(model, folder, name='default', check_base=True):
         )
     modules = dict(named_base_modules(model))
     for path, (kind, was) in record['layers'].items():
-        found = describe(modules[path]) if path in modules else 'not there'
+        found = shapes_of(modules[path]) if path in modules else 'not there'
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
             raise ValueError(
                 f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}'
             )
     adapters = make_adapters(model, config, targets)
     wanted = {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
+    # files of earlier versions have no lengths of rows: these are the base's
+    tensors = {key: p for key, p in wanted.items() if key.endswith('.lengths')} | tensors
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
@@ -789,61 +803,11 @@ def lora_param_groups(model, lr, weight_decay):
     ]
 
 
-VARIANTS = (  # name, path, whether it merges, settings
-    ('LoRA', 'B A', 'yes', dict(kind='lora')),
-    ('rsLoRA', 'B A, alpha / sqrt(rank)', 'yes', dict(kind='lora', rs_lora=True)),
-    ('LoRA+', 'B A, B faster', 'yes', dict(kind='lora', lora_plus_ratio=16.0)),
-    ('DoRA', 'B A, row lengths', 'yes', dict(kind='lora', use_dora=True)),
-    ('KAN-LoRA', 'phi_out(phi_in)', 'no', dict(kind='kan')),
-    ('KAN-DoRA', 'phi_out(phi_in), row lengths', 'no', dict(kind='kan', use_dora=True)),
-    ('KAN-base LoRA', 'B A on base and splines', 'yes', dict(kind='kan_base')),
-)
-
-
 def lora_report(model):
-    """
-    Two tables as text: what trains in each layer and in all, and what every variant would take at the same rank, with the same
-    modules_to_save, on those of the layers that can have it. Bytes are those of the tensors; the file has a header besides, some
-    hundred bytes per tensor.
-    """
-    layers = active_lora(model)
-    adapters = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
-    rows = [('layer', 'adapter', 'trainable', 'frozen', 'share', 'bytes')]
-    for path, layer in layers.items():
-        rows.append(
-            (
-                path,
-                kind_of(layer.adapter),
-                *cells([layer.adapter], sum(p.numel() for p in layer.base_layer.parameters())),
-            )
-        )
-    rows.append(('total', '', *cells([layer.adapter for layer in layers.values()], total)))
-    copies = [layer.adapter for layer in layers.values() if isinstance(layer.adapter, TrainedCopy)]
-    bases = [copy.deepcopy(layer.base_layer).to('meta') for layer in layers.values() if layer.adapter not in copies]
-    config = next(iter(layers.values())).adapter.config
-    variants = [(f'rank {config.rank}', 'path', 'merges', 'layers', *rows[0][2:])]
-    for label, path, merges, settings in VARIANTS:
-        settings = replace(config, **dict(rs_lora=False, use_dora=False, lora_plus_ratio=1.0) | settings)
-        sketches = [CLASSES[settings.kind](base, settings) for base in bases if settings.kind in kinds_of(base)]
-        variants.append(
-            (label, path, merges, str(len(sketches)), *(cells(sketches + copies, total) if sketches else '----'))
-        )
-    return '\n\n'.join(map(aligned, (rows, variants)))
-
-
-def cells(adapters, frozen):
-    """trainable, frozen, share, bytes"""
-    trainable = sum(p.numel() for adapter in adapters for p in adapter.parameters())
-    size = sum(tensor.nbytes for adapter in adapters for tensor in adapter.state_dict().values())
-    return f'{trainable:,}', f'{frozen:,}', f'{trainable / (trainable + frozen):.2%}', f'{size:,}'
-
-
-def aligned(rows):
-    """Columns side by side: text to the left, numbers to the right."""
-    columns = list(zip(*rows))
-    widths = [max(map(len, column)) for column in columns]
-    left = [column[1][:1].isalpha() or not column[1] for column in columns]
-    return '\n'.join(
-        '  '.join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip() for row in rows
-    )
+    """What trains of the active adapter, as text: a line for each layer and one for all, with their share of the base model."""
+    counts = {path: sum(p.numel() for p in layer.adapter.parameters()) for path, layer in active_lora(model).items()}
+    ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    total, trainable = sum(p.numel() for p in model.parameters() if id(p) not in ours), sum(counts.values())
+    width = max(map(len, counts))
+    lines = [f'{path:{width}}  {kind_of(lora_layers(model)[path].adapter):8}  {n:12,}' for path, n in counts.items()]
+    return '\n'.join([*lines, f'{trainable:,} parameters train beside {total:,} of the base model: {trainable / total:.2%}'])

@@ -12,7 +12,7 @@ lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanL
     ...
     model.save_pretrained('my-adapter')
 
-To load the adapter, PEFT has to know its type, so `import peft_kan` comes first:
+To load the adapter, PEFT has to know its type, so this module is imported first:
 
     from surgery import peft_kan
     from peft import PeftModel
@@ -34,9 +34,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 
-from run.files import write_atomically
 from surgery.kanify import is_conv1d, is_linear
-from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, sizes
+from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, sizes, write_whole
 
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
 OURS = {  # fields of KanLoraConfig by the names they have in lora.py
@@ -61,7 +60,8 @@ BIASES = ('none', 'all', 'kanlora_only')
 CARD = """
 ## Loading
 
-PEFT does not know adapters of type KANLORA by itself. Import `peft_kan` first, with the folder of peft_kan.py on Python's path:
+PEFT does not know adapters of type KANLORA by itself. Import `surgery.peft_kan` first, with the folder that holds `surgery/`,
+`layers/` and `kan.py` on Python's path:
 
 ```python
 from surgery import peft_kan
@@ -140,8 +140,7 @@ class KanLoraConfig(PeftConfig):
             with open(path, encoding='utf-8') as f:
                 card = f.read()
         if CARD.strip() not in card:
-            with write_atomically(path, 'w', 'utf-8') as f:
-                f.write(card.rstrip('\n') + '\n' + CARD)
+            write_whole(path, (card.rstrip('\n') + '\n' + CARD).encode())
 
 
 class KanLoraLayer(nn.Module, BaseTunerLayer):

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from data.course import N_LINES
-from kan import packed_weights
-from model import sample_token
+from layers.generation import packed_weights, sample_token
 
 
 @dataclass

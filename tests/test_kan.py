@@ -12,8 +12,9 @@ from scipy.interpolate import BSpline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kan import KAN, KANLinear, packed_weights
+from kan import KAN, KANLinear
 from layers import spline
+from layers.generation import packed_weights
 
 I, O = 4, 3
 NAMES = ['base_weight', 'spline_weight', 'spline_scaler', 'grid']

@@ -9,7 +9,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from kan import KAN, KANLinear
-from model import GPT, GPTConfig, sample_token
+from layers.generation import sample_token, stream
+from model import GPT, GPTConfig
 from run.checkpoint import build_model
 
 TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
@@ -415,7 +416,7 @@ def test_generated_tokens_follow_the_prompt_and_the_seed():
     assert all(torch.equal(out[:, :4], idx) and out.shape == (2, 24) for out in outs)
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
     torch.manual_seed(1)
-    assert torch.equal(torch.cat(list(model.stream(idx, 20)), 1), outs[0][:, 4:])
+    assert torch.equal(torch.cat(list(stream(model, idx, 20)), 1), outs[0][:, 4:])
 
 
 @pytest.mark.parametrize('temperature', [0, 1.0, 100.0])

@@ -8,8 +8,9 @@ import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
-from kan import KANLinear, kanify
+from kan import KANLinear
 from model import GPT, GPTConfig
+from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')

@@ -498,30 +498,31 @@ def test_lora_plus_gives_the_second_factor_its_own_rate():
             assert fast in name or slow in name or 'magnitude' in name
 
 
-def test_report_counts_what_is_there():
+EACH = 4 * (16 + 3 * 16)  # of an adapter of rank 4 on c_attn, 16 -> 48
+KAN_EACH = 4 * 6 * (16 + 3 * 16)
+
+
+@pytest.mark.parametrize(
+    'settings, each',
+    [
+        (dict(), EACH),
+        (dict(rs_lora=True), EACH),
+        (dict(lora_plus_ratio=16.0), EACH),
+        (dict(use_dora=True), EACH + 3 * 16),
+        (dict(kind='kan'), KAN_EACH),
+        (dict(kind='kan', use_dora=True), KAN_EACH + 3 * 16),
+    ],
+)
+def test_report_counts_what_is_there(settings, each):
     model = make_gpt()
-    add_lora(model, LoRAConfig(rank=4))
-    lines = [line.split() for line in lora_report(model).splitlines()]
-    C = 16
-    each, total = 4 * (C + 3 * C), sum(p.numel() for name, p in model.named_parameters() if '.adapters.' not in name)
-    assert lines[1] == [
-        'transformer.h.0.attn.c_attn',
-        'lora',
-        str(each),
-        str(3 * C * C + 3 * C),
-        f'{each / (each + 3 * C * C + 3 * C):.2%}',
-        f'{4 * each:,}',
-    ]
-    assert lines[3][0] == 'total' and lines[3][1:3] == [f'{2 * each}', f'{total:,}']
-    trainable = {line[0]: line[-4] for line in lines[6:]}
-    kan = 2 * (4 * 6 * (C + 3 * C))
-    assert trainable == {
-        **dict.fromkeys(('LoRA', 'rsLoRA', 'LoRA+'), str(2 * each)),
-        'DoRA': str(2 * (each + 3 * C)),
-        'KAN-LoRA': f'{kan:,}',
-        'KAN-DoRA': f'{kan + 2 * 3 * C:,}',
-        'KAN-base': '-',
-    }
+    add_lora(model, LoRAConfig(rank=4, **settings))
+    first, second, last = lora_report(model).splitlines()
+    total = sum(p.numel() for name, p in model.named_parameters() if '.adapters.' not in name)
+    assert first.split() == ['transformer.h.0.attn.c_attn', settings.get('kind', 'lora'), f'{each:,}']
+    assert second.split()[0] == 'transformer.h.1.attn.c_attn' and second.split()[1:] == first.split()[1:]
+    share = f'{2 * each / total:.2%}'
+    assert last == f'{2 * each:,} parameters train beside {total:,} of the base model: {share}'
+    assert 2 * each == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # which layers
