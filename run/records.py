@@ -13,6 +13,22 @@ from datetime import UTC, datetime
 from configurator import ROOT
 from run.files import write_atomically
 
+ADDED = {  # settings of train.py that older records do not name, as they were before there was a choice
+    'use_graph': False,
+    'graph_kind': 'gat',
+    'graph_edges': 'causal',
+    'graph_heads': 4,
+    'graph_place': 'after',
+    'graph_window': 8,
+    'graph_topk': 8,
+    'graph_backend': 'auto',
+}
+
+
+def complete(config):
+    """The settings in a record, with those that were not there yet when it was made."""
+    return {**ADDED, **config}
+
 
 def read_record(out_dir):
     """The contents of run.json, {} where there is none; ValueError where it is no JSON."""

@@ -64,7 +64,7 @@ def vanilla(**shape):
     return {**kan, 'use_kan': False, **shape}
 
 
-def prepare(model_args):
+def make_timed_step(model_args):
     """A training step of the model, after an untimed one."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**model_args)).to(device)
@@ -76,7 +76,7 @@ def prepare(model_args):
 def measure_seconds(*models):
     """Median seconds per step of several models, whose steps alternate."""
     torch.compiler.reset()  # which gives up after a few versions of a model
-    steps = [prepare(model_args) for model_args in models]
+    steps = [make_timed_step(model_args) for model_args in models]
     return np.median([[step() for step in steps] for _ in range(repeats)], axis=0)
 
 
@@ -165,25 +165,10 @@ if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
     )
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
-left_out = {
-    'device',
-    'dtype',
-    'compile',
-    'init_from',
-    'wandb_log',
-    'use_kan',
-    'kan_targets',
-    'kan_hidden',
-    'kan_norm',
-    'grid_size',
-    'spline_order',
-    'grid_min',
-    'grid_max',
-    'spline_lr_scale',
-    'spline_weight_decay',
-}
+machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log')
+of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 settings.update(shape)
-changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in left_out}
+changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in machine + of_kan}
 changed.update(out_dir=f'out-{name}', wandb_run_name=name)
 header = f'''"""
 The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:

@@ -7,7 +7,7 @@ Time and memory of layers, of training steps and of sampling: ours and, where in
     python study/bench.py --suite=adapter
     python study/bench.py --suite=graph
 
-`pip install -r requirements-bench.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
+`pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
 of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of a training step that finds edges.
 Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases. Prints a table,
 then one line of JSON with every number in it.
@@ -116,7 +116,7 @@ def list_cases():
             f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}'
         )
     if missing:
-        print(f'not installed, left out: {", ".join(missing)} (see requirements-bench.txt)', file=sys.stderr)
+        print(f'not installed, left out: {", ".join(missing)} (see requirements-all.txt)', file=sys.stderr)
     return chosen
 
 
@@ -265,27 +265,25 @@ def prepare_graph(dtype, where, name):
 
 
 def prepare_graph_step(dtype, size, edges):
-    """A training step of a GPT with graph layers, and how much of it finds the edges."""
+    """A training step of a GPT with graph layers, and how much of it finds the edges: the same edges, found once more."""
     model, settings = make_gpt(size, **(dict(use_graph=True, graph_edges=edges) if edges != 'no' else {}))
-    spent = []
+    model.to(device)
+    B, T, C = settings['batch_size'], settings['block_size'], settings['n_embd']
+    idx, x = torch.randint(65, (B, T), device=device), torch.randn(B, T, C, device=device)
+    layers = [block.graph for block in model.transformer.h if block.graph is not None]
+    step = make_step(model, B, settings['gradient_accumulation_steps'], device, dtype)
 
-    def timed(find):
-        def run(*args):
-            t0 = clock(device)
-            found = find(*args)
-            spent.append(clock(device) - t0)
-            return found
-
-        return run
-
-    for name in '__init__', 'bias', 'list':
-        setattr(Edges, name, timed(getattr(Edges, name)))
-    step = make_step(model.to(device), settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    def find_edges():
+        t0 = clock(device)
+        for _ in range(settings['gradient_accumulation_steps']):
+            found = Edges(model.config, idx)
+            for layer in layers:
+                found.bias(x) if layer.dense else found.list(x)
+        return clock(device) - t0
 
     def run():
-        spent.clear()
-        seconds = step()
-        return {'edges': sum(spent), 'rest': seconds - sum(spent)}
+        seconds, finding = step(), find_edges() if layers else 0.0
+        return {'edges': finding, 'rest': seconds - finding}
 
     return run
 
@@ -353,7 +351,7 @@ def print_table(rows):
             continue
         base = first[group]['seconds'].get('total')
         parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
-        times = '  '.join(f'{part} {describe(row["seconds"][part])}' for part in parts)
+        times = '  '.join(f'{part} {milliseconds(row["seconds"][part])}' for part in parts)
         ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
         share = (
             f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges'
@@ -365,7 +363,7 @@ def print_table(rows):
             print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
 
 
-def describe(seconds):
+def milliseconds(seconds):
     p20, median, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
     return f'{median:9.1f} ({p20:.1f} to {p80:.1f}) ms'
 

@@ -5,8 +5,9 @@ Finished runs side by side: a table, curves, and tests over seeds.
     python study/compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/nano
     python study/compare.py out-sizes/* --scaling=True
     python study/compare.py out-pilot/* --over=learning_rate,init_std
+    python study/compare.py results/nano/runs.jsonl out-mine --baseline=nano_kan
 
-Takes the folders that train.py leaves behind (run.json and log.jsonl are enough). Runs that differ in nothing but their seed are one
+Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the runs.jsonl of studies. Runs that differ in nothing but their seed are one
 row: mean and standard deviation over its seeds, and a paired t-test against the baseline over the seeds both have. Writes compare.md,
 compare.json, compare.html (one file, no network needed) and the figures as PNG into --out.
 """
@@ -27,8 +28,9 @@ from scipy import stats
 
 from configurator import INCIDENTAL, configure
 from run.files import write_atomically
-from run.records import read_log, read_record
+from run.records import complete
 from study import figures
+from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 
 # -----------------------------------------------------------------------------
 out = 'out-compare'  # the folder to write into
@@ -39,32 +41,35 @@ over = (
 )
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
-configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
-folders = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
-
 SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
 
 
 # reading
 
 
-def read_run(folder):
-    """{folder, record, log} of a run, or None where there is none."""
-    record, log = read_record(folder), read_log(folder)
-    if not record:
-        print(f'left out: {folder} holds no run of train.py, it has no run.json', file=sys.stderr)
-        return None
+def read_all(paths):
+    """The runs in folders of train.py and in files runs.jsonl, [{name, record, log}]; what holds none is left out with a word."""
+    runs = []
+    for path in paths:
+        found = read_runs(path) if path.endswith('.jsonl') else {path: read_run(path)}
+        for name, record in found.items():
+            if len(record) > 0:
+                runs.append(check_run(name, record, path))
+            else:
+                print(f'left out: {path} holds no run of train.py, it has no run.json', file=sys.stderr)
+    return runs
+
+
+def check_run(name, record, path):
+    """{name, record, log} of a run, its settings complete; ValueError where something is missing."""
     try:
-        (
-            record['config']['seed'],
-            record['parameters']['total'],
-            record['tokens_per_iter'],
-            record['flops_per_token'],
-            record['dataset']['splits'],
-        )
+        for keys in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'):
+            record[keys[0]][keys[1]]
+        record['tokens_per_iter'], record['flops_per_token']
     except (KeyError, TypeError) as error:
-        raise ValueError(f'{folder}/run.json is damaged or of an older train.py ({error!r})') from None
-    return {'folder': folder, 'record': record, 'log': [line for line in log if line['iter'] > 0]}
+        raise ValueError(f'{path} is damaged or of an older train.py ({error!r})') from None
+    log = [line for line in record['log'] if line['iter'] > 0]
+    return {'name': name, 'record': {**record, 'config': complete(record['config'])}, 'log': log}
 
 
 def group_runs(runs):
@@ -74,13 +79,13 @@ def group_runs(runs):
         config = {key: value for key, value in run['record']['config'].items() if key not in (*INCIDENTAL, 'seed')}
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
         group = groups.setdefault(
-            key, {'name': name_of(run['folder']), 'config': config, 'finished': [], 'unfinished': []}
+            key, {'name': name_of_row(run['name']), 'config': config, 'finished': [], 'unfinished': []}
         )
         group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
     names = [group['name'] for group in groups.values()]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(describe_clash(*[group for group in groups.values() if group['name'] == name]))
+            raise ValueError(clash_text(*[group for group in groups.values() if group['name'] == name]))
     shared = os.path.commonprefix(names) if len(names) > 1 else ''
     shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
     for group in groups.values():
@@ -88,13 +93,13 @@ def group_runs(runs):
         folders = {}
         for run in group['finished']:
             if (seed := run['record']['config']['seed']) in folders:
-                raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["folder"]}')
-            folders[seed] = run['folder']
+                raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["name"]}')
+            folders[seed] = run['name']
     return list(groups.values())
 
 
-def describe_clash(one, other, *_):
-    folders = [(group['finished'] + group['unfinished'])[0]['folder'] for group in (one, other)]
+def clash_text(one, other, *_):
+    folders = [(group['finished'] + group['unfinished'])[0]['name'] for group in (one, other)]
     changed = [
         key for key in sorted(one['config'] | other['config']) if one['config'].get(key) != other['config'].get(key)
     ]
@@ -107,8 +112,8 @@ def describe_clash(one, other, *_):
     )
 
 
-def name_of(folder):
-    """The folder's name without out- and the seed."""
+def name_of_row(folder):
+    """The name of a run's folder without out- and the seed."""
     name = os.path.basename(os.path.normpath(folder)).removeprefix('out-')
     return re.sub(r'[,-]?seed[=-]?\d+', '', name)
 
@@ -163,12 +168,6 @@ def summarize(group):
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
 
 
-def deviation(values):
-    """The sample standard deviation over the first axis; NaN for one value."""
-    values = np.asarray(values, dtype=float)
-    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
-
-
 def compare_with(base, group):
     """(mean difference of the best losses over the seeds both have, p of a paired t-test, number of these seeds); NaN for too few."""
     pairs = [
@@ -176,8 +175,10 @@ def compare_with(base, group):
         for i, seed in enumerate(group['seeds'])
         if seed in base['seeds']
     ]
-    difference = np.mean([ours - theirs for ours, theirs in pairs]) if pairs else math.nan
-    return float(difference), float(stats.ttest_rel(*zip(*pairs)).pvalue) if len(pairs) > 1 else math.nan, len(pairs)
+    if not pairs:
+        return math.nan, math.nan, 0
+    ours, theirs = np.array(pairs).T
+    return float((ours - theirs).mean()), paired_p(ours, theirs), len(pairs)
 
 
 def fit_power_law(groups):
@@ -226,11 +227,7 @@ def plain(value):
 # the table
 
 
-def mean_and_std(values):
-    return f'{np.mean(values):.4f}' + (f' ± {deviation(values):.4f}' if len(values) > 1 else '')
-
-
-def describe_difference(group):
+def difference_text(group):
     if not group['base'] or not group['pairs']:
         return 'no seed in common' if group['base'] else ''
     p = '' if math.isnan(group['p']) else f'p = {group["p"]:.2g}, '
@@ -253,9 +250,9 @@ COLUMNS = {  # name: (text, number to sort by)
     'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
     'peak memory': lambda g: (f'{g["peak_memory"] / 1e9:.2f} GB', g['peak_memory']),
     'tokens': lambda g: (f'{g["tokens"] / 1e6:.3g}M', g['tokens']),
-    'best val loss': lambda g: (mean_and_std(g['best']), np.mean(g['best'])),
-    'to baseline': lambda g: (describe_difference(g), g['difference']),
-    'final val loss': lambda g: (mean_and_std(g['final']), np.mean(g['final'])),
+    'best val loss': lambda g: (mean_and_std(g['best'], 4), np.mean(g['best'])),
+    'to baseline': lambda g: (difference_text(g), g['difference']),
+    'final val loss': lambda g: (mean_and_std(g['final'], 4), np.mean(g['final'])),
     'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
     'bits / char': lambda g: ('' if math.isnan(bits_per_char(g)) else f'{bits_per_char(g):.4f}', bits_per_char(g)),
 }
@@ -277,7 +274,7 @@ def notes(groups, base):
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0
             state = 'Diverged' if 'failed' in run['record'] else 'Unfinished'
-            yield f'{state}, not counted: {run["folder"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
+            yield f'{state}, not counted: {run["name"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
 
 
 def markdown(groups, base, laws, grids, settings):
@@ -288,7 +285,7 @@ def markdown(groups, base, laws, grids, settings):
     if laws:
         lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
         lines += [
-            f'| {name} | {figures.describe(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |'
+            f'| {name} | {figures.law_text(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |'
             for name, _, law in laws
         ]
         lines += ['', '![scaling](scaling.png)', '']
@@ -341,57 +338,79 @@ def page(groups, base, laws, grids, settings):
     )
 
 
-groups = group_runs([run for run in map(read_run, folders) if run])
-if not groups:
-    raise ValueError('expected folders of runs, e.g. python study/compare.py out-sweep/*')
-if not mix:
-    check_comparable(groups)
-shown = [group for group in groups if group['finished']]
-if not shown:
-    raise ValueError('none of the runs is finished')
-for group in shown:
-    summarize(group)
-base = (
-    next((group for group in shown if baseline in (group['name'], group['full_name'])), None) if baseline else shown[0]
-)
-if base is None:
-    raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(group["name"] for group in shown)}')
-for group in shown:
-    group['base'] = group is not base and base
-    group['difference'], group['p'], group['pairs'] = compare_with(base, group)
-if over and (over.count(',') != 1 or not set(over.split(',')) <= shown[0]['config'].keys()):
-    raise ValueError(f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std')
-settings = over.split(',') if over else []
-grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if over else []
-by_size = families(sorted(shown, key=lambda group: group['parameters']), SIZE) if scaling else []
-laws = [
-    (name, members, fit_power_law(members))
-    for name, members in by_size
-    if len({group['parameters'] for group in members}) > 2
-]
-if scaling and not laws:
-    raise ValueError(
-        '--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only'
-    )
+# all of it
 
-os.makedirs(out, exist_ok=True)
-table = markdown(groups, base, laws, grids, settings)
-public = [
-    {key: value for key, value in group.items() if key not in ('finished', 'unfinished', 'base')} for group in shown
-]
-report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
-for name, text in {
-    'compare.md': table,
-    'compare.json': json.dumps(report, indent=1),
-    'compare.html': page(groups, base, laws, grids, settings),
-}.items():
-    with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
-        f.write(text)
-if figures.has_curves(shown):
-    figures.draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
-if grids:
-    figures.draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
-if laws:
-    figures.draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
-print(table)
-print(f'written: {os.path.join(out, "compare.md")}, compare.json, compare.html and figures')
+
+def choose_baseline(groups, baseline):
+    """The finished group of this name, without one the first."""
+    names = [group['name'] for group in groups]
+    for group in groups:
+        if baseline in ('', group['name'], group['full_name']):
+            return group
+    raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(names)}')
+
+
+def check_over(over, groups):
+    """The two settings of --over, [] without any."""
+    settings = over.split(',') if over else []
+    if settings and (len(settings) != 2 or not set(settings) <= groups[0]['config'].keys()):
+        raise ValueError(
+            f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std'
+        )
+    return settings
+
+
+def fit_families(groups):
+    """[(family, its sizes, its power law)] of the families of at least three sizes; ValueError where there is none."""
+    by_size = families(sorted(groups, key=lambda group: group['parameters']), SIZE)
+    many = [(name, members) for name, members in by_size if len({group['parameters'] for group in members}) > 2]
+    if not many:
+        raise ValueError(
+            '--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only'
+        )
+    return [(name, members, fit_power_law(members)) for name, members in many]
+
+
+def compare(runs, out, baseline='', mix=False, over='', scaling=False):
+    """Write table, page and figures of runs as `read_all` returns them; arguments as the settings above. Returns the table."""
+    groups = group_runs(runs)
+    if not groups:
+        raise ValueError('expected folders of runs, e.g. python study/compare.py out-sweep/*')
+    if not mix:
+        check_comparable(groups)
+    shown = [group for group in groups if group['finished']]
+    if not shown:
+        raise ValueError('none of the runs is finished')
+    for group in shown:
+        summarize(group)
+    base = choose_baseline(shown, baseline)
+    for group in shown:
+        group['base'] = None if group is base else base
+        group['difference'], group['p'], group['pairs'] = compare_with(base, group)
+    settings = check_over(over, shown)
+    grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if settings else []
+    laws = fit_families(shown) if scaling else []
+    table = markdown(groups, base, laws, grids, settings)
+    private = ('finished', 'unfinished', 'base')
+    public = [{key: value for key, value in group.items() if key not in private} for group in shown]
+    report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
+    texts = {'compare.md': table, 'compare.json': json.dumps(report, indent=1)}
+    texts['compare.html'] = page(groups, base, laws, grids, settings)
+    os.makedirs(out, exist_ok=True)
+    for name, text in texts.items():
+        with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
+            f.write(text)
+    if figures.has_curves(shown):
+        figures.draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+    if grids:
+        figures.draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
+    if laws:
+        figures.draw_scaling(laws).savefig(os.path.join(out, 'scaling.png'), dpi=120)
+    return table
+
+
+if __name__ == '__main__':
+    configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
+    runs = read_all([arg for arg in sys.argv[1:] if not arg.startswith('-')])
+    print(compare(runs, out, baseline, mix, over, scaling))
+    print(f'written: {os.path.join(out, "compare.md")}, compare.json, compare.html and figures')

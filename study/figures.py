@@ -29,7 +29,7 @@ LAYOUT = dict(
 )
 
 
-def describe(law):
+def law_text(law):
     return f'{law["factor"]:.3g} · parameters^{law["exponent"]:.4f}'
 
 
@@ -67,7 +67,7 @@ def draw_scaling(laws):
         dots = panel.scatter(*zip(*points), s=14)
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
         panel.plot(
-            x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {describe(law)}'
+            x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {law_text(law)}'
         )
     panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -167,7 +167,7 @@ def interactive_scaling(laws):
         figure.add_scatter(
             x=x,
             y=law['factor'] * x ** law['exponent'],
-            name=f'{name}: {describe(law)}',
+            name=f'{name}: {law_text(law)}',
             line_color=color,
             hoverinfo='skip',
         )

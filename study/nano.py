@@ -1,0 +1,112 @@
+"""
+The studies of nano GPTs, by train.py on Shakespeare's characters: which runs they have, and how these are shown.
+
+    OMP_NUM_THREADS=1 python study/nano.py                 # trains what has no record, in two shells to share it; hours on two cores
+    OMP_NUM_THREADS=1 python study/nano.py --studies=graph
+    python study/nano.py --train=False                     # their pages from the records, without training anything
+
+`nano_tuning` searches for learning rate and initial scale in short runs, `nano_finalists` tries the best of them over all iterations, `nano`
+compares the families over five seeds, `nano_longer` gives the vanilla GPT the seconds of the KAN-GPT, `nano_scaling` varies the width,
+and `graph` adds graph attention.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+from configurator import ROOT, configure
+from study.compare import check_run, compare
+from study.runner import Study, read_run, run_script
+from study.sweep import check_record, list_runs, read_settings
+
+FAMILIES = ('nano', 'nano_kan', 'nano_kan_mlp', 'nano_balanced', 'nano_swiglu')
+SHORT = dict(max_iters='300', lr_decay_iters='300', warmup_iters='30', eval_interval='300')
+WHOLE = dict(eval_interval='1000')
+LONG = dict(max_iters='7800', lr_decay_iters='7800', eval_interval='1300')
+RUNS = {  # study: [(families, settings, of several values all combinations)]
+    'nano_tuning': [
+        (FAMILIES, dict(SHORT, learning_rate='2e-3,4e-3,8e-3,1.6e-2', init_std='0.02,0.04,0.08,0.16')),
+    ],
+    'nano_finalists': [
+        (('nano', 'nano_balanced'), dict(WHOLE, learning_rate='2e-3,4e-3,8e-3', init_std='0.08')),
+        (('nano_kan',), dict(WHOLE, learning_rate='4e-3,8e-3', init_std='0.04')),
+        (('nano_kan_mlp',), dict(WHOLE, learning_rate='8e-3,1.6e-2', init_std='0.04')),
+        (('nano_swiglu',), dict(WHOLE, learning_rate='2e-3,4e-3,1.6e-2', init_std='0.08')),
+    ],
+    'nano': [((*FAMILIES, 'nano_by_flops', 'nano_by_seconds'), dict(seed='1,2,3,4,5'))],
+    'nano_longer': [(('nano',), dict(LONG, seed='1'))],
+    'nano_scaling': [
+        (('nano',), dict(seed='1', n_embd='24,48,192')),
+        (('nano_kan', 'nano_kan_mlp'), dict(seed='1', n_embd='24,48')),
+    ],
+    'graph': [(('nano', 'nano_graph'), dict(seed='1,2,3'))],
+}
+SHOWN = {  # study: arguments of compare
+    'nano_tuning': dict(over='learning_rate,init_std'),
+    'nano_finalists': dict(),
+    'nano': dict(baseline='nano_kan'),
+    'nano_longer': dict(baseline='nano_kan', mix=True),
+    'nano_scaling': dict(scaling=True),
+    'graph': dict(baseline='nano'),
+}
+BESIDE = {  # study: families of the study `nano` that are shown beside its own runs
+    'nano_longer': ('nano_kan',),
+    'nano_scaling': ('nano', 'nano_kan', 'nano_kan_mlp'),
+}
+PREFIX = 'shakespeare_char_'
+
+# -----------------------------------------------------------------------------
+studies = ','.join(RUNS)
+train = True  # train what has no record; False: make the pages alone
+# -----------------------------------------------------------------------------
+
+
+def list_all(study):
+    """{name: the arguments of train.py} of the runs of a study"""
+    runs = {}
+    for families, grid in RUNS[study]:
+        configs = [f'{ROOT}/config/train_{PREFIX}{family}.py' for family in families]
+        runs.update(list_runs(configs, {name: values.split(',') for name, values in grid.items()}))
+    return runs
+
+
+def make(name, args, folder):
+    """Train one run; returns its record and log. One that diverged is a record, too; one that failed otherwise ends the study."""
+    last = run_script('train.py', args, str(folder))
+    run = read_run(str(folder))
+    if not {'finished', 'failed'} & run.keys():
+        raise ValueError(f'{name} did not finish: {last}; see {folder}/train.txt')
+    return run
+
+
+def check_records(study, runs):
+    """ValueError for a record of other settings than those that the study has."""
+    records = Study(study).read()
+    for name, settings in read_settings(runs).items():
+        if name in records:
+            check_record(f'results/{study}/runs.jsonl: {name}', records[name], settings)
+
+
+def show(study):
+    """The pages of a study from its records."""
+    records = Study(study).read()
+    for family in BESIDE.get(study, ()):
+        records |= {name: run for name, run in Study('nano').read().items() if name.startswith(f'{PREFIX}{family},')}
+    folder = Study(study).folder
+    runs = [check_run(name, run, f'{folder}/runs.jsonl') for name, run in records.items()]
+    compare(runs, str(folder), **SHOWN[study])
+
+
+if __name__ == '__main__':
+    configure(globals())
+    chosen = studies.split(',')
+    unknown = set(chosen) - RUNS.keys()
+    if unknown:
+        raise ValueError(f'studies={studies!r}: expected any of {", ".join(RUNS)}, joined by commas')
+    for study in chosen:
+        runs = list_all(study)
+        check_records(study, runs)
+        if train:
+            Study(study).run_all(runs, make)
+        show(study)

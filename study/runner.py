@@ -1,0 +1,172 @@
+"""
+What the studies share: they run what has no record, in several shells at once where there are several, and resume what was cut off; and
+they say the same of several seeds.
+
+    study = Study('nano')
+    study.run_all(jobs, make)   # {name: job}; make(name, job, folder) does the work in a folder of its own and returns the record
+    study.read()                # {name: record}
+
+The records lie in results/<study>/runs.jsonl, a line a run, the log of the run in it. Work under way lies in out-<study>/.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from configurator import ROOT
+from run.files import write_atomically
+from run.records import read_log, read_record
+
+RESUME = {'train.py': '--init_from=resume', 'finetune.py': '--resume=True'}
+
+
+# records
+
+
+def read_runs(path):
+    """The records of a runs.jsonl by name, {} where there is none; ValueError where a line is no record."""
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return {}
+    return dict(parse_runs(path, state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(8)
+def parse_runs(path, *state):
+    """read_runs of a file in this state: a change of it is a new file of another number."""
+    with open(path, encoding='utf-8') as f:
+        lines = f.readlines()
+    try:
+        runs = [json.loads(line) for line in lines]
+        return {run['name']: run for run in runs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is damaged ({error!r}): take it from git again') from None
+
+
+def add_run(path, run):
+    """Add a record to a runs.jsonl, in the order of names. Other processes may do so at the same time."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        runs = read_runs(path) | {run['name']: run}
+        with write_atomically(path, 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(runs[name], allow_nan=False) + '\n' for name in sorted(runs))
+
+
+class Study:
+    """The records of a study, and how the missing ones are made."""
+
+    def __init__(self, name, root=ROOT):
+        self.name = name
+        self.folder = Path(root, 'results', name)
+        self.work = Path(root, f'out-{name}')
+
+    def read(self):
+        return read_runs(self.folder / 'runs.jsonl')
+
+    def run_all(self, jobs, make):
+        """Make the record of every job that has none; what another shell is at is waited for in the end."""
+
+        def run(name):
+            folder = self.work / folder_name(name)
+            add_run(self.folder / 'runs.jsonl', {'name': name, **make(name, jobs[name], folder)})
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.work.mkdir(exist_ok=True)
+        share(
+            list(jobs),
+            lock_of=lambda name: self.work / f'{folder_name(name)}.lock',
+            is_done=lambda name: name in self.read(),
+            do=run,
+            progress=lambda names: tqdm(names, desc=self.name, unit='run', disable=None),
+        )
+
+
+def folder_name(name):
+    """A name without what a shell or a file system might stumble over."""
+    return re.sub(r'[^\w.+-]+', '_', name)
+
+
+def share(names, lock_of, is_done, do, wait=True, progress=iter):
+    """
+    do(name) for each name that is not done. Of several shells each does a part: a name whose lock another one holds is passed
+    over and, with `wait`, come back to in the end, when that shell has done it or was stopped. Ctrl-C and SIGTERM end it in a line.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for blocking in (False, True)[: 1 + wait]:
+            for name in progress(names):
+                with contextlib.suppress(Timeout), FileLock(lock_of(name), blocking=blocking):
+                    if not is_done(name):
+                        do(name)
+    except KeyboardInterrupt:
+        sys.exit('stopped; the same command goes on where it was')
+
+
+# runs of scripts
+
+
+def run_script(script, args, out_dir, on_line=lambda line: None):
+    """
+    Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last line. What it prints goes
+    into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
+    """
+    os.makedirs(out_dir, exist_ok=True)
+    resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []
+    command = [sys.executable, os.path.join(ROOT, script), *args, f'--out_dir={out_dir}', *resume]
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last, stopped = '', False
+    with open(os.path.join(out_dir, script.replace('.py', '.txt')), 'a', buffering=1, encoding='utf-8') as f:
+        while process.poll() is None:
+            try:
+                for line in process.stdout:
+                    f.write(line)
+                    last = line.strip() or last
+                    on_line(line)
+                process.wait()
+            except KeyboardInterrupt:  # it finishes its step and saves; another one ends it at once
+                process.send_signal(signal.SIGTERM)
+                stopped = True
+    if stopped:
+        raise KeyboardInterrupt
+    return last
+
+
+def read_run(folder):
+    """The record and the log of a run in one: what a line of runs.jsonl holds besides the name. {} where there is no run."""
+    record = read_record(folder)
+    return {**record, 'log': read_log(folder)} if record else {}
+
+
+# several seeds
+
+
+def deviation(values):
+    """The sample standard deviation over the first axis; NaN for one value."""
+    values = np.asarray(values, dtype=float)
+    return values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], math.nan)
+
+
+def mean_and_std(values, digits):
+    """As text: the mean, and of several values ± the standard deviation."""
+    return f'{np.mean(values):.{digits}f}' + (f' ± {deviation(values):.{digits}f}' if len(values) > 1 else '')
+
+
+def paired_p(values, baseline):
+    """p of a two-sided paired t-test; NaN for fewer than two pairs."""
+    from scipy.stats import ttest_rel
+
+    return float(ttest_rel(values, baseline).pvalue) if len(values) > 1 else math.nan

@@ -1,0 +1,98 @@
+"""
+The measurements of bench.py that the docs quote, with a record of each and a page made from them.
+
+    python study/speed.py                        # measures what has no record for this machine, an hour on two cores; leave it alone
+    python study/speed.py --jobs=layer,adapter
+    python study/speed.py --jobs=                # the page from the records alone
+
+A machine is named by its processor or card, its threads and torch; figures of different machines stand in different tables, as ratios
+hold within one run alone.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+import torch
+
+from configurator import ROOT, configure
+from run.device import device_name, pick_device
+from run.files import write_atomically
+from run.records import commit
+from study.runner import Study
+
+STUDY = Study('speed')
+STEP, ONCE = dict(suite='step', only='micro'), dict(rounds=2, repeats=1)
+JOBS = {  # settings of bench.py
+    'layer': dict(suite='layer', only=' 192 768 16384', rounds=2),
+    'step': dict(STEP, **ONCE),
+    'step without dropout': dict(STEP, dropout=0, **ONCE),
+    'step with memory given back': dict(STEP, keep=False, rounds=1, repeats=1),
+    'nano step': dict(suite='step', only='nano', rounds=2),
+    'sample': dict(suite='sample', **ONCE),
+    'adapter': dict(suite='adapter', rounds=1, repeats=5),
+    'adapter without dropout': dict(suite='adapter', dropout=0, rounds=1, repeats=5),
+    'graph layers': dict(suite='graph', only=' 8 ', **ONCE),
+    'graph edges': dict(suite='graph', only='micro|nano', **ONCE),
+}
+
+# -----------------------------------------------------------------------------
+jobs = ','.join(JOBS)
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+dtypes = 'float32'  # or 'float32,bfloat16', where the machine has bfloat16
+# -----------------------------------------------------------------------------
+
+
+def make(name, settings, folder):
+    """The last line of bench.py under these settings, which holds every number."""
+    flags = [f'--{key}={value}' for key, value in {**settings, 'device': device, 'dtypes': dtypes}.items()]
+    done = subprocess.run([sys.executable, f'{ROOT}/study/bench.py', *flags], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f'{name} failed, see above')
+    return {'commit': commit(), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def make_table(run):
+    """A row for each case: median milliseconds, as a multiple of the first case of its group, peak memory."""
+    lines = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|']
+    first = {}
+    for row in run['rows']:
+        group = f'{row["where"]}, {row["dtype"]}'
+        if 'error' in row:
+            lines.append(f'| {group}: {row["name"]} | failed: {row["error"]} | | |')
+            continue
+        seconds = statistics.median(row['seconds']['total'])
+        ratio = seconds / first.setdefault(group, seconds)
+        share = statistics.median(row['seconds']['edges']) / seconds if 'edges' in row['seconds'] else 0
+        note = f' ({share:.2%} finds edges)' if share else ''
+        cells = f'{1e3 * seconds:.4g}{note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
+        lines.append(f'| {group}: {row["name"]} | {cells} |')
+    return '\n'.join(lines)
+
+
+def make_page():
+    """table.md: for each machine its jobs."""
+    parts = []
+    for name, run in STUDY.read().items():
+        job, _, machine = name.partition(' on ')
+        about = f'{run["rounds"]} round(s) of {run["repeats"]}, commit {run["commit"]}'
+        parts.append(f'### {job}\n\n{machine}; {about}\n\n{make_table(run)}\n')
+    table = '\n'.join(parts)
+    with write_atomically(STUDY.folder / 'table.md', 'w', 'utf-8') as f:
+        f.write(table)
+    print(table, end='')
+
+
+if __name__ == '__main__':
+    configure(globals())
+    machine = f'{device_name(pick_device(device))}, torch {torch.__version__}, {dtypes}'
+    chosen = [job for job in jobs.split(',') if job]
+    unknown = set(chosen) - JOBS.keys()
+    if unknown:
+        raise ValueError(f'jobs={jobs!r}: expected any of {", ".join(JOBS)}, joined by commas')
+    STUDY.run_all({f'{job} on {machine}': JOBS[job] for job in chosen}, make)
+    make_page()
