@@ -38,7 +38,7 @@ init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*' or a folder with a GPT-2 o
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_run_name = ''  # empty: as out_dir
 # data
 dataset = 'openwebtext'
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes
@@ -331,7 +331,7 @@ while True:
         timed_from, iter_timed = seconds, iter_num
         session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
         if wandb_log:
-            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
+            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name or out_dir, config=config)
         if not eval_only and (iter_num > 0 or is_last):
             is_best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])

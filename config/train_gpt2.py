@@ -10,5 +10,3 @@ Not run here. nanoGPT reports a loss of about 2.85 after 4 days on 8 A100 40GB f
 out_dir = 'out-gpt2'
 eval_interval = 1000
 log_interval = 10
-
-wandb_run_name = 'gpt2-124M'

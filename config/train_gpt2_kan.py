@@ -11,7 +11,5 @@ out_dir = 'out-gpt2-kan'
 eval_interval = 1000
 log_interval = 10
 
-wandb_run_name = 'gpt2-kan-124M'
-
 use_kan = True
 kan_hidden = 0.4  # an edge holds 10 numbers (base, 8 splines, scaler) in place of 1, hence a tenth of the MLP's 4

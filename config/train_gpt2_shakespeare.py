@@ -10,13 +10,11 @@ Not run here: it needs a GPU with some 40 GB and GPT-2's weights from the Huggin
 out_dir = 'out-shakespeare'
 eval_interval = 5
 eval_iters = 40
-always_save_checkpoint = False  # only save when the validation loss improves
-
+always_save_checkpoint = False
 wandb_project = 'shakespeare'
-wandb_run_name = 'ft-gpt2-xl'
 
 dataset = 'shakespeare'
-init_from = 'gpt2-xl'  # this is the largest GPT-2 model
+init_from = 'gpt2-xl'
 
 # 1 batch_size * 32 grad_accum * 1024 tokens = 32,768 tokens per iteration
 # shakespeare has 301,966 tokens, so 1 epoch ~= 9.2 iterations

@@ -11,8 +11,6 @@ eval_interval = 500
 eval_iters = 100
 log_interval = 10
 
-wandb_run_name = 'kansformers-mini'
-
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 128

@@ -7,12 +7,10 @@ Not run to its end here: on a 2-core Xeon (AMX; torch 2.13, float32) an iteratio
 """
 
 out_dir = 'out-shakespeare'
-eval_interval = 250  # keep frequent because we will overfit
+eval_interval = 250
 log_interval = 10
-always_save_checkpoint = False  # only save when the validation loss improves
-
+always_save_checkpoint = False
 wandb_project = 'shakespeare'
-wandb_run_name = 'mini-gpt-bpe'
 
 dataset = 'shakespeare'
 gradient_accumulation_steps = 1

@@ -8,26 +8,24 @@ and 8.0 GB. nanoGPT reports a validation loss of 1.4697 after 3 minutes on an A1
 """
 
 out_dir = 'out-shakespeare-char'
-eval_interval = 250  # keep frequent because we will overfit
-log_interval = 10  # don't print too too often
-always_save_checkpoint = False  # only save when the validation loss improves
-
+eval_interval = 250
+log_interval = 10
+always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
-wandb_run_name = 'mini-gpt'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
 batch_size = 64
-block_size = 256  # context of up to 256 previous characters
+block_size = 256
 
 n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # with baby networks can afford to go a bit higher
+learning_rate = 1e-3
 max_iters = 5000
-lr_decay_iters = 5000  # make equal to max_iters usually
-min_lr = 1e-4  # learning_rate / 10 usually
-beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
-warmup_iters = 100  # not super necessary potentially
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100

@@ -17,7 +17,6 @@ log_interval = 50
 eval_iters = 100
 always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
-wandb_run_name = 'shakespeare-char-nano-by-flops'
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 2
 batch_size = 16

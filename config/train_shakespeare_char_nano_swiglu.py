@@ -11,15 +11,13 @@ out_dir = 'out-shakespeare-char-nano-swiglu'
 eval_interval = 200
 eval_iters = 100
 log_interval = 50
-always_save_checkpoint = False  # only save when the validation loss improves
-
+always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
-wandb_run_name = 'nano-swiglu'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 2  # so that two processes can share it
 batch_size = 16
-block_size = 64  # context of up to 64 previous characters
+block_size = 64
 
 n_layer = 20
 n_head = 3
@@ -31,7 +29,7 @@ mlp_hidden = 8 / 3  # three matrices with as many parameters as the MLP's two
 
 learning_rate = 4e-3
 max_iters = 1000
-lr_decay_iters = 1000  # make equal to max_iters usually
+lr_decay_iters = 1000
 min_lr = 2e-4
-beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
-warmup_iters = 100  # not super necessary potentially
+beta2 = 0.99
+warmup_iters = 100

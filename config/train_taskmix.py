@@ -12,10 +12,8 @@ out_dir = 'out-taskmix'
 eval_interval = 250
 eval_iters = 24
 log_interval = 50
-always_save_checkpoint = False  # only save when the validation loss improves
-
+always_save_checkpoint = False
 wandb_project = 'taskmix'
-wandb_run_name = 'taskmix'
 
 dataset = 'taskmix'
 gradient_accumulation_steps = 1
@@ -29,7 +27,7 @@ bias = True  # as in GPT-2
 
 learning_rate = 3e-3
 max_iters = 2000
-lr_decay_iters = 2000  # make equal to max_iters usually
+lr_decay_iters = 2000
 min_lr = 3e-4
-beta2 = 0.99  # make a bit bigger because number of tokens per iter is small
+beta2 = 0.99
 warmup_iters = 100
