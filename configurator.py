@@ -4,7 +4,8 @@ Settings for every script. A script lists its defaults as plain variables, then 
     config = configure(globals())
 
 so that `python train.py config/x.py --key=value` overrides them, left to right.
-A config file holds `name = value` lines. It is read as data and never executed.
+A config file holds `name = value` lines and may go on from another by `include = 'other.py'`. It is read as data and
+never executed.
 """
 
 import ast
@@ -59,17 +60,16 @@ def configure(variables, argv=None):
 
 
 def divide(argv, names):
-    """The arguments of a script that runs or reads another one: the flags called `names` (and --help), and the rest for the other."""
+    """(the flags called `names` and --help, the rest) of a script that hands arguments on to another one."""
     flags = [f'--{name}' for name in names]
     own = [arg for arg in argv if arg in ('--help', '-h') or arg.partition('=')[0] in flags]
     return own, [arg for arg in argv if arg not in own]
 
 
-def name_of_configs(argv):
-    """What the config files of a command are called together: config/finetune/sst.py config/finetune/kan_lora.py, sst-kan-lora."""
+def names_of_configs(argv):
+    """The config files of a command as parts of a folder's name: config/finetune/kan_lora.py is kan-lora."""
     paths = [arg for arg in argv if not arg.startswith('-')]
-    names = [os.path.basename(path).removesuffix('.py') for path in paths]
-    return '-'.join(names).replace('_', '-')
+    return [os.path.basename(path).removesuffix('.py').replace('_', '-') for path in paths]
 
 
 def settings_of(script, argv):
@@ -108,7 +108,8 @@ def read_flag(arg, settings):
         return name, text, arg
 
 
-def read_file(path):
+def read_file(path, within=()):
+    """The pairs of a config file, after those of the one beside it that a line `include = 'name.py'` begins with."""
     try:
         with open(path, encoding='utf-8') as f:
             source = f.read()
@@ -125,11 +126,24 @@ def read_file(path):
             value = read_value(line.value)
         except (TypeError, ArithmeticError, RecursionError):
             raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{text}`') from None
-        yield line.targets[0].id, value, where
+        if line.targets[0].id == 'include':
+            yield from read_file(included(value, path, where, within), (*within, path))
+        else:
+            yield line.targets[0].id, value, where
+
+
+def included(name, path, where, within):
+    """The path of the config file `name` beside the one at `path`."""
+    if not isinstance(name, str) or os.path.basename(name) != name:
+        raise ConfigError(f'{where}: include wants the name of a config file in the same folder, got {name!r}')
+    other = os.path.join(os.path.dirname(path), name)
+    if other in (*within, path):
+        raise ConfigError(f'{where}: {name} includes itself')
+    return other
 
 
 def read_value(node):
-    """A literal, or numbers joined by + - * / //, as in `gradient_accumulation_steps = 5 * 8`; TypeError for anything else."""
+    """A literal, or numbers joined by + - * / //, as in `batch_size = 5 * 8`; TypeError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in KINDS:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -167,7 +181,7 @@ def check(name, value, settings, where):
 
 
 def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
-    """ValueError for a number out of range. Each argument names settings, separated by spaces; fractions are in [0, 1)."""
+    """ValueError for a number out of range. An argument names settings, between spaces; fractions are in [0, 1)."""
     for name in at_least_one.split():
         if settings[name] < 1:
             raise ValueError(f'{name} must be at least 1, got {settings[name]}')
@@ -183,8 +197,8 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
 
 def report(kind, error, trace):
     """
-    The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's or
-    of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
+    The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's
+    or of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
     """
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]

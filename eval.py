@@ -1,17 +1,18 @@
 """
-The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it; or its scores on a
-fine-tuning task.
+The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it; or
+its scores on a fine-tuning task.
 
     python eval.py --out_dir=out-shakespeare-char-nano-kan
     python eval.py --out_dir=out-shakespeare-char-nano-kan --dataset=./my-data --split=train --stride=1
     python eval.py --init_from=gpt2 --dataset=shakespeare
-    python eval.py --out_dir=out-finetune-sst-lora              # what finetune.py has made: accuracy and macro F1, of sonnets CHRF
-    python eval.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and the model it began with
-    python eval.py --init_from=gpt2 --task=quora                # the answers of a model that has not learned the task
+    python eval.py --out_dir=out-finetune-sst-lora   # what finetune.py made: accuracy and macro F1, of sonnets CHRF
+    python eval.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and its base
+    python eval.py --init_from=gpt2 --task=quora   # the answers of a model that has not learned the task
 
-Of a text it prints loss (nats per token), perplexity, bits per character and per byte, so that models by character and by byte pair compare;
-the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but the first only the last --stride tokens
-count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and nanoGPKANT work too, as in sample.py.
+Of a text it prints loss (nats per token), perplexity, bits per character and per byte, so that models by character and
+by byte pair compare; the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but
+the first only the last --stride tokens count; <|endoftext|> is text of 13 characters. Checkpoints of nanoGPT and of
+nanoGPKANT work too, as in sample.py.
 """
 
 import json
@@ -45,9 +46,8 @@ dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
 if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 2:
-    raise ValueError(
-        f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 2, got {batch_size}, {stride}, {split!r}, {baselines}'
-    )
+    got = f'{batch_size}, {stride}, {split!r}, {baselines}'
+    raise ValueError(f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 2, got {got}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -89,7 +89,7 @@ def evaluate_text(checkpoint):
     meta = loader.read_meta(name)
     if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
         raise ValueError(
-            f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that of the model'
+            f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that one'
         )
     tokenizer = loader.load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
     data = loader.open_split(name, split)
@@ -103,9 +103,8 @@ def evaluate_text(checkpoint):
     bits_per_char, bits_per_byte = total / math.log(2) / n_chars, total / math.log(2) / n_bytes
     print(f'{source} on {split} of {name}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
     print(f'windows of {length} tokens, every {step}')
-    print(
-        f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
-    )
+    bits = f'{bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
+    print(f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits}')
     return {
         'loss': loss,
         'perplexity': math.exp(loss),

@@ -5,10 +5,11 @@ Fine-tune a GPT on one of four tasks: sst, cfimdb, quora, sonnets.
     python finetune.py config/finetune/sonnets.py config/finetune/kan_lora.py --seed=2
     python finetune.py config/finetune/quora.py config/finetune/graph_lora.py --init_from=gpt2-large
     python finetune.py config/finetune/sst.py config/finetune/lora.py --resume=True
-    torchrun --standalone --nproc_per_node=2 finetune.py config/finetune/sst.py config/finetune/lora.py --gradient_accumulation_steps=2
+    torchrun --standalone --nproc_per_node=2 finetune.py config/finetune/cfimdb.py config/finetune/lora.py
 
-A part of train is held out to stop by; dev is scored once, at the end, with the weights that did best on that part. Ctrl-C (or SIGTERM)
-finishes the step and saves; the same command with --resume=True then goes on, bit for bit. --help shows the settings.
+A part of train is held out to stop by; dev is scored once, at the end, with the weights that did best on that part.
+Ctrl-C (or SIGTERM) finishes the step and saves; the same command with --resume=True then goes on, bit for bit. --help
+shows the settings.
 """
 
 import functools
@@ -22,7 +23,7 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, name_of_configs
+from configurator import INCIDENTAL, check_ranges, configure, names_of_configs
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
@@ -46,12 +47,12 @@ from tasks.score import check_packages, predict, score, sonnet_baselines, write_
 # default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
 # I/O
 out_dir = ''  # empty: by the names of the config files, e.g. out-finetune-sst-lora
-init_from = 'gpt2'  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with a GPT-2 of transformers, or the out_dir of a run of train.py
+init_from = 'gpt2'  # or gpt2-medium, -large, -xl, a folder with a GPT-2 of transformers, or a run of train.py
 resume = False  # go on with the run in out_dir
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'finetune'
-wandb_run_name = ''  # empty: by the names of the config files, too
+wandb_run_name = ''  # empty: as out_dir
 # task
 task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
@@ -111,8 +112,8 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float16) on a GPU, float32 elsewhere
 # -----------------------------------------------------------------------------
 config = configure(globals())
-name = name_of_configs(sys.argv[1:])
-out_dir, wandb_run_name = out_dir or f'out-finetune{name and "-" + name}', wandb_run_name or name or init_from
+out_dir = out_dir or '-'.join(['out-finetune', *names_of_configs(sys.argv[1:])])
+wandb_run_name = wandb_run_name or out_dir
 config.update(out_dir=out_dir, wandb_run_name=wandb_run_name)
 
 check_ranges(
@@ -124,9 +125,7 @@ check_ranges(
 if valid_fraction == 0:
     raise ValueError('valid_fraction must be greater than 0: what is held out tells when to stop')
 if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
-    raise ValueError(
-        f'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got {top_p}, {n_beams} and {best_of}'
-    )
+    raise ValueError(f'expected 0 < top_p <= 1 and n_beams or best_of to be 1, got {top_p}, {n_beams} and {best_of}')
 check_packages(task)
 prepare_task(task)
 session = Session(device, dtype)
@@ -172,12 +171,10 @@ if state and state['data'] != data:
     raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
 steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)
 n_steps = epochs * steps_per_epoch
-say(
-    f'{task}: {len(train_examples):,} examples to learn from, {len(valid_examples):,} to stop by, {len(scored["dev"]):,} of dev'
-)
-say(
-    f'{n_steps:,} steps of {batch_size * gradient_accumulation_steps} examples on {device_name(device)}, {session.world_size} process(es), {dtype}'
-)
+counts = {'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(scored['dev'])}
+say(f'{task}: {counts["train"]:,} examples to learn from, {counts["valid"]:,} to stop by, {counts["dev"]:,} of dev')
+per_step = batch_size * gradient_accumulation_steps
+say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {session.world_size} process(es), {dtype}')
 
 trained = [p for p in model.parameters() if p.requires_grad]
 fused = session.device_type in ('cpu', 'cuda')
@@ -215,7 +212,7 @@ def run_step():
         group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
     total = 0.0
     for i in range(micro_steps if session.ddp else len(own)):
-        # a process without a batch of its own, at the end of an epoch, goes through one of the others' at a weight of zero
+        # at the end of an epoch a process may have no batch of its own: it takes another's at a weight of zero
         batch, weight = (own[i], 1.0) if i < len(own) else (batches[0], 0.0)
         idx, lengths, targets = collate(batch, device)
         if session.ddp:
@@ -228,7 +225,7 @@ def run_step():
 
 
 def score_held_out():
-    """{'loss', 'accuracy'} (of sonnets the loss alone) on the examples held out, each process with a share; None when told to stop."""
+    """{'loss', 'accuracy'} on the examples held out, of sonnets the loss alone; None when told to stop."""
     share = valid_examples[session.rank :: session.world_size]
     found = predict(model, share, batch_size, device, dtype, session.signals)
     loss, predictions = found or (0.0, [])
@@ -299,14 +296,13 @@ session.begin(
     config=config,
     parameters={'total': n_parameters, 'trained': n_trained},
     model_args=model_args,
-    dataset={'name': task, 'train': len(train_examples), 'valid': len(valid_examples), 'dev': len(scored['dev'])},
+    dataset={'name': task, **counts},
 )
 if state:
     say(f'resuming at step {step}')
     if session.master and log and log[-1]['iter'] == step and log[-1]['loss'] == best_loss:
-        ckpt.link(
-            os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-        )  # a crash may have come before that
+        # a crash may have come before that
+        ckpt.link(os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt'))
 
 
 def is_done():
@@ -328,20 +324,11 @@ while True:
             session.give_up(f'the evaluated loss is not finite at step {step}')
         is_best = scores['loss'] < best_loss
         best_loss = min(best_loss, scores['loss'])
-        line = dict(
-            iter=step,
-            epoch=step // steps_per_epoch,
-            seconds=seconds,
-            train_loss=train_loss,
-            lr=get_lr(step - 1),
-            **scores,
-        )
+        line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss)
+        line.update(lr=get_lr(step - 1), **scores)
         log.append(line)
-        say(
-            f'epoch {line["epoch"]}: '
-            + ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
-            + f', {seconds:.0f} s'
-        )
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+        say(f'epoch {line["epoch"]}: {shown}, {seconds:.0f} s')
         save(is_best)
         session.write_record()
         if wandb_log:

@@ -39,9 +39,8 @@ configure(globals())
 if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
 if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
-    raise ValueError(
-        f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {num_samples}, {max_new_tokens}, {seed}'
-    )
+    got = f'{num_samples}, {max_new_tokens}, {seed}'
+    raise ValueError(f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {got}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -62,11 +61,9 @@ class Sample:
 
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.text, self.end, self.shown = (
-            '',
-            -1,
-            0,
-        )  # generated text, where `stop` begins in it, how much of it is on the terminal
+        self.text = ''  # what is generated
+        self.end = -1  # where `stop` begins in it
+        self.shown = 0  # how much of it is on the terminal
 
     def add(self, token):
         if self.end < 0:
@@ -77,7 +74,8 @@ class Sample:
         """Print what is new; what may be the beginning of `stop` only when the sample is finished."""
         if finished and self.end < 0:
             self.text += self.decoder.decode(b'', final=True)
-        ready = self.end if self.end >= 0 else len(self.text) - (0 if finished else held_back(self.text))
+        waiting = 0 if finished else held_back(self.text)
+        ready = self.end if self.end >= 0 else len(self.text) - waiting
         print(self.text[self.shown : ready], end='', flush=True)
         self.shown = max(self.shown, ready)
 

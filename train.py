@@ -6,7 +6,7 @@ Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
     python train.py config/train_shakespeare_char_micro_kan.py --init_from=resume
     torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_nano_kan.py --device=cpu
 
-Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help shows the settings.
+Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help lists settings.
 """
 
 import math
@@ -94,16 +94,15 @@ compile = True  # torch.compile on a GPU, where it pays
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
+check_ranges(config, at_least_one='n_layer n_embd block_size batch_size gradient_accumulation_steps')
 check_ranges(
     config,
-    at_least_one='eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size n_layer n_embd',
+    at_least_one='eval_interval eval_iters log_interval',
     not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip',
     fractions='dropout beta1 beta2',
 )
 if spline_weight_decay < 0 and spline_weight_decay != -1:
-    raise ValueError(
-        f'spline_weight_decay must not be negative, or -1 for that of the others, got {spline_weight_decay}'
-    )
+    raise ValueError(f'spline_weight_decay must not be negative, or -1 for weight_decay, got {spline_weight_decay}')
 
 # processes and device
 session = Session(device, dtype)
@@ -122,32 +121,27 @@ train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(da
 
 
 def load_state():
-    """The checkpoint that --init_from=resume goes on from; ValueError where it is none of train.py, or of another text."""
+    """The checkpoint that --init_from=resume goes on from; ValueError where it is no run of train.py on this text."""
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' in state:
         raise ValueError(f'{out_dir} holds a run of finetune.py: that script resumes it, by --resume=True')
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-        raise ValueError(
-            f'{out_dir}/ckpt.pt was trained on another vocabulary than that of data set {dataset!r}: prepare its text again'
-        )
+        raise ValueError(f'{out_dir} has another vocabulary than data set {dataset!r}: prepare its text again')
     if meta and state.get('data', meta['splits']) != meta['splits']:
         say(f'warning: the tokens of data set {dataset!r} are not those this run began with')
     return state
 
 
-def build_model(state):
-    """The GPT that init_from and the settings ask for, or that of the state to resume. ValueError where they disagree."""
+def make_model(state):
+    """The GPT that init_from and the settings ask for, or that of the state to resume."""
     if state:
         model = ckpt.build_model(state, dropout=dropout)
     elif init_from == 'scratch':
-        vocab_size = loader.model_vocab_size(meta)
         if not meta:
-            say(
-                f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2, {vocab_size} of them'
-            )
-        model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(config)))
+            say(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2')
+        model = GPT(GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config)))
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
         if block_size < model.config.block_size:
@@ -165,7 +159,7 @@ def build_model(state):
     return model
 
 
-def build_optimizer(model, state):
+def make_optimizer(model, state):
     """(AdamW, GradScaler) at the settings of this command, with the moments of the state to resume."""
     splines = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines)
@@ -174,7 +168,7 @@ def build_optimizer(model, state):
         groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
             raise ValueError(
-                'spline_lr_scale or spline_weight_decay set splines apart, and the run to resume did not, or the other way round'
+                'spline_lr_scale or spline_weight_decay set splines apart only here or only in the run to resume'
             )
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
         if scaler.is_enabled() and state.get('scaler'):
@@ -184,11 +178,11 @@ def build_optimizer(model, state):
 
 torch.manual_seed(seed)
 state = load_state() if init_from == 'resume' else None
-raw_model = build_model(state)
+raw_model = make_model(state)
 if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
 raw_model.to(device)
-optimizer, scaler = build_optimizer(raw_model, state)
+optimizer, scaler = make_optimizer(raw_model, state)
 iter_num, best_val_loss, seconds = 0, math.inf, 0.0
 if state:
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
@@ -223,7 +217,7 @@ if state:
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss over the same windows for every model, of both splits: {'train': ..., 'val': ...}, or None when told to stop."""
+    """{'train', 'val'}: the mean loss over windows that are the same for every model; None when told to stop."""
     losses = {}
     n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)  # of train as many as val has
     raw_model.eval()
@@ -295,15 +289,13 @@ session.begin(
     tokens_per_iter=tokens_per_iter,
     flops_per_token=count_flops(asdict(raw_model.config)) if master and not eval_only else None,
 )
-say(
-    f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {meta.get("source", "files without meta.json")}'
-)
+source = meta.get('source', 'files without meta.json')
+say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {source}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{tokens_per_iter:,} tokens per iteration on {device_name(device)}, {world_size} process(es), {dtype}')
 if state:
     say(f'resuming at iteration {iter_num}')
 bar = session.bar(max_iters, iter_num, 'iter')
-
 
 # training loop
 session.listen()
@@ -317,17 +309,11 @@ while True:
         session.give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        tokens_per_s = (
-            (iter_num - iter_timed) * tokens_per_iter / (seconds - timed_from) if iter_num > iter_timed else None
-        )
-        line = dict(
-            iter=iter_num,
-            tokens=iter_num * tokens_per_iter,
-            seconds=seconds,
-            train_loss=losses['train'],
-            val_loss=losses['val'],
-        )
-        line.update(lr=get_lr(iter_num), tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
+        tokens = (iter_num - iter_timed) * tokens_per_iter
+        tokens_per_s = tokens / (seconds - timed_from) if tokens else None
+        line = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, seconds=seconds)
+        line.update(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(iter_num))
+        line.update(tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
         session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
         if wandb_log:
@@ -353,9 +339,8 @@ while True:
         with autocast(device, dtype):
             loss = model(X, Y)[1] / micro_steps
         total_loss += loss.detach()
-        X, Y = train_batch(
-            iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps
-        )  # while the GPU works
+        ahead, place = divmod(micro_step + 1, micro_steps)
+        X, Y = train_batch(iter_num + ahead, place)  # while the GPU works
         scaler.scale(loss).backward()
     share = total_loss / world_size
     lossf = session.update(optimizer, scaler, raw_model.parameters(), share, grad_clip, f'iteration {iter_num}')
@@ -377,7 +362,7 @@ while True:
 bar.close()
 if finished:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
-elif not finished and not eval_only:
+elif not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 del model  # before its process group: the other way round, gloo aborts now and then

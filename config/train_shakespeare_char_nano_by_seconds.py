@@ -11,23 +11,7 @@ Measured over five seeds (results/nano): validation loss 1.697 ± 0.010, 5.3 min
 (AMX; torch 2.13, float32).
 """
 
+include = 'train_shakespeare_char_nano.py'
 out_dir = 'out-shakespeare-char-nano-by-seconds'
-eval_interval = 200
-log_interval = 50
-eval_iters = 100
-always_save_checkpoint = False
-wandb_project = 'shakespeare-char'
-dataset = 'shakespeare_char'
-gradient_accumulation_steps = 2
-batch_size = 16
-block_size = 64
+
 n_layer = 17
-n_head = 3
-n_embd = 96
-init_std = 0.08
-learning_rate = 0.004
-max_iters = 1000
-beta2 = 0.99
-warmup_iters = 100
-lr_decay_iters = 1000
-min_lr = 0.0002

@@ -1,10 +1,10 @@
 """
 What a GPT costs: parameters, FLOPs per token, seconds per training step.
 
-FLOPs are counted while the model runs on tensors without data: the matrix products of the layers and of attention, forward and
-backward, one multiplication and one addition each. Passes over single numbers (bases, activations, norms) are left out, as
-PyTorch's counter leaves them out; attention counts whole T x T matrices, whether a kernel skips the causal half or not, and graph
-attention whole ones of its coefficients, whichever edges it has.
+FLOPs are counted while the model runs on tensors without data: the matrix products of the layers and of attention,
+forward and backward, one multiplication and one addition each. Passes over single numbers (bases, activations, norms)
+are left out, as PyTorch's counter leaves them out. Attention counts whole T x T matrices, whether a kernel skips the
+causal half or not, and graph attention whole ones of its coefficients, whichever edges it has.
 """
 
 import torch
@@ -27,7 +27,16 @@ OPERATORS = {torch.ops.kan.spline_linear: forward_flops, torch.ops.kan.spline_li
 
 
 def count_flops(model_args):
-    """FLOPs per token, forward and backward, of a GPT with these arguments on sequences of block_size tokens."""
+    """
+    FLOPs per token, forward and backward, of a GPT with these arguments on sequences of block_size tokens. Its blocks are
+    alike: one and two of them are counted, and the others follow.
+    """
+    one, two = (count_flops_of({**model_args, 'n_layer': n}) for n in (1, 2))
+    return one + (two - one) * (GPTConfig(**model_args).n_layer - 1)
+
+
+def count_flops_of(model_args):
+    """The same, of all blocks."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, too, where there is some
 
     with torch.device('meta'):

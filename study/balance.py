@@ -5,11 +5,11 @@ Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
     python study/balance.py config/train_shakespeare_char_nano_kan.py --by=flops --first=width
     python study/balance.py config/train_shakespeare_char_nano_kan.py --by=seconds --out=config/train_mine.py
 
-Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within 1 %, seconds are
-those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that comes closest, or the width; where
-that is not close enough, the hidden layer of its MLPs is widened or narrowed. The recipe is the KAN-GPT's; its learning_rate and
-init_std need not suit the vanilla GPT (sweep.py tells). Other flags are train.py's, e.g. --device=cpu, or
---mlp=swiglu for the vanilla GPT.
+Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within
+1 %, seconds are those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that
+comes closest, or the width; where that is not close enough, the hidden layer of its MLPs is widened or narrowed. The
+recipe is the KAN-GPT's; its learning_rate and init_std need not suit the vanilla GPT (sweep.py tells). Other flags are
+train.py's, e.g. --device=cpu, or --mlp=swiglu for the vanilla GPT.
 """
 
 import functools
@@ -44,10 +44,9 @@ if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
 settings = settings_of('train.py', others)
 config_file = next((arg for arg in others if not arg.startswith('-')), '')
 if not config_file or not settings['use_kan']:
-    raise ValueError(
-        'expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_shakespeare_char_nano_kan.py'
-    )
-out = out or (config_file.removesuffix('.py').removesuffix('_kan') + f'_by_{by}' + '_wide' * (first == 'width') + '.py')
+    raise ValueError('expected the config file of a KAN-GPT (use_kan = True), e.g. config/train_gpt2_kan.py')
+wide = '_wide' if first == 'width' else ''
+out = out or f'{config_file.removesuffix(".py").removesuffix("_kan")}_by_{by}{wide}.py'
 if os.path.exists(out):
     raise ValueError(f'{out} exists: move it away, or choose another name by --out=...')
 if not os.path.isdir(os.path.dirname(out) or '.'):
@@ -90,7 +89,7 @@ def ratio(model_args):
 
 
 def closest(f, start):
-    """(n, f(n)) of the integer n >= 1 at which the growing function f comes closest to 1; f is called as seldom as can be."""
+    """(n, f(n)) of the n >= 1 at which the growing function f comes closest to 1; f is called as seldom as can be."""
     value = functools.cache(f)
     low, high = 0, start
     while value(high) < 1:
@@ -104,72 +103,59 @@ def closest(f, start):
 def fit_hidden(shape):
     """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
     n_embd = shape.get('n_embd', kan['n_embd'])
-    n, found = closest(
-        lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start=round(kan['mlp_hidden'] * n_embd)
-    )
+    start = round(kan['mlp_hidden'] * n_embd)
+    n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start)
     return dict(shape, mlp_hidden=n / n_embd), found
 
 
 def search():
     """The shape of the vanilla GPT that comes within the tolerance."""
-    shapes = {'depth': lambda n: dict(n_layer=n), 'width': lambda n: dict(n_embd=n * kan['n_head'])}[first]
-    start = {'depth': kan['n_layer'], 'width': kan['n_embd'] // kan['n_head']}[first]
-    n, found = closest(lambda n: ratio(vanilla(**shapes(n))), start)
-    shape = shapes(n)
+    n, found = closest(lambda n: ratio(vanilla(**{varied: n * step})), start=kan[varied] // step)
+    shape = {varied: n * step}
     print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
     for size in (n, n - 1):  # the smaller one can be widened as far as need be
         if abs(found - 1) > tolerance and size > 0:
-            shape, found = fit_hidden(shapes(size))
+            shape, found = fit_hidden({varied: size * step})
             print(f'{shape}: {found:.3f} of the {by} of the KAN-GPT', flush=True)
     if abs(found - 1) > tolerance:
         other = 'width' if first == 'depth' else 'depth'
-        raise ValueError(
-            f'no vanilla GPT within {tolerance:.0%}, the closest is {shape} with {found:.3f} of the {by}; try --first={other}'
-        )
+        closest_one = f'the closest is {shape} with {found:.3f} of the {by}'
+        raise ValueError(f'no vanilla GPT within {tolerance:.0%}, {closest_one}; try --first={other}')
     return shape
 
 
 tolerance = 0.05 if by == 'seconds' else 0.01
+varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
 shape = search()
 chosen = vanilla(**shape)
-varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
-models = [
-    kan,
-    *(vanilla(**{**shape, varied: chosen[varied] + n * step}) for n in (-1, 0, 1) if chosen[varied] + n * step > 0),
-]
+sizes = [chosen[varied] + n * step for n in (-1, 0, 1)]
+models = [kan, *(vanilla(**{**shape, varied: size}) for size in sizes if size > 0)]
 rows = [(m, count_parameters(m), count_flops(m), s) for m, s in zip(models, measure_seconds(*models))]
-print(
-    f'\n{"":10} {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11} {"parameters":>12} {"FLOPs/token":>12} {"ms/step":>9}'
-)
+costs_of_kan = rows[0][1:]
+print(f'\n           {"n_layer":>8} {"n_embd":>7} {"mlp_hidden":>11}   parameters  FLOPs/token   ms/step')
 for m, *costs in rows:
-    label = 'KAN-GPT' if m is kan else '-> vanilla' if m == chosen else 'vanilla'
-    ratios = (
-        ''
-        if m is kan
-        else '   ' + ', '.join(f'{cost / base:.3f}' for cost, base in zip(costs, rows[0][1:])) + ' of the KAN-GPT'
-    )
-    print(
-        f'{label:10} {m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}'
-    )
+    label, ratios = 'KAN-GPT', ''
+    if m is not kan:
+        label = '-> vanilla' if m == chosen else 'vanilla'
+        ratios = f'   {", ".join(f"{cost / base:.3f}" for cost, base in zip(costs, costs_of_kan))} of the KAN-GPT'
+    shape_text = f'{m["n_layer"]:8} {m["n_embd"]:7} {m["mlp_hidden"]:11.4g}'
+    print(f'{label:10} {shape_text} {costs[0]:12,} {costs[1]:12,.0f} {costs[2] * 1e3:9.1f}{ratios}')
 print(f'on {device_name(device)}, {dtype}')
 
 # the config file: what the KAN's command says, without the machine and without KAN layers
 _, n_params, n_flops, seconds = next(row for row in rows if row[0] == chosen)
-measured = (
-    f'{seconds * 1e3:.0f} ms per step, {seconds / rows[0][-1]:.3f} times as long, on {device_name(device)}, {dtype}'
-)
+times = seconds / costs_of_kan[-1]
+measured = f'{seconds * 1e3:.0f} ms per step, {times:.3f} times as long, on {device_name(device)}, {dtype}'
 figure = {'params': f'{n_params:,} parameters', 'flops': f'{n_flops:,.0f} FLOPs per token', 'seconds': measured}[by]
-if by == 'seconds' and abs(seconds / rows[0][-1] - 1) > tolerance:
-    print(
-        f'warning: measured again it takes {seconds / rows[0][-1]:.3f} of the time of the KAN-GPT; was the machine busy?'
-    )
+if by == 'seconds' and abs(times - 1) > tolerance:
+    print(f'warning: measured again it takes {times:.3f} of the time of the KAN-GPT; was the machine busy?')
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
 machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 settings.update(shape)
 changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in machine + of_kan}
-changed.update(out_dir=f'out-{name}', wandb_run_name=name)
+changed.update(out_dir=f'out-{name}')
 header = f'''"""
 The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
 {figure}.

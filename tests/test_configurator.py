@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import configurator
-from configurator import ConfigError, configure
+from configurator import ConfigError, check_ranges, configure, names_of_configs
+from helpers import ROOT, run, together
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(batch_size=12, learning_rate=6e-4, use_kan=False, out_dir='out', n_layer=2)
 
 
@@ -57,6 +57,28 @@ def test_files_and_flags_apply_from_left_to_right(config):
     assert settle('--batch_size=5', a)['batch_size'] == 1
     assert settle(a, b, '--out_dir=x') == {**DEFAULTS, 'batch_size': 3, 'n_layer': 1, 'out_dir': 'x'}
     assert settle(b, a)['batch_size'] == 1
+
+
+def test_a_config_file_goes_on_from_the_one_it_includes(config, tmp_path, monkeypatch):
+    config('batch_size = 1\nn_layer = 1', 'a.py')
+    b = config("include = 'a.py'\nn_layer = 2", 'b.py')
+    c = config("batch_size = 7\ninclude = 'b.py'\nout_dir = 'c'", 'c.py')
+    assert settle(b, '--out_dir=x') == {**DEFAULTS, 'batch_size': 1, 'n_layer': 2, 'out_dir': 'x'}
+    assert settle(c) == {**DEFAULTS, 'batch_size': 1, 'n_layer': 2, 'out_dir': 'c'}
+    monkeypatch.chdir(tmp_path.parent)
+    assert settle(f'{tmp_path.name}/b.py')['batch_size'] == 1
+
+
+def test_what_cannot_be_included_is_named(config, tmp_path):
+    for text in '../a.py', '/etc/a.py', 'd/a.py', 7:
+        assert f'c.py:2: include wants the name of a config file in the same folder, got {text!r}' in refuse(
+            config(f'n_layer = 1\ninclude = {text!r}')
+        )
+    assert "cannot read config file '" + str(tmp_path / 'absent.py') in refuse(config("include = 'absent.py'"))
+    assert 'c.py:1: c.py includes itself' in refuse(config("include = 'c.py'"))
+    config("include = 'c.py'", 'd.py')
+    assert 'd.py:1: c.py includes itself' in refuse(config("include = 'd.py'"))
+    assert "unknown setting 'include'" in refuse("--include='a.py'")
 
 
 def test_config_file_holds_docstrings_comments_and_assignments(config):
@@ -276,6 +298,47 @@ def test_huge_integers_do_not_become_floats():
     assert settle('--learning_rate=1' + '0' * 300)['learning_rate'] == 1e300
 
 
+# names and ranges
+
+
+@pytest.mark.parametrize(
+    'argv, name',
+    [
+        ([], ''),
+        (['--seed=2', '-h'], ''),
+        (['config/finetune/sst.py', '--seed=2', 'config/finetune/kan_lora.py'], 'sst-kan-lora'),
+        (['/home/me/my_task.py', '--out_dir=a.py'], 'my-task'),
+        (['a.py', 'b.c.py', 'd'], 'a-b.c-d'),
+    ],
+)
+def test_config_files_name_a_run(argv, name):
+    """In their order, without the flags among them; underscores become hyphens."""
+    assert '-'.join(names_of_configs(argv)) == name
+
+
+RANGES = dict(at_least_one='n_layer n_embd', not_negative='rate', fractions='dropout beta')
+IN_RANGE = dict(n_layer=1, n_embd=1, rate=0.0, dropout=0.0, beta=0.999, other=-5, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(n_layer=0), 'n_layer must be at least 1, got 0'),
+        (dict(n_embd=-3), 'n_embd must be at least 1, got -3'),
+        (dict(rate=-0.5), 'rate must not be negative, got -0.5'),
+        (dict(dropout=-0.5), 'dropout must not be negative, got -0.5'),
+        (dict(beta=1.0), 'beta must be less than 1, got 1.0'),
+        (dict(seed=2**63), f'seed must be less than 2**63, got {2**63}'),
+    ],
+    ids=str,
+)
+def test_number_out_of_range_is_named(settings, message):
+    check_ranges(IN_RANGE, **RANGES)
+    with pytest.raises(ValueError) as error:
+        check_ranges({**IN_RANGE, **settings}, **RANGES)
+    assert str(error.value) == message
+
+
 # --help and errors as scripts show them
 
 
@@ -286,7 +349,8 @@ What it does.
 """
 import json, sys
 sys.path.insert(0, {root!r})
-import configurator, files
+import configurator
+from run import files
 n_layer = 2
 out_dir = 'out'
 _hidden = 1
@@ -296,30 +360,35 @@ print('went on with', n_layer)
 '''
 
 
-def run(tmp_path, *argv, body=''):
-    script = tmp_path / 'script.py'
-    script.write_text(SCRIPT.format(root=str(ROOT), body=body))
-    return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, cwd=tmp_path)
+def write_script(folder, body=''):
+    path = folder / 'script.py'
+    path.write_text(SCRIPT.format(root=str(ROOT), body=body))
+    return path
+
+
+def run_script(tmp_path, *argv, body=''):
+    command = [sys.executable, str(write_script(tmp_path, body)), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize('flag', ['--help', '-h'])
 def test_help_prints_the_resolved_settings_and_exits(tmp_path, flag):
     (tmp_path / 'c.py').write_text('n_layer = 5')
-    result = run(tmp_path, flag, 'c.py', '--out_dir=a b')
+    result = run_script(tmp_path, flag, 'c.py', '--out_dir=a b')
     assert (result.returncode, result.stderr) == (0, '')
     assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n--n_layer=5\n' + "--out_dir='a b'\n"
 
 
 def test_help_checks_the_settings_first(tmp_path):
-    result = run(tmp_path, '--help', '--n_layers=5')
+    result = run_script(tmp_path, '--help', '--n_layers=5')
     assert (result.returncode, result.stdout) == (1, '')
     assert result.stderr == "error: --n_layers=5: unknown setting 'n_layers', did you mean 'n_layer'?\n"
 
 
 def test_mistakes_of_the_user_are_one_line(tmp_path):
-    result = run(tmp_path, '--n_layer=a')
+    result = run_script(tmp_path, '--n_layer=a')
     assert (result.returncode, result.stderr) == (1, "error: --n_layer=a: n_layer is int (default 2), got str 'a'\n")
-    result = run(tmp_path, '--n_layer=3', body='files.sha256_of("nothing")')
+    result = run_script(tmp_path, '--n_layer=3', body='files.sha256_of("nothing")')
     assert (result.returncode, result.stdout) == (1, 'went on with 3\n')
     assert result.stderr.startswith('error: ') and 'nothing' in result.stderr and result.stderr.count('\n') == 1
 
@@ -335,5 +404,21 @@ def test_mistakes_of_the_user_are_one_line(tmp_path):
     ],
 )
 def test_faults_of_the_program_keep_their_traceback(tmp_path, body):
-    result = run(tmp_path, body=body)
+    result = run_script(tmp_path, body=body)
     assert result.returncode == 1 and result.stderr.startswith('Traceback (most recent call last):')
+
+
+def test_mistake_is_one_line_of_all_processes_and_names_the_process_that_makes_it_alone(tmp_path):
+    """Under torchrun, which says on stderr, too, that a process has failed."""
+    bodies = {
+        'alone': 'import os\nif os.environ["LOCAL_RANK"] == "1": files.sha256_of("nothing")',
+        'all': 'files.sha256_of("nothing")',
+    }
+    for name in bodies:
+        (tmp_path / name).mkdir()
+        write_script(tmp_path / name, bodies[name])
+    done = together(*(lambda name=name: run(tmp_path, tmp_path / name / 'script.py', processes=2) for name in bodies))
+    alone, all_of_them = ([line for line in each.stderr.splitlines() if line.startswith('error')] for each in done)
+    assert len(alone) == 1 and alone[0].startswith('error on process 1: ') and 'nothing' in alone[0]
+    assert len(all_of_them) == 1 and all_of_them[0].startswith('error: ') and 'nothing' in all_of_them[0]
+    assert done[0].returncode == done[1].returncode == 1

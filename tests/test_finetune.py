@@ -5,15 +5,27 @@ import math
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-from configurator import settings_of
+from configurator import names_of_configs, settings_of
+from data import course, loader
 from data.tokenizer import GPT2Tokenizer
-from helpers import ROOT, Words, complaint, flags, load, make_checkpoint, read_log, run_forked, same_state, together
+from helpers import (
+    ROOT,
+    Words,
+    complaint,
+    flags,
+    join_processes,
+    load,
+    make_checkpoint,
+    read_log,
+    run_forked,
+    same_state,
+    together,
+)
 from run.checkpoint import build_model
 from surgery.lora import read_adapter
 from tasks import model as task_model
@@ -41,18 +53,20 @@ TINY = dict(
 BLOCK = 72
 N_STEPS = 5  # of an epoch: 18 examples, the others are held out
 ADAPTERS = dict(lora_rank=2, lora_alpha=4.0, graph_heads=2)
-CONFIGS = sorted(path for path in ROOT.glob('config/finetune_*.py') if 'finetune.py config/' in path.read_text())
+METHODS = dict.fromkeys(prompts.TASKS, ('full', 'lora', 'kan_lora', 'graph_lora'))
+METHODS['sst'] += ('head', 'kan_base_lora', 'kan')
+PAIRS = [(task, method) for task in METHODS for method in METHODS[task]]
 
-# tasks.py looks for data where the tests have put it, words are the vocabulary, and a run gets a signal at one of its batches
+# the data is where the tests have put it, words are the vocabulary, and a run gets a signal at one of its batches
 PRELUDE = """
 import os, signal
 from pathlib import Path
 
-from tasks import prompts
-from data import tokenizer
+from data import loader, tokenizer
 from helpers import Words
+from tasks import prompts
 
-prompts.DATA = Path(__file__).resolve().parent / 'data'
+loader.DATA = str(Path(__file__).resolve().parent / 'data')
 batches, collate = [], prompts.collate
 
 def count(batch, device):
@@ -63,7 +77,7 @@ def count(batch, device):
 
 prompts.collate = count
 if 'VOCABULARY' not in os.environ:
-    tokenizer.GPT2Tokenizer = Words
+    tokenizer.GPT2Tokenizer = loader.GPT2Tokenizer = Words
 """
 
 
@@ -89,7 +103,7 @@ def write_data(folder):
         (folder / name / 'meta.json').write_text('{}')
         for split, n in COUNTS.items():
             if (name, split) != ('quora', 'test'):
-                write_table(folder / name / f'{split}.csv', name, [i * 3 % prompts.COLUMNS[name][2] for i in range(n)])
+                write_table(folder / name / f'{split}.csv', name, [i * 3 % course.COLUMNS[name][2] for i in range(n)])
     (folder / 'sonnets').mkdir()
     (folder / 'sonnets' / 'meta.json').write_text('{}')
     for split, n in POEMS.items():
@@ -119,6 +133,11 @@ def place(workshop, tmp_path):
         shutil.copytree(workshop / name, tmp_path / name)
     shutil.copy(workshop / 'small.py', tmp_path)
     return tmp_path
+
+
+def configs(task, method):
+    """The two config files of a run, as arguments of finetune.py."""
+    return [str(ROOT / f'config/finetune/{name}.py') for name in (task, method)]
 
 
 def enter(folder, script, *args, env=()):
@@ -153,7 +172,7 @@ def same_run(a, b):
 def read_base(folder, task, n):
     """The GPT in base/, and the first examples of a task."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, 'DATA', folder / 'data')
+        patch.setattr(loader, 'DATA', str(folder / 'data'))
         examples = prompts.read_examples(task, 'train', Words(), BLOCK)[:n]
     return build_model(load(folder / 'base')), examples
 
@@ -171,7 +190,7 @@ def read_predictions(path, column, n):
 
 def check_labels(out, name):
     """The files of predictions, and the scores of dev against a count by hand."""
-    labels = [i * 3 % prompts.COLUMNS[name][2] for i in range(COUNTS['dev'])]
+    labels = [i * 3 % course.COLUMNS[name][2] for i in range(COUNTS['dev'])]
     column = 'Predicted_Is_Paraphrase' if name == 'quora' else 'Predicted_Sentiment'
     found = read_predictions(out / f'predictions/{name}-dev-out.csv', column, COUNTS['dev'])
     if name == 'quora':
@@ -200,24 +219,24 @@ def check_sonnets(out):
 
 
 @pytest.mark.parametrize(
-    'config, more',
+    'name, method, more',
     [
-        ('sst_lora', {}),
-        ('sst_head', dict(form='linear')),
-        ('sst_kan_base_lora', {}),
-        ('cfimdb_full', dict(gradient_accumulation_steps=1)),
-        ('quora_graph_lora', {}),
-        ('sonnets_kan_lora', dict(temperature=0.8)),
+        ('sst', 'lora', {}),
+        ('sst', 'head', dict(form='linear')),
+        ('sst', 'kan_base_lora', {}),
+        ('cfimdb', 'full', dict(gradient_accumulation_steps=1)),
+        ('quora', 'graph_lora', {}),
+        ('sonnets', 'kan_lora', dict(temperature=0.8)),
     ],
 )
-def test_what_a_run_leaves(workshop, config, more):
-    """And evaluate.py finds the same scores in it."""
-    out_dir, name = f'out-{config}', config.split('_')[0]
-    settings = dict(more) if 'full' in config or 'head' in config else dict(more, **ADAPTERS)
-    done = tune(workshop, out_dir, ROOT / f'config/finetune_{config}.py', **settings)
+def test_what_a_run_leaves(workshop, name, method, more):
+    """And eval.py finds the same scores in it."""
+    out_dir = f'out-{name}-{method}'
+    settings = dict(more) if method in ('full', 'head') else dict(more, **ADAPTERS)
+    done = tune(workshop, out_dir, *configs(name, method), **settings)
     out = workshop / out_dir
     expected = ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'metrics.json', 'predictions', 'run.json']
-    assert sorted(os.listdir(out)) == ['adapter'] * ('lora' in config) + expected
+    assert sorted(os.listdir(out)) == ['adapter'] * ('lora' in method) + expected
     record, metrics, log = read_json(out, 'run.json'), read_json(out, 'metrics.json'), read_log(out)
     assert list(record)[-1] == 'finished' and record['final'] == metrics
     assert record['config']['task'] == metrics['task'] == name and record['config']['lora_rank'] == settings.get(
@@ -232,11 +251,11 @@ def test_what_a_run_leaves(workshop, config, more):
     assert load(out)['iter_num'] == 2 * N_STEPS and load(out, 'best.pt')['iter_num'] == metrics['valid']['iter']
     assert load(out)['best_val_loss'] == metrics['valid']['loss']
     assert f'{metrics["trained"]:,} of {metrics["parameters"]:,} parameters train' in done.stdout
-    if 'lora' in config:
+    if 'lora' in method:
         tensors = read_adapter(str(out / 'adapter' / 'adapter_model.safetensors'))[1]
         state = load(out, 'best.pt')['model']
         assert sum(tensor.numel() for tensor in tensors.values()) == metrics['trained'] + (
-            'kan' in config and count_knots(tensors)
+            'kan' in method and count_knots(tensors)
         )
         names = {key: next(n for n in state if n.replace('.adapters.default', '') == key) for key in tensors}
         assert all(torch.equal(tensors[key], state[name]) for key, name in names.items())
@@ -246,7 +265,7 @@ def test_what_a_run_leaves(workshop, config, more):
     found = evaluate(workshop, f'--out_dir={out_dir}')
     assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
     assert found.get('baselines') == (pytest.approx(baselines) if name == 'sonnets' else None)
-    if config == 'quora_graph_lora':  # its adapter on the model that it began with
+    if (name, method) == ('quora', 'graph_lora'):  # its adapter on the model that it began with
         found_again = evaluate(workshop, '--init_from=base', f'--adapter={out_dir}')
         assert {key: found_again[key] for key in scores} == pytest.approx(scores, rel=1e-5)
         assert found_again['model'] == f'base with the adapter of {out_dir}'
@@ -276,22 +295,22 @@ def gpt2s(workshop):
 
 
 @pytest.mark.parametrize(
-    'config, init_from',
+    'task, method, init_from',
     [
-        ('sst_full', 'gpt2'),
-        ('cfimdb_lora', 'gpt2'),
-        ('quora_graph_lora', 'gpt2'),
-        ('sonnets_kan_lora', 'gpt2'),
-        ('sonnets_lora', 'padded'),
+        ('sst', 'full', 'gpt2'),
+        ('cfimdb', 'lora', 'gpt2'),
+        ('quora', 'graph_lora', 'gpt2'),
+        ('sonnets', 'kan_lora', 'gpt2'),
+        ('sonnets', 'lora', 'padded'),
     ],
 )
-def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, config, init_from):
-    settings = {} if 'full' in config else ADAPTERS
-    out, task = workshop / f'out-{init_from}-{config}', config.split('_')[0]
+def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, task, method, init_from):
+    settings = {} if method == 'full' else ADAPTERS
+    out = workshop / f'out-{init_from}-{task}-{method}'
     tune(
         workshop,
         out.name,
-        ROOT / f'config/finetune_{config}.py',
+        *configs(task, method),
         env={'VOCABULARY': 'gpt2'},
         init_from=init_from,
         epochs=1,
@@ -408,12 +427,8 @@ def test_two_processes_give_the_weights_of_one(workshop, settings):
     """The last step of an epoch has a micro-batch for one of them alone; so has, in the first case, what is held out."""
     settings = dict(settings, dropout=0.0, lora_dropout=0.0, gradient_accumulation_steps=2)
     names = [f'out-{n}-{settings.get("task", "sst")}' for n in (1, 2)]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    both = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    ranks = [dict(both, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     tune(workshop, names[0], **settings)
+    ranks = join_processes()
     master, other = together(*(lambda env=env: tune(workshop, names[1], env=env, **settings) for env in ranks))
     assert '2 process(es)' in master.stdout and other.stdout == ''
     one, two = (load(workshop / name) for name in names)
@@ -524,11 +539,11 @@ def complain(workshop):
             'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers',
         ),
         (dict(epochs=0), 'epochs must be at least 1, got 0'),
-        (dict(lora_dropout=1.0), 'lora_dropout must be at least 0 and less than 1, got 1.0'),
+        (dict(lora_dropout=1.0), 'lora_dropout must be less than 1, got 1.0'),
         (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
         (
             dict(n_beams=2, best_of=3),
-            'expected 0 < top_p <= 1 and one of n_beams and best_of to be 1, got 0.9, 2 and 3',
+            'expected 0 < top_p <= 1 and n_beams or best_of to be 1, got 0.9, 2 and 3',
         ),
         (dict(top_p=2.0), 'got 2.0, 1 and 1'),
     ],
@@ -589,13 +604,13 @@ def test_what_is_left_out_or_cut_is_said_in_a_line_and_the_run_goes_on(place):
 # configs
 
 
-@pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem.removeprefix('finetune_'))
-def test_every_config_learns(workshop, config):
+@pytest.mark.parametrize('task, method', PAIRS)
+def test_every_config_learns(workshop, task, method):
     """Two steps on one batch."""
-    settings = settings_of(
-        'finetune.py', [str(config), '--learning_rate=0.0003', '--dropout=0.0', '--lora_dropout=0.0']
-    )
-    base, examples = read_base(workshop, settings['task'], 4)
+    rates = flags(learning_rate=0.0003, dropout=0.0, lora_dropout=0.0)
+    settings = settings_of('finetune.py', configs(task, method) + rates)
+    assert settings['task'] == task
+    base, examples = read_base(workshop, task, 4)
     torch.manual_seed(0)
     model = task_model.make_task_model(base, Words(), settings)
     task_model.trained_report(model, settings)
@@ -610,11 +625,39 @@ def test_every_config_learns(workshop, config):
 
 
 def test_configs_cover_tasks_and_variants():
-    found = [settings_of('finetune.py', [str(path)]) for path in CONFIGS]
+    files = {path for pair in PAIRS for path in configs(*pair)}
+    assert files == {str(path) for path in ROOT.glob('config/finetune/*.py')}
+    found = [settings_of('finetune.py', configs(*pair)) for pair in PAIRS]
     assert {settings['task'] for settings in found} == set(prompts.TASKS)
     assert {settings['finetune_mode'] for settings in found} == set(task_model.MODES)
     assert {settings['lora_kind'] for settings in found} == {'lora', 'kan', 'kan_base'}
     assert any(settings['use_graph'] for settings in found) and any(
         settings['use_kan'] and not settings['use_lora'] for settings in found
     )
-    assert len({settings['out_dir'] for settings in found}) == len(found)
+    assert len({tuple(names_of_configs(configs(*pair))) for pair in PAIRS}) == len(found) == 19
+    # these two follow from the names
+    assert all(settings['out_dir'] == settings['wandb_run_name'] == '' for settings in found)
+
+
+@pytest.mark.parametrize(
+    'names, out_dir',
+    [(['sst', 'kan_lora'], 'out-finetune-sst-kan-lora'), (['sst'], 'out-finetune-sst'), ([], 'out-finetune')],
+)
+def test_out_dir_follows_from_the_names_of_the_configs(place, names, out_dir):
+    paths = [ROOT / f'config/finetune/{name}.py' for name in names]
+    command = [*paths, *flags(**{**TINY, **ADAPTERS, 'epochs': 1, 'train_limit': 4})]
+    done = enter(place, 'finetune.py', *command)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in place.glob('out*')] == [out_dir]
+    config = read_json(place, out_dir, 'run.json')['config']
+    assert config['out_dir'] == config['wandb_run_name'] == out_dir
+    assert config['lora_kind'] == ('kan' if 'kan_lora' in names else 'lora')
+    assert load(place / out_dir)['finetune']['out_dir'] == out_dir
+    again = enter(place, 'finetune.py', *command, '--resume=True')
+    assert again.returncode == 0 and 'resuming at step 1\n' in again.stdout, again.stderr
+
+
+def test_flags_win_over_the_names_of_the_configs(place):
+    tune(place, 'mine', *configs('sst', 'lora'), epochs=1, train_limit=4, wandb_run_name='me', **ADAPTERS)
+    config = read_json(place, 'mine', 'run.json')['config']
+    assert (config['out_dir'], config['wandb_run_name']) == ('mine', 'me')
