@@ -36,7 +36,7 @@ nano: .venv/installed-all
 minilm: .venv/installed-all
 	test -e data/minilm/model.safetensors || $(BIN)/python data/minilm/prepare.py
 	test -e data/sst/meta.json || $(BIN)/python data/sst/prepare.py $(if $(SST),--source="$(SST)")
-	$(ONE_THREAD) study/minilm.py --stages=search,widen,final,time,peft
+	$(ONE_THREAD) study/minilm.py --stages=search,widen,final,squash,time,peft
 
 # the tasks' files come from their addresses, or by python data/<task>/prepare.py --source=FOLDER beforehand
 finetune: .venv/installed-all
