@@ -203,13 +203,10 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
     if issubclass(kind, (ValueError, OSError)) and ours:
-        local_rank = int(os.environ.get('LOCAL_RANK', 0))
-        if (
-            local_rank
-        ):  # the processes of a machine mostly meet the same mistake: torchrun ends this one when the first has said so
-            time.sleep(PATIENCE)
-        print(
-            f'error on process {local_rank}: {error}' if local_rank else f'error: {error}', file=sys.stderr, flush=True
-        )
+        # processes of one machine mostly meet the same mistake: torchrun ends the others when the first has said so
+        is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+        place = '' if is_first else f' on process {os.environ.get("RANK")}'
+        time.sleep(0 if is_first else PATIENCE)
+        print(f'error{place}: {error}', file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -167,6 +167,7 @@ scored = {'dev': read_examples(task, 'dev', tokenizer, block_size)}
 if predict_test and find_task(task).path('test').exists():
     scored['test'] = read_examples(task, 'test', tokenizer, block_size)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
+session.check_same(f'train of data/{task}', data)
 if state and state['data'] != data:
     raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
 steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)

@@ -8,14 +8,12 @@ from helpers import write_dataset
 
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
-        patch.setenv(
-            'TRITON_INTERPRET', '1'
-        )  # for test_triton.py; read when triton is imported, which other packages do, too
+        # for test_spline_triton.py; read when triton is imported, which other packages do, too
+        patch.setenv('TRITON_INTERPRET', '1')
         import triton  # noqa: F401
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in the background of a shell; what the tests start would inherit it
+# as in the background of a shell; what the tests start would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -9,10 +9,12 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
 import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +54,13 @@ BATCHES = dict(batch_size=2, gradient_accumulation_steps=2, eval_iters=2, eval_i
 SCHEDULE = dict(max_iters=4, lr_decay_iters=100, warmup_iters=1, learning_rate=1e-2, min_lr=1e-3)
 TINY = dict(device='cpu', dropout=0.2, **SHAPE, **BATCHES, **SCHEDULE)
 KAN = dict(use_kan=True, kan_targets='attn,mlp,head', kan_hidden=1.0)
+
+HEADERS = {  # the first line of the tables of the course
+    'sst': '\tid\tsentence\tsentiment\n',
+    'cfimdb': '\tid\tsentence\tsentiment\n',
+    'quora': '\tid\tsentence1\tsentence2\tis_duplicate\n',
+}
+TITLE = 'Sonnets\nby William Shakespeare\nCreated on Jul 31, 2015, from FDT version 0.9.0.1\n\n\n'
 
 
 class Words:
@@ -103,6 +112,38 @@ def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):
     return str(folder)
 
 
+def write_file(folder, text, name='a.csv'):
+    """Write a text with the ends of its lines as they are; returns its path."""
+    (folder / name).write_bytes(text.encode())
+    return folder / name
+
+
+def sonnet(n_lines=14):
+    return '\n'.join(f'  Line {i}, of it' if i > 12 else f'Line {i}' for i in range(1, n_lines + 1))
+
+
+def book(lengths, first=1, title=TITLE):
+    """A file of sonnets of so many lines each, numbered from `first`."""
+    return title + ''.join(f'{first + i}\n\n{sonnet(n)}\n\n' for i, n in enumerate(lengths))
+
+
+def write_wheel(folder, package='tiny_text', version='1.0'):
+    """A wheel that holds one text, and a module that must not be imported."""
+    path = folder / f'{package}-{version}-py3-none-any.whl'
+    info = f'{package}-{version}.dist-info'
+    with zipfile.ZipFile(path, 'w') as wheel:
+        wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("imported")')
+        wheel.writestr(f'{package}/a.txt', 'text a')
+        wheel.writestr(f'{package}/b.txt', 'text b')
+        wheel.writestr(
+            f'{info}/METADATA',
+            f'Metadata-Version: 2.1\nName: {package}\nVersion: {version}\nRequires-Dist: absent-package\n',
+        )
+        wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        wheel.writestr(f'{info}/RECORD', '')
+    return path
+
+
 def make_checkpoint(out_dir, **model_args):
     """Save a checkpoint of a model with random weights, large enough that samples differ; returns its contents."""
     torch.manual_seed(0)
@@ -120,6 +161,15 @@ def make_checkpoint(out_dir, **model_args):
     os.makedirs(out_dir, exist_ok=True)
     save_checkpoint(str(out_dir), checkpoint, is_best=False)
     return checkpoint
+
+
+def join_processes(n=2, per_node=2):
+    """The environment of each process of a group, as torchrun sets it on nodes with so many of them."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    both = dict(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    return [dict(both, RANK=str(rank), LOCAL_RANK=str(rank % per_node)) for rank in range(n)]
 
 
 def start(folder, script, *args, processes=1, **options):
@@ -170,9 +220,8 @@ def enter(folder, argv, outputs, modules, prelude, env):
         importlib.import_module(prelude)
     try:
         runpy.run_path(argv[0], run_name='__main__')
-    except (
-        Exception
-    ):  # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
+    except Exception:
+        # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""evaluate.py against losses computed token by token."""
+"""eval.py against losses computed token by token."""
 
 import json
 import math

@@ -46,6 +46,36 @@ def test_seed_decides(trained):
     assert first == again and first != other and first[0] != first[1]
 
 
+MORE_DRAWS = """
+import sys
+
+import torch
+
+import model
+
+init_weights = model.GPT.init_weights
+
+def draw_once_more(self, *args, **kwargs):
+    print(f'one draw before: {torch.rand(1).item()}', file=sys.stderr)
+    return init_weights(self, *args, **kwargs)
+
+model.GPT.init_weights = draw_once_more
+"""
+
+
+def test_seed_alone_decides(trained, tmp_path):
+    """Whatever random numbers the building of the model draws."""
+    (tmp_path / 'draw.py').write_text(MORE_DRAWS)
+    args = flags(out_dir='out', seed=1, **{**ROMEO, 'num_samples': 2})
+    plain, other = together(
+        lambda: run_forked(trained, 'sample.py', *args),
+        lambda: run_forked(trained, 'sample.py', *args, modules=str(tmp_path), prelude='draw'),
+    )
+    assert plain.returncode == other.returncode == 0, other.stderr
+    assert 'one draw before' in other.stderr and plain.stderr == ''
+    assert plain.stdout == other.stdout
+
+
 def test_greedy_is_the_same_for_every_seed_and_sample(trained):
     first, other = together(
         *(lambda seed=seed: sample(trained, seed=seed, temperature=0, num_samples=2) for seed in (1, 2))

@@ -1,6 +1,7 @@
 """Training from the command line: resume, signals, several processes, full disks, bad input, and what a run leaves behind."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from helpers import (
     complaint,
     copy_code,
     flags,
+    join_processes,
     load,
     make_checkpoint,
     read_log,
@@ -37,6 +39,7 @@ from helpers import (
     train,
     write_dataset,
 )
+from model import GPT, GPTConfig
 from run import checkpoint as ckpt
 from run.cost import count_flops
 
@@ -304,6 +307,29 @@ def test_record_log_and_checkpoint(tmp_path, dataset):
     assert log[-1]['lr'] == TINY['learning_rate']
 
 
+def refuse_constant(name):
+    raise ValueError(f'{name} is not JSON')
+
+
+def test_run_of_no_iterations_saves_the_initial_model(tmp_path, dataset):
+    """With a loss that is a number, and a record that every reader of JSON takes."""
+    train(tmp_path, dataset, max_iters=0)
+    out = tmp_path / 'out'
+    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'log.jsonl', 'run.json']
+    record = json.loads((out / 'run.json').read_text(), parse_constant=refuse_constant)
+    assert record['finished'] and 'failed' not in record
+    (text,) = (out / 'log.jsonl').read_text().splitlines()
+    line = json.loads(text, parse_constant=refuse_constant)
+    assert line['iter'] == 0 and math.isfinite(line['val_loss'])
+    assert record['final']['best_val_loss'] == record['final']['val_loss'] == line['val_loss']
+    for name in 'ckpt.pt', 'best.pt':
+        state = load(out, name)
+        assert state['iter_num'] == 0 and state['best_val_loss'] == line['val_loss']
+    torch.manual_seed(record['seed'])
+    initial = GPT(GPTConfig(**state['model_args'])).state_dict()
+    assert all(torch.equal(p, state['model'][name]) for name, p in initial.items())
+
+
 def test_best_is_kept_where_only_the_best_is_saved(tmp_path, dataset):
     """Random characters cannot be learned: a high learning rate makes the validation loss worse."""
     train(
@@ -396,6 +422,55 @@ def test_missing_data_set_is_prepared(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('preparing') == 1
     assert load(tmp_path / 'out')['iter_num'] == 4
+
+
+PREPARE = """
+import os, sys
+
+sys.path[:0] = {paths!r}
+from data.loader import write_meta, write_split
+from helpers import TOKENIZER
+
+folder = os.path.dirname(os.path.abspath(__file__))
+for split, n in ('train', 4000), ('val', 800):
+    write_split(folder, split, [i * {factor} % TOKENIZER.vocab_size for i in range(n)])
+write_meta(folder, TOKENIZER, 'a row of characters')
+"""
+
+
+def train_on_node(folder, factor, env):
+    """A process in a folder of its own, where a data set can be prepared that has this factor."""
+    (folder / 'data').mkdir(parents=True)
+    script = PREPARE.format(paths=[str(ROOT / 'tests'), str(ROOT)], factor=factor)
+    (folder / 'data' / 'prepare.py').write_text(script)
+    return run_forked(folder, 'train.py', *flags(**TINY, dataset='./data', out_dir='out'), env=env)
+
+
+def train_on_two_nodes(folder, factors):
+    first, second = join_processes(per_node=1)
+    return together(
+        lambda: train_on_node(folder / 'node0', factors[0], first),
+        lambda: train_on_node(folder / 'node1', factors[1], second),
+    )
+
+
+def test_each_node_prepares_its_own_data(tmp_path):
+    first, second = train_on_two_nodes(tmp_path, [3, 3])
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    for done in first, second:
+        assert done.stdout.count("data set './data' is missing, preparing it") == 1
+    for name in 'train.bin', 'val.bin', 'meta.json':
+        one, two = ((tmp_path / node / 'data' / name).read_bytes() for node in ('node0', 'node1'))
+        assert one == two
+    assert load(tmp_path / 'node0' / 'out')['iter_num'] == 4 and not (tmp_path / 'node1' / 'out').exists()
+
+
+def test_nodes_with_other_data_do_not_train_together(tmp_path):
+    words = "data set './data' is not the same on process 1 as on process 0: copy its files from one node to all"
+    for rank, done in enumerate(train_on_two_nodes(tmp_path, [3, 5])):
+        assert done.returncode == 1
+        assert done.stderr.removeprefix(f'[rank{rank}]: ') == f'error: {words}\n'  # the prefix is PyTorch's
+    assert not (tmp_path / 'node0' / 'out').exists()
 
 
 def test_weights_of_gpt2_are_tuned_and_cropped(tmp_path, dataset):

@@ -278,5 +278,5 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
 
 def test_data_of_another_kind_is_not_trained_on(tmp_path):
     (tmp_path / 'prepare.py').write_text('print("reviews.csv")')
-    with pytest.raises(ValueError, match='not one to pre-train on'):
+    with pytest.raises(ValueError, match='is not what is wanted here: its prepare.py writes no train.bin and val.bin$'):
         loader.prepare_dataset(str(tmp_path))

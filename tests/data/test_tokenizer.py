@@ -4,10 +4,11 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import tokenizer
-from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, tokenizer_from_dict
+from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
 
 
 @pytest.fixture(scope='module')
@@ -107,6 +108,38 @@ def test_dictionary_goes_there_and_back(state, monkeypatch):
 def test_dictionary_of_no_tokenizer_is_refused(state):
     with pytest.raises(ValueError, match='expected|must be'):
         tokenizer_from_dict(state)
+
+
+class Bytes:
+    """A token for each byte, as GPT-2 has them for rare characters."""
+
+    def decode_bytes(self, ids):
+        return bytes(ids.tolist())
+
+
+def count_touched(text, start, end):
+    """The characters of a text of which a byte is one of those from `start` up to `end`."""
+    places = np.cumsum([0] + [len(char.encode()) for char in text])
+    return sum(first < end and last > start for first, last in zip(places[:-1], places[1:]))
+
+
+def test_character_cut_at_the_start_or_the_end_counts_as_one():
+    """Of every range of tokens, those within a single character and the empty ones included."""
+    text = 'é€x€é'
+    ids = np.frombuffer(text.encode(), dtype=np.uint8)
+    for start in range(len(ids) + 1):
+        for end in range(start, len(ids) + 1):
+            expected = count_touched(text, start, end) if end > start else 0, end - start
+            assert measure_text(Bytes(), ids[start:end]) == expected, (start, end)
+
+
+def test_character_of_a_long_text_counts_once_wherever_it_stands():
+    """The text is decoded in parts, and their ends are no ends of it."""
+    for before in range(3):
+        text = 'x' * (2**20 - before) + '€' + 'é' * 10
+        ids = np.frombuffer(text.encode(), dtype=np.uint8)
+        assert measure_text(Bytes(), ids) == (len(text), len(ids))
+        assert measure_text(Bytes(), ids[1:-1]) == (len(text) - 1, len(ids) - 2)
 
 
 @pytest.fixture

@@ -26,3 +26,16 @@ def test_damage_is_named(tmp_path, name, read):
     (tmp_path / name).write_text('{"iter": \n')
     with pytest.raises(ValueError, match=f'{tmp_path}/{name} is damaged'):
         read(tmp_path)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_number_that_json_does_not_have_is_refused(tmp_path, value):
+    """And the files stay as they were."""
+    records.write_record(tmp_path, {'final': {'loss': 1.0}})
+    records.write_log(tmp_path, [{'loss': 1.0}])
+    with pytest.raises(ValueError, match='JSON compliant'):
+        records.write_record(tmp_path, {'final': {'loss': value}})
+    with pytest.raises(ValueError, match='JSON compliant'):
+        records.write_log(tmp_path, [{'loss': 1.0}, {'loss': value}])
+    assert records.read_record(tmp_path) == {'final': {'loss': 1.0}} and records.read_log(tmp_path) == [{'loss': 1.0}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['log.jsonl', 'run.json']

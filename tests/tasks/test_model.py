@@ -6,18 +6,17 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from configurator import settings_of
+from data.loader import load_tokenizer
 from helpers import Words
 from kan import KANLinear
 from model import GPT, GPTConfig
-from run.checkpoint import load_tokenizer, save_checkpoint
+from run.checkpoint import save_checkpoint
 from surgery.lora import LoRALayer, load_lora, lora_off, save_lora
 from tasks import model as task_model
 from tasks import prompts
-from tasks.model import load_base, load_task_model, make_task_model, param_groups, predict, sum_losses, trained_report
-from tasks.prompts import Example, collate
+from tasks.model import load_base, load_task_model, make_task_model, param_groups, sum_losses, trained_report
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed', 'vocabulary')
 
@@ -85,7 +84,7 @@ def train(model, settings, n_steps=3, lr=1e-2):
     """Steps on one random batch; returns the losses."""
     optimizer, losses = torch.optim.AdamW(param_groups(model, settings | dict(learning_rate=lr)), lr=lr), []
     idx, lengths = tokens()
-    labels = torch.tensor([3, 0, 4]) if model.answers is not None else torch.where(idx % 3 == 0, -1, idx)
+    labels = torch.tensor([3, 0, 4]) if model.answers else torch.where(idx % 3 == 0, -1, idx)
     for _ in range(n_steps):
         losses.append(sum_losses(model(idx, lengths), labels))
         losses[-1].backward()
@@ -524,43 +523,3 @@ def test_settings_that_contradict_the_base():
     pytest.importorskip('torch_geometric')
     with pytest.raises(ValueError, match='this model has some already: leave use_graph out'):
         make('graph-lora', 'cloze', make_base(use_graph=True, graph_heads=2))
-
-
-# losses and predictions
-
-
-def draw_examples(n, head):
-    examples = []
-    for i in range(n):
-        ids = torch.randint(TOKENIZER.vocab_size, (2 + (5 * i) % 9,)).tolist()
-        examples.append(
-            Example(str(i), ids, text='x' if head == 'sonnets' else '', label=None if head == 'sonnets' else i % 5)
-        )
-    return examples
-
-
-@every_head
-def test_loss_and_predictions_are_those_of_one_example_at_a_time(head):
-    model, settings = make('graph-lora', head)
-    stir(model, trained=True)
-    examples = draw_examples(7, head)
-    total, predictions = predict(model, examples, 3, 'cpu', 'float32')
-    losses, labels = [], []
-    with torch.no_grad():
-        model.eval()
-        for example in examples:
-            if head == 'sonnets':
-                logits, _ = model.gpt(torch.tensor([example.ids[:-1]]), torch.tensor([example.ids[1:]]))
-                losses += [-logits[0, t].log_softmax(-1)[i].item() for t, i in enumerate(example.ids[1:])]
-            else:
-                logits = model(torch.tensor([example.ids]), torch.tensor([len(example.ids)]))[0]
-                losses.append(-logits.log_softmax(-1)[example.label].item())
-                labels.append(logits.argmax().item())
-    assert total == pytest.approx(sum(losses), rel=1e-5)
-    assert task_model.count_targets(examples) == len(losses)
-    assert predictions == (labels or [None] * 7)
-    assert predict(model, examples, 3, 'cpu', 'float32', stop=[1.0]) is None and model.training
-    idx, lengths, targets = collate(examples, 'cpu')
-    with torch.no_grad():
-        whole = F.cross_entropy(model.eval()(idx, lengths).flatten(0, -2), targets.flatten(), ignore_index=-1)
-    assert total / len(losses) == pytest.approx(whole.item(), rel=1e-5)

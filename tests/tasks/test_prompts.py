@@ -1,21 +1,19 @@
 """The one prompt of each task, what is cut from it, what is held out, and batches, against plain Python."""
 
 import math
+import os
 import random
 
 import pytest
 import torch
 
+from data import course, loader
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from helpers import HEADERS
 from tasks import prompts
 from tasks.prompts import TASKS, Example, collate, encode_prompt, hold_out, make_batches, read_examples
 
-LABELLED = [name for name, task in TASKS.items() if task]
-TABLES = {
-    'sst': '\tid\tsentence\tsentiment\n',
-    'cfimdb': '\tid\tsentence\tsentiment\n',
-    'quora': '\tid\tsentence1\tsentence2\tis_duplicate\n',
-}
+LABELLED = [name for name, task in TASKS.items() if task.answers]
 SONNET = '\n'.join(f'Line {i} of the sonnet,' for i in range(14))
 
 
@@ -29,7 +27,7 @@ def gpt2():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, 'DATA', tmp_path)
+    monkeypatch.setattr(loader, 'DATA', str(tmp_path))
     for name in TASKS:
         (tmp_path / name).mkdir()
     return tmp_path
@@ -39,8 +37,26 @@ def write_table(folder, name, split, texts, labelled=True):
     """One row for each text; a pair has the text and the same backwards."""
     texts = [(text,) if name != 'quora' else (text, text[::-1]) for text in texts]
     lines = ['\t'.join([str(i), f'{split}{i}', *parts, *['1'] * labelled]) for i, parts in enumerate(texts)]
-    header = TABLES[name] if labelled else TABLES[name].rpartition('\t')[0] + '\n'
+    header = HEADERS[name] if labelled else HEADERS[name].rpartition('\t')[0] + '\n'
     (folder / name / f'{split}.csv').write_text(header + '\n'.join(lines) + '\n')
+
+
+# tasks
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_task_reads_its_own_files(data, name):
+    """Of test without labels; those of sonnets are None."""
+    task = prompts.find_task(name)
+    assert task.name == name and task.path('dev') == data / name / ('dev.csv' if task.answers else 'dev.txt')
+    for split in 'dev', 'test':
+        if task.answers:
+            write_table(data, name, split, ['Good'], labelled=split != 'test')
+        else:
+            (data / name / f'{split}.txt').write_text(f'7\n\n{SONNET}\n')
+        texts = {'sonnets': (SONNET,), 'quora': ('good', 'doog')}.get(name, ('good',))
+        label = 1 if task.answers and split != 'test' else None
+        assert task.read(split) == [('7' if name == 'sonnets' else f'{split}0', *texts, label)]
 
 
 # prompts
@@ -86,7 +102,7 @@ def test_sonnets_are_whole_and_test_is_their_beginning(data, gpt2):
 def test_answers_are_single_tokens_that_go_on_from_the_prompt(gpt2, name):
     task = TASKS[name]
     ids = prompts.answer_ids(task, gpt2)
-    assert len(set(ids)) == len(task.answers) == prompts.COLUMNS[name][2]
+    assert len(set(ids)) == len(task.answers) == course.COLUMNS[name][2]
     for i, answer in zip(ids, task.answers):
         assert gpt2.encode(task.question + answer) == [*gpt2.encode(task.question), i]
 
@@ -197,23 +213,26 @@ def test_missing_data_is_prepared_once(data, capfd):
     script = data / 'sst' / 'prepare.py'
     script.write_text('raise SystemExit("no network")')
     with pytest.raises(
-        ValueError, match="preparing the data of 'sst' failed, see above; python .*prepare.py --source=FOLDER$"
+        ValueError,
+        match="preparing data set 'sst' failed, see above; python .*prepare.py --source=... takes files of your own$",
     ):
         prompts.prepare_task('sst')
     assert capfd.readouterr().err == 'no network\n'
     script.write_text('from pathlib import Path; print("run"); Path(__file__).with_name("meta.json").write_text("{}")')
     for _ in range(2):
         prompts.prepare_task('sst')
-    assert capfd.readouterr().out.splitlines()[1:] == ['run']
+    said, *rest = capfd.readouterr().out.splitlines()
+    assert said == f"data set 'sst' is missing, preparing it: python {os.path.relpath(script)}" and rest == ['run']
     with pytest.raises(ValueError, match="task='imdb': expected one of"):
         prompts.prepare_task('imdb')
 
 
 @pytest.mark.parametrize('name', TASKS)
 def test_vocabulary_by_character_is_refused(data, name):
-    write_table(data, name, 'train', ['abc']) if TASKS[name] else (data / name / 'train.txt').write_text(
-        f'1\n{SONNET}\n'
-    )
+    if TASKS[name].answers:
+        write_table(data, name, 'train', ['abc'])
+    else:
+        (data / name / 'train.txt').write_text(f'1\n{SONNET}\n')
     tokenizer = CharTokenizer('abc')
     with pytest.raises(
         ValueError, match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of 3 char'

@@ -1,105 +1,131 @@
-"""Scores against numbers by hand, generation against plain enumeration and recomputed likelihoods, files byte for byte."""
+"""Predictions against one example at a time, scores against numbers by hand, files byte for byte."""
 
+import importlib.util
 import math
+import os
+import re
 import statistics
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
+from torch.nn import functional as F
 
-from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig, sample_token
+from configurator import settings_of
+from data import course
+from helpers import Words, flags
+from model import GPT, GPTConfig
 from tasks import prompts, score
+from tasks.model import count_targets, make_task_model
+from tasks.prompts import Example, collate
 from tasks.score import (
-    continue_lines,
+    predict,
     score_labels,
     score_sonnets,
     sonnet_baselines,
+    write_labels,
     write_predictions,
-    write_sonnet,
     write_sonnets,
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
+TOKENIZER = Words()
+HEADS = {'cloze': dict(form='cloze'), 'linear': dict(form='linear'), 'sonnets': dict(task='sonnets')}
+GREEDY = dict(temperature=0.0)
 SONNETS = [
     '\n'.join(f'{word} line {i} of {poem}' for i in range(14)) for poem, word in enumerate(('rose', 'thorn', 'summer'))
 ]
 
 
-class Tokenizer:
-    """Tokens as GPT-2 has them: several line breaks in one, text after a line break, an end of text."""
-
-    pieces = [b'a', b'\n', b'\n\n', b'\nb', b'c', b'<|endoftext|>']
-    vocab_size, end_of_text = len(pieces), len(pieces) - 1
-
-    def encode(self, text):
-        return [self.pieces.index(bytes([byte])) for byte in text.encode()]
-
-    def decode_bytes(self, ids):
-        return b''.join(self.pieces[i] for i in ids)
-
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode()
-
-
-class Few(Tokenizer):
-    """Three tokens, so that all texts can be listed."""
-
-    pieces = [b'a', b'\n', b'<|endoftext|>']
-    vocab_size, end_of_text = 3, 2
-
-
-A, BREAK, TWO_BREAKS, BREAK_B, C, END = range(6)
-
-
-def make(vocab_size=6, block_size=16, std=0.6, **kwargs):
-    """Two rows of the head beyond the vocabulary, as nanoGPT's padding, but as likely as the others: none may be drawn."""
-    sizes = dict(n_layer=2, n_head=2, n_embd=16)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size + 2, **sizes, **kwargs)).eval()
+def make_model(head, **sizes):
+    """A GPT with adapters and graph layers, far from silent."""
+    pytest.importorskip('torch_geometric')
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, bias=True, dropout=0.1) | sizes
+    gpt = GPT(GPTConfig(**sizes, vocab_size=TOKENIZER.vocab_size + 3))
+    adapters = dict(lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, use_graph=True, graph_heads=2)
+    model = make_task_model(gpt, TOKENIZER, settings_of('finetune.py', flags(**adapters, **HEADS[head])))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=std)
+            p.add_(torch.randn_like(p), alpha=0.3)
     return model
 
 
-def mean_log_probs(model, prompt, texts, vocab_size):
-    """Of texts of the same length, in one pass and without a cache."""
-    idx = torch.tensor([[*prompt, *ids] for ids in texts])
+# predictions
+
+
+def draw_examples(n, head):
+    examples = []
+    for i in range(n):
+        ids = torch.randint(TOKENIZER.vocab_size, (2 + (5 * i) % 9,)).tolist()
+        examples.append(
+            Example(str(i), ids, text='x' if head == 'sonnets' else '', label=None if head == 'sonnets' else i % 5)
+        )
+    return examples
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_loss_and_predictions_are_those_of_one_example_at_a_time(head):
+    model = make_model(head)
+    examples = draw_examples(7, head)
+    total, predictions = predict(model, examples, 3, 'cpu', 'float32')
+    losses, labels = [], []
     with torch.no_grad():
-        logits = model(idx, torch.zeros_like(idx))[0][:, len(prompt) - 1 : -1, :vocab_size].double()
-    return logits.log_softmax(-1).gather(2, idx[:, len(prompt) :, None])[..., 0].mean(1).tolist()
+        model.eval()
+        for example in examples:
+            if head == 'sonnets':
+                logits, _ = model.gpt(torch.tensor([example.ids[:-1]]), torch.tensor([example.ids[1:]]))
+                losses += [-logits[0, t].log_softmax(-1)[i].item() for t, i in enumerate(example.ids[1:])]
+            else:
+                logits = model(torch.tensor([example.ids]), torch.tensor([len(example.ids)]))[0]
+                losses.append(-logits.log_softmax(-1)[example.label].item())
+                labels.append(logits.argmax().item())
+    assert total == pytest.approx(sum(losses), rel=1e-5)
+    assert count_targets(examples) == len(losses)
+    assert predictions == (labels or [None] * 7)
+    assert predict(model, examples, 3, 'cpu', 'float32', stop=[1.0]) is None and model.training
+    idx, lengths, targets = collate(examples, 'cpu')
+    with torch.no_grad():
+        whole = F.cross_entropy(model.eval()(idx, lengths).flatten(0, -2), targets.flatten(), ignore_index=-1)
+    assert total / len(losses) == pytest.approx(whole.item(), rel=1e-5)
 
 
-def mean_log_prob(model, prompt, ids, vocab_size):
-    return mean_log_probs(model, prompt, [ids], vocab_size)[0]
+@pytest.mark.parametrize('head', ['cloze', 'linear'])
+def test_scores_of_labels_are_those_of_the_predictions(head):
+    model, examples = make_model(head), draw_examples(7, head)
+    total, predictions = predict(model, examples, 3, 'cpu', 'float32')
+    scores, found = score.score(model, TOKENIZER, 'sst', examples, 3, 'cpu', 'float32', {})
+    labels = [example.label for example in examples]
+    assert found == predictions and scores == {'loss': total / 7, **score_labels(labels, predictions)}
+    for example in examples:
+        example.label = None  # as in test
+    assert score.score(model, TOKENIZER, 'sst', examples, 3, 'cpu', 'float32', {}) == ({}, predictions)
+    assert score.score(model, TOKENIZER, 'sst', examples, 3, 'cpu', 'float32', {}, stop=[1.0]) is None
 
 
-def has_ended(tokenizer, ids, n_lines, room):
-    return tokenizer.end_of_text in ids or tokenizer.decode_bytes(ids).count(b'\n') >= n_lines or len(ids) == room
+def test_scores_of_sonnets_are_those_of_what_is_written():
+    """Of prompts alone there are none."""
+    model = make_model('sonnets', block_size=300)
+    texts = [f'{text[:20]}\nb\nc\n{text[20:60]}' for text in SONNETS]
+    examples = [Example(str(i), [], text=text) for i, text in enumerate(texts)]
+    scores, written = score.score(model, TOKENIZER, 'sonnets', examples, 3, 'cpu', 'float32', GREEDY)
+    assert all(poem.startswith(prompts.prompt_of(text).rstrip('\n')) for poem, text in zip(written, texts))
+    assert scores == score_sonnets(written, texts)
+    for example in examples:
+        example.text = prompts.prompt_of(example.text).rstrip('\n')
+    assert score.score(model, TOKENIZER, 'sonnets', examples, 3, 'cpu', 'float32', GREEDY) == ({}, written)
+    assert score.score(model, TOKENIZER, 'sonnets', examples, 3, 'cpu', 'float32', GREEDY, stop=[1.0]) is None
 
 
-def cut(tokenizer, ids, n_lines, room):
-    return next(ids[:n] for n in range(1, len(ids) + 1) if has_ended(tokenizer, ids[:n], n_lines, room))
-
-
-class Script(nn.Module):
-    """Says the tokens of a script, whatever it reads."""
-
-    def __init__(self, script, block_size=64, vocab_size=6):
-        super().__init__()
-        self.script, self.config, self.vocab_size = script, SimpleNamespace(block_size=block_size), vocab_size
-        self.anything = nn.Parameter(torch.zeros(1))
-
-    def new_caches(self):
-        return [SimpleNamespace(said=0)]
-
-    def forward(self, idx, caches):
-        logits = torch.zeros(len(idx), 1, self.vocab_size)
-        logits[..., self.script[caches[0].said]] = 9.0
-        caches[0].said += 1
-        return logits, None
+@pytest.mark.parametrize('name', prompts.TASKS)
+def test_missing_package_is_named_beforehand(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(importlib.util, 'find_spec', asked.append)
+    package = 'sacrebleu' if name == 'sonnets' else 'sklearn'
+    with pytest.raises(ValueError, match=f'the scores of {name} need {package}: pip install -r '):
+        score.check_packages(name)
+    assert asked == [package]
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda package: object())
+    score.check_packages(name)
 
 
 # scores
@@ -165,198 +191,18 @@ def test_sonnets_are_as_long_here_as_in_tasks():
     assert all(score.split_sonnet(text)[0] + '\n' == prompts.prompt_of(text) for text in SONNETS)
 
 
-# where a text ends
-
-
-@pytest.mark.parametrize(
-    'script, n_lines, n_tokens',
-    [
-        ([A, BREAK, A, BREAK, A, BREAK], 2, 4),
-        ([BREAK, BREAK, A], 2, 2),  # empty lines count
-        ([A, TWO_BREAKS, A, BREAK], 2, 2),
-        ([A, TWO_BREAKS, A, BREAK], 1, 2),
-        ([A, BREAK_B, A, BREAK_B, A], 2, 4),
-        ([A, BREAK, A, END, A, BREAK], 2, 4),
-        ([END, A], 2, 1),
-        ([A] * 80, 2, 61),  # the block is full
-    ],
-)
-@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=1e-3, best_of=3)])
-def test_ends_at_the_line_at_the_end_of_text_or_with_the_block(script, n_lines, n_tokens, sampling):
-    draft = continue_lines(Script(script), Tokenizer(), [A, A, A], n_lines, **sampling)
-    assert draft.ids == tuple(script[:n_tokens])
-    assert draft.score == pytest.approx(9 - math.log(math.exp(9) + 5), abs=1e-5)
-
-
-def test_one_pass_of_the_model_for_each_token():
-    model = Script([A, BREAK, A, BREAK])
-    caches = model.new_caches()
-    model.new_caches = lambda: caches
-    continue_lines(model, Tokenizer(), [A], 1, temperature=0)
-    assert caches[0].said == 2
-
-
-@pytest.mark.parametrize('prompt', ['a\naa\na', 'a\naa\na\n'])
-def test_sonnet_has_fourteen_lines(prompt):
-    script = [*[A, BREAK] * 10, C, BREAK, A, BREAK]
-    assert write_sonnet(Script(script), Tokenizer(), prompt, temperature=0) == 'a\naa\na' + '\na' * 10 + '\nc'
-    script[19] = BREAK_B  # the tenth line ends, and 'b' is the eleventh
-    assert write_sonnet(Script(script), Tokenizer(), prompt, temperature=0) == 'a\naa\na' + '\na' * 10 + '\nbc'
-    script[21] = BREAK_B  # of what follows the last line nothing is left
-    assert write_sonnet(Script(script), Tokenizer(), prompt, temperature=0) == 'a\naa\na' + '\na' * 10 + '\nbc'
-    assert write_sonnet(Script([A, TWO_BREAKS, BREAK, END]), Tokenizer(), prompt, temperature=0) == 'a\naa\na\na'
-    assert write_sonnet(Script([A] * 99, block_size=10), Tokenizer(), prompt, temperature=0) == 'a\naa\na\naaa'
-
-
-def test_sonnet_of_a_model_by_character():
-    tokenizer = CharTokenizer('\n abcd')
-    text = write_sonnet(make(tokenizer.vocab_size, block_size=40), tokenizer, 'a b\nc d\nd', top_p=0.9)
-    assert text.startswith('a b\nc d\nd\n') and len(text) <= 40 and text.count('\n') < 14
-    with pytest.raises(ValueError, match="character 'x'"):
-        write_sonnet(make(tokenizer.vocab_size), tokenizer, 'x')
-    with pytest.raises(ValueError, match='the prompt has 14 lines'):
-        write_sonnet(make(tokenizer.vocab_size), tokenizer, 'a\n' * 14)
-
-
-# what is chosen
-
-
-@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=0.8, top_p=0.9), dict()], ids=str)
-def test_a_single_text_is_that_of_generate(sampling):
-    """For the same seed, up to where it ends."""
-    tokenizer, lengths = Tokenizer(), set()
-    for seed in range(8):
-        model = make(std=0.3, use_kan=True, kan_hidden=1.0)
-        torch.manual_seed(seed)
-        generated = model.generate(torch.tensor([[A, C]]), 14, vocab_size=6, **sampling)[0, 2:].tolist()
-        for n_lines in 1, 2, 30:
-            torch.manual_seed(seed)
-            draft = continue_lines(model, tokenizer, [A, C], n_lines, **sampling)
-            assert list(draft.ids) == cut(tokenizer, generated, n_lines, 14)
-            assert draft.score == pytest.approx(mean_log_prob(model, [A, C], draft.ids, 6), abs=1e-5)
-            lengths.add(len(draft.ids))
-    assert len(lengths) > 3
-
-
-def test_best_of_keeps_the_likeliest_of_its_samples(monkeypatch):
-    """The draws are noted: those of the drafts that go on, in one batch, at the temperature and top_p that were asked for."""
-    tokenizer, draws, kept = Tokenizer(), [], set()
-
-    def note(logits, temperature, top_p):
-        tokens = sample_token(logits, temperature, top_p=top_p)
-        draws.append((tokens[:, 0].tolist(), temperature, top_p))
-        return tokens
-
-    monkeypatch.setattr(score, 'sample_token', note)
-    for _ in range(12):
-        model = make(std=0.3)
-        draws.clear()
-        draft = continue_lines(model, tokenizer, [A, C], 2, temperature=1.5, top_p=0.95, best_of=5)
-        samples = [[] for _ in range(5)]
-        for tokens, *sampling in draws:
-            going_on = [sample for sample in samples if not sample or not has_ended(tokenizer, sample, 2, 14)]
-            assert len(going_on) == len(tokens) and sampling == [1.5, 0.95]
-            for sample, token in zip(going_on, tokens):
-                sample.append(token)
-        assert all(has_ended(tokenizer, sample, 2, 14) for sample in samples)
-        scores = [mean_log_prob(model, [A, C], sample, 6) for sample in samples]
-        best = max(range(5), key=lambda i: scores[i])
-        assert list(draft.ids) == samples[best] and draft.score == pytest.approx(scores[best], abs=1e-5)
-        kept.add(best)
-    assert len(kept) > 2
-
-
-def test_seed_decides():
-    model, tokenizer = make(std=0.1), Tokenizer()
-    texts = []
-    for seed in 1, 1, 2:
-        torch.manual_seed(seed)
-        texts.append(continue_lines(model, tokenizer, [A], 3, best_of=3).ids)
-    assert texts[0] == texts[1] != texts[2]
-
-
-def all_texts(tokenizer, n_lines, room, ids=()):
-    """Every text that has ended, and no text beyond one."""
-    if ids and has_ended(tokenizer, ids, n_lines, room):
-        return [ids]
-    return [
-        text for token in range(tokenizer.vocab_size) for text in all_texts(tokenizer, n_lines, room, (*ids, token))
-    ]
-
-
-@pytest.mark.parametrize('graph', [False, True])
-def test_wide_beam_search_finds_the_best_of_all_texts(graph):
-    tokenizer, found = Few(), set()
-    for _ in range(8):
-        model = make(3, block_size=6, std=0.4, use_graph=graph)
-        texts = all_texts(tokenizer, 2, 4)
-        scores = {}
-        for length in {len(text) for text in texts}:
-            group = [text for text in texts if len(text) == length]
-            scores |= zip(group, mean_log_probs(model, [0, 0], group, 3))
-        draft = continue_lines(model, tokenizer, [0, 0], 2, n_beams=3**4)
-        assert draft.score == pytest.approx(max(scores.values()), abs=1e-5)
-        assert draft.ids == max(scores, key=scores.get)
-        narrow = continue_lines(model, tokenizer, [0, 0], 2, n_beams=2)
-        assert narrow.score == pytest.approx(scores[narrow.ids], abs=1e-5) and narrow.score <= draft.score + 1e-5
-        found.add(len(draft.ids))
-    assert len(found) > 1
-
-
-def plain_beam_search(model, tokenizer, prompt, n_lines, n_beams):
-    """Every step from the beginning, without a cache."""
-    room, live, ended = model.config.block_size - len(prompt), [()], {}
-    while live:
-        longer = [(*ids, token) for ids in live for token in range(tokenizer.vocab_size)]
-        scores = dict(zip(longer, mean_log_probs(model, prompt, longer, tokenizer.vocab_size)))
-        longer = sorted(scores, key=scores.get, reverse=True)[: n_beams - len(ended)]
-        ended |= {ids: scores[ids] for ids in longer if has_ended(tokenizer, ids, n_lines, room)}
-        live = [ids for ids in longer if ids not in ended]
-    return max(ended, key=ended.get)
-
-
-@pytest.mark.parametrize('n_beams', [2, 3, 5])
-def test_narrow_beam_search_is_the_plain_one(n_beams):
-    tokenizer = Tokenizer()
-    for _ in range(20):
-        model = make(block_size=10, std=0.15)
-        draft = continue_lines(model, tokenizer, [A, C], 2, n_beams=n_beams)
-        assert draft.ids == plain_beam_search(model, tokenizer, [A, C], 2, n_beams)
-        assert draft.score == pytest.approx(mean_log_prob(model, [A, C], draft.ids, 6), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    'settings, words',
-    [
-        (dict(n_beams=2, best_of=2), 'n_beams=2 and best_of=2 exclude each other'),
-        (dict(n_beams=0), 'got 1, 0 and 1'),
-        (dict(best_of=-1), 'got 1, 1 and -1'),
-        (dict(n_lines=0), 'got 0, 1 and 1'),
-        (dict(temperature=-1), 'temperature >= 0'),
-        (dict(top_p=2), 'top_p <= 1'),
-        (dict(top_p=0, n_beams=2), 'top_p <= 1'),
-        (dict(prompt_ids=[]), 'the prompt has 0 tokens, expected 1 to 15'),
-        (dict(prompt_ids=[A] * 16), 'the prompt has 16 tokens'),
-    ],
-)
-def test_bad_setting(settings, words):
-    with pytest.raises(ValueError, match=words) as error:
-        continue_lines(make(), Tokenizer(), **{'prompt_ids': [A], 'n_lines': 1, **settings})
-    assert '\n' not in str(error.value)
-
-
 # files
 
 
-def test_predictions_of_the_course(tmp_path):
+def test_labels_of_the_course(tmp_path):
     path = tmp_path / 'out.csv'
     for name in 'sst', 'cfimdb':
-        write_predictions(path, prompts.TASKS[name], ['d1', 'd2'], [1, torch.tensor(0)])
+        write_labels(path, prompts.TASKS[name], ['d1', 'd2'], [1, torch.tensor(0)])
         assert path.read_bytes() == b'id \t Predicted_Sentiment \nd1, 1 \nd2, 0 \n'
-    write_predictions(path, prompts.TASKS['quora'], ['7 x-1', '8 y-2'], [1, 0])
+    write_labels(path, prompts.TASKS['quora'], ['7 x-1', '8 y-2'], [1, 0])
     assert path.read_bytes() == b'id \t Predicted_Is_Paraphrase \n7 x-1, 8505 \n8 y-2, 3919 \n'
     with pytest.raises(ValueError, match='got 2 and 1'):
-        write_predictions(path, prompts.TASKS['sst'], ['d1', 'd2'], [1])
+        write_labels(path, prompts.TASKS['sst'], ['d1', 'd2'], [1])
     assert len(path.read_bytes().splitlines()) == 3  # the file before it stays
 
 
@@ -365,4 +211,14 @@ def test_sonnets_of_the_course(tmp_path):
     write_sonnets(path, [0, 1], ['a\nb', 'c é'])
     assert path.read_bytes() == '--Generated Sonnets-- \n\n\n0\na\nb\n\n\n1\nc é\n\n'.encode()
     write_sonnets(path, ['132', '133', '134'], SONNETS)
-    assert prompts.read_sonnets(path) == list(zip(['132', '133', '134'], SONNETS))
+    assert course.read_sonnets(path) == list(zip(['132', '133', '134'], SONNETS))
+
+
+def test_file_of_predictions_is_named_by_task_and_split(tmp_path):
+    examples = [Example('d1', [], 1), Example('d2', [], 0)]
+    folder = tmp_path / 'new' / 'predictions'
+    write_predictions(folder, 'sst', 'dev', examples, [1, 0])
+    write_predictions(folder, 'sonnets', 'test', examples, SONNETS[:2])
+    assert sorted(os.listdir(folder)) == ['sonnets-test-out.txt', 'sst-dev-out.csv']
+    assert (folder / 'sst-dev-out.csv').read_text() == 'id \t Predicted_Sentiment \nd1, 1 \nd2, 0 \n'
+    assert re.findall(r'\n(d\d)\n', (folder / 'sonnets-test-out.txt').read_text()) == ['d1', 'd2']

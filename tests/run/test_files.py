@@ -1,0 +1,40 @@
+"""Files that are whole or absent."""
+
+import os
+
+import pytest
+
+from run import files
+
+
+def test_write_replaces_the_file_whole(tmp_path):
+    path = tmp_path / 'a'
+    path.write_text('old')
+    with files.write_atomically(path, 'w', 'utf-8') as f:
+        f.write('né')
+        f.flush()
+        assert path.read_text() == 'old'
+    assert path.read_bytes() == 'né'.encode()
+    assert os.listdir(tmp_path) == ['a']
+
+
+@pytest.mark.parametrize('kind', [RuntimeError, KeyboardInterrupt])
+def test_write_that_fails_keeps_the_old_file(tmp_path, kind):
+    path = tmp_path / 'a'
+    path.write_text('old')
+    with pytest.raises(kind):
+        with files.write_atomically(path) as f:
+            f.write(b'half')
+            raise kind
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['a']
+
+
+def test_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: calls.append('sync'))
+    rename = os.replace
+    monkeypatch.setattr(os, 'replace', lambda *paths: (calls.append('rename'), rename(*paths)))
+    with files.write_atomically(tmp_path / 'a') as f:
+        f.write(b'x')
+    assert calls[:2] == ['sync', 'rename']
