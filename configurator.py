@@ -18,26 +18,13 @@ import time
 import traceback
 
 KINDS = (bool, int, float, str)  # a variable of any other type is not a setting, nor is a CONSTANT or a _private one
-ARITHMETIC = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+ARITHMETIC |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
+ROOT = os.path.dirname(os.path.realpath(__file__))
 PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
-INCIDENTAL = (
-    'out_dir',
-    'init_from',
-    'device',
-    'compile',
-    'log_interval',
-    'wandb_log',
-    'wandb_project',
-    'wandb_run_name',
-)
+INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval')
+INCIDENTAL += ('wandb_log', 'wandb_project', 'wandb_run_name')
 
 
 class ConfigError(ValueError):
@@ -159,14 +146,12 @@ def check(name, value, settings, where):
     """`value` as the type of the setting's default. Whole floats pass as int (1e3), and ints as float."""
     if name not in settings:
         close = difflib.get_close_matches(name, settings, n=1)
-        raise ConfigError(
-            f'{where}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help')
-        )
+        advice = f'did you mean {close[0]!r}?' if close else 'see --help'
+        raise ConfigError(f'{where}: unknown setting {name!r}, {advice}')
     kind = type(settings[name])
+    expected = f'{where}: {name} is {kind.__name__} (default {settings[name]!r})'
     if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
-        raise ConfigError(
-            f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got an int of {value.bit_length()} bits'
-        )
+        raise ConfigError(f'{expected}, got an int of {value.bit_length()} bits')
     if type(value) is kind:
         if kind is float and not math.isfinite(value):
             raise ConfigError(f'{where}: {name} must be finite, got {value!r}')
@@ -175,9 +160,7 @@ def check(name, value, settings, where):
         return int(value)
     if kind is float and type(value) is int:
         return float(value)
-    raise ConfigError(
-        f'{where}: {name} is {kind.__name__} (default {settings[name]!r}), got {type(value).__name__} {value!r}'
-    )
+    raise ConfigError(f'{expected}, got {type(value).__name__} {value!r}')
 
 
 def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
@@ -201,7 +184,8 @@ def report(kind, error, trace):
     or of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
     """
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
-    ours = files and files[-1].startswith(ROOT + os.sep) and 'site-packages' not in files[-1]
+    last = os.path.realpath(files[-1]) if files else ''
+    ours = last.startswith(ROOT + os.sep) and 'site-packages' not in last
     if issubclass(kind, (ValueError, OSError)) and ours:
         # processes of one machine mostly meet the same mistake: torchrun ends the others when the first has said so
         is_first = os.environ.get('LOCAL_RANK', '0') == '0'

@@ -88,9 +88,7 @@ def evaluate_text(checkpoint):
     loader.prepare_dataset(name)
     meta = loader.read_meta(name)
     if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
-        raise ValueError(
-            f'data set {name!r} has another vocabulary than the model was trained on: encode its text with that one'
-        )
+        raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
     tokenizer = loader.load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
     data = loader.open_split(name, split)
     length = min(model.config.block_size, len(data) - 1)
@@ -98,29 +96,19 @@ def evaluate_text(checkpoint):
     loader.check_dataset(name, 1, model.config.vocab_size)
     model.to(device).eval()
     total = sum_losses(model, data, length, step)
-    n_tokens, (n_chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
-    loss = total / n_tokens
-    bits_per_char, bits_per_byte = total / math.log(2) / n_chars, total / math.log(2) / n_bytes
-    print(f'{source} on {split} of {name}: {n_tokens:,} tokens, {n_chars:,} characters, {n_bytes:,} bytes')
+    tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
+    loss, bits = total / tokens, total / math.log(2)
+    found = dict(loss=loss, perplexity=math.exp(loss), bits_per_char=bits / chars, bits_per_byte=bits / n_bytes)
+    print(f'{source} on {split} of {name}: {tokens:,} tokens, {chars:,} characters, {n_bytes:,} bytes')
     print(f'windows of {length} tokens, every {step}')
-    bits = f'{bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
-    print(f'loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {bits}')
-    return {
-        'loss': loss,
-        'perplexity': math.exp(loss),
-        'bits_per_char': bits_per_char,
-        'bits_per_byte': bits_per_byte,
-        'tokens': n_tokens,
-        'chars': n_chars,
-        'bytes': n_bytes,
-        'dataset': name,
-        'split': split,
-        'sha256': meta.get('splits', {}).get(split, {}).get('sha256'),
-        'stride': step,
-        'block_size': length,
-        'parameters': model.get_num_params(non_embedding=False),
-        'flops_per_token': count_flops(vars(model.config)),
-    }
+    print(
+        'loss {loss:.4f}, perplexity {perplexity:.3f}, {bits_per_char:.4f} bits per character, '
+        '{bits_per_byte:.4f} bits per byte'.format(**found)
+    )
+    sha256 = meta.get('splits', {}).get(split, {}).get('sha256')
+    about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256)
+    costs = dict(parameters=model.get_num_params(False), flops_per_token=count_flops(vars(model.config)))
+    return {**found, **about, 'stride': step, 'block_size': length, **costs}
 
 
 def evaluate_task(checkpoint):
@@ -144,17 +132,10 @@ def evaluate_task(checkpoint):
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
     scores, _ = score.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
-    print(
-        f'{source} on {part} of {name}, {len(examples):,} examples: '
-        + ', '.join(f'{key} {value:.4f}' for key, value in scores.items())
-    )
-    result = {
-        **scores,
-        'task': name,
-        'split': part,
-        'examples': len(examples),
-        'parameters': task_model.count_trained(model)[1],
-    }
+    shown = ', '.join(f'{key} {value:.4f}' for key, value in scores.items())
+    print(f'{source} on {part} of {name}, {len(examples):,} examples: {shown}')
+    result = dict(scores, task=name, split=part, examples=len(examples))
+    result['parameters'] = task_model.count_trained(model)[1]
     if not prompts.find_task(name).answers:
         train = prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)
         texts = [[example.text for example in part] for part in (train, examples)]

@@ -30,16 +30,7 @@ from run.device import autocast, device_name, peak_memory
 from run.files import write_atomically
 from run.session import Session
 from surgery.lora import save_lora
-from tasks.model import (
-    count_targets,
-    count_trained,
-    load_base,
-    load_task_model,
-    make_task_model,
-    param_groups,
-    sum_losses,
-    trained_report,
-)
+from tasks import model as task_model
 from tasks.prompts import collate, find_task, hold_out, make_batches, prepare_task, read_examples
 from tasks.score import check_packages, predict, score, sonnet_baselines, write_predictions
 
@@ -146,15 +137,15 @@ if resume:
     changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
-    model, tokenizer = load_task_model(state)
+    model, tokenizer = task_model.load_task_model(state)
     step, best_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
-    gpt, tokenizer = load_base(init_from, dropout)
+    gpt, tokenizer = task_model.load_base(init_from, dropout)
     model_args = asdict(gpt.config)
-    model = make_task_model(gpt, tokenizer, config)
+    model = task_model.make_task_model(gpt, tokenizer, config)
 model.to(device)
-say(trained_report(model, config))
+say(task_model.trained_report(model, config))
 
 # data
 block_size = model.gpt.config.block_size
@@ -178,8 +169,8 @@ per_step = batch_size * gradient_accumulation_steps
 say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {session.world_size} process(es), {dtype}')
 
 trained = [p for p in model.parameters() if p.requires_grad]
-fused = session.device_type in ('cpu', 'cuda')
-optimizer = torch.optim.AdamW(param_groups(model, config), lr=learning_rate, betas=(beta1, beta2), fused=fused)
+groups, fused = task_model.param_groups(model, config), session.device_type in ('cpu', 'cuda')
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 scaler = torch.amp.GradScaler(session.device_type, enabled=dtype == 'float16')
 if state:
     optimizer.load_state_dict(state['optimizer'])
@@ -207,7 +198,7 @@ def run_step():
     """Forward, backward, update, on the micro-batches of all processes together; returns the mean loss."""
     place = step % steps_per_epoch * gradient_accumulation_steps
     batches = epoch_batches(step // steps_per_epoch)[place : place + gradient_accumulation_steps]
-    n_targets = count_targets(example for batch in batches for example in batch)
+    n_targets = task_model.count_targets(example for batch in batches for example in batch)
     own = batches[session.rank :: session.world_size]
     for group in optimizer.param_groups:
         group['lr'] = get_lr(step) * group.get('lr_scale', 1.0)
@@ -219,7 +210,7 @@ def run_step():
         if session.ddp:
             fast_model.require_backward_grad_sync = i == micro_steps - 1
         with autocast(device, dtype):
-            loss = weight * sum_losses(fast_model(idx, lengths), targets) / n_targets
+            loss = weight * task_model.sum_losses(fast_model(idx, lengths), targets) / n_targets
         total += float(loss.detach())
         scaler.scale(loss * session.world_size).backward()  # the gradients of processes are averaged
     return session.update(optimizer, scaler, trained, total, grad_clip, f'step {step}')
@@ -234,7 +225,7 @@ def score_held_out():
     loss, right = session.all_reduce(loss, right)
     if session.is_stopping():
         return None
-    scores = {'loss': loss / count_targets(valid_examples)}
+    scores = {'loss': loss / task_model.count_targets(valid_examples)}
     if find_task(task).answers:
         scores['accuracy'] = right / len(valid_examples)
     return scores
@@ -289,7 +280,7 @@ def finish():
 
 
 # the record of the run
-n_trained, n_parameters = count_trained(model)
+n_trained, n_parameters = task_model.count_trained(model)
 session.begin(
     out_dir,
     log,

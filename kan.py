@@ -1,10 +1,10 @@
 """
-Kolmogorov-Arnold layers: every edge of a linear layer carries a learned function, a weighted activation plus a B-spline,
+Kolmogorov-Arnold layers: each edge of a linear layer is a learned function, a weighted activation plus a B-spline,
 
     y_o = sum_i base_weight[o, i] * act(x_i) + spline_scaler[o, i] * sum_m spline_weight[o, i, m] * B_m(x_i)
 
-(Liu et al. 2024, arXiv 2404.19756, eq. 2.10, in the matrix form of efficient-kan, whose names, arguments and state dict
-KANLinear and KAN keep). The backward pass recomputes the bases, so that of the data a layer keeps its input alone.
+(Liu et al. 2024, arXiv 2404.19756, eq. 2.10, in the matrix form of efficient-kan; KANLinear and KAN have its names,
+arguments and state dict). The backward pass recomputes the bases, so that a layer keeps no data but its input.
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows.
 The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
@@ -15,44 +15,34 @@ import math
 import torch
 import torch.nn as nn
 
-from layers.spline import name_of, recursive_bases, spline_linear, to_working_dtype
+from layers.spline import name_of, recursive_bases, spline_linear, to_float64, to_working_dtype
 
 
 def least_squares(gram, moments):
-    """The solution of least norm of gram @ c = moments, (I, K, K) and (I, K, ...), also where data left bases unseen."""
+    """The c of least norm with gram @ c = moments, (I, K, K) and (I, K, ...), also where data left bases unseen."""
     return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moments
 
 
 class KANLinear(nn.Module):
     """
     A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
-    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition. Two arguments mean something else when
-    they are not 1: scale_base and scale_spline multiply the initial weights. In efficient-kan a larger one makes them smaller.
-    Outside the extended knots the splines vanish and the base path alone acts.
+    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition. scale_base and scale_spline
+    multiply the initial weights, while in efficient-kan a larger one makes them smaller. Outside the extended knots the
+    splines vanish and the base path alone acts.
     """
 
     _packed = None  # see layers.generation.packed_weights
+    weight = property(lambda self: self.base_weight)  # for code that looks at the dtype or device of a linear layer
+    scaled_spline_weight = property(lambda self: self.scale_splines(self.spline_weight))  # (O, I, K), what acts
 
     def __init__(
-        self,
-        in_features,
-        out_features,
-        grid_size=5,
-        spline_order=3,
-        scale_noise=0.1,
-        scale_base=1.0,
-        scale_spline=1.0,
-        enable_standalone_scale_spline=True,
-        base_activation=nn.SiLU,
-        grid_eps=0.02,
-        grid_range=(-1, 1),
-        bias=False,
-    ):
+        self, in_features, out_features, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,
+        enable_standalone_scale_spline=True, base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False,
+    ):  # fmt: skip
         super().__init__()
         if grid_size < 1 or spline_order < 0:
-            raise ValueError(
-                f'grid_size must be at least 1 and spline_order at least 0, got {grid_size} and {spline_order}'
-            )
+            wanted = 'grid_size must be at least 1 and spline_order at least 0'
+            raise ValueError(f'{wanted}, got {grid_size} and {spline_order}')
         low, high = grid_range
         if not (low < high and math.isfinite(high - low)):
             raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
@@ -88,9 +78,7 @@ class KANLinear(nn.Module):
         G, k, bound = self.grid_size, self.spline_order, 1 / math.sqrt(self.in_features)
         self.base_weight.uniform_(-self.scale_base * bound, self.scale_base * bound)
         points = self.grid.t()[k : k + G + 1]  # (G + 1, I)
-        noise = (
-            torch.rand(G + 1, self.in_features, self.out_features, dtype=self.grid.dtype, device=self.grid.device) - 0.5
-        )
+        noise = torch.rand(*points.shape, self.out_features, dtype=points.dtype, device=points.device) - 0.5
         self.spline_weight.copy_(self.curve2coeff(points, noise * (self.scale_noise / G)))
         if self.enable_standalone_scale_spline:
             self.spline_scaler.uniform_(-self.scale_spline * bound, self.scale_spline * bound)
@@ -99,35 +87,20 @@ class KANLinear(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    @property
-    def weight(self):
-        """base_weight, for code of other models that looks at the dtype or device of a linear layer's weight."""
-        return self.base_weight
-
-    @property
-    def scaled_spline_weight(self):
-        """(O, I, K), the spline coefficients that act."""
-        return self.scale_splines(self.spline_weight)
-
     def scale_splines(self, spline_weight):
-        return (
-            spline_weight * self.spline_scaler.unsqueeze(-1) if self.enable_standalone_scale_spline else spline_weight
-        )
+        if not self.enable_standalone_scale_spline:
+            return spline_weight
+        return spline_weight * self.spline_scaler.unsqueeze(-1)
 
     def forward(self, x, base_weight=None, spline_weight=None):
-        """
-        (..., I) -> (..., O), in the autocast dtype where autocast is on, else in the dtype of the weights.
-        An adapter gives other weights to take in place of its own.
-        """
+        """(..., I) -> (..., O) in the autocast dtype, else that of the weights. An adapter gives weights of its own."""
         self.check_input(x)
         own = base_weight is None and spline_weight is None
         weight = self._packed if own and not torch.is_grad_enabled() else None
         if weight is None:
             weight = self.packed_weight(base_weight, spline_weight)
-        dtype = self.compute_dtype()
-        y = spline_linear(
-            x.reshape(-1, self.in_features), weight, self.grid, self.spline_order, self.base_activation, dtype
-        )
+        rows, dtype = x.reshape(-1, self.in_features), self.compute_dtype()
+        y = spline_linear(rows, weight, self.grid, self.spline_order, self.base_activation, dtype)
         if self.bias is not None:
             y = y + self.bias.to(dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -138,16 +111,14 @@ class KANLinear(nn.Module):
         return torch.get_autocast_dtype(device_type) if autocast else self.base_weight.dtype
 
     def packed_weight(self, base_weight=None, spline_weight=None):
-        """(O, (K + 1) * I), basis-major, so that the loops over columns run over neighbouring features; the base weight last."""
+        """(O, (K + 1) * I), basis-major, so that loops over columns run over neighbouring features; base last."""
         base = self.base_weight if base_weight is None else base_weight
         splines = self.scale_splines(self.spline_weight if spline_weight is None else spline_weight)
         return torch.cat([splines.transpose(1, 2), base.unsqueeze(1)], 1).flatten(1)
 
     def check_input(self, x):
         if x.size(-1) != self.in_features:
-            raise ValueError(
-                f'expected {self.in_features} features in the last dimension, got an input of shape {tuple(x.shape)}'
-            )
+            raise ValueError(f'expected {self.in_features} features in the last dimension, got shape {tuple(x.shape)}')
 
     def b_splines(self, x):
         """The bases of each feature, (..., I) -> (..., I, K). Differentiable in x."""
@@ -157,10 +128,7 @@ class KANLinear(nn.Module):
         return bases.to(x.dtype).reshape(*x.shape, -1)
 
     def curve2coeff(self, x, y):
-        """
-        Coefficients of the splines closest to the points (least squares; of least norm where points are too few):
-        x (N, I), y (N, I, O) -> (O, I, K)
-        """
+        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K)."""
         self.check_input(x)
         x, y, knots = (to_float64(tensor) for tensor in (x, y, self.grid))
         bases = recursive_bases(x, knots, self.spline_order)  # (N, K, I)
@@ -171,9 +139,9 @@ class KANLinear(nn.Module):
     @torch.no_grad()
     def update_grid(self, x, margin=0.01):
         """
-        Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu et al. 2024,
-        section 2.3), and refit every spline to the function it was, by least squares over x. Coefficients of bases that saw
-        no data, and features whose grid stays, keep their values. Memory is proportional to N * I.
+        Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu et
+        al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x. Coefficients of
+        bases that saw no data, and features whose grid stays, keep their values. Memory is proportional to N * I.
         """
         self.check_input(x)
         x = to_float64(x.reshape(-1, self.in_features))
@@ -185,8 +153,8 @@ class KANLinear(nn.Module):
             before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
             gram = gram + torch.einsum('nai,nbi->iab', after, after)
             cross = cross + torch.einsum('nai,nbi->iab', after, before)
-        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It is linear
-        # in the coefficients of an edge, so it acts on spline_weight as on spline_weight * spline_scaler, and the scaler stays.
+        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It
+        # is linear in the coefficients c of an edge, so it acts on spline_weight, and spline_scaler stays.
         refit = to_float64(self.spline_weight)
         refit = refit + torch.einsum('iab,oib->oia', least_squares(gram, cross - gram), refit)
         self.spline_weight.copy_(refit)
@@ -205,7 +173,7 @@ class KANLinear(nn.Module):
         return torch.cat([below, inner, above]).t()
 
     def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
-        """L1 of the spline weights and the entropy of their shares over the edges: efficient-kan's form of Liu et al. eq. 2.20."""
+        """L1 of the spline weights and entropy of their shares by edge: Liu et al. eq. 2.20 as in efficient-kan."""
         tiny = torch.finfo(self.spline_weight.dtype).tiny
         strength = self.spline_weight.abs().mean(-1)  # (O, I)
         total = strength.sum()
@@ -217,45 +185,19 @@ class KANLinear(nn.Module):
         return f'{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
 
 
-def to_float64(tensor):
-    """Least squares need it; MPS has none, so there the work moves to the CPU."""
-    return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
-
-
 class KAN(nn.Module):
     """KANLinear layers in a row: KAN([I, hidden, O]) maps (..., I) to (..., O). Other arguments as in KANLinear."""
 
     def __init__(
-        self,
-        layers_hidden,
-        grid_size=5,
-        spline_order=3,
-        scale_noise=0.1,
-        scale_base=1.0,
-        scale_spline=1.0,
-        base_activation=nn.SiLU,
-        grid_eps=0.02,
-        grid_range=(-1, 1),
-        bias=False,
-    ):
+        self, layers_hidden, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,
+        base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False,
+    ):  # fmt: skip
         super().__init__()
         self.grid_size, self.spline_order = grid_size, spline_order
-        self.layers = nn.ModuleList(
-            KANLinear(
-                in_features,
-                out_features,
-                grid_size=grid_size,
-                spline_order=spline_order,
-                scale_noise=scale_noise,
-                scale_base=scale_base,
-                scale_spline=scale_spline,
-                base_activation=base_activation,
-                grid_eps=grid_eps,
-                grid_range=grid_range,
-                bias=bias,
-            )
-            for in_features, out_features in zip(layers_hidden, layers_hidden[1:])
-        )
+        settings = dict(grid_size=grid_size, spline_order=spline_order, grid_range=grid_range, grid_eps=grid_eps)
+        settings.update(scale_noise=scale_noise, scale_base=scale_base, scale_spline=scale_spline)
+        settings.update(base_activation=base_activation, bias=bias)
+        self.layers = nn.ModuleList(KANLinear(I, O, **settings) for I, O in zip(layers_hidden, layers_hidden[1:]))
 
     def forward(self, x, update_grid=False):
         for layer in self.layers:

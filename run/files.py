@@ -1,6 +1,4 @@
-"""
-Files that are whole or absent: written aside and renamed. Standard library only.
-"""
+"""Files that are whole or absent: written aside and renamed. Standard library only."""
 
 import contextlib
 import hashlib

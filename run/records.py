@@ -1,7 +1,7 @@
 """
 What a run writes down beside its checkpoints, read and written without torch.
 
-    run.json    resolved config, commit, versions, device, parameters, data, start, final metrics, and `finished` (or `failed`) last
+    run.json    config, commit, versions, device, parameters, data, start, final metrics; last `finished` or `failed`
     log.jsonl   one line per evaluation
 """
 
@@ -13,16 +13,9 @@ from datetime import UTC, datetime
 from configurator import ROOT
 from run.files import write_atomically
 
-ADDED = {  # settings of train.py that older records do not name, as they were before there was a choice
-    'use_graph': False,
-    'graph_kind': 'gat',
-    'graph_edges': 'causal',
-    'graph_heads': 4,
-    'graph_place': 'after',
-    'graph_window': 8,
-    'graph_topk': 8,
-    'graph_backend': 'auto',
-}
+# settings of train.py that older records do not name, as they were before there was a choice
+ADDED = dict(use_graph=False, graph_kind='gat', graph_edges='causal', graph_heads=4, graph_place='after')
+ADDED.update(graph_window=8, graph_topk=8, graph_backend='auto')
 
 
 def complete(config):
@@ -32,14 +25,7 @@ def complete(config):
 
 def read_record(out_dir):
     """The contents of run.json, {} where there is none; ValueError where it is no JSON."""
-    path = os.path.join(out_dir, 'run.json')
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged ({error}): move its folder away') from None
+    return read_json(os.path.join(out_dir, 'run.json'), json.load, {})
 
 
 def write_record(out_dir, record):
@@ -49,12 +35,20 @@ def write_record(out_dir, record):
 
 def read_log(out_dir):
     """The evaluations of a run, one dict each; a last line cut off by a crash is left out."""
-    path = os.path.join(out_dir, 'log.jsonl')
+    return read_json(os.path.join(out_dir, 'log.jsonl'), read_whole_lines, [])
+
+
+def read_whole_lines(f):
+    return [json.loads(line) for line in f if line.endswith('\n')]
+
+
+def read_json(path, read, nothing):
+    """What `read` finds in a file, `nothing` where there is no file; ValueError where it is no JSON."""
     try:
         with open(path, encoding='utf-8') as f:
-            return [json.loads(line) for line in f if line.endswith('\n')]
+            return read(f)
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return nothing
     except ValueError as error:
         raise ValueError(f'{path} is damaged ({error}): move its folder away') from None
 

@@ -1,6 +1,4 @@
-"""
-What train.py and finetune.py share around their loops: the processes of a run, the signals that end it, what it says and writes down.
-"""
+"""What train.py and finetune.py share around their loops: processes, signals, random states, messages, records."""
 
 import inspect
 import math
@@ -27,10 +25,12 @@ class Session:
         self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
         self.ddp, self.world_size = 'WORLD_SIZE' in os.environ, int(os.environ.get('WORLD_SIZE', 1))
         self.master = self.rank == 0
-        self.device = pick_device('cpu' if self.ddp and device == 'auto' and not torch.cuda.is_available() else device)
+        if self.ddp and device == 'auto' and not torch.cuda.is_available():
+            device = 'cpu'  # not mps, on which processes cannot talk
+        self.device = pick_device(device)
         self.device_type = self.device.split(':')[0]
         if self.ddp and self.device_type == 'cuda':
-            self.device = f'cuda:{self.local_rank}'
+            self.device = pick_device(f'cuda:{self.local_rank}')
         self.dtype = pick_dtype(dtype, self.device)
         self.signals, self.save_failed, self.wandb_failed = [], False, False
         self.on_terminal = self.master and sys.stderr.isatty()
@@ -38,12 +38,12 @@ class Session:
 
     def micro_steps(self, gradient_accumulation_steps):
         """Micro-batches of this process in a step."""
-        if gradient_accumulation_steps % self.world_size:
-            nearest = max(1, round(gradient_accumulation_steps / self.world_size)) * self.world_size
-            raise ValueError(
-                f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared by {self.world_size} processes; nearest: {nearest}'
-            )
-        return gradient_accumulation_steps // self.world_size
+        steps, n = gradient_accumulation_steps, self.world_size
+        if steps % n:
+            nearest = max(1, round(steps / n)) * n
+            words = f'cannot be shared by {n} processes; nearest: {nearest}'
+            raise ValueError(f'gradient_accumulation_steps={steps} {words}')
+        return steps // n
 
     def join(self, backend):
         """Meet the other processes."""
@@ -56,11 +56,8 @@ class Session:
         if not self.ddp:
             return model
         # constant buffers need no exchange; torch 2.13 has another name for that
-        exchange = (
-            'forward_sync_buffers'
-            if 'forward_sync_buffers' in inspect.signature(DDP).parameters
-            else 'broadcast_buffers'
-        )
+        known = inspect.signature(DDP).parameters
+        exchange = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
         return DDP(model, device_ids=[self.local_rank] if self.device_type == 'cuda' else None, **{exchange: False})
 
     def all_reduce(self, *numbers):
@@ -71,30 +68,31 @@ class Session:
         dist.all_reduce(total)
         return total.tolist()
 
-    def check_same(self, what, value):
-        """ValueError where the processes do not have the same: nodes without a shared disk prepare data of their own."""
+    def gather(self, value):
+        """What each of the processes has."""
         values = [value] * self.world_size
         if self.ddp:
             dist.all_gather_object(values, value)
-        others = [rank for rank, other in enumerate(values) if other != values[0]]
-        if others:
-            raise ValueError(
-                f'{what} is not the same on process {others[0]} as on process 0: copy its files from one node to all'
-            )
+        return values
+
+    def check_same(self, what, value):
+        """ValueError where the processes have not the same: nodes without a shared disk prepare data of their own."""
+        first, *others = self.gather(value)
+        rank = next((rank for rank, other in enumerate(others, 1) if other != first), None)
+        if rank:
+            places = f'on process {rank} as on process 0'
+            raise ValueError(f'{what} is not the same {places}: copy its files from one node to all')
 
     def update(self, optimizer, scaler, parameters, loss, grad_clip, place):
         """
-        A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the sum over all processes of their
-        shares of the loss. Where the loss or a gradient is not finite, the run ends here and the weights stay as they are.
+        A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the loss, the sum of the
+        processes' shares. Where it or a gradient is not finite, the run ends here and the weights stay as they are.
         """
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-        loss = float(loss)
-        if not (
-            scaler.is_enabled() or norm.isfinite()
-        ):  # the scaler itself skips steps with gradients that are not finite
-            loss = math.nan
-        loss = self.all_reduce(loss)[0]
+        # the scaler itself skips steps with gradients that are not finite
+        is_usable = scaler.is_enabled() or norm.isfinite()
+        loss = self.all_reduce(float(loss) if is_usable else math.nan)[0]
         if not math.isfinite(loss):
             self.give_up(f'the loss or its gradient is not finite at {place}')
         scaler.step(optimizer)
@@ -109,8 +107,8 @@ class Session:
         if self.save_failed:
             sys.exit('error: not everything could be saved, see the warnings above; what is saved is whole')
 
-    # signals: the first one is noted and the loop stops at the end of a step; another one ends the process at once, unless it comes
-    # within a second: a terminal or a scheduler signals this process, and so does the launcher that was signalled with it
+    # signals: the first one is noted and the loop stops at the end of a step; another one ends the process at once,
+    # unless it comes within a second: a terminal signals this process, and so does the launcher that it signals too
 
     def listen(self):
         signal.signal(signal.SIGTERM, self.on_signal)
@@ -127,23 +125,17 @@ class Session:
         """Whether any process was told to stop, so that all of them leave the loop together."""
         return self.all_reduce(len(self.signals))[0] > 0
 
-    # random states
-
     def gather_rng(self):
         """The random states of all processes."""
-        rng = [get_rng(self.device)] * self.world_size
-        if self.ddp:
-            dist.all_gather_object(rng, rng[self.rank])
-        return rng
+        return self.gather(get_rng(self.device))
 
     def restore_rng(self, state):
         """Go on from the random state in a checkpoint; without one for as many processes, from the one at hand."""
         if len(state.get('rng', [])) == self.world_size:
             set_rng(state['rng'][self.rank], self.device)
-        elif self.master:
-            print(
-                f'warning: no random state for {self.world_size} processes in the checkpoint, dropout starts from the seed'
-            )
+        else:
+            n = self.world_size
+            self.say(f'warning: no random state for {n} processes in the checkpoint, dropout starts from the seed')
 
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
@@ -166,25 +158,18 @@ class Session:
 
     def begin(self, out_dir, log, resumed_at, config, **fields):
         """
-        Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far. Where the
-        run is not resumed, the files of an earlier one in out_dir move aside.
+        Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far.
+        Where the run is not resumed, the files of an earlier one in out_dir move aside.
         """
         self.out_dir, self.log = out_dir, log
-        self.record = dict(
-            config=config,
-            seed=config['seed'],
-            commit=records.commit(),
-            versions=versions(),
-            device=device_name(self.device),
-            processes=self.world_size,
-            **fields,
-            resumed_at=resumed_at,
-            started=records.now(),
-        )
-        if self.master and out_dir:
+        self.record = dict(config=config, seed=config['seed'], commit=records.commit(), versions=versions())
+        self.record.update(device=device_name(self.device), processes=self.world_size, **fields)
+        self.record.update(resumed_at=resumed_at, started=records.now())
+        if self.master and out_dir is not None:
             os.makedirs(out_dir, exist_ok=True)
-            if resumed_at is None and (folder := set_aside(out_dir)):
-                self.say(f'{out_dir} holds an earlier run: its files are moved to {folder}')
+            earlier = set_aside(out_dir) if resumed_at is None else None
+            if earlier:
+                self.say(f'{out_dir} holds an earlier run: its files are moved to {earlier}')
         self.write_record()
 
     def give_up(self, reason):
@@ -193,12 +178,13 @@ class Session:
         sys.exit(f'error: {reason}; the checkpoints are untouched')
 
     def write_record(self, **fields):
+        """Bring the files of the record up to date, the log first: a run that is `finished` has all of it."""
         self.record.update(fields)
-        if not (self.master and self.out_dir):
+        if not self.master or self.out_dir is None:
             return
         try:
-            records.write_record(self.out_dir, self.record)
             records.write_log(self.out_dir, self.log)
+            records.write_record(self.out_dir, self.record)
         except OSError as error:
             self.save_failed = True
             self.say(f'warning: the run record is not saved: {error}')

@@ -63,20 +63,16 @@ def vanilla(**shape):
     return {**kan, 'use_kan': False, **shape}
 
 
-def make_timed_step(model_args):
-    """A training step of the model, after an untimed one."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**model_args)).to(device)
-    step = make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
-    step()
-    return step
-
-
 def measure_seconds(*models):
-    """Median seconds per step of several models, whose steps alternate."""
+    """Median seconds per step of several models, whose steps alternate, after an untimed one of each."""
     torch.compiler.reset()  # which gives up after a few versions of a model
-    steps = [make_timed_step(model_args) for model_args in models]
-    return np.median([[step() for step in steps] for _ in range(repeats)], axis=0)
+    steps = []
+    for model_args in models:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**model_args)).to(device)
+        steps.append(make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype))
+    seconds = [[step() for step in steps] for _ in range(1 + repeats)]
+    return np.median(seconds[1:], axis=0)
 
 
 def ratio(model_args):
@@ -153,9 +149,8 @@ name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace(
 defaults = settings_of('train.py', [])
 machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
-settings.update(shape)
-changed = {key: value for key, value in settings.items() if value != defaults[key] and key not in machine + of_kan}
-changed.update(out_dir=f'out-{name}')
+wanted = {**settings, **shape, 'out_dir': f'out-{name}'}
+changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in machine + of_kan}
 header = f'''"""
 The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
 {figure}.

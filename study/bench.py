@@ -7,10 +7,10 @@ Time and memory of layers, of training steps and of sampling: ours and, where in
     python study/bench.py --suite=adapter
     python study/bench.py --suite=graph
 
-`pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy
-of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of a training step that finds edges.
-Each case has processes of its own, one per round, so that its peak memory is its own and the rounds interleave the cases. Prints a table,
-then one line of JSON with every number in it.
+`pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
+kan-gpt its copy of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of
+a training step that finds edges. Each case has processes of its own, one per round, so that its peak memory is its own
+and the rounds interleave the cases. Prints a table, then one line of JSON with every number in it.
 """
 
 import importlib.util
@@ -53,20 +53,12 @@ case = ''  # what a process measures, as JSON
 configure(globals())
 device = pick_device(device)
 
-PEERS = {
-    'efficient-kan': 'kan_gpt',
-    'inkan': 'inkan',
-    'peft': 'peft',
-    'kolmg-lora': 'kolmg_lora',
-}  # and the packages that have them
+PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lora': 'kolmg_lora'}  # and their packages
+PEER_LAYERS = {'efficient-kan': ('kan_gpt.efficient_kan.model', 'KANLinear'), 'inkan': ('inkan', 'KANLayer')}
 LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
-SHAPES = [(192, 768, 16384), (768, 192, 16384), (96, 384, 2048), (768, 3072, 2048)]  # features in, features out, rows
+# GPTs, and the end of their config's name; a peer's layers take the place of ours
+MODELS = {'vanilla': '', 'vanilla, equal parameters': '_balanced', **dict.fromkeys(LAYERS[2:], '_kan')}
 SIZES = ['micro', 'nano']
-MODELS = {
-    'vanilla': '',
-    'vanilla, equal parameters': '_balanced',
-    **dict.fromkeys(LAYERS[2:], '_kan'),
-}  # and the end of their config's name
 ADAPTERS = {  # settings of LoRAConfig, and who else has it
     'LoRA': (dict(), 'peft'),
     'rsLoRA': (dict(rs_lora=True), 'peft'),
@@ -74,8 +66,6 @@ ADAPTERS = {  # settings of LoRAConfig, and who else has it
     'KAN-LoRA': (dict(kind='kan'), 'kolmg-lora'),
     'KAN-DoRA': (dict(kind='kan', use_dora=True), 'kolmg-lora'),
 }
-LENGTHS = [(256, 255), (256, 500), (512, 500)]  # block_size, new tokens
-ATTENTION_SHAPES = [(192, 6, 512, 8), (768, 12, 512, 8)]  # width, heads of self-attention, tokens, sequences
 ATTENTIONS = {  # settings of the layer
     'self-attention': dict(),
     'GAT': dict(use_graph=True),
@@ -83,28 +73,28 @@ ATTENTIONS = {  # settings of the layer
     'GAT, window by mask': dict(use_graph=True, graph_edges='window', graph_backend='dense'),
     'GAT, window by list': dict(use_graph=True, graph_edges='window', graph_backend='pyg'),
 }
-EDGES = ['causal', 'window', 'topk', 'same']
+ADAPTED = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
+SHAPES = ['192 768 16384', '768 192 16384', '96 384 2048', '768 3072 2048']  # features in, features out, rows
+ATTENTION_SHAPES = ['192 6 512 8', '768 12 512 8']  # width, heads of self-attention, tokens, sequences
+LENGTHS = ['256 255', '256 500', '512 500']  # block_size, new tokens
+SAMPLED = [f'{config} {lengths}' for config in ('micro', 'micro_kan') for lengths in LENGTHS]
+EDGES = ['no edges', 'causal edges', 'window edges', 'topk edges', 'same edges']
+SUITES = {  # where each measures, and what
+    'layer': [(SHAPES, LAYERS)],
+    'step': [(SIZES, MODELS)],
+    'sample': [(SAMPLED, ['uncached', 'cached'])],
+    'adapter': [(['768 768 8192'], ['nn.Linear', *ADAPTED])],
+    'graph': [(ATTENTION_SHAPES, ATTENTIONS), (SIZES, EDGES)],
+}
 
 
 def list_cases():
     """What there is to measure: [dtype, where, name] each."""
-    precisions = [pick_dtype(dtype, device) for dtype in dtypes.split(',')]
-    if suite == 'layer':
-        cases = [[dtype, f'{I} {O} {N}', name] for I, O, N in SHAPES for dtype in precisions for name in LAYERS]
-    elif suite == 'step':
-        cases = [[dtype, size, name] for size in SIZES for dtype in precisions for name in MODELS]
-    elif suite == 'sample':
-        wheres = [f'{config} {block_size} {n}' for config in ('micro', 'micro_kan') for block_size, n in LENGTHS]
-        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ('uncached', 'cached')]
-    elif suite == 'adapter':
-        names = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
-        cases = [[dtype, '768 768 8192', name] for dtype in precisions for name in ['nn.Linear', *names]]
-    elif suite == 'graph':
-        wheres = [' '.join(map(str, shape)) for shape in ATTENTION_SHAPES]
-        cases = [[dtype, where, name] for dtype in precisions for where in wheres for name in ATTENTIONS]
-        cases += [[dtype, size, f'{edges} edges'] for size in SIZES for dtype in precisions for edges in ('no', *EDGES)]
-    else:
+    if suite not in SUITES:
         raise ValueError(f'suite={suite!r}: expected layer, step, sample, adapter or graph')
+    precisions, cases = [pick_dtype(dtype, device) for dtype in dtypes.split(',')], []
+    for wheres, names in SUITES[suite]:
+        cases += [[dtype, where, name] for where in wheres for dtype in precisions for name in names]
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
     try:
@@ -112,37 +102,17 @@ def list_cases():
     except re.error as error:
         raise ValueError(f'only={only!r} is not a regular expression: {error}') from None
     if not chosen:
-        raise ValueError(
-            f'only={only!r} finds no case; there are, e.g., {", ".join(map(repr, map(" ".join, cases[:3])))}'
-        )
+        examples = ', '.join(repr(' '.join(case)) for case in cases[:3])
+        raise ValueError(f'only={only!r} finds no case; there are, e.g., {examples}')
     if missing:
         print(f'not installed, left out: {", ".join(missing)} (see requirements-all.txt)', file=sys.stderr)
     return chosen
 
 
-# what a process measures: a function that runs once and returns its seconds
-
-
-class Rows(nn.Module):
-    """A layer that takes matrices only, for inputs (..., I)."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
-
-
 def make_layer(name, I, O):
-    if name == 'efficient-kan':
-        from kan_gpt.efficient_kan.model import KANLinear as EfficientKANLinear
-
-        return Rows(EfficientKANLinear(I, O))
-    if name == 'inkan':
-        from inkan import KANLayer
-
-        return Rows(KANLayer(I, O))
+    if name in PEER_LAYERS:
+        module, layer = PEER_LAYERS[name]
+        return getattr(importlib.import_module(module), layer)(I, O)
     if name.partition(',')[0] in ADAPTERS:
         return make_adapted(name, I, O)
     return nn.Linear(I, O, bias=False) if name == 'nn.Linear' else KANLinear(I, O)
@@ -167,34 +137,21 @@ def make_adapted(name, I, O):
     return model
 
 
-def prepare_floor(I, O, N, dtype):
-    """
-    The matrix products of nn.Linear(9 * I, O) on inputs that are ready: the arithmetic of a KAN layer of eight bases and an
-    activation, when it multiplies by all of them.
-    """
-    x, w, g = (
-        torch.randn(*shape, device=device).to(getattr(torch, dtype)) for shape in ((N, 9 * I), (O, 9 * I), (N, O))
-    )
-
-    def run():
-        t0 = clock(device)
-        y = x @ w.t()
-        t1 = clock(device)
-        dx, dw = g @ w, g.t() @ x
-        return {'forward': t1 - t0, 'backward': clock(device) - t1}, (y, dx, dw)
-
-    return lambda: run()[0]
+# what a process measures: each prepare_... returns a function that runs once and returns its seconds
 
 
 def prepare_layer(dtype, where, name):
     I, O, N = map(int, where.split())
-    if name == 'floor':
-        return prepare_floor(I, O, N, dtype)
-    return time_layer(make_layer(name, I, O), torch.randn(N, I), torch.randn(N, O), dtype)
+    if name != 'floor':
+        return time_layer(make_layer(name, I, O), torch.randn(N, I), torch.randn(N, O), dtype)
+    # the products of a KAN layer of eight bases and an activation, multiplied by all of them, on inputs that are ready
+    ready = getattr(torch, dtype)
+    layer, x = nn.Linear(9 * I, O, bias=False), torch.randn(N, 9 * I)
+    return time_layer(layer.to(ready), x.to(ready), torch.randn(N, O), dtype)
 
 
-def time_layer(layer, x, g, dtype):
-    """Forward and backward pass on inputs x, with g the gradients of the outputs."""
+def time_layer(layer, x, g, dtype, forward=None):
+    """Forward and backward pass on inputs x, with g the gradients of the outputs; `forward` calls the layer."""
     layer.to(device)
     x, g = x.to(device).requires_grad_(), g.to(device, getattr(torch, dtype))
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -202,7 +159,7 @@ def time_layer(layer, x, g, dtype):
     def run():
         t0 = clock(device)
         with autocast(device, dtype):
-            y = layer(x)
+            y = (forward or layer)(x)
         t1 = clock(device)
         torch.autograd.grad(y, [x, *trained], g)
         return {'forward': t1 - t0, 'backward': clock(device) - t1}
@@ -222,9 +179,12 @@ def prepare_step(dtype, where, name):
     raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
-            module.layers = nn.ModuleList(
-                make_layer(name, layer.in_features, layer.out_features) for layer in module.layers
-            )
+            others = [make_layer(name, layer.in_features, layer.out_features) for layer in module.layers]
+            rows, sequences = (
+                nn.Flatten(0, -2),
+                nn.Unflatten(0, (-1, settings['block_size'])),
+            )  # they take matrices only
+            module.layers = nn.ModuleList(nn.Sequential(rows, other, sequences) for other in others)
     raw_model.to(device)
     step = make_step(raw_model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
     return lambda: {'step': step()}
@@ -244,29 +204,22 @@ def prepare_sample(dtype, where, name):
     return run
 
 
-class Attention(nn.Module):
-    """What has the place of self-attention in a GPT with these settings; graph attention finds its edges in each pass."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.layer = config, Block(config).attn
-
-    def forward(self, x):
-        ids = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
-        return self.layer(x, edges=Edges(self.config, ids) if self.config.use_graph else None)
-
-
 def prepare_graph(dtype, where, name):
     if where in SIZES:
         return prepare_graph_step(dtype, where, name.removesuffix(' edges'))
     C, n_head, T, B = map(int, where.split())
     config = GPTConfig(n_embd=C, n_head=n_head, block_size=T, bias=False, graph_place='attention', **ATTENTIONS[name])
-    return time_layer(Attention(config), torch.randn(B, T, C), torch.randn(B, T, C), dtype)
+    layer, ids = Block(config).attn, torch.zeros(B, T, dtype=torch.long, device=device)
+
+    def forward(x):  # graph attention finds its edges in each pass
+        return layer(x, edges=Edges(config, ids) if config.use_graph else None)
+
+    return time_layer(layer, torch.randn(B, T, C), torch.randn(B, T, C), dtype, forward)
 
 
 def prepare_graph_step(dtype, size, edges):
-    """A training step of a GPT with graph layers, and how much of it finds the edges: the same edges, found once more."""
-    model, settings = make_gpt(size, **(dict(use_graph=True, graph_edges=edges) if edges != 'no' else {}))
+    """A training step of a GPT with graph layers, and how much of it finds edges: the same ones, found once more."""
+    model, settings = make_gpt(size, **({} if edges == 'no' else dict(use_graph=True, graph_edges=edges)))
     model.to(device)
     B, T, C = settings['batch_size'], settings['block_size'], settings['n_embd']
     idx, x = torch.randint(65, (B, T), device=device), torch.randn(B, T, C, device=device)
@@ -282,7 +235,8 @@ def prepare_graph_step(dtype, size, edges):
         return clock(device) - t0
 
     def run():
-        seconds, finding = step(), find_edges() if layers else 0.0
+        seconds = step()
+        finding = find_edges() if layers else 0.0
         return {'edges': finding, 'rest': seconds - finding}
 
     return run
@@ -311,19 +265,14 @@ def profile(run):
     return sorted(measured, key=lambda operator: -operator[2])[:operators]
 
 
-# the rounds and the table
-
-
 def run_rounds(cases):
-    """[{dtype, where, name, seconds: {part: [...]}, peak_bytes}] of all rounds; a case that fails has `error` in place of numbers."""
+    """[{dtype, where, name, seconds: {part: [...]}, peak_bytes}] of all rounds, with `error` where a case fails."""
     rows = [dict(dtype=dtype, where=where, name=name, seconds={}, peak_bytes=0) for dtype, where, name in cases]
     for row in tqdm(rows * rounds, unit='case', disable=None):
         if 'error' in row:
             continue
-        one = json.dumps([row['dtype'], row['where'], row['name']])
-        flags = dict(
-            suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep, case=one
-        )
+        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep)
+        flags['case'] = json.dumps([row['dtype'], row['where'], row['name']])
         command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -349,15 +298,11 @@ def print_table(rows):
         if 'error' in row:
             print(f'  {row["name"]:44} failed: {row["error"]}')
             continue
-        base = first[group]['seconds'].get('total')
         parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
         times = '  '.join(f'{part} {milliseconds(row["seconds"][part])}' for part in parts)
-        ratio = f'{np.median(row["seconds"]["total"]) / np.median(base):8.3f}x' if base else ''
-        share = (
-            f'  {np.median(row["seconds"]["edges"]) / np.median(row["seconds"]["total"]):6.2%} finds edges'
-            if 'edges' in parts
-            else ''
-        )
+        base, total = first[group]['seconds'].get('total'), np.median(row['seconds']['total'])
+        ratio = f'{total / np.median(base):8.3f}x' if base else ''
+        share = f'  {np.median(row["seconds"]["edges"]) / total:6.2%} finds edges' if 'edges' in parts else ''
         print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB{share}')
         for name, count, seconds in row['operators']:
             print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
@@ -373,9 +318,8 @@ if case:
 else:
     rows = run_rounds(list_cases())
     print_table(rows)
-    about = dict(
-        suite=suite, hardware=device_name(device), threads=torch.get_num_threads(), versions=versions(), rounds=rounds
-    )
-    print(json.dumps({**about, 'repeats': repeats, 'dropout': dropout, 'keep': keep, 'rows': rows}))
+    about = dict(suite=suite, rounds=rounds, repeats=repeats, dropout=dropout, keep=keep)
+    about.update(hardware=device_name(device), threads=torch.get_num_threads(), versions=versions())
+    print(json.dumps({**about, 'rows': rows}))
     if all('error' in row for row in rows):
         sys.exit('error: every case failed')

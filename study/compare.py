@@ -7,9 +7,10 @@ Finished runs side by side: a table, curves, and tests over seeds.
     python study/compare.py out-pilot/* --over=learning_rate,init_std
     python study/compare.py results/nano/runs.jsonl out-mine --baseline=nano_kan
 
-Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the runs.jsonl of studies. Runs that differ in nothing but their seed are one
-row: mean and standard deviation over its seeds, and a paired t-test against the baseline over the seeds both have. Writes compare.md,
-compare.json, compare.html (one file, no network needed) and the figures as PNG into --out.
+Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the runs.jsonl of studies. Runs
+that differ in nothing but their seed are one row: mean and standard deviation over its seeds, and a paired t-test
+against the baseline over the seeds both have. Writes compare.md, compare.json, compare.html (one file, no network
+needed) and the figures as PNG into --out.
 """
 
 import html
@@ -36,27 +37,20 @@ from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 out = 'out-compare'  # the folder to write into
 baseline = ''  # the row that the others are compared with, by its name; by default the first
 mix = False  # compare even runs on other data, other validation windows or another number of tokens
-over = (
-    ''  # two settings, joined by a comma: also the best loss over the two for each family, the rows alike in all else
-)
+over = ''  # two settings joined by a comma: also the best loss over the two for each family, the rows alike in all else
 scaling = False  # fit a power law of loss and parameters to every family, the rows that differ in size only
 # -----------------------------------------------------------------------------
 SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
 
 
-# reading
-
-
 def read_all(paths):
-    """The runs in folders of train.py and in files runs.jsonl, [{name, record, log}]; what holds none is left out with a word."""
+    """The runs in folders of train.py and in files runs.jsonl, [{name, record, log}]; says which of them hold none."""
     runs = []
     for path in paths:
         found = read_runs(path) if path.endswith('.jsonl') else {path: read_run(path)}
-        for name, record in found.items():
-            if len(record) > 0:
-                runs.append(check_run(name, record, path))
-            else:
-                print(f'left out: {path} holds no run of train.py, it has no run.json', file=sys.stderr)
+        if not any(found.values()):
+            print(f'left out: {path} holds no run of train.py', file=sys.stderr)
+        runs += [check_run(name, record, path) for name, record in found.items() if record]
     return runs
 
 
@@ -73,74 +67,60 @@ def check_run(name, record, path):
 
 
 def group_runs(runs):
-    """[{name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
+    """[{name, full_name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
     groups = {}
     for run in runs:
         config = {key: value for key, value in run['record']['config'].items() if key not in (*INCIDENTAL, 'seed')}
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
-        group = groups.setdefault(
-            key, {'name': name_of_row(run['name']), 'config': config, 'finished': [], 'unfinished': []}
-        )
-        group['finished' if 'finished' in run['record'] and run['log'] else 'unfinished'].append(run)
-    names = [group['name'] for group in groups.values()]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(clash_text(*[group for group in groups.values() if group['name'] == name]))
+        folder = os.path.basename(os.path.normpath(run['name'])).removeprefix('out-')
+        full_name = re.sub(r'[,-]?seed[=-]?\d+', '', folder)
+        named = dict(full_name=full_name, config=config, finished=[], unfinished=[])
+        is_finished = 'finished' in run['record'] and run['log']
+        groups.setdefault(key, named)['finished' if is_finished else 'unfinished'].append(run)
+    groups = list(groups.values())
+    names = [group['full_name'] for group in groups]
     shared = os.path.commonprefix(names) if len(names) > 1 else ''
     shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
-    for group in groups.values():
-        group['full_name'], group['name'] = group['name'], group['name'].removeprefix(shared)
+    for group in groups:
+        group['name'] = group['full_name'].removeprefix(shared)
+        if names.count(group['full_name']) > 1:
+            raise ValueError(clash_text(*[other for other in groups if other['full_name'] == group['full_name']]))
         folders = {}
         for run in group['finished']:
-            if (seed := run['record']['config']['seed']) in folders:
+            seed = run['record']['config']['seed']
+            if seed in folders:
                 raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["name"]}')
             folders[seed] = run['name']
-    return list(groups.values())
+    return groups
 
 
 def clash_text(one, other, *_):
-    folders = [(group['finished'] + group['unfinished'])[0]['name'] for group in (one, other)]
-    changed = [
-        key for key in sorted(one['config'] | other['config']) if one['config'].get(key) != other['config'].get(key)
-    ]
-    listed = (
-        ', '.join(f'{key} ({one["config"].get(key)!r} and {other["config"].get(key)!r})' for key in changed)
-        or 'their data'
-    )
-    return (
-        f'{folders[0]} and {folders[1]} would be one row, but differ in {listed}: leave one out, or rename its folder'
-    )
-
-
-def name_of_row(folder):
-    """The name of a run's folder without out- and the seed."""
-    name = os.path.basename(os.path.normpath(folder)).removeprefix('out-')
-    return re.sub(r'[,-]?seed[=-]?\d+', '', name)
+    folders = ' and '.join((group['finished'] + group['unfinished'])[0]['name'] for group in (one, other))
+    pairs = {key: (one['config'].get(key), other['config'].get(key)) for key in one['config'] | other['config']}
+    changed = [f'{key} ({a!r} and {b!r})' for key, (a, b) in sorted(pairs.items()) if a != b] or ['their data']
+    return f'{folders} would be one row, but differ in {", ".join(changed)}: leave one out, or rename its folder'
 
 
 def check_comparable(groups):
     """ValueError, with the reason, where the groups were not trained or evaluated on the same."""
-    facts = {
-        'data': lambda g, record: (
-            tuple(data['sha256'] for data in (record['dataset']['splits'] or {}).values()) or g['config']['dataset']
-        ),
-        'validation windows (eval_iters * batch_size of them, block_size long)': lambda g, record: (
-            g['config']['eval_iters'] * g['config']['batch_size'],
-            g['config']['block_size'],
-        ),
-        'iterations between evaluations': lambda g, record: g['config']['eval_interval'],
-        'tokens to train on': lambda g, record: g['config']['max_iters'] * record['tokens_per_iter'],
-    }
-    for what, fact in facts.items():
-        found = {g['name']: fact(g, (g['finished'] + g['unfinished'])[0]['record']) for g in groups}
-        if len(set(found.values())) > 1:
-            listed = '; '.join(
-                f'{name}: {" ".join(str(v)[:12] for v in np.atleast_1d(value))}' for name, value in found.items()
-            )
+    found = {group['name']: list_facts(group) for group in groups}
+    for what in next(iter(found.values())):
+        values = {name: facts[what] for name, facts in found.items()}
+        if len(set(values.values())) > 1:
+            listed = '; '.join(f'{name}: {" ".join(str(v)[:12] for v in value)}' for name, value in values.items())
             raise ValueError(f'the runs have different {what} ({listed}); to compare them all the same, add --mix=True')
 
 
-# numbers
+def list_facts(group):
+    """What groups must have in common: {what: values}."""
+    config, record = group['config'], (group['finished'] + group['unfinished'])[0]['record']
+    splits, windows = record['dataset']['splits'] or {}, config['eval_iters'] * config['batch_size']
+    return {
+        'data': tuple(data['sha256'] for data in splits.values()) or (config['dataset'],),
+        'validation windows (eval_iters * batch_size of them, block_size long)': (windows, config['block_size']),
+        'iterations between evaluations': (config['eval_interval'],),
+        'tokens to train on': (config['max_iters'] * record['tokens_per_iter'],),
+    }
 
 
 def summarize(group):
@@ -148,6 +128,7 @@ def summarize(group):
     records, logs = ([run[key] for run in group['finished']] for key in ('record', 'log'))
     first = records[0]
     group['seeds'] = [record['config']['seed'] for record in records]
+    group['not_counted'] = f' (+ {len(group["unfinished"])} unfinished)' if group['unfinished'] else ''
     group['parameters'] = first['parameters']['total']
     group['flops_per_token'] = first['flops_per_token']
     group['tokens_per_iter'] = first['tokens_per_iter']
@@ -159,53 +140,43 @@ def summarize(group):
     group['best'] = [record['final']['best_val_loss'] for record in records]
     group['final'] = [record['final']['val_loss'] for record in records]
     group['devices'] = sorted({f'{record["device"]}, torch {record["versions"]["torch"]}' for record in records})
-    chars, splits = first['dataset'].get('val_chars'), first['dataset']['splits']
-    group['chars_per_token'] = chars / splits['val']['tokens'] if chars else math.nan
+    chars = first['dataset'].get('val_chars') or math.nan  # of the validation text, where they were counted
+    tokens = first['dataset']['splits']['val']['tokens'] if first['dataset']['splits'] else math.nan
+    group['bits_per_char'] = float(np.mean(group['best'])) / math.log(2) * tokens / chars
     iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
-    losses = np.array(
-        [[next(line['val_loss'] for line in log if line['iter'] == i) for i in iterations] for log in logs]
-    )
+    by_iteration = [{line['iter']: line['val_loss'] for line in log} for log in logs]
+    losses = np.array([[found[i] for i in iterations] for found in by_iteration])
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
 
 
 def compare_with(base, group):
-    """(mean difference of the best losses over the seeds both have, p of a paired t-test, number of these seeds); NaN for too few."""
-    pairs = [
-        (group['best'][i], base['best'][base['seeds'].index(seed)])
-        for i, seed in enumerate(group['seeds'])
-        if seed in base['seeds']
-    ]
-    if not pairs:
-        return math.nan, math.nan, 0
-    ours, theirs = np.array(pairs).T
-    return float((ours - theirs).mean()), paired_p(ours, theirs), len(pairs)
+    """Add the mean difference of the best losses over the seeds both have, p of a paired t-test, and how many."""
+    of_base = dict(zip(base['seeds'], base['best']))
+    pairs = [(loss, of_base[seed]) for seed, loss in zip(group['seeds'], group['best']) if seed in of_base]
+    ours, theirs = np.reshape(pairs, (-1, 2)).T
+    group['base'], group['pairs'] = None if group is base else base, len(pairs)
+    group['difference'] = float((ours - theirs).mean()) if pairs else math.nan
+    group['p'] = paired_p(ours, theirs)
 
 
 def fit_power_law(groups):
     """
-    loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the logarithms.
-    The 95 % interval of the exponent is Student's, with as many degrees of freedom as sizes but two.
+    loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the
+    logarithms. The 95 % interval of the exponent is Student's, with as many degrees of freedom as sizes but two.
     """
-    fit = stats.linregress(
-        [math.log(group['parameters']) for group in groups], [math.log(np.mean(group['best'])) for group in groups]
-    )
+    x, y = [group['parameters'] for group in groups], [np.mean(group['best']) for group in groups]
+    fit = stats.linregress(np.log(x), np.log(y))
     width = stats.t.ppf(0.975, len(groups) - 2) * fit.stderr
-    return {
-        'factor': math.exp(fit.intercept),
-        'exponent': fit.slope,
-        'interval': [fit.slope - width, fit.slope + width],
-        'sizes': len(groups),
-    }
+    interval = [fit.slope - width, fit.slope + width]
+    return {'factor': math.exp(fit.intercept), 'exponent': fit.slope, 'interval': interval, 'sizes': len(groups)}
 
 
 def families(groups, settings):
-    """[(name, groups that differ in these settings only)]; the name is what theirs have in common, if anything, else the first's."""
+    """[(name, groups that differ in these settings only)]; the name is what theirs have in common, else the first's."""
     found = {}
     for group in groups:
-        key = json.dumps(
-            {name: value for name, value in group['config'].items() if name not in settings}, sort_keys=True
-        )
-        found.setdefault(key, []).append(group)
+        others = {name: value for name, value in group['config'].items() if name not in settings}
+        found.setdefault(json.dumps(others, sort_keys=True), []).append(group)
     named = {}
     for members in found.values():
         parts = [group['full_name'].split(',') for group in members]
@@ -214,37 +185,18 @@ def families(groups, settings):
     return list(named.items())
 
 
-def plain(value):
-    """As JSON has it: lists for arrays, null for what is not a number."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# the table
-
-
 def difference_text(group):
-    if not group['base'] or not group['pairs']:
-        return 'no seed in common' if group['base'] else ''
+    if not group['base']:
+        return ''
+    if not group['pairs']:
+        return 'no seed in common'
     p = '' if math.isnan(group['p']) else f'p = {group["p"]:.2g}, '
     return f'{group["difference"]:+.4f} ({p}n = {group["pairs"]})'
 
 
-def bits_per_char(group):
-    """Of the best loss, by the characters of the validation text for each of its tokens; NaN where nobody counted them."""
-    return float(np.mean(group['best'])) / math.log(2) / group['chars_per_token']
-
-
 COLUMNS = {  # name: (text, number to sort by)
     'run': lambda g: (g['name'], g['name']),
-    'seeds': lambda g: (
-        str(len(g['seeds'])) + (f' (+ {len(g["unfinished"])} unfinished)' if g['unfinished'] else ''),
-        len(g['seeds']),
-    ),
+    'seeds': lambda g: (f'{len(g["seeds"])}{g["not_counted"]}', len(g['seeds'])),
     'parameters': lambda g: (f'{g["parameters"] / 1e6:.3g}M', g['parameters']),
     'FLOPs / token': lambda g: (f'{g["flops_per_token"] / 1e6:.3g}M', g['flops_per_token']),
     'ms / step': lambda g: (f'{g["seconds_per_step"] * 1e3:.3g}', g['seconds_per_step']),
@@ -254,51 +206,52 @@ COLUMNS = {  # name: (text, number to sort by)
     'to baseline': lambda g: (difference_text(g), g['difference']),
     'final val loss': lambda g: (mean_and_std(g['final'], 4), np.mean(g['final'])),
     'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
-    'bits / char': lambda g: ('' if math.isnan(bits_per_char(g)) else f'{bits_per_char(g):.4f}', bits_per_char(g)),
+    'bits / char': lambda g: (f'{g["bits_per_char"]:.4f}'.replace('nan', ''), g['bits_per_char']),
 }
 
 
 def notes(groups, base):
     """What a reader of the table has to know, a paragraph each."""
     devices = sorted({device for group in groups for device in group.get('devices', [])})
+    apart = ' Times on different ones do not compare.' if len(devices) > 1 else ''
     yield (
-        f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a two-sided paired t-test over the n '
-        'seeds that both rows have, not corrected for the number of rows. ± is one standard deviation over the seeds. ms / step is the '
-        'median over evaluation intervals and seeds, and the seconds of the curves are that many for each step; FLOPs are those of matrix '
-        'products, forward and backward; parameters are all of them, position embeddings included.'
+        f'Differences are to {base["name"]}: of the best validation losses, negative is better; p of a two-sided '
+        'paired t-test over the n seeds that both rows have, not corrected for the number of rows. ± is one standard '
+        'deviation over the seeds. ms / step is the median over evaluation intervals and seeds, and the seconds of the '
+        'curves are that many for each step; FLOPs are those of matrix products, forward and backward; parameters are '
+        'all of them, position embeddings included.'
     )
-    yield f'Measured on: {"; ".join(devices)}.' + (
-        ' Times on different ones do not compare.' if len(devices) > 1 else ''
-    )
+    yield f'Measured on: {"; ".join(devices)}.{apart}'
     for group in groups:
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0
             state = 'Diverged' if 'failed' in run['record'] else 'Unfinished'
-            yield f'{state}, not counted: {run["name"]}, evaluated at {at} of {group["config"]["max_iters"]} iterations.'
+            of = group['config']['max_iters']
+            yield f'{state}, not counted: {run["name"]}, evaluated at {at} of {of} iterations.'
 
 
 def markdown(groups, base, laws, grids, settings):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
-    lines = ['| ' + ' | '.join(row) + ' |' for row in (COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows)]
-    lines += ['', *(line for note in notes(groups, base) for line in (note, ''))]
-    lines += ['![validation loss](curves.png)', ''] if figures.has_curves(groups) else []
+    lines = [COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows]
+    parts = ['\n'.join(f'| {" | ".join(cells)} |' for cells in lines), *notes(groups, base)]
+    if figures.has_curves(groups):
+        parts += ['![validation loss](curves.png)']
     if laws:
-        lines += ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
-        lines += [
-            f'| {name} | {figures.law_text(law)} | {law["interval"][0]:.4f} to {law["interval"][1]:.4f} | {law["sizes"]} |'
-            for name, _, law in laws
-        ]
-        lines += ['', '![scaling](scaling.png)', '']
+        lines = ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
+        for name, _, law in laws:
+            low, high = law['interval']
+            lines += [f'| {name} | {figures.law_text(law)} | {low:.4f} to {high:.4f} | {law["sizes"]} |']
+        parts += ['\n'.join(lines), '![scaling](scaling.png)']
     for name, rows, columns, losses in grids:
-        lines += [f'| {name}: {settings[0]} | ' + ' | '.join(f'{settings[1]} {value}' for value in columns) + ' |']
-        lines += ['|---' + '|--:' * len(columns) + '|']
+        heads = [f'{name}: {settings[0]}', *(f'{settings[1]} {value}' for value in columns)]
+        lines = [f'| {" | ".join(heads)} |', '|---' + '|--:' * len(columns) + '|']
         for row, cells in zip(rows, losses):
-            texts = [
-                f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}'.replace('nan', '') for loss in cells
-            ]
-            lines += [f'| {row} | ' + ' | '.join(texts) + ' |']
-        lines += ['']
-    return '\n'.join(lines + ['![best loss over the two settings](grids.png)', ''] * bool(grids))
+            texts = [f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}' for loss in cells]
+            lines += [f'| {row} | {" | ".join(texts).replace("nan", "")} |']
+        parts += ['\n'.join(lines)]
+    if grids:
+        parts += ['![best loss over the two settings](grids.png)']
+    return '\n\n'.join(parts) + '\n'
 
 
 def make_grid(members, down, across):
@@ -308,56 +261,27 @@ def make_grid(members, down, across):
     return rows, columns, np.array([[losses.get((row, column), math.nan) for column in columns] for row in rows])
 
 
-# the page
-
-
 def page(groups, base, laws, grids, settings):
     shown = [group for group in groups if group['finished']]
-    cells = [[column(group) for column in COLUMNS.values()] for group in shown]
-    body = [
-        ''.join(
-            f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>'
-            for text, value in row
-        )
-        for row in cells
-    ]
-    curves = [
-        figures.interactive_curves(shown, axis, unit)
-        for axis, unit in figures.AXES.items()
-        if figures.has_curves(shown)
-    ]
-    maps = [figures.interactive_grid(grid, settings, *figures.loss_range(grids)) for grid in grids]
+    drawn, over = {}, f'Best validation loss over {" and ".join(settings)}'
+    if figures.has_curves(shown):
+        drawn['Validation loss'] = [figures.interactive_curves(shown, *axis) for axis in figures.AXES.items()]
+    if laws:
+        drawn['Scaling'] = [figures.interactive_scaling(laws)]
+    if grids:
+        drawn[over] = [figures.interactive_grid(grid, settings, *figures.loss_range(grids)) for grid in grids]
+    cells = [[cell_html(*column(group)) for column in COLUMNS.values()] for group in shown]
     return figures.PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
-        body=''.join(f'<tr>{row}</tr>' for row in body),
+        body=''.join(f'<tr>{"".join(row)}</tr>' for row in cells),
         notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
-        figures=figures.section('Validation loss', curves)
-        + figures.section('Scaling', [figures.interactive_scaling(laws)] if laws else [])
-        + figures.section(f'Best validation loss over {" and ".join(settings)}', maps),
+        figures=''.join(figures.section(title, some) for title, some in drawn.items()),
     )
 
 
-# all of it
-
-
-def choose_baseline(groups, baseline):
-    """The finished group of this name, without one the first."""
-    names = [group['name'] for group in groups]
-    for group in groups:
-        if baseline in ('', group['name'], group['full_name']):
-            return group
-    raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(names)}')
-
-
-def check_over(over, groups):
-    """The two settings of --over, [] without any."""
-    settings = over.split(',') if over else []
-    if settings and (len(settings) != 2 or not set(settings) <= groups[0]['config'].keys()):
-        raise ValueError(
-            f'over={over!r}: expected two settings of train.py joined by a comma, e.g. learning_rate,init_std'
-        )
-    return settings
+def cell_html(text, value):
+    return f'<td data-value="{html.escape(str(value))}">{html.escape(text).replace(",", ",<wbr>")}</td>'
 
 
 def fit_families(groups):
@@ -365,14 +289,12 @@ def fit_families(groups):
     by_size = families(sorted(groups, key=lambda group: group['parameters']), SIZE)
     many = [(name, members) for name, members in by_size if len({group['parameters'] for group in members}) > 2]
     if not many:
-        raise ValueError(
-            '--scaling wants families of at least three sizes: rows whose settings differ in n_layer, n_head and widths only'
-        )
+        raise ValueError('--scaling wants at least three sizes: rows that differ in n_layer, n_head and widths only')
     return [(name, members, fit_power_law(members)) for name, members in many]
 
 
 def compare(runs, out, baseline='', mix=False, over='', scaling=False):
-    """Write table, page and figures of runs as `read_all` returns them; arguments as the settings above. Returns the table."""
+    """Write table, page and figures of runs as `read_all` returns them, under settings as above; returns the table."""
     groups = group_runs(runs)
     if not groups:
         raise ValueError('expected folders of runs, e.g. python study/compare.py out-sweep/*')
@@ -383,17 +305,22 @@ def compare(runs, out, baseline='', mix=False, over='', scaling=False):
         raise ValueError('none of the runs is finished')
     for group in shown:
         summarize(group)
-    base = choose_baseline(shown, baseline)
+    base = next((group for group in shown if baseline in ('', group['name'], group['full_name'])), None)
+    if base is None:
+        raise ValueError(f'baseline={baseline!r}: expected one of {", ".join(group["name"] for group in shown)}')
     for group in shown:
-        group['base'] = None if group is base else base
-        group['difference'], group['p'], group['pairs'] = compare_with(base, group)
-    settings = check_over(over, shown)
+        compare_with(base, group)
+    settings = over.split(',') if over else []
+    if settings and (len(settings) != 2 or not set(settings) <= shown[0]['config'].keys()):
+        raise ValueError(f'over={over!r}: expected two settings of train.py, e.g. learning_rate,init_std')
     grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if settings else []
     laws = fit_families(shown) if scaling else []
     table = markdown(groups, base, laws, grids, settings)
-    private = ('finished', 'unfinished', 'base')
+    private = ('finished', 'unfinished', 'not_counted', 'base')
     public = [{key: value for key, value in group.items() if key not in private} for group in shown]
-    report = plain({'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}})
+    report = {'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}}
+    text = json.dumps(report, default=lambda array: array.tolist())
+    report = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN
     texts = {'compare.md': table, 'compare.json': json.dumps(report, indent=1)}
     texts['compare.html'] = page(groups, base, laws, grids, settings)
     os.makedirs(out, exist_ok=True)

@@ -1,20 +1,18 @@
 """
 What compare.py draws: PNG by matplotlib, the same to zoom into by plotly, and the page around it.
 
-A group is a row of the table: its name, seeds, parameters, `best` losses, and `curve` (iterations, mean, std). A law is a family of
-sizes: (name, groups, {factor, exponent}). A grid is (family, values of one setting, values of another, losses (rows, columns)).
+A group is a row of the table: its name, seeds, parameters, `best` losses, and `curve` (iterations, mean, std). A law is
+a family of sizes: (name, groups, {factor, exponent}). A grid is (family, values of one setting, values of another,
+losses (rows, columns)).
 """
 
 import math
 
-import matplotlib
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io
-from matplotlib import pyplot as plt
-from matplotlib import ticker
-
-matplotlib.use('Agg')
+from matplotlib import colors, rcParams, ticker
+from matplotlib.figure import Figure
 
 AXES = {  # of the curves: what a line of the log says in this unit
     'iterations': lambda group, iteration: iteration,
@@ -23,10 +21,10 @@ AXES = {  # of the curves: what a line of the log says in this unit
     'seconds': lambda group, iteration: iteration * group['seconds_per_step'],
 }
 LOGARITHMIC = ('FLOPs', 'seconds')
-COLORS = [matplotlib.colors.to_hex(color) for color in plt.rcParams['axes.prop_cycle'].by_key()['color']]
-LAYOUT = dict(
-    template='plotly_white', height=480, margin=dict(l=50, r=10, t=10, b=40), legend=dict(orientation='h', y=-0.2)
-)
+COLORS = [colors.to_hex(color) for color in rcParams['axes.prop_cycle'].by_key()['color']]
+MARGIN = dict(l=50, r=10, t=10, b=40)
+LAYOUT = dict(template='plotly_white', height=480, margin=MARGIN, legend=dict(orientation='h', y=-0.2))
+LOSS = 'validation loss, nats per token'
 
 
 def law_text(law):
@@ -38,15 +36,15 @@ def has_curves(groups):
 
 
 def draw_curves(groups):
-    figure, panels = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
+    figure = Figure(figsize=(10, 7.5), layout='constrained')
+    panels = figure.subplots(2, 2, sharey=True)
     for panel, (axis, unit) in zip(panels.flat, AXES.items()):
         for group in groups:
             curve = group['curve']
             x = [unit(group, iteration) for iteration in curve['iterations']]
             (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
-            panel.fill_between(
-                x, curve['mean'] - curve['std'], curve['mean'] + curve['std'], color=line.get_color(), alpha=0.2
-            )
+            low, high = curve['mean'] - curve['std'], curve['mean'] + curve['std']
+            panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
         panel.set_xlabel(axis)
         if axis in LOGARITHMIC:
             panel.set_xscale('log')
@@ -54,22 +52,22 @@ def draw_curves(groups):
             panel.xaxis.set_minor_locator(ticker.NullLocator())
         panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
         panel.grid(alpha=0.3)
-    figure.supylabel('validation loss, nats per token; band: one standard deviation over seeds')
-    columns = max(1, 120 // (max(len(group['name']) for group in groups) + 8))
+    figure.supylabel(f'{LOSS}; band: one standard deviation over seeds')
+    columns = max(1, 100 // (max(len(group['name']) for group in groups) + 8))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
     return figure
 
 
 def draw_scaling(laws):
-    figure, panel = plt.subplots(figsize=(8, 6), layout='constrained')
+    figure = Figure(figsize=(8, 6), layout='constrained')
+    panel = figure.subplots()
     for name, members, law in laws:
         points = [(group['parameters'], loss) for group in members for loss in group['best']]
         dots = panel.scatter(*zip(*points), s=14)
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
-        panel.plot(
-            x, law['factor'] * x ** law['exponent'], color=dots.get_facecolor()[0], label=f'{name}: {law_text(law)}'
-        )
-    panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel='best validation loss, nats per token')
+        y = law['factor'] * x ** law['exponent']
+        panel.plot(x, y, color=dots.get_facecolor()[0], label=f'{name}: {law_text(law)}')
+    panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel=f'best {LOSS}')
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:.3g}'))
@@ -80,10 +78,9 @@ def draw_scaling(laws):
 
 def draw_grids(grids, settings):
     """A panel for each family, all on one scale of colours."""
-    n = min(3, len(grids))
-    figure, panels = plt.subplots(
-        -(-len(grids) // n), n, figsize=(4 * n, 3.6 * -(-len(grids) // n)), squeeze=False, layout='constrained'
-    )
+    across, down = min(3, len(grids)), math.ceil(len(grids) / 3)
+    figure = Figure(figsize=(3.4 * across, 3.1 * down), layout='constrained')
+    panels = figure.subplots(down, across, squeeze=False)
     low, high = loss_range(grids)
     for panel in panels.flat[len(grids) :]:
         panel.axis('off')
@@ -94,18 +91,10 @@ def draw_grids(grids, settings):
         panel.set_xticks(range(len(columns)), columns)
         panel.set_yticks(range(len(rows)), rows)
         for (i, j), loss in np.ndenumerate(losses):
-            dark = image.norm(loss) < 0.6
-            weight = 'bold' if loss == np.nanmin(losses) else 'normal'
-            panel.text(
-                j,
-                i,
-                f'{loss:.3f}'.replace('nan', ''),
-                ha='center',
-                va='center',
-                color='w' if dark else 'k',
-                weight=weight,
-            )
-    figure.colorbar(image, ax=panels, label='best validation loss, nats per token')
+            text = '' if math.isnan(loss) else f'{loss:.3f}'
+            color, weight = 'w' if image.norm(loss) < 0.6 else 'k', 'bold' if loss == np.nanmin(losses) else 'normal'
+            panel.text(j, i, text, ha='center', va='center', color=color, weight=weight)
+    figure.colorbar(image, ax=panels, label=f'best {LOSS}')
     return figure
 
 
@@ -115,13 +104,12 @@ def loss_range(grids):
 
 def interactive_grid(grid, settings, low, high):
     name, rows, columns, losses = grid
-    texts = [[f'{loss:.4f}'.replace('nan', '') for loss in row] for row in losses]
-    shown = dict(
-        z=losses, text=texts, texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high
-    )
-    figure = go.Figure(go.Heatmap(x=[str(value) for value in columns], y=[str(value) for value in rows], **shown))
-    layout = dict(title_text=name, title_font_size=14, xaxis_title=settings[1], yaxis_title=settings[0])
-    figure.update_layout(**layout, template='plotly_white', height=360, margin=dict(l=70, r=10, t=50, b=40))
+    texts = [['' if math.isnan(loss) else f'{loss:.4f}' for loss in row] for row in losses]
+    shown = dict(texttemplate='%{text}', hoverinfo='skip', colorscale='Viridis', zmin=low, zmax=high)
+    heatmap = go.Heatmap(x=list(map(str, columns)), y=list(map(str, rows)), z=losses, text=texts, **shown)
+    figure = go.Figure(heatmap, dict(LAYOUT, height=360, margin=dict(l=70, r=10, t=50, b=40)))
+    titles = dict(xaxis_title=settings[1], yaxis_title=settings[0])
+    figure.update_layout(title_text=name, title_font_size=14, **titles)
     figure.update_xaxes(type='category')
     figure.update_yaxes(type='category', autorange='reversed')
     return figure
@@ -132,22 +120,18 @@ def interactive_curves(groups, axis, unit):
     for group, color in zip(groups, COLORS * len(groups)):
         curve = group['curve']
         x = [unit(group, iteration) for iteration in curve['iterations']]
-        text = [
-            f'{mean:.4f}' + ('' if math.isnan(std) else f' ± {std:.4f}')
-            for mean, std in zip(curve['mean'], curve['std'])
-        ]
-        line = dict(x=x, y=curve['mean'].tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
+        mean, std = curve['mean'], curve['std']
+        text = [f'{m:.4f}' if math.isnan(s) else f'{m:.4f} ± {s:.4f}' for m, s in zip(mean, std)]
+        line = dict(x=x, y=mean.tolist(), name=group['name'], legendgroup=group['name'], line_color=color)
         figure.add_scatter(**line, text=text, hovertemplate='%{text}', mode='lines+markers')
         if len(group['seeds']) > 1:
-            edge = [*(curve['mean'] + curve['std']), *(curve['mean'] - curve['std'])[::-1]]
-            figure.add_scatter(
-                x=[*x, *x[::-1]], y=edge, fill='toself', fillcolor=color, opacity=0.2, mode='none', hoverinfo='skip'
-            )
+            band = dict(x=[*x, *x[::-1]], y=[*(mean + std), *(mean - std)[::-1]], fill='toself', fillcolor=color)
+            figure.add_scatter(**band, opacity=0.2, mode='none', hoverinfo='skip')
             figure.data[-1].update(legendgroup=group['name'], showlegend=False)
-    figure.update_layout(xaxis_title=axis, yaxis_title='validation loss, nats per token (± one std)', **LAYOUT)
-    figure.update_xaxes(
-        tickformat='~g' if axis == 'seconds' else '~s', **(dict(type='log', dtick='D2') if axis in LOGARITHMIC else {})
-    )
+    figure.update_layout(xaxis_title=axis, yaxis_title=f'{LOSS} (± one std)', **LAYOUT)
+    figure.update_xaxes(tickformat='~g' if axis == 'seconds' else '~s')
+    if axis in LOGARITHMIC:
+        figure.update_xaxes(type='log', dtick='D2')
     return figure
 
 
@@ -155,23 +139,12 @@ def interactive_scaling(laws):
     figure = go.Figure()
     for (name, members, law), color in zip(laws, COLORS * len(laws)):
         x, y = zip(*[(group['parameters'], loss) for group in members for loss in group['best']])
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode='markers',
-            marker_color=color,
-            showlegend=False,
-            hovertemplate='%{x:,}: %{y:.4f}<extra></extra>',
-        )
+        dots = dict(mode='markers', marker_color=color, showlegend=False)
+        figure.add_scatter(x=x, y=y, **dots, hovertemplate='%{x:,}: %{y:.4f}<extra></extra>')
         x = np.geomspace(min(x), max(x))
-        figure.add_scatter(
-            x=x,
-            y=law['factor'] * x ** law['exponent'],
-            name=f'{name}: {law_text(law)}',
-            line_color=color,
-            hoverinfo='skip',
-        )
-    figure.update_layout(xaxis_title='parameters', yaxis_title='best validation loss, nats per token', **LAYOUT)
+        y = law['factor'] * x ** law['exponent']
+        figure.add_scatter(x=x, y=y, name=f'{name}: {law_text(law)}', line_color=color, hoverinfo='skip')
+    figure.update_layout(xaxis_title='parameters', yaxis_title=f'best {LOSS}', **LAYOUT)
     figure.update_xaxes(type='log', dtick='D2', tickformat='~s')
     figure.update_yaxes(type='log', dtick='L0.1', tickformat='~r')
     return figure
@@ -202,10 +175,12 @@ th[aria-sort=descending] button::after {{ content: " ↓"; }}
 <script>
 for (const header of document.querySelectorAll('th')) header.querySelector('button').onclick = () => {{
   const up = header.ariaSort !== 'ascending', body = document.querySelector('tbody'), i = header.cellIndex;
-  const key = row => {{ const v = row.cells[i].dataset.value; return v === 'nan' ? Infinity : isNaN(v) ? v : Number(v); }};
+  const value = row => row.cells[i].dataset.value;
+  const key = row => value(row) === 'nan' ? Infinity : isNaN(value(row)) ? value(row) : Number(value(row));
   const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * (up ? 1 : -1);
   body.append(...[...body.rows].sort(order));
-  for (const other of header.parentNode.cells) other.ariaSort = other === header ? (up ? 'ascending' : 'descending') : 'none';
+  for (const other of header.parentNode.cells) other.ariaSort = 'none';
+  header.ariaSort = up ? 'ascending' : 'descending';
 }};
 </script>
 </html>
@@ -213,9 +188,7 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 
 
 def section(title, figures):
-    """HTML: a heading and the interactive figures below it; nothing where there are none."""
-    drawn = [
-        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config={'responsive': True})
-        for figure in figures
-    ]
-    return f'<h2>{title}</h2>{"".join(drawn)}' if drawn else ''
+    """HTML: a heading and the interactive figures below it."""
+    options = dict(full_html=False, include_plotlyjs=False, config={'responsive': True})
+    drawn = ''.join(plotly.io.to_html(figure, **options) for figure in figures)
+    return f'<h2>{title}</h2>{drawn}'

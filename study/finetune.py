@@ -5,10 +5,11 @@ Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with 
     OMP_NUM_THREADS=1 python study/finetune.py                  # in two shells, to share the runs
     OMP_NUM_THREADS=1 python study/finetune.py --stages=time    # in one, when all else is done
 
-`search` looks for the learning rate of each method by the part of SST's train that is held out, `final` trains each on each task,
-`rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `rates` each on CFIMDB at the other learning rates. `time` measures
-steps and memory: it wants the machine for itself. Each run is a run of finetune.py, and what has a record is not run again. Then
-table.md and curves.png are made from the records, by --stages= without running anything.
+`search` looks for the learning rate of each method by the part of SST's train that is held out, `final` trains each on
+each task, `rank` LoRA on SST at ranks and alphas, `single` with one KAN layer, `rates` each on CFIMDB at the other
+learning rates. `time` measures steps and memory: it wants the machine for itself. Each run is a run of finetune.py, and
+what has a record is not run again. Then table.md and curves.png are made from the records, by --stages= without running
+anything.
 """
 
 import sys
@@ -17,8 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import configure
-from run.files import write_atomically
-from study.runner import Study, mean_and_std, paired_p, read_run, run_script
+from study.runner import Study, choose, mean_and_std, paired_p, read_run, run_script
 
 # -----------------------------------------------------------------------------
 init_from = 'out-taskmix'  # the model that all runs begin with
@@ -53,70 +53,38 @@ PAPER = {  # what it reports, of GPT-2 Large
     'KAN-base LoRA': 'on no task above LoRA',
     'Graph-LoRA': 'on no task above LoRA; over 18 hours',
 }
+RATES = [(method, rate) for method, (_, rates) in METHODS.items() for rate in rates]
 RANKS, ALPHAS, BLOCKS = (4, 16, 32), (16, 32, 64), (0, 3)
 
 
-# a run
+def tune(task, method, rate=None, **others):
+    """Settings of finetune.py for a method on a task, at the best of its learning rates for SST or at another one."""
+    rate = best_rate(method) if rate is None else rate
+    return {**TASKS[task], 'task': task, **METHODS[method][0], 'learning_rate': rate, **others}
 
 
 def list_runs(stage):
-    """{name: settings of finetune.py}"""
+    """{name: settings of finetune.py}; of all stages but search and time for every seed"""
     if stage == 'search':
-        short = dict(TASKS['sst'], task='sst', train_limit=2500, valid_fraction=0.3, seed=0)
-        runs = {
-            f'{method}, lr={lr:g}': dict(short, **settings, learning_rate=lr)
-            for method, (settings, rates) in METHODS.items()
-            for lr in rates
-        }
+        short = dict(train_limit=2500, valid_fraction=0.3, seed=0)
+        runs = {f'{method}, lr={rate:g}': tune('sst', method, rate, **short) for method, rate in RATES}
     elif stage == 'time':
-        short = dict(TASKS['sst'], task='sst', train_limit=640, epochs=2, seed=1)  # the second epoch is timed
-        runs = {
-            method: dict(short, **settings, learning_rate=best_rate(method))
-            for method, (settings, _) in METHODS.items()
-        }
-    elif stage in SEEDED:
-        runs = {
-            f'{name}, seed={seed}': dict(settings, seed=int(seed))
-            for seed in seeds.split(',')
-            for name, settings in SEEDED[stage]().items()
-        }
+        short = dict(train_limit=640, epochs=2, seed=1)  # the second epoch is timed
+        runs = {method: tune('sst', method, **short) for method in METHODS}
+    elif stage == 'final':
+        runs = {f'{method}, {task}': tune(task, method) for task in TASKS for method in METHODS}
+    elif stage == 'rank':
+        grid = [dict(lora_rank=rank, lora_alpha=alpha) for rank in RANKS for alpha in ALPHAS]
+        runs = {'rank={lora_rank}, alpha={lora_alpha}'.format(**size): tune('sst', 'LoRA', **size) for size in grid}
+    elif stage == 'single':
+        runs = {f'block={block}': tune('sst', 'KAN', kan_single_layer=block) for block in BLOCKS}
     else:
-        raise ValueError(f'stages: expected any of search, {", ".join(SEEDED)}, time, got {stage!r}')
-    return {f'{stage}, {name}': settings for name, settings in runs.items()}
-
-
-def list_final():
-    return {
-        f'{method}, {task}': dict(TASKS[task], task=task, **settings, learning_rate=best_rate(method))
-        for task in TASKS
-        for method, (settings, _) in METHODS.items()
-    }
-
-
-def list_ranks():
-    settings = dict(TASKS['sst'], task='sst', **LORA, learning_rate=best_rate('LoRA'))
-    return {
-        f'rank={rank}, alpha={alpha}': dict(settings, lora_rank=rank, lora_alpha=alpha)
-        for rank in RANKS
-        for alpha in ALPHAS
-    }
-
-
-def list_single():
-    settings = dict(TASKS['sst'], task='sst', **METHODS['KAN'][0], learning_rate=best_rate('KAN'))
-    return {f'block={block}': dict(settings, kan_single_layer=block) for block in BLOCKS}
-
-
-def list_rates():
-    return {
-        f'{method}, lr={lr:g}': dict(TASKS['cfimdb'], task='cfimdb', **settings, learning_rate=lr)
-        for method, (settings, rates) in METHODS.items()
-        for lr in rates
-        if lr != best_rate(method)  # that is in final
-    }
-
-
-SEEDED = {'final': list_final, 'rank': list_ranks, 'single': list_single, 'rates': list_rates}  # for every seed
+        others = [(method, rate) for method, rate in RATES if rate != best_rate(method)]  # the best is in final
+        runs = {f'{method}, lr={rate:g}': tune('cfimdb', method, rate) for method, rate in others}
+    if stage in ('search', 'time'):
+        return {f'{stage}, {name}': settings for name, settings in runs.items()}
+    pairs = [(name, seed) for seed in seeds.split(',') for name in runs]
+    return {f'{stage}, {name}, seed={seed}': dict(runs[name], seed=int(seed)) for name, seed in pairs}
 
 
 def make(name, settings, folder):
@@ -131,9 +99,6 @@ def make(name, settings, folder):
     return dict(stage=name.split(', ')[0], settings=settings, base=base, **run['final'], **about)
 
 
-# reading the records
-
-
 def read_record(stage, name):
     records = STUDY.read()
     if f'{stage}, {name}' not in records:
@@ -142,16 +107,15 @@ def read_record(stage, name):
 
 
 def check_records(runs):
-    """ValueError for a record that was made with other settings than the study has, or that began with another model."""
+    """ValueError for a record that was made with other settings, or that began with another model."""
     records, base = STUDY.read(), Path(init_from).name
     for name in runs.keys() & records.keys():
-        then, now = ({'task': records[name]['task'], **records[name]['settings']}, runs[name])
-        if then != now:
-            raise ValueError(f'the record {name} was made with {then}, the study has {now}: move it away')
-        if records[name]['base']['name'] != base:
-            raise ValueError(
-                f'the record {name} began with {records[name]["base"]["name"]}, the study begins with {base}: move it away'
-            )
+        then = {'task': records[name]['task'], **records[name]['settings']}
+        if then != runs[name]:
+            raise ValueError(f'the record {name} was made with {then}, the study has {runs[name]}: move it away')
+        began = records[name]['base']['name']
+        if began != base:
+            raise ValueError(f'the record {name} began with {began}, the study begins with {base}: move it away')
 
 
 def best_rate(method):
@@ -166,21 +130,17 @@ def read_seeds(stage, name):
 
 def read_cfimdb(method, lr):
     """The runs on CFIMDB at a learning rate; where that is SST's they are in `final`."""
-    return (
-        read_seeds('final', f'{method}, cfimdb')
-        if lr == best_rate(method)
-        else read_seeds('rates', f'{method}, lr={lr:g}')
-    )
+    if lr == best_rate(method):
+        return read_seeds('final', f'{method}, cfimdb')
+    return read_seeds('rates', f'{method}, lr={lr:g}')
 
 
 def read_finals(method, task):
-    """The runs of a method on a task, of CFIMDB at the learning rate with the lowest loss on what was held out of it."""
-    if task == 'cfimdb':
-        return min(
-            (read_cfimdb(method, lr) for lr in METHODS[method][1]),
-            key=lambda found: sum(record['valid']['loss'] for record in found),
-        )
-    return read_seeds('final', f'{method}, {task}')
+    """The runs of a method on a task, of CFIMDB at the learning rate with the lowest loss on what was held out."""
+    if task != 'cfimdb':
+        return read_seeds('final', f'{method}, {task}')
+    found = [read_cfimdb(method, lr) for lr in METHODS[method][1]]
+    return min(found, key=lambda records: sum(record['valid']['loss'] for record in records))
 
 
 def values_of(records, task):
@@ -192,51 +152,34 @@ def rate_of(method, task):
     return read_finals(method, task)[0]['settings']['learning_rate']
 
 
-# the page
-
-
 def against(values, baseline):
     """mean ± standard deviation, and p of a paired t-test over the seeds."""
     p = '' if values == baseline else f' (p = {paired_p(values, baseline):.2g})'
     return mean_and_std(values, 1) + p
 
 
-def second_epoch(record):
-    """Seconds of a step, without the first epoch, in which some things happen once."""
-    first, second = record['log'][:2]
-    return (second['seconds'] - first['seconds']) / (second['iter'] - first['iter'])
-
-
 def make_main_table():
-    lines = [
-        '| method | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step | peak memory | in the paper |',
-        '|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|',
-    ]
+    head = '| method | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step'
+    lines = [f'{head} | peak memory | in the paper |', '|---|' + '--:|' * 9 + '---|']
     for method in METHODS:
-        cells, timed = [], read_record('time', method)
+        timed, chrf = read_record('time', method), [run['dev']['chrf'] for run in read_finals(method, 'sonnets')]
+        first, second = timed['log'][:2]  # epochs: in the first one some things happen once
+        seconds = (second['seconds'] - first['seconds']) / (second['iter'] - first['iter'])
+        cells = [method, f'{read_finals(method, "sst")[0]["trained"]:,}']
         for task in TASKS:
             values = values_of(read_finals(method, task), task)
             cells.append(against(values, values_of(read_finals('LoRA', task), task)))
-        cells.append(mean_and_std([record['dev']['chrf'] for record in read_finals(method, 'sonnets')], 1))
-        cells += [
-            f'{best_rate(method):g}, CFIMDB {rate_of(method, "cfimdb"):g}',
-            f'{1e3 * second_epoch(timed):.0f}',
-            f'{timed["peak_memory"] / 1e6:.0f} MB',
-            PAPER.get(method, ''),
-        ]
-        lines.append(f'| {method} | {read_finals(method, "sst")[0]["trained"]:,} | {" | ".join(cells)} |')
+        cells += [mean_and_std(chrf, 1), f'{best_rate(method):g}, CFIMDB {rate_of(method, "cfimdb"):g}']
+        cells += [f'{1e3 * seconds:.0f}', f'{timed["peak_memory"] / 1e6:.0f} MB', PAPER.get(method, '')]
+        lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
 def make_rank_table():
-    lines = [
-        '| LoRA on SST | ' + ' | '.join(f'alpha {alpha}' for alpha in ALPHAS) + ' |',
-        '|---|' + '--:|' * len(ALPHAS),
-    ]
+    lines = [f'| LoRA on SST | {" | ".join(f"alpha {alpha}" for alpha in ALPHAS)} |', '|---|' + '--:|' * len(ALPHAS)]
     for rank in RANKS:
-        cells = []
-        for alpha in ALPHAS:
-            cells.append(mean_and_std(values_of(read_seeds('rank', f'rank={rank}, alpha={alpha}'), 'sst'), 1))
+        found = [read_seeds('rank', f'rank={rank}, alpha={alpha}') for alpha in ALPHAS]
+        cells = [mean_and_std(values_of(records, 'sst'), 1) for records in found]
         lines.append(f'| rank {rank} | {" | ".join(cells)} |')
     return lines
 
@@ -247,10 +190,7 @@ def make_single_table():
     for block in BLOCKS:
         rows[f'in block {block} alone'] = read_seeds('single', f'block={block}')
     baseline = values_of(rows['in no block (full)'], 'sst')
-    for name, found in rows.items():
-        values = values_of(found, 'sst')
-        lines.append(f'| {name} | {against(values, baseline)} |')
-    return lines
+    return lines + [f'| {name} | {against(values_of(found, "sst"), baseline)} |' for name, found in rows.items()]
 
 
 def make_rates_table():
@@ -264,33 +204,20 @@ def make_rates_table():
     return lines
 
 
-def make_page():
-    tables = make_main_table, make_rank_table, make_single_table, make_rates_table
-    table = '\n\n'.join('\n'.join(make()) for make in tables) + '\n'
-    with write_atomically(STUDY.folder / 'table.md', 'w', 'utf-8') as f:
-        f.write(table)
-    draw_curves()
-    print(table, end='')
-
-
 def draw_curves():
-    """Loss per epoch, on what is learned from and on what is held out, of KAN-LoRA in both forms beside LoRA: a line per seed."""
-    import matplotlib
+    """Loss per epoch of KAN-LoRA in both forms beside LoRA, where it learns and held out: a line per seed."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(15, 4), layout='constrained')
+    figure = Figure(figsize=(15, 4), layout='constrained')
+    panels = figure.subplots(1, len(TASKS))
     colors = {'LoRA': 'tab:blue', 'KAN-LoRA': 'tab:orange', 'KAN-base LoRA': 'tab:green'}
     for task, panel in zip(TASKS, panels):
         for method, color in colors.items():
             for i, record in enumerate(read_finals(method, task)):
                 epochs = [line['epoch'] for line in record['log']]
                 for key, style, name in ('train_loss', '--', 'train'), ('loss', '-', 'held out'):
-                    label = f'{method}, {name}' if i == 0 else None
-                    panel.plot(
-                        epochs, [line[key] for line in record['log']], style, color=color, alpha=0.7, label=label
-                    )
+                    losses, label = [line[key] for line in record['log']], None if i else f'{method}, {name}'
+                    panel.plot(epochs, losses, style, color=color, alpha=0.7, label=label)
         panel.set_title(f'{task}, rates {", ".join(f"{rate_of(method, task):g}" for method in colors)}')
         panel.set_xlabel('epoch')
         panel.set_xticks(epochs)
@@ -304,12 +231,14 @@ if __name__ == '__main__':
     configure(globals())
     if seeds.count(',') < 1:
         raise ValueError(f'seeds={seeds!r}: a spread wants at least two, joined by commas')
-    for stage in filter(None, stages.split(',')):
+    for stage in choose('stages', stages, ('search', 'final', 'rank', 'single', 'rates', 'time')):
         runs = list_runs(stage)
         check_records(runs)
         STUDY.run_all(runs, make)
     try:
-        make_page()
+        tables = make_main_table(), make_rank_table(), make_single_table(), make_rates_table()
+        STUDY.show('\n\n'.join('\n'.join(lines) for lines in tables) + '\n')
+        draw_curves()
     except FileNotFoundError as error:
         if not stages:
             raise

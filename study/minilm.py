@@ -1,23 +1,23 @@
 """
-A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): full fine-tuning, its head alone, low-rank adapters, their
-KAN forms, and splines grown into its own layers, side by side.
+A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): full fine-tuning, its head alone, low-rank
+adapters, their KAN forms, and splines grown into its own layers, side by side.
 
     python data/minilm/prepare.py && python data/sst/prepare.py
     OMP_NUM_THREADS=1 python study/minilm.py                      # in two shells, to share the runs
     OMP_NUM_THREADS=1 python study/minilm.py --stages=time,peft   # in one, when all else is done
 
-`search` looks for the learning rate of each method by a part of train that is held out, `widen` tries further ones where the highest or
-the lowest won, `final` trains on all of train with several seeds, `squash` compares ways of keeping the inputs of KAN-LoRA on its grid.
-`time` measures steps and memory and `peft` steps beside PEFT's own adapters: these two want the machine for themselves. Each run has a
-process of its own, and what has a record is not run again. Then table.md and accuracy.png are made from the records, by --stages=
-without running anything.
+`search` looks for the learning rate of each method by a part of train that is held out, `widen` tries further ones
+where the highest or the lowest won, `final` trains on all of train with several seeds, `squash` compares ways of
+keeping the inputs of KAN-LoRA on its grid. `time` measures steps and memory and `peft` steps beside PEFT's own
+adapters: these two want the machine for themselves. Each run has a process of its own, and what has a record is not run
+again. Then table.md and accuracy.png are made from the records, by --stages= without running anything.
 """
 
 import json
 import math
+import operator
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +34,7 @@ from tqdm import tqdm
 from configurator import ROOT, configure
 from kan import KANLinear
 from run.device import keep_memory, peak_memory
-from run.files import write_atomically
-from study.runner import Study, mean_and_std, paired_p
+from study.runner import Study, choose, mean_and_std, paired_p, run_json
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, fit_linear, lora_param_groups, save_lora
 from tasks.prompts import Example, collate, find_task, make_batches
@@ -46,6 +45,7 @@ stages = 'search,widen,final,squash'
 run = ''  # what a process runs, as JSON
 # -----------------------------------------------------------------------------
 STUDY = Study('minilm')
+NAME = '{}, {}, lr={:g}, seed={}'  # of a run: stage, method, learning rate, seed
 MODEL = Path(ROOT, 'data/minilm')
 BATCH, WEIGHT_DECAY, WARMUP = 32, 0.01, 0.06
 HEAD_RATE = 4.5e-3  # of the new head beside all that trains; alone it has a search of its own
@@ -62,15 +62,13 @@ METHODS = {  # settings of LoRAConfig, where it is an adapter; learning rates to
     'KAN-DoRA': (dict(kind='kan', use_dora=True), LOW),
     'kanified': (None, (5.6e-5, 1.7e-4, 5e-4)),
 }
+PEFT = ('LoRA', 'rsLoRA', 'DoRA')  # that PEFT has, too
 SQUASHED = {  # KAN-LoRA with other ways of keeping inputs on the grid, at its learning rate
     'KAN-LoRA, none': (dict(kind='kan', squash='none'), ()),
     'KAN-LoRA, clamp': (dict(kind='kan', squash='clamp'), ()),
     'KAN-LoRA, norm': (dict(kind='kan', squash='norm'), ()),
     'KAN-LoRA, norm, grid to 3': (dict(kind='kan', squash='norm', grid_range=(-3.0, 3.0)), ()),
 }
-
-
-# the model and its methods
 
 
 class Classifier(nn.Module):
@@ -108,19 +106,15 @@ def apply_method(model, method, lr, batch):
             kanify(model, ('query', 'value'), train='splines', grid_size=4, spline_order=1, grid_eps=1.0)
             fit_grids(model, batch)
         model.head.requires_grad_(True)
-        groups = [
-            {'params': [p for p in model.parameters() if p.requires_grad], 'lr': lr, 'weight_decay': WEIGHT_DECAY}
-        ]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{'params': trained, 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
     if method == 'head only':
         return groups
-    head = {
-        p: {'params': [p], 'lr': HEAD_RATE, 'weight_decay': WEIGHT_DECAY * (p.dim() - 1)}
-        for p in model.head.parameters()
-        if p.requires_grad
-    }
+    head = {p: WEIGHT_DECAY * (p.dim() - 1) for p in model.head.parameters() if p.requires_grad}  # none of the bias
     for group in groups:
         group['params'] = [p for p in group['params'] if p not in head]
-    return [group for group in groups if group['params']] + list(head.values())
+    groups += [{'params': [p], 'lr': HEAD_RATE, 'weight_decay': decay} for p, decay in head.items()]
+    return [group for group in groups if group['params']]
 
 
 def fit_grids(model, batch):
@@ -143,9 +137,6 @@ def count_bytes(model, method):
     return len(save({name: p for name, p in model.named_parameters() if p.requires_grad} | grids))
 
 
-# data
-
-
 def load_split(split):
     """The sentences of a split of SST as Examples of MiniLM's tokens."""
     from transformers import AutoTokenizer
@@ -165,19 +156,13 @@ def typical(batches):
     return [batch for batch in batches if 24 <= batch[0].size(1) <= 28]
 
 
-# a run
-
-
 def train(stage, method, lr, seed):
     """One run, in a process of its own; returns what it measures."""
     if stage == 'peft':
         return time_beside_peft(method)
     keep_memory()
     rows, dev = load_split('train'), load_split('dev')
-    if stage in (
-        'search',
-        'squash',
-    ):  # a third of train to learn from, an eighth to choose by; dev is only reported, at the end
+    if stage in ('search', 'squash'):  # a third of train to learn from, an eighth to choose by; dev is for the end
         random.Random(0).shuffle(rows)
         rows, dev = rows[: len(rows) // 3], rows[-len(rows) // 8 :]
     torch.manual_seed(seed)
@@ -188,7 +173,8 @@ def train(stage, method, lr, seed):
         batches, dev = typical(batches)[:13], []
     groups = apply_method(model, method, lr, batches[0][:2])
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, len(batches)))
+    n = len(batches)  # linear warm-up, then linear decay to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / max(1, WARMUP * n), (n - i) / n))
     parameters = [p for group in groups for p in group['params']]
     seconds = []
     model.train()
@@ -203,20 +189,15 @@ def train(stage, method, lr, seed):
         optimizer.zero_grad()
         schedule.step()
         seconds.append(time.perf_counter() - start)
-    found = dict(steps=len(batches), trainable=sum(p.numel() for p in parameters))
+    found = dict(steps=n, trainable=sum(p.numel() for p in parameters))
     if stage == 'time':
-        memory = peak_memory('cpu') - loaded
-        return found | dict(seconds=statistics.median(seconds[3:]), peak_bytes=memory, bytes=count_bytes(model, method))
+        found.update(peak_bytes=peak_memory('cpu') - loaded, bytes=count_bytes(model, method))
+        return dict(found, seconds=statistics.median(seconds[3:]))
     found['accuracy'] = count_right(model, dev)
     if (stage, method) == ('final', 'KAN-LoRA'):  # what its nearest linear map would do
         errors = fit_linear(model, [batch[:2] for batch in batches[:60]])
         found.update(linear_error=statistics.mean(errors.values()), linear_accuracy=count_right(model, dev))
     return found
-
-
-def rate_at(step, steps):
-    """Linear warm-up, then linear decay to zero."""
-    return min((step + 1) / max(1, WARMUP * steps), (steps - step) / steps)
 
 
 @torch.no_grad()
@@ -226,9 +207,6 @@ def count_right(model, rows):
     with torch.autocast('cpu', torch.bfloat16):
         batches = load_batches(rows)
         return sum((model(*inputs).argmax(-1) == labels).sum().item() for *inputs, labels in batches) / len(rows)
-
-
-# beside PEFT
 
 
 def time_beside_peft(method):
@@ -255,22 +233,12 @@ def time_beside_peft(method):
     return {name: statistics.median(mine[2:]) for name, mine in seconds.items()}
 
 
-# all runs
-
-
-def name_run(stage, method, lr, seed):
-    return f'{stage}, {method}, lr={lr:g}, seed={seed}'
-
-
-def read_records():
-    return list(STUDY.read().values())
-
-
 def searched(method):
     """{learning rate: accuracy on what was held out}, in order."""
-    found = [record for record in read_records() if record['stage'] == 'search' and record['method'] == method]
-    rates = {record['lr']: record['accuracy'] for record in sorted(found, key=lambda record: record['lr'])}
-    if missing := set(METHODS[method][1]) - rates.keys():
+    runs = [run for run in STUDY.read().values() if (run['stage'], run['method']) == ('search', method)]
+    rates = {run['lr']: run['accuracy'] for run in sorted(runs, key=lambda run: run['lr'])}
+    missing = set(METHODS[method][1]) - rates.keys()
+    if missing:
         raise ValueError(f'the search of {method} is not finished: {sorted(missing)}')
     return rates
 
@@ -298,30 +266,12 @@ def list_runs(stage):
         return [(stage, method, best_rate('KAN-LoRA'), seed) for seed in many for method in ('KAN-LoRA', *SQUASHED)]
     if stage in ('final', 'time'):
         return [(stage, method, best_rate(method), seed) for seed in many for method in METHODS]
-    if stage == 'peft':
-        return [(stage, method, 0, seed) for seed in many for method in ('LoRA', 'rsLoRA', 'DoRA')]
-    raise ValueError(f'stages: expected any of search, widen, final, squash, time, peft, got {stage!r}')
+    return [(stage, method, 0, seed) for seed in many for method in PEFT]
 
 
 def make(name, one, folder):
     """One run in a process of its own: its record."""
-    command = [sys.executable, __file__, f'--run={json.dumps(one)}']
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f'{name} failed, see above')
-    stage, method, lr, seed = one
-    return dict(stage=stage, method=method, lr=lr, seed=seed, **json.loads(done.stdout.splitlines()[-1]))
-
-
-def run_all(runs):
-    STUDY.run_all({name_run(*one): one for one in runs}, make)
-
-
-# the page
-
-
-def mean_of(records, key):
-    return statistics.mean(record[key] for record in records)
+    return dict(zip(('stage', 'method', 'lr', 'seed'), one), **run_json('study/minilm.py', run=json.dumps(one)))
 
 
 def percent(values):
@@ -336,68 +286,52 @@ def to_baseline(values, baseline):
     return f'{apart} (p = {paired_p(values, baseline):.2g})' if len(values) > 2 else apart
 
 
-def select(records, stage, method):
-    """The runs of a method in a stage, at the learning rate that its search has found, by seed."""
+def values_of(key, stage, method):
+    """What the runs of a method in a stage have, at the learning rate that its search has found, by seed."""
     rate = 0 if stage == 'peft' else best_rate('KAN-LoRA' if stage == 'squash' else method)
-    found = [record for record in records if (record['stage'], record['method'], record['lr']) == (stage, method, rate)]
-    return sorted(found, key=lambda record: record['seed'])
+    runs = [run for run in STUDY.read().values() if (run['stage'], run['method'], run['lr']) == (stage, method, rate)]
+    if not runs:
+        raise ValueError(f'no page yet: the stage {stage} is not finished, {method} has no runs in it')
+    return [run[key] for run in sorted(runs, key=lambda run: run['seed'])]
 
 
-def accuracies(records, stage, method):
-    return [record['accuracy'] for record in select(records, stage, method)]
-
-
-def make_tables(records):
-    baseline = accuracies(records, 'final', 'LoRA')
-    lines = [
-        '| method | trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk |',
-        '|---|--:|--:|--:|--:|--:|--:|--:|',
-    ]
+def make_tables():
+    names = 'trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk'
+    lines = [f'| method | {names} |', '|---|' + '--:|' * 7]
+    baseline = values_of('accuracy', 'final', 'LoRA')
     for method in METHODS:
-        values, final, timed = (
-            accuracies(records, 'final', method),
-            select(records, 'final', method),
-            select(records, 'time', method),
-        )
-        seconds = statistics.median(record['seconds'] for record in timed)
-        memory, size = max(record['peak_bytes'] for record in timed) / 1e6, timed[0]['bytes'] / 1e6
-        cells = [f'{final[0]["trainable"]:,}', percent(values), to_baseline(values, baseline), f'{final[0]["lr"]:.3g}']
-        lines.append(f'| {method} | {" | ".join(cells)} | {1e3 * seconds:.0f} | {memory:.0f} MB | {size:.2f} MB |')
+        values, seconds = values_of('accuracy', 'final', method), values_of('seconds', 'time', method)
+        memory, size = values_of('peak_bytes', 'time', method), values_of('bytes', 'time', method)
+        trained = values_of('trainable', 'final', method)[0]
+        cells = [f'{trained:,}', percent(values), to_baseline(values, baseline), f'{best_rate(method):.3g}']
+        cells += [f'{1e3 * statistics.median(seconds):.0f}', f'{max(memory) / 1e6:.0f} MB', f'{size[0] / 1e6:.2f} MB']
+        lines.append(f'| {method} | {" | ".join(cells)} |')
     lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | to tanh |', '|---|--:|--:|']
-    baseline = accuracies(records, 'squash', 'KAN-LoRA')
+    baseline = values_of('accuracy', 'squash', 'KAN-LoRA')
     for method in ('KAN-LoRA', *SQUASHED):
-        values = accuracies(records, 'squash', method)
-        lines.append(f'| {method.partition(", ")[2] or "tanh"} | {percent(values)} | {to_baseline(values, baseline)} |')
+        values, squash = values_of('accuracy', 'squash', method), method.partition(', ')[2] or 'tanh'
+        lines.append(f'| {squash} | {percent(values)} | {to_baseline(values, baseline)} |')
     lines += ['', '| forward + backward | ours, ms | PEFT | ratio |', '|---|--:|--:|--:|']
-    for method in ('LoRA', 'rsLoRA', 'DoRA'):
-        rounds = select(records, 'peft', method)
-        ours, theirs = (
-            1e3 * statistics.median(record[key] for record in rounds) for key in ('seconds', 'peft_seconds')
-        )
-        ratio = statistics.median(record['seconds'] / record['peft_seconds'] for record in rounds)
-        lines.append(f'| {method} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |')
-    fitted = select(records, 'final', 'KAN-LoRA')
-    error, linear = mean_of(fitted, 'linear_error'), percent([record['linear_accuracy'] for record in fitted])
-    lines += [
-        '',
-        f'KAN-LoRA after `fit_linear`: {linear} % on dev; its layers are {100 * error:.0f} % off, by root mean squares.',
-    ]
-    return '\n'.join(lines) + '\n'
+    for method in PEFT:
+        ours, theirs = values_of('seconds', 'peft', method), values_of('peft_seconds', 'peft', method)
+        medians = ' | '.join(f'{1e3 * statistics.median(seconds):.0f}' for seconds in (ours, theirs))
+        lines.append(f'| {method} | {medians} | {statistics.median(map(operator.truediv, ours, theirs)):.2f} |')
+    error = 100 * statistics.mean(values_of('linear_error', 'final', 'KAN-LoRA'))
+    linear = percent(values_of('linear_accuracy', 'final', 'KAN-LoRA'))
+    fitted = f'{linear} % on dev; its layers are {error:.0f} % off, by root mean squares.'
+    return '\n'.join([*lines, '', f'KAN-LoRA after `fit_linear`: {fitted}', ''])
 
 
-def draw(records):
+def draw():
     """Accuracy over trained parameters: a point for each seed, a bar for the mean."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, panel = plt.subplots(figsize=(10, 6), layout='constrained')
-    places = {}
+    figure, places = Figure(figsize=(10, 6), layout='constrained'), {}
+    panel = figure.subplots()
     for method in METHODS:
-        values = [100 * value for value in accuracies(records, 'final', method)]
-        x = select(records, 'final', method)[0]['trainable']
+        values = [100 * value for value in values_of('accuracy', 'final', method)]
+        x = values_of('trainable', 'final', method)[0]
         mean = statistics.mean(values)
         color = 'tab:orange' if 'KAN' in method or method == 'kanified' else 'tab:blue'
         panel.plot([x] * len(values), values, 'o', markersize=4, alpha=0.35, color=color)
@@ -407,40 +341,25 @@ def draw(records):
         last = -math.inf
         for mean, x, method, color in sorted(column):
             last = max(mean, last + 0.19)
-            panel.annotate(
-                method, (x, mean), (x * 1.28, last), textcoords='data', va='center', fontsize=10, color=color
-            )
-    panel.set_xscale('log')
-    panel.set_xlim(1200, 1.2e8)
-    panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
-    panel.set_xlabel('parameters that train')
+            panel.annotate(method, (x, mean), (x * 1.28, last), va='center', fontsize=10, color=color)
+    panel.set(xscale='log', xlim=(1200, 1.2e8), xlabel='parameters that train')
+    panel.xaxis.set_major_formatter(EngFormatter(sep=''))
     panel.set_ylabel('accuracy on dev, %; a point per seed, a bar for their mean')
     panel.grid(alpha=0.3)
     figure.savefig(STUDY.folder / 'accuracy.png', dpi=110)
-
-
-def main():
-    if stages and not ((MODEL / 'model.safetensors').exists() and find_task('sst').path('train').exists()):
-        raise ValueError(
-            'the model or the data is not there: python data/minilm/prepare.py && python data/sst/prepare.py'
-        )
-    for stage in filter(None, stages.split(',')):
-        runs = list_runs(stage)
-        run_all(runs)
-        while stage == 'widen' and runs:
-            runs = list_runs(stage)
-            run_all(runs)
-    records = read_records()
-    table = make_tables(records)
-    with write_atomically(STUDY.folder / 'table.md', 'w', 'utf-8') as f:
-        f.write(table)
-    draw(records)
-    print(table, end='')
 
 
 if __name__ == '__main__':
     configure(globals())
     if run:
         print(json.dumps(train(*json.loads(run)), allow_nan=False))
-    else:
-        main()
+        sys.exit()
+    if stages and not ((MODEL / 'model.safetensors').exists() and find_task('sst').path('train').exists()):
+        raise ValueError('model or data are missing: python data/minilm/prepare.py && python data/sst/prepare.py')
+    for stage in choose('stages', stages, ('search', 'widen', 'final', 'squash', 'time', 'peft')):
+        runs = list_runs(stage)
+        while runs:
+            STUDY.run_all({NAME.format(*one): one for one in runs}, make)
+            runs = list_runs(stage) if stage == 'widen' else []
+    STUDY.show(make_tables())
+    draw()

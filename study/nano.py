@@ -1,13 +1,13 @@
 """
 The studies of nano GPTs, by train.py on Shakespeare's characters: which runs they have, and how these are shown.
 
-    OMP_NUM_THREADS=1 python study/nano.py                 # trains what has no record, in two shells to share it; hours on two cores
+    OMP_NUM_THREADS=1 python study/nano.py   # trains what has no record, in two shells to share it; hours on two cores
     OMP_NUM_THREADS=1 python study/nano.py --studies=graph
-    python study/nano.py --train=False                     # their pages from the records, without training anything
+    python study/nano.py --train=False       # their pages from the records, without training anything
 
-`nano_tuning` searches for learning rate and initial scale in short runs, `nano_finalists` tries the best of them over all iterations, `nano`
-compares the families over five seeds, `nano_longer` gives the vanilla GPT the seconds of the KAN-GPT, `nano_scaling` varies the width,
-and `graph` adds graph attention.
+`nano_tuning` searches for learning rate and initial scale in short runs, `nano_finalists` tries the best of them over
+all iterations, `nano` compares the families over five seeds, `nano_longer` gives the vanilla GPT the seconds of the
+KAN-GPT, `nano_scaling` varies the width, and `graph` adds graph attention.
 """
 
 import sys
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 from configurator import ROOT, configure
 from study.compare import check_run, compare
-from study.runner import Study, read_run, run_script
+from study.runner import Study, choose, read_run, run_script
 from study.sweep import check_record, list_runs, read_settings
 
 FAMILIES = ('nano', 'nano_kan', 'nano_kan_mlp', 'nano_balanced', 'nano_swiglu')
@@ -25,9 +25,7 @@ SHORT = dict(max_iters='300', lr_decay_iters='300', warmup_iters='30', eval_inte
 WHOLE = dict(eval_interval='1000')
 LONG = dict(max_iters='7800', lr_decay_iters='7800', eval_interval='1300')
 RUNS = {  # study: [(families, settings, of several values all combinations)]
-    'nano_tuning': [
-        (FAMILIES, dict(SHORT, learning_rate='2e-3,4e-3,8e-3,1.6e-2', init_std='0.02,0.04,0.08,0.16')),
-    ],
+    'nano_tuning': [(FAMILIES, dict(SHORT, learning_rate='2e-3,4e-3,8e-3,1.6e-2', init_std='0.02,0.04,0.08,0.16'))],
     'nano_finalists': [
         (('nano', 'nano_balanced'), dict(WHOLE, learning_rate='2e-3,4e-3,8e-3', init_std='0.08')),
         (('nano_kan',), dict(WHOLE, learning_rate='4e-3,8e-3', init_std='0.04')),
@@ -72,7 +70,7 @@ def list_all(study):
 
 
 def make(name, args, folder):
-    """Train one run; returns its record and log. One that diverged is a record, too; one that failed otherwise ends the study."""
+    """Train one run; returns its record and log. One that diverged has a record, too, any other failure is an error."""
     last = run_script('train.py', args, str(folder))
     run = read_run(str(folder))
     if not {'finished', 'failed'} & run.keys():
@@ -88,23 +86,18 @@ def check_records(study, runs):
             check_record(f'results/{study}/runs.jsonl: {name}', records[name], settings)
 
 
-def show(study):
-    """The pages of a study from its records."""
-    records = Study(study).read()
+def show(study, out=None):
+    """The pages of a study from its records, in its folder or in `out`."""
+    records, folder = Study(study).read(), str(Study(study).folder)
     for family in BESIDE.get(study, ()):
         records |= {name: run for name, run in Study('nano').read().items() if name.startswith(f'{PREFIX}{family},')}
-    folder = Study(study).folder
     runs = [check_run(name, run, f'{folder}/runs.jsonl') for name, run in records.items()]
-    compare(runs, str(folder), **SHOWN[study])
+    compare(runs, out or folder, **SHOWN[study])
 
 
 if __name__ == '__main__':
     configure(globals())
-    chosen = studies.split(',')
-    unknown = set(chosen) - RUNS.keys()
-    if unknown:
-        raise ValueError(f'studies={studies!r}: expected any of {", ".join(RUNS)}, joined by commas')
-    for study in chosen:
+    for study in choose('studies', studies, RUNS):
         runs = list_all(study)
         check_records(study, runs)
         if train:

@@ -1,12 +1,12 @@
 """
-What the studies share: they run what has no record, in several shells at once where there are several, and resume what was cut off; and
-they say the same of several seeds.
+What the studies share: they run what has no record, in several shells at once where there are several, and resume what
+was cut off; and they say the same of several seeds.
 
     study = Study('nano')
-    study.run_all(jobs, make)   # {name: job}; make(name, job, folder) does the work in a folder of its own and returns the record
+    study.run_all(jobs, make)   # {name: job}; make(name, job, folder) works in a folder of its own, returns the record
     study.read()                # {name: record}
 
-The records lie in results/<study>/runs.jsonl, a line a run, the log of the run in it. Work under way lies in out-<study>/.
+The records lie in results/<study>/runs.jsonl, a line a run with its log. Work under way lies in out-<study>/.
 """
 
 import contextlib
@@ -32,9 +32,6 @@ from run.records import read_log, read_record
 RESUME = {'train.py': '--init_from=resume', 'finetune.py': '--resume=True'}
 
 
-# records
-
-
 def read_runs(path):
     """The records of a runs.jsonl by name, {} where there is none; ValueError where a line is no record."""
     try:
@@ -47,13 +44,15 @@ def read_runs(path):
 @functools.lru_cache(8)
 def parse_runs(path, *state):
     """read_runs of a file in this state: a change of it is a new file of another number."""
+    runs = {}
     with open(path, encoding='utf-8') as f:
-        lines = f.readlines()
-    try:
-        runs = [json.loads(line) for line in lines]
-        return {run['name']: run for run in runs}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({error!r}): take it from git again') from None
+        for number, line in enumerate(f, 1):
+            try:
+                run = json.loads(line)
+                runs[run['name']] = run
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}:{number} is damaged ({error!r}): take it from git again') from None
+    return runs
 
 
 def add_run(path, run):
@@ -76,58 +75,63 @@ class Study:
     def read(self):
         return read_runs(self.folder / 'runs.jsonl')
 
+    def show(self, table):
+        """Print the page of the study and write it."""
+        with write_atomically(self.folder / 'table.md', 'w', 'utf-8') as f:
+            f.write(table)
+        print(table, end='')
+
     def run_all(self, jobs, make):
         """Make the record of every job that has none; what another shell is at is waited for in the end."""
+        # names without what a shell or a file system might stumble over
+        folders = {name: self.work / re.sub(r'[^\w.+-]+', '_', name) for name in jobs}
+        locks = {name: f'{folder}.lock' for name, folder in folders.items()}
 
         def run(name):
-            folder = self.work / folder_name(name)
-            add_run(self.folder / 'runs.jsonl', {'name': name, **make(name, jobs[name], folder)})
-            shutil.rmtree(folder, ignore_errors=True)
+            add_run(self.folder / 'runs.jsonl', {'name': name, **make(name, jobs[name], folders[name])})
+            shutil.rmtree(folders[name], ignore_errors=True)
 
         self.work.mkdir(exist_ok=True)
-        share(
-            list(jobs),
-            lock_of=lambda name: self.work / f'{folder_name(name)}.lock',
-            is_done=lambda name: name in self.read(),
-            do=run,
-            progress=lambda names: tqdm(names, desc=self.name, unit='run', disable=None),
-        )
+        bar = functools.partial(tqdm, desc=self.name, unit='run', disable=None)
+        share(locks, lambda name: name in self.read(), run, progress=bar)
 
 
-def folder_name(name):
-    """A name without what a shell or a file system might stumble over."""
-    return re.sub(r'[^\w.+-]+', '_', name)
+def choose(setting, text, choices):
+    """The choices in a setting, joined by commas. ValueError for another one."""
+    chosen = [choice for choice in text.split(',') if choice]
+    if not set(chosen) <= set(choices):
+        raise ValueError(f'{setting}: expected any of {", ".join(choices)}, got {text!r}')
+    return chosen
 
 
-def share(names, lock_of, is_done, do, wait=True, progress=iter):
+def share(locks, is_done, do, wait=True, progress=iter):
     """
-    do(name) for each name that is not done. Of several shells each does a part: a name whose lock another one holds is passed
-    over and, with `wait`, come back to in the end, when that shell has done it or was stopped. Ctrl-C and SIGTERM end it in a line.
+    do(name) for each name that is not done; returns what this shell has done. `locks` are files by name. Of several
+    shells each does a part: a name whose lock another one holds is passed over and, with `wait`, come back to in the
+    end, when that shell has done it or was stopped. Ctrl-C and SIGTERM end it in a line.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    done = {}
     try:
         for blocking in (False, True)[: 1 + wait]:
-            for name in progress(names):
-                with contextlib.suppress(Timeout), FileLock(lock_of(name), blocking=blocking):
+            for name in progress(locks):
+                with contextlib.suppress(Timeout), FileLock(locks[name], blocking=blocking):
                     if not is_done(name):
-                        do(name)
+                        done[name] = do(name)
     except KeyboardInterrupt:
         sys.exit('stopped; the same command goes on where it was')
-
-
-# runs of scripts
+    return done
 
 
 def run_script(script, args, out_dir, on_line=lambda line: None):
     """
-    Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last line. What it prints goes
-    into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
+    Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last line.
+    What it prints goes into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
     """
     os.makedirs(out_dir, exist_ok=True)
     resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []
-    command = [sys.executable, os.path.join(ROOT, script), *args, f'--out_dir={out_dir}', *resume]
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, '-u', os.path.join(ROOT, script), *args, f'--out_dir={out_dir}', *resume]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     last, stopped = '', False
     with open(os.path.join(out_dir, script.replace('.py', '.txt')), 'a', buffering=1, encoding='utf-8') as f:
         while process.poll() is None:
@@ -145,13 +149,19 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
     return last
 
 
+def run_json(script, **flags):
+    """What a script prints in its last line, from JSON."""
+    command = [sys.executable, os.path.join(ROOT, script), *(f'--{key}={value}' for key, value in flags.items())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f'{" ".join(command[1:])} failed, see above')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def read_run(folder):
-    """The record and the log of a run in one: what a line of runs.jsonl holds besides the name. {} where there is no run."""
+    """The record and the log of a run in one, as a line of runs.jsonl has them; {} where there is no run."""
     record = read_record(folder)
     return {**record, 'log': read_log(folder)} if record else {}
-
-
-# several seeds
 
 
 def deviation(values):
@@ -162,7 +172,8 @@ def deviation(values):
 
 def mean_and_std(values, digits):
     """As text: the mean, and of several values ± the standard deviation."""
-    return f'{np.mean(values):.{digits}f}' + (f' ± {deviation(values):.{digits}f}' if len(values) > 1 else '')
+    spread = f' ± {deviation(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{spread}'
 
 
 def paired_p(values, baseline):

@@ -1,17 +1,15 @@
 """
 The measurements of bench.py that the docs quote, with a record of each and a page made from them.
 
-    python study/speed.py                        # measures what has no record for this machine, an hour on two cores; leave it alone
+    python study/speed.py            # measures what this machine has no record of, an hour on two cores: leave it alone
     python study/speed.py --jobs=layer,adapter
-    python study/speed.py --jobs=                # the page from the records alone
+    python study/speed.py --jobs=    # the page from the records alone
 
-A machine is named by its processor or card, its threads and torch; figures of different machines stand in different tables, as ratios
-hold within one run alone.
+A machine is named by its processor or card, its threads and torch; figures of different machines stand in different
+tables, as ratios hold within one run alone.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import torch
 
-from configurator import ROOT, configure
+from configurator import configure
 from run.device import device_name, pick_device
-from run.files import write_atomically
 from run.records import commit
-from study.runner import Study
+from study.runner import Study, choose, run_json
 
 STUDY = Study('speed')
 STEP, ONCE = dict(suite='step', only='micro'), dict(rounds=2, repeats=1)
@@ -48,28 +45,22 @@ dtypes = 'float32'  # or 'float32,bfloat16', where the machine has bfloat16
 
 
 def make(name, settings, folder):
-    """The last line of bench.py under these settings, which holds every number."""
-    flags = [f'--{key}={value}' for key, value in {**settings, 'device': device, 'dtypes': dtypes}.items()]
-    done = subprocess.run([sys.executable, f'{ROOT}/study/bench.py', *flags], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f'{name} failed, see above')
-    return {'commit': commit(), **json.loads(done.stdout.splitlines()[-1])}
+    """What bench.py measures under these settings."""
+    return {'commit': commit(), **run_json('study/bench.py', **settings, device=device, dtypes=dtypes)}
 
 
 def make_table(run):
     """A row for each case: median milliseconds, as a multiple of the first case of its group, peak memory."""
-    lines = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|']
-    first = {}
+    lines, first = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|'], {}
     for row in run['rows']:
         group = f'{row["where"]}, {row["dtype"]}'
         if 'error' in row:
             lines.append(f'| {group}: {row["name"]} | failed: {row["error"]} | | |')
             continue
-        seconds = statistics.median(row['seconds']['total'])
-        ratio = seconds / first.setdefault(group, seconds)
-        share = statistics.median(row['seconds']['edges']) / seconds if 'edges' in row['seconds'] else 0
-        note = f' ({share:.2%} finds edges)' if share else ''
-        cells = f'{1e3 * seconds:.4g}{note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
+        seconds = {part: statistics.median(values) for part, values in row['seconds'].items()}
+        ratio = seconds['total'] / first.setdefault(group, seconds['total'])
+        note = f' ({seconds["edges"] / seconds["total"]:.2%} finds edges)' if seconds.get('edges') else ''
+        cells = f'{1e3 * seconds["total"]:.4g}{note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
         lines.append(f'| {group}: {row["name"]} | {cells} |')
     return '\n'.join(lines)
 
@@ -81,18 +72,11 @@ def make_page():
         job, _, machine = name.partition(' on ')
         about = f'{run["rounds"]} round(s) of {run["repeats"]}, commit {run["commit"]}'
         parts.append(f'### {job}\n\n{machine}; {about}\n\n{make_table(run)}\n')
-    table = '\n'.join(parts)
-    with write_atomically(STUDY.folder / 'table.md', 'w', 'utf-8') as f:
-        f.write(table)
-    print(table, end='')
+    STUDY.show('\n'.join(parts))
 
 
 if __name__ == '__main__':
     configure(globals())
     machine = f'{device_name(pick_device(device))}, torch {torch.__version__}, {dtypes}'
-    chosen = [job for job in jobs.split(',') if job]
-    unknown = set(chosen) - JOBS.keys()
-    if unknown:
-        raise ValueError(f'jobs={jobs!r}: expected any of {", ".join(JOBS)}, joined by commas')
-    STUDY.run_all({f'{job} on {machine}': JOBS[job] for job in chosen}, make)
+    STUDY.run_all({f'{job} on {machine}': JOBS[job] for job in choose('jobs', jobs, JOBS)}, make)
     make_page()

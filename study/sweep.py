@@ -2,11 +2,12 @@
 Train every combination of config files and settings, one run after another.
 
     python study/sweep.py config/train_shakespeare_char_nano.py config/train_shakespeare_char_nano_kan.py --seed=1,2,3
-    python study/sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3 --max_iters=300
+    python study/sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3
 
-Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root (out-sweep),
-named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same command again skips the runs that
-finished or diverged and resumes the one that was cut off; given twice at once, on two GPUs or cores, it shares the runs between the two.
+Flags are those of train.py, where a number may be several, joined by commas. Each run has a folder of its own in --root
+(out-sweep), named by its seed and what else sets it apart, and train.txt in it is what train.py printed. The same
+command again skips the runs that finished or diverged and resumes the one that was cut off; given twice at once, on two
+GPUs or cores, it shares the runs between the two.
 """
 
 import itertools
@@ -38,9 +39,7 @@ def read_grid(argv):
         elif not arg.startswith('--') or not equals:
             raise ValueError(f'expected a config file or --key=value, got {arg!r}')
         elif name in ('out_dir', 'init_from', 'eval_only'):
-            raise ValueError(
-                f'{arg}: the runs of a sweep start from scratch and have folders of their own (--root=...)'
-            )
+            raise ValueError(f'{arg}: the runs of a sweep start from scratch, in folders of their own (--root=...)')
         else:
             grid[name] = text.split(',') if re.fullmatch(r'[-+.\deE_,]+', text) else [text]
     if not configs:
@@ -52,14 +51,12 @@ def list_runs(configs, grid):
     """{name: the arguments of train.py}"""
     runs = {}
     for config, values in itertools.product(configs, itertools.product(*grid.values())):
-        flags = [f'--{name}={value}' for name, value in zip(grid, values)]
-        varied = sorted(
-            flag.removeprefix('--') for flag, name in zip(flags, grid) if name == 'seed' or len(grid[name]) > 1
-        )
+        flags = {name: f'{name}={value}' for name, value in zip(grid, values)}
+        varied = sorted(flag for name, flag in flags.items() if name == 'seed' or len(grid[name]) > 1)
         name = ','.join([os.path.basename(config).removesuffix('.py').removeprefix('train_'), *varied])
         if name in runs:
             raise ValueError(f'two of the runs are called {name}: name each config file and each value once')
-        runs[name] = [config, *flags]
+        runs[name] = [config, *(f'--{flag}' for flag in flags.values())]
     return runs
 
 
@@ -100,38 +97,32 @@ def sweep(runs, root):
             done += settings[name]['max_iters']
             bar.update(done - bar.n)
             if 'finished' in record:
-                say(f'{folders[name]}: best validation loss {record["final"]["best_val_loss"]:.4f}')
+                state = f': best validation loss {record["final"]["best_val_loss"]:.4f}'
             elif last is None and 'failed' not in record:
-                say(f'{folders[name]} is being trained by another sweep')
+                state = ' is being trained by another sweep'
             else:
                 failed.append(folders[name])
-                say(f'{folders[name]} did not finish: {record.get("failed", last)}')
+                state = f' did not finish: {record.get("failed", last)}'
+            tqdm.write(folders[name] + state)
+            sys.stdout.flush()
     return failed
 
 
 def train(name, args, folder, bar):
-    """One run; returns the last line of train.py, or None where it was not started, as it is done or another sweep is at it."""
-    before, last = bar.n, []
+    """One run; returns the last line of train.py, or None where it is done already or another sweep is at it."""
+    before = bar.n
 
     def show(line):
         if found := re.match(r'(?:iter|step) (\d+): (.*)', line):
             bar.set_postfix_str(f'{name}: {found[2]}', refresh=False)
             bar.update(before + int(found[1]) - bar.n)
 
+    def is_done(name):
+        return bool({'finished', 'failed'} & read_record(folder).keys())
+
     os.makedirs(folder, exist_ok=True)
-    share(
-        [name],
-        lock_of=lambda name: os.path.join(folder, 'sweep.lock'),
-        is_done=lambda name: not {'finished', 'failed'}.isdisjoint(read_record(folder)),
-        do=lambda name: last.append(run_script('train.py', args, folder, show)),
-        wait=False,
-    )
-    return last[0] if last else None
-
-
-def say(text):
-    tqdm.write(text)
-    sys.stdout.flush()
+    locks = {name: os.path.join(folder, 'sweep.lock')}
+    return share(locks, is_done, lambda name: run_script('train.py', args, folder, show), wait=False).get(name)
 
 
 if __name__ == '__main__':

@@ -20,43 +20,38 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, **set
     """
     Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
 
-    targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an nn.ModuleList
-              or nn.Sequential), so that heads stay as they are. A layer that shares its weight is left out unless named itself.
-    init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the model still gives
-              what it gave; 'fresh': as KANLinear starts.
-    train     'all': a KAN layer trains if the layer it replaces does; 'splines' freezes all else in the model: a spline adapter.
-    absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base activation of
-              the KAN layer, so that its splines lie beside the activation and not behind it. Not for gated MLPs: what the
-              activation gives must go to that layer, as it is, and nowhere else.
+    targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an
+              nn.ModuleList or nn.Sequential), not heads. A layer with a shared weight is left out unless named itself.
+    init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the
+              model still gives what it gave; 'fresh': as KANLinear starts.
+    train     'all': a KAN layer trains if the layer it replaces does; 'splines': these alone train in the whole model.
+    absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base
+              activation of the KAN layer, so that the splines lie beside it and not behind it. Not for gated MLPs: what
+              the activation gives must go to that layer, as it is, and nowhere else.
     settings  of KANLinear: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
     """
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
-        raise ValueError(
-            f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r} and {train!r}"
-        )
+        raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r}, {train!r}")
     if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
         raise ValueError('the model has adapters: kanify comes before them')
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
     absorbed = find_absorbed(model, paths, absorb or {})
-    before = sum(p.numel() for p in model.parameters())
-    layers = {path: model.get_submodule(absorbed[path]) if path in absorbed else None for path in paths}
-    layers = {
-        path: to_kan(model.get_submodule(path), init, activation, settings) for path, activation in layers.items()
-    }
+    before, layers = sum(p.numel() for p in model.parameters()), {}
+    for path in paths:
+        activation = model.get_submodule(absorbed[path]) if path in absorbed else None
+        layers[path] = to_kan(model.get_submodule(path), init, activation, settings)
     for path, layer in (layers | dict.fromkeys(absorbed.values(), nn.Identity())).items():
         model.set_submodule(path, layer)
     if train == 'splines':
         model.requires_grad_(False)
         for layer in layers.values():
             layer.spline_weight.requires_grad_(True)
-    after, training = (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
+    after = sum(p.numel() for p in model.parameters())
+    training = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'{len(layers)} layers became KAN layers: {before:,} -> {after:,} parameters, {training:,} of them train')
     return model
 
@@ -92,14 +87,13 @@ def is_conv1d(layer):
 
 def named_layers(model):
     """
-    named_modules, less the layers of PyTorch's own attention and encoder layers: those read the weights of their linear layers and
-    do not always call them, so that what stands in the place of one would be passed by in silence.
+    {path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
+    linear layers and do not always call them, so that what stands in the place of one would be passed by in silence.
     """
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
-    return {
-        path: module for path, module in model.named_modules(remove_duplicate=False) if path and id(module) not in read
-    }
+    named = model.named_modules(remove_duplicate=False)
+    return {path: module for path, module in named if path and id(module) not in read}
 
 
 def find_linear(model, targets):
@@ -112,12 +106,11 @@ def find_linear(model, targets):
 
 
 def without_tied(paths, tied, targets):
-    """The paths less those of layers that share their weight, unless a target names them themselves; ValueError if none is left."""
+    """The paths less those of layers that share their weight and that no target names; ValueError if none is left."""
     left = [path for path in paths if path not in tied or is_named(path, targets)]
     if not left:
-        raise ValueError(
-            f'{paths[0]} shares its weight with {", ".join(tied[paths[0]])}: it is left alone unless named itself'
-        )
+        others = ', '.join(tied[paths[0]])
+        raise ValueError(f'{paths[0]} shares its weight with {others}: it is left alone unless named itself')
     return left
 
 
@@ -139,11 +132,8 @@ def find_absorbed(model, paths, absorb):
     return found
 
 
-# layers by their names
-
-
 def choose(paths, targets):
-    """The paths that targets name: `c_attn`, `attn` and `h.0` all name h.0.attn.c_attn. ValueError where one names nothing."""
+    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing."""
     for target in targets:
         if not any(f'.{target}.' in f'.{path}.' for path in paths):
             raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths)}')
@@ -167,9 +157,5 @@ def tied_modules(model):
     for path, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(path)
-    return {
-        path: [other for other in paths if other != path]
-        for paths in owners.values()
-        if len(paths) > 1
-        for path in paths
-    }
+    shared = [paths for paths in owners.values() if len(paths) > 1]
+    return {path: [other for other in paths if other != path] for paths in shared for path in paths}

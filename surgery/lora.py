@@ -1,12 +1,12 @@
 """
-Low-rank adapters for any PyTorch model. A frozen layer gets a small path that trains, or a small change of its weights:
+Low-rank adapters for any PyTorch model: a frozen layer gets a small path that trains, or a small change of its weights,
 
     lora       y = W x + s B A x                  Hu et al. 2021, arXiv 2106.09685, eq. 3; s = alpha / rank
-    kan        y = W x + s phi_out(phi_in(x))     two small KAN layers in place of A and B, as in kolmg-lora; cannot be merged
+    kan        y = W x + s phi_out(phi_in(x))     two small KAN layers in place of A and B, as kolmg-lora; never merged
     kan_base   of a KAN layer, W_base + s B A and W_spline + s B' A'    arXiv 2504.10490, its splines as a matrix
 
-and with each of them rsLoRA (s = alpha / sqrt(rank), arXiv 2312.03732), DoRA (every row of the weights gets a length that trains,
-arXiv 2402.09353, eq. 5) and LoRA+ (B and phi_out at a higher learning rate, arXiv 2402.12354).
+and with each of them rsLoRA (s = alpha / sqrt(rank), arXiv 2312.03732), DoRA (every row of the weights gets a length
+that trains, arXiv 2402.09353, eq. 5) and LoRA+ (B and phi_out at a higher learning rate, arXiv 2402.12354).
 
     add_lora(model, LoRAConfig(kind='kan', rank=16))
     optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-3, weight_decay=0.0))
@@ -30,7 +30,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KANLinear, least_squares, to_float64
+from kan import KANLinear, least_squares
+from layers.spline import to_float64
 from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
 
 KINDS = ('lora', 'kan', 'kan_base')
@@ -110,7 +111,8 @@ def checked(name, value, wanted):
             return tuple(map(float, value))
         raise ValueError(f'grid_range must be two numbers, got {value!r}')
     if wanted is tuple:
-        names = value.split(',') if isinstance(value, str) else () if value is None else value
+        names = value.split(',') if isinstance(value, str) else value
+        names = () if names is None else names
         if isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names):
             return tuple(sorted(names) if isinstance(names, set) else names)
         raise ValueError(f'{name} must be a list of names, got {value!r}')
@@ -119,9 +121,6 @@ def checked(name, value, wanted):
     if type(value) is not wanted:
         raise ValueError(f'{name} must be of type {wanted.__name__}, got {value!r}')
     return value
-
-
-# the layers that an adapter can act on
 
 
 def kinds_of(layer):
@@ -134,7 +133,7 @@ def kinds_of(layer):
 
 
 def weights(layer):
-    """{parameter: the (O, n) view of it that an adapter changes}; to an embedding, which maps one-hot vectors, n is their size."""
+    """{parameter: the (O, n) view of it that an adapter changes}; n is the number of one-hot inputs to an embedding."""
     if isinstance(layer, KANLinear):
         return {'base_weight': layer.base_weight, 'spline_weight': layer.spline_weight.flatten(1)}
     return {'weight': layer.weight.t() if is_transposed(layer) else layer.weight}
@@ -146,10 +145,7 @@ def is_transposed(layer):
 
 @torch.no_grad()
 def row_norms(layer, updates=None):
-    """
-    Lengths of the rows of all its weights side by side, (O,), with the (O, n) updates added. To the gradient they are constants
-    (DoRA, section 4.3).
-    """
+    """Lengths of the rows of all its weights plus updates side by side, (O,); without gradient (DoRA, section 4.3)."""
     rows = [w.to(adapter_dtype(w)) + (updates[name] if updates else 0) for name, w in weights(layer).items()]
     return torch.cat(rows, 1).norm(dim=1)
 
@@ -159,16 +155,19 @@ def row_scale(magnitude, lengths):
     return torch.where(lengths > 0, magnitude / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0)
 
 
+def rescaled(y, layer, scale):
+    """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
+    bias = getattr(layer, 'bias', None)
+    return y * scale if bias is None else y * scale + bias * (1 - scale)
+
+
 def adapter_dtype(w):
     """Adapters train in float32 beside a base in half precision, which would round small steps away."""
     return torch.promote_types(w.dtype, torch.float32)
 
 
-# adapters: called with the layer and its inputs, they return its output with the adapter
-
-
 class Dropout(nn.Dropout):
-    """On a CPU from 16 random bits for each number, p to the nearest 1 / 65536: PyTorch draws them one by one, in six times the time."""
+    """On a CPU from 16 random bits a number, p to the nearest 1 / 65536: six times as fast as PyTorch's own."""
 
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != 'cpu':
@@ -180,47 +179,40 @@ class Dropout(nn.Dropout):
 
 
 class Adapter(nn.Module):
-    """What a LoRALayer holds for one name. Its parameters are the ones that train."""
+    """
+    What a LoRALayer holds for one name. Its parameters train; called with the layer and its inputs it returns what the
+    layer gives with it; merged(layer) is a module that does the same alone, or a ValueError.
+    """
+
+    kind = property(lambda self: self.config.kind)
+    fast = ()  # how the names of parameters start that LoRA+ gives a higher learning rate
 
     def __init__(self, config):
         super().__init__()
         self.config, self.dropout = config, Dropout(config.dropout)
 
-    def fast_parameters(self):
-        """Those that LoRA+ gives a higher learning rate."""
-        return []
-
-    def merged(self, layer):
-        """A module that does what the layer does with the adapter. ValueError where there is none."""
-        raise NotImplementedError  # each kind of adapter has its own
-
 
 class LowRank(Adapter):
     """lora and kan_base: every weight W of the layer becomes W + s B A."""
+
+    fast = 'lora_B.'
 
     def __init__(self, layer, config):
         super().__init__(config)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, w in weights(layer).items():
-            A = torch.empty(config.rank, w.size(1), dtype=adapter_dtype(w), device=w.device)
-            B = torch.empty(w.size(0), config.rank, dtype=adapter_dtype(w), device=w.device)
+            A = w.new_zeros(config.rank, w.size(1), dtype=adapter_dtype(w))
+            B = w.new_zeros(w.size(0), config.rank, dtype=adapter_dtype(w))
             if isinstance(layer, nn.Embedding):  # one-hot inputs meet one column of A: it starts at zero, B at random
-                nn.init.zeros_(A)
                 nn.init.normal_(B)
             else:
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-                nn.init.zeros_(B)
             self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.magnitude = nn.Parameter(row_norms(layer)) if config.use_dora else None
 
-    def fast_parameters(self):
-        return self.lora_B.parameters()
-
     def forward(self, layer, x):
         if isinstance(layer, KANLinear):  # its scalers come after the update, so through the weights
-            kept = self.dropout(
-                torch.ones_like(self.lora_A['base_weight'][0])
-            )  # dropout is of features, the same for all rows
+            kept = self.dropout(torch.ones_like(self.lora_A['base_weight'][0]))  # (I,), of features, for all rows
             return layer(x, **self.adapted(layer, kept))
         y = layer(x)
         A, B = self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
@@ -236,7 +228,7 @@ class LowRank(Adapter):
         return adapted.to(y.dtype)
 
     def updates(self, kept=None):
-        """{parameter: s B A, (O, n)}; `kept` (I,) is a factor of each feature, of which a row of A holds the numbers side by side."""
+        """{parameter: s B A, (O, n)}; `kept` (I,) multiplies the n / I numbers of each feature in a row of A."""
         A = dict(self.lora_A.items())
         if kept is not None:
             A = {name: (a.unflatten(1, (len(kept), -1)) * kept.unsqueeze(1)).flatten(1) for name, a in A.items()}
@@ -246,24 +238,23 @@ class LowRank(Adapter):
         """{parameter: the weight with the adapter, as the layer stores it}"""
         updates = self.updates(kept)
         scale = 1.0 if self.magnitude is None else row_scale(self.magnitude, row_norms(layer, updates)).unsqueeze(1)
-        rows = {name: (w + updates[name]) * scale for name, w in weights(layer).items()}
-        stored = {name: w.t() if is_transposed(layer) else w for name, w in rows.items()}
-        return {
-            name: w.reshape(getattr(layer, name).shape).to(getattr(layer, name).dtype) for name, w in stored.items()
-        }
+        adapted = {}
+        for name, w in weights(layer).items():
+            stored, rows = getattr(layer, name), (w + updates[name]) * scale
+            rows = rows.t() if is_transposed(layer) else rows
+            adapted[name] = rows.reshape(stored.shape).to(stored.dtype)
+        return adapted
 
     def merged(self, layer):
         layer = copy.copy(layer)
-        layer._parameters = dict(
-            layer._parameters
-        )  # its own, so that the weights of the layer itself stay where they are
+        layer._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights
         for name, w in self.adapted(layer).items():
             setattr(layer, name, nn.Parameter(w, requires_grad=False))
         return layer
 
 
 class KANBottleneck(nn.Module):
-    """s phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), inputs brought onto the grid of each. Zero at the start."""
+    """s phi_out(phi_in(x)): (..., I) -> (..., r) -> (..., O), each input brought onto the grid. Zero at the start."""
 
     def __init__(self, in_features, out_features, config):
         super().__init__()
@@ -283,19 +274,18 @@ class KANBottleneck(nn.Module):
 
 
 class KANAdapter(Adapter):
-    """kan: s phi_out(phi_in(x)) beside the layer; DoRA rescales what the layer itself gives, as in kolmg-lora, but for its bias."""
+    """kan: s phi_out(phi_in(x)) beside the layer; DoRA rescales what that gives, less its bias, as in kolmg-lora."""
+
+    fast = 'bottleneck.phi_out.'
 
     def __init__(self, layer, config):
         super().__init__(config)
-        w = next(iter(weights(layer).values()))
+        w = next(iter(weights(layer).values()))  # (O, I)
         with torch.device(w.device):
-            self.bottleneck = KANBottleneck(*sizes(layer), config).to(adapter_dtype(w))
-        # the rows of the layer are frozen: their lengths are measured once, and saved, as what the adapter has learned rests on them
+            self.bottleneck = KANBottleneck(w.size(1), w.size(0), config).to(adapter_dtype(w))
+        # the rows of the layer are frozen: their lengths are measured once, and saved with what was learned on them
         self.register_buffer('lengths', row_norms(layer) if config.use_dora else None)
         self.magnitude = nn.Parameter(self.lengths.clone()) if config.use_dora else None
-
-    def fast_parameters(self):
-        return self.bottleneck.phi_out.parameters()
 
     def forward(self, layer, x):
         y = layer(x)
@@ -309,22 +299,19 @@ class KANAdapter(Adapter):
         return update
 
     def merged(self, layer):
-        raise ValueError(
-            "a 'kan' adapter is not linear in its input, so no weight can hold it: keep the adapter, or take the nearest linear "
-            'map by fit_linear(model, batches), which measures what is lost'
-        )
+        raise ValueError("a 'kan' adapter is not linear in its input, so no weight can hold it: fit_linear comes near")
 
 
 class TrainedCopy(Adapter):
     """A copy of a module that trains in its place."""
 
+    kind = 'copy'
+
     def __init__(self, module, config):
         super().__init__(config)
-        inner = next(iter(lora_layers(module)), None)
-        if inner is not None:
-            raise ValueError(
-                f'modules_to_save: {inner} in {shapes_of(module)[:80]} has an adapter of its own, which a copy would double'
-            )
+        inner = list(lora_layers(module))
+        if inner:
+            raise ValueError(f'modules_to_save: {inner[0]} in {shapes_of(module)[:80]} has an adapter of its own')
         self.copy = copy.deepcopy(module).requires_grad_(True)
 
     def forward(self, module, *args, **kwargs):
@@ -335,21 +322,6 @@ class TrainedCopy(Adapter):
 
 
 CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}
-
-
-def sizes(layer):
-    """(I, O)"""
-    O, I = next(iter(weights(layer).values())).shape
-    return I, O
-
-
-def rescaled(y, layer, scale):
-    """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
-    bias = getattr(layer, 'bias', None)
-    return y * scale if bias is None else y * scale + bias * (1 - scale)
-
-
-# a model with adapters
 
 
 class LoRALayer(nn.Module):
@@ -384,14 +356,11 @@ def lora_layers(model):
 
 def add_lora(model, config, name='default'):
     """
-    Freeze a model and give it an adapter, which becomes the active one. Changes the model in place and returns it: the layers
-    named by the config are wrapped in LoRALayer. Its outputs stay what they were until the adapter has learned something.
-    ValueError names what there is where a target matches nothing.
+    Freeze a model, give the layers named by the config an adapter, which becomes the active one, and return the model.
+    Its outputs stay what they were until an adapter has learned something. ValueError where a target matches nothing.
     """
     if not isinstance(config, LoRAConfig):
-        raise ValueError(
-            f'expected a LoRAConfig, got {type(config).__name__}; configs of PEFT go to its get_peft_model'
-        )
+        raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; those of PEFT go to get_peft_model')
     refuse_merged(model)
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
@@ -407,9 +376,7 @@ def make_adapters(model, config, targets):
 
 def install(model, adapters, name):
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f'the name of an adapter must be a Python name, and none of a method of nn.ModuleDict, got {name!r}'
-        )
+        raise ValueError(f'an adapter needs a Python name, and none of a method of nn.ModuleDict, got {name!r}')
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
     for path, adapter in adapters.items():
@@ -443,9 +410,7 @@ def active_lora(model):
     """The LoRALayers whose adapter is at work, {path: LoRALayer}; ValueError if there are none."""
     layers = {path: layer for path, layer in lora_layers(model).items() if layer.adapter is not None}
     if not layers:
-        raise ValueError(
-            'the model has no active adapter: add_lora or load_lora give it one, set_lora switches between them'
-        )
+        raise ValueError('the model has no active adapter: add_lora and load_lora give it one, set_lora chooses')
     return layers
 
 
@@ -462,27 +427,19 @@ def lora_off(model):
             layer.off = off
 
 
-# which layers
-
-
 def find_targets(model, config):
-    """The paths of the layers that a config names. Embeddings and layers that share their weight have to be named themselves."""
+    """The paths of the layers that a config names, embeddings and those that share a weight by their own names only."""
     layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    chosen = [
-        path
-        for path in choose(layers, targets)
-        if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)
-    ]
+    found = choose(layers, targets)
+    chosen = [path for path in found if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     if not chosen:
-        raise ValueError(f'embeddings have to be named themselves: {names_of(choose(layers, targets))}')
+        raise ValueError(f'embeddings have to be named themselves: {names_of(found)}')
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
     wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
     if wrong:
-        kinds = ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
-        raise ValueError(
-            f'{wrong[0]} is a {type(layers[wrong[0]]).__name__}: its adapters are of kind {kinds}, not {config.kind!r}; target_modules names others'
-        )
+        layer, kinds = type(layers[wrong[0]]).__name__, ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
+        raise ValueError(f'{wrong[0]} is a {layer}: its adapters are of kind {kinds}, not {config.kind!r}')
     tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
     for path in fitting:
         if path in tied and is_named(path, targets):
@@ -508,109 +465,98 @@ def named_base_modules(model):
 
 
 def find_modules_to_save(model, config):
-    modules = [path for path, _ in named_base_modules(model)]
-    found = []
+    found = [path for path, _ in named_base_modules(model) if is_named(path, config.modules_to_save)]
     for target in config.modules_to_save:
-        paths = [path for path in modules if is_named(path, [target])]
-        if not paths:
+        if not any(is_named(path, [target]) for path in found):
             children = ', '.join(name for name, _ in model.named_children())
             raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
-        found += paths
     return [path for path in found if not path.startswith(tuple(other + '.' for other in found))]
 
 
-# merging, for the kinds that are linear in the layer's input
-
-
-def is_merged(model):
-    return any(layer.unmerged is not None for layer in lora_layers(model).values())
+def merged_layers(model):
+    return [layer for layer in lora_layers(model).values() if layer.unmerged is not None]
 
 
 def refuse_merged(model):
-    if is_merged(model):
+    if merged_layers(model):
         raise ValueError('an adapter is merged into the model: unmerge_lora(model) comes first')
 
 
 @torch.no_grad()
 def merge_lora(model):
     """
-    Put the active adapter into the weights of its layers, which then run as fast as the base model. Exact up to the rounding of
-    the weights' dtype. ValueError, and nothing done, where the adapter is a 'kan' or one is merged already. After it,
-    unmerge_lora goes back, and remove_lora makes a plain model of it, to save.
+    Put the active adapter into the weights of its layers, which then run as fast as the base model. Next, unmerge_lora
+    goes back or remove_lora makes a plain model of it. ValueError, and nothing done, for a 'kan' or if one is merged.
     """
     refuse_merged(model)
     layers = active_lora(model)
     merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
     for path, layer in layers.items():
         layer.unmerged, layer.base_layer = layer.base_layer, merged[path]
-    dtypes = ', '.join(
-        sorted({str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()})
-    )
-    print(f'merged into {len(layers)} layers: exact up to the rounding of {dtypes}')
+    dtypes = {str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()}
+    print(f'merged into {len(layers)} layers: exact up to the rounding of {", ".join(sorted(dtypes))}')
     return model
 
 
 def unmerge_lora(model):
     """The reverse of merge_lora. The base weights are the very same as before, bit for bit."""
-    if not is_merged(model):
+    if not merged_layers(model):
         raise ValueError('no adapter is merged into the model')
-    for layer in lora_layers(model).values():
-        if layer.unmerged is not None:
-            layer.base_layer, layer.unmerged = layer.unmerged, None
+    for layer in merged_layers(model):
+        layer.base_layer, layer.unmerged = layer.unmerged, None
     return model
 
 
 def remove_lora(model):
-    """The model without wrappers and adapters: the base model, or what merge_lora has made of it. Its weights stay frozen."""
+    """The model without wrappers and adapters: the base model, or what merge_lora made of it. It stays frozen."""
     for path, layer in lora_layers(model).items():
         model.set_submodule(path, layer.base_layer)
     return model
 
 
+@torch.no_grad()
 def fit_linear(model, batches, name='linear'):
     """
-    The linear map nearest to an active 'kan' adapter on the data that the model meets in `batches` (each a tensor, a tuple or a
-    dict of the model's inputs), as another adapter, which becomes the active one and can be merged: by least squares over all rows,
-    padding too, with a bias where the layer has one. Every fifth batch, of fewer than five the last, is kept out of the fit and
-    measures it. Returns {path: error}, the root mean square of what the map misses over that of what the adapter adds: 0 where it
-    is exact, 1 where it is no better than nothing; before rounding to the dtype of the weights.
-    ValueError where there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
+    The linear map nearest to an active 'kan' adapter, as another adapter, which becomes the active one and can merge:
+    by least squares, with a bias where the layer has one, over all rows (padding too) that layers meet in `batches`,
+    each a tensor, a tuple or a dict of the model's inputs. Every fifth batch, of fewer than five the last, is kept out
+    of the fit and measures it. Returns {path: error}, the root mean square of what the map misses over that of what the
+    adapter adds, before rounding to the dtype of the weights: 0 is exact, 1 no better than nothing. ValueError where
+    there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
     """
-    layers = {path: layer for path, layer in active_lora(model).items() if isinstance(layer.adapter, KANAdapter)}
+    active = active_lora(model)
+    layers = {path: layer for path, layer in active.items() if isinstance(layer.adapter, KANAdapter)}
     if not layers:
-        raise ValueError(
-            'fit_linear replaces adapters of kind kan, and the active one is linear: merge_lora(model) is exact'
-        )
-    kans = [path for path, layer in layers.items() if isinstance(layer.base_layer, KANLinear)]
-    if kans:
-        raise ValueError(f'{kans[0]} is a KAN layer: its weights cannot hold a linear map, so there is nothing to fit')
+        raise ValueError('fit_linear is for kind kan, and the active adapter is linear: merge_lora(model) is exact')
+    for path, layer in layers.items():
+        if isinstance(layer.base_layer, KANLinear):
+            raise ValueError(f'{path} is a KAN layer: its weights cannot hold a linear map')
     batches = list(batches)
     if len(batches) < 2:
         raise ValueError(f'fit_linear needs at least two batches, one to fit and one to measure, got {len(batches)}')
     held = range(4, len(batches), 5) or [len(batches) - 1]
     fit = collect_moments(model, layers, [batch for i, batch in enumerate(batches) if i not in held])
     measured = collect_moments(model, layers, [batches[i] for i in held])
-    adapters, errors = {}, {}
-    for path, layer in active_lora(model).items():
-        adapters[path] = copy.deepcopy(layer.adapter)
-        if path in layers:
-            adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
-            xx, xd, _ = fit[path]
-            n = len(xx) - (layer.bias is None)  # without a bias the last row, of the ones, stays zero
-            M = torch.zeros_like(xd)  # (I + 1, O)
-            M[:n] = least_squares(xx[:n, :n], xd[:n])
-            errors[path] = relative_error(M, measured[path])
-            with torch.no_grad():
-                weights(adapters[path].copy)['weight'].add_(M[:-1].T)
-                if layer.bias is not None:
-                    adapters[path].copy.bias.add_(M[-1])
+    adapters = {path: copy.deepcopy(layer.adapter) for path, layer in active.items() if path not in layers}
+    errors = {}
+    for path, layer in layers.items():
+        adapters[path] = TrainedCopy(layer.base_layer, layer.adapter.config)
+        xx, xd, _ = fit[path]
+        n = len(xx) - (layer.bias is None)  # without a bias the last row, of the ones, stays zero
+        M = torch.zeros_like(xd)  # (I + 1, O)
+        M[:n] = least_squares(xx[:n, :n], xd[:n])
+        xx, xd, dd = measured[path]
+        missed = dd - 2 * (M * xd).sum() + (M * (xx @ M)).sum()
+        errors[path] = math.sqrt(missed.clamp_min(0) / dd) if dd > 0 else 0.0
+        weights(adapters[path].copy)['weight'].add_(M[:-1].T)
+        if layer.bias is not None:
+            adapters[path].copy.bias.add_(M[-1])
     install(model, adapters, name)
     return errors
 
 
-@torch.no_grad()
 def collect_moments(model, layers, batches):
-    """{path: [x'x, x'd, d'd]} of the layers' inputs x, with a one at their end, and of what their adapters add, d; in float64"""
+    """{path: [x'x, x'd, d'd]} in float64 of the inputs x, with a one at their end, and d, what the adapters add"""
     moments = {path: [0, 0, 0] for path in layers}
 
     def add(layer, inputs, output, sums):
@@ -623,9 +569,10 @@ def collect_moments(model, layers, batches):
     model.eval()
     try:
         for batch in batches:
-            model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(
-                batch, (tuple, list)
-            ) else model(batch)
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*(batch if isinstance(batch, (tuple, list)) else [batch]))
     finally:
         for module in training:
             module.training = True
@@ -634,42 +581,27 @@ def collect_moments(model, layers, batches):
     return moments
 
 
-def relative_error(M, moments):
-    xx, xd, dd = moments
-    residual = dd - 2 * (M * xd).sum() + (M * (xx @ M)).sum()
-    return math.sqrt(residual.clamp_min(0) / dd) if dd > 0 else 0.0
-
-
-# files
-
-
 def save_lora(model, folder):
     """
-    Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its config and the
-    identity of the base model, and is all that load_lora reads; adapter_config.json is that header for people and tools.
+    Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its config and
+    the identity of the base, and is all that load_lora reads; adapter_config.json is that header for people and tools.
     """
     from safetensors.torch import save
 
     refuse_merged(model)
     layers = active_lora(model)
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
-    stray = next((path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours), None)
+    stray = [path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if stray:
-        raise ValueError(
-            f'{stray} trains but is not part of the adapter and would be lost: name its module in modules_to_save'
-        )
+        raise ValueError(f'{stray[0]} trains but is not part of the adapter and would be lost: see modules_to_save')
+    copied = [path for path, layer in layers.items() if layer.adapter.kind == 'copy']
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
-        'layers': {path: [kind_of(layer.adapter), shapes_of(layer.base_layer)] for path, layer in layers.items()},
-        'base': base_identity(
-            model, [path for path, layer in layers.items() if isinstance(layer.adapter, TrainedCopy)]
-        ),
+        'layers': {path: [layer.adapter.kind, shapes_of(layer.base_layer)] for path, layer in layers.items()},
+        'base': base_identity(model, copied),
     }
-    tensors = {
-        f'{path}.{name}': p.detach().clone()
-        for path, layer in layers.items()
-        for name, p in layer.adapter.state_dict().items()
-    }
+    tensors = tensors_of({path: layer.adapter for path, layer in layers.items()})
+    tensors = {name: p.clone() for name, p in tensors.items()}  # a file holds each by itself, also shared ones
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
     write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
@@ -689,8 +621,9 @@ def write_whole(path, content):
         raise
 
 
-def kind_of(adapter):
-    return 'copy' if isinstance(adapter, TrainedCopy) else adapter.config.kind
+def tensors_of(adapters):
+    """{name in a file: tensor} of adapters by path"""
+    return {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
 
 
 def shapes_of(module):
@@ -700,10 +633,7 @@ def shapes_of(module):
 
 
 def base_identity(model, copied=()):
-    """
-    The class of the model, and the number and the sha256 of what its state dict holds, without adapters and without the modules
-    at the paths `copied`, which an adapter brings along.
-    """
+    """Class, number and sha256 of a model's state dict, less adapters and the modules `copied`, which these bring."""
     left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
     digest, count = hashlib.sha256(), 0
     for name, tensor in sorted(model.state_dict().items()):
@@ -717,8 +647,8 @@ def base_identity(model, copied=()):
 
 def load_lora(model, folder, name='default', check_base=True):
     """
-    Give a model the adapter that save_lora wrote, under a name, and make it the active one. Everything is checked before the
-    model is touched; ValueError says what does not fit. check_base=False takes any base of the same layers, e.g. one in bfloat16.
+    Give a model the adapter that save_lora wrote, under a name, as the active one. ValueError says what does not fit,
+    before the model is touched. check_base=False takes any base of the same layers, e.g. one in bfloat16.
     """
     refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
@@ -727,36 +657,28 @@ def load_lora(model, folder, name='default', check_base=True):
         targets = {path: kind for path, (kind, _) in record['layers'].items()}
         base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'{folder}: the header of adapter_model.safetensors is not what save_lora writes ({error})'
-        ) from None
-    if check_base and base != (
-        found := base_identity(model, [path for path, kind in targets.items() if kind == 'copy'])
-    ):
-        raise ValueError(
-            f'{folder} belongs to another base: {base["class"]} of {base["numbers"]} numbers, sha256 {str(base["sha256"])[:12]}; this is '
-            f'{found["class"]} of {found["numbers"]}, {found["sha256"][:12]}. A new head with numbers of its own belongs in '
-            'modules_to_save; load_lora(..., check_base=False) takes any base of the same layers'
-        )
+        raise ValueError(f'{folder}: the header of the adapter is not what save_lora writes ({error})') from None
+    found = base_identity(model, [path for path, kind in targets.items() if kind == 'copy']) if check_base else base
+    if found != base:
+        theirs, ours = ('{class} of {numbers} numbers, sha256 {sha256!s:.12}'.format(**one) for one in (base, found))
+        advice = 'a new head belongs in modules_to_save; check_base=False takes any base of the same layers'
+        raise ValueError(f'{folder} belongs to another base: {theirs}; this is {ours}; {advice}')
     modules = dict(named_base_modules(model))
     for path, (kind, was) in record['layers'].items():
         found = shapes_of(modules[path]) if path in modules else 'not there'
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
-            raise ValueError(
-                f'{folder}: {path} was {was} with an adapter of kind {kind!r}; in this model it is {found}'
-            )
+            raise ValueError(f'{folder}: {path} was {was} with adapter of kind {kind!r}; in this model it is {found}')
     adapters = make_adapters(model, config, targets)
-    wanted = {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
-    # files of earlier versions have no lengths of rows: these are the base's
-    tensors = {key: p for key, p in wanted.items() if key.endswith('.lengths')} | tensors
+    wanted = tensors_of(adapters)
+    # a file may lack the lengths of rows: these are then the base's
+    tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in adapters} | tensors
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
-    for key, p in wanted.items():
+    for key, p in wanted.items():  # the tensors of the adapters themselves
         if p.shape != tensors[key].shape:
             raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
-    for path, adapter in adapters.items():
-        adapter.load_state_dict({key: tensors[f'{path}.{key}'] for key in adapter.state_dict()})
+        p.copy_(tensors[key])
     install(model, adapters, name)
     return model
 
@@ -766,9 +688,7 @@ def read_adapter(path):
     from safetensors import SafetensorError, safe_open
 
     if not os.path.exists(path):
-        raise ValueError(
-            f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors, as save_lora writes it'
-        )
+        raise ValueError(f'no adapter in {os.path.dirname(path)!r}: expected adapter_model.safetensors of save_lora')
     try:
         with safe_open(path, 'pt') as f:
             record = json.loads((f.metadata() or {}).get('adapter', 'null'))
@@ -776,38 +696,31 @@ def read_adapter(path):
     except (SafetensorError, ValueError) as error:
         raise ValueError(f'{path} is cut off or damaged ({" ".join(str(error).split())[:200]})') from None
     if not isinstance(record, dict):
-        raise ValueError(
-            f'{path} has no header of save_lora: an adapter of PEFT is loaded by PeftModel.from_pretrained'
-        )
+        raise ValueError(f'{path} has no header of save_lora; PeftModel.from_pretrained loads an adapter of PEFT')
     return record, tensors
 
 
-# training and reporting
-
-
 def lora_param_groups(model, lr, weight_decay):
-    """
-    Parameter groups of the active adapter for an optimizer: matrices and splines decay, vectors do not, and B and phi_out learn
-    at lora_plus_ratio * lr (LoRA+). Groups with a rate of their own say so as `lr_scale`, for schedules.
-    """
+    """Groups for an optimizer: vectors do not decay; B and phi_out learn at lora_plus_ratio * lr (LoRA+)."""
     refuse_merged(model)
     groups = {}
     for layer in active_lora(model).values():
-        fast = {id(p) for p in layer.adapter.fast_parameters()}
-        for p in layer.adapter.parameters():
-            scale = layer.adapter.config.lora_plus_ratio if id(p) in fast else 1.0
-            groups.setdefault((scale, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
-    return [
-        {'params': ps, 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale}
-        for (scale, decay), ps in groups.items()
-    ]
+        for name, p in layer.adapter.named_parameters():
+            scale = layer.adapter.config.lora_plus_ratio if name.startswith(layer.adapter.fast) else 1.0
+            decay = weight_decay if p.dim() >= 2 else 0.0
+            group = dict(params=[], weight_decay=decay, lr=lr * scale, lr_scale=scale)
+            groups.setdefault((scale, decay), group)['params'].append(p)
+    return list(groups.values())
 
 
 def lora_report(model):
-    """What trains of the active adapter, as text: a line for each layer and one for all, with their share of the base model."""
-    counts = {path: sum(p.numel() for p in layer.adapter.parameters()) for path, layer in active_lora(model).items()}
+    """What trains of the active adapter, as text: a line for each layer and one for all, with the share of the base."""
+    layers, lines, trainable = active_lora(model), [], 0
+    for path, layer in layers.items():
+        n = sum(p.numel() for p in layer.adapter.parameters())
+        lines.append(f'{path:{max(map(len, layers))}}  {layer.adapter.kind:8}  {n:12,}')
+        trainable += n
     ours = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    total, trainable = sum(p.numel() for p in model.parameters() if id(p) not in ours), sum(counts.values())
-    width = max(map(len, counts))
-    lines = [f'{path:{width}}  {kind_of(lora_layers(model)[path].adapter):8}  {n:12,}' for path, n in counts.items()]
-    return '\n'.join([*lines, f'{trainable:,} parameters train beside {total:,} of the base model: {trainable / total:.2%}'])
+    total = sum(p.numel() for p in model.parameters() if id(p) not in ours)
+    lines.append(f'{trainable:,} parameters train beside {total:,} of the base model: {trainable / total:.2%}')
+    return '\n'.join(lines)

@@ -3,7 +3,6 @@ lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanL
 
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
-
     from surgery.peft_kan import KanLoraConfig
 
     base = AutoModelForCausalLM.from_pretrained('gpt2')
@@ -35,33 +34,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 
 from surgery.kanify import is_conv1d, is_linear
-from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, sizes, write_whole
+from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, weights, write_whole
 
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
-OURS = {  # fields of KanLoraConfig by the names they have in lora.py
-    'rank': 'r',
-    'alpha': 'lora_alpha',
-    'dropout': 'lora_dropout',
-    'rs_lora': 'use_rslora',
-    **{
-        name: name
-        for name in (
-            'use_dora',
-            'grid_size',
-            'spline_order',
-            'grid_range',
-            'kan_scale_noise',
-            'kan_scale_base',
-            'squash',
-        )
-    },
-}
+# fields of KanLoraConfig by the names they have in lora.py
+SHARED = ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')
+OURS = dict(rank='r', alpha='lora_alpha', dropout='lora_dropout', rs_lora='use_rslora', **dict(zip(SHARED, SHARED)))
 BIASES = ('none', 'all', 'kanlora_only')
 CARD = """
 ## Loading
 
-PEFT does not know adapters of type KANLORA by itself. Import `surgery.peft_kan` first, with the folder that holds `surgery/`,
-`layers/` and `kan.py` on Python's path:
+PEFT does not know adapters of type KANLORA by itself. Import `surgery.peft_kan` first, with the folder that holds
+`surgery/`, `layers/` and `kan.py` on Python's path:
 
 ```python
 from surgery import peft_kan
@@ -73,7 +57,7 @@ model = PeftModel.from_pretrained(base_model, 'the folder of this file')
 
 
 def add_peft_type(name):
-    """PeftType with one more member, as register_peft_method takes the names of that enum alone. Harmless if it is there."""
+    """One more member of PeftType, as register_peft_method takes the names of that enum alone; or the one there is."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -86,7 +70,7 @@ def add_peft_type(name):
 
 @dataclass
 class KanLoraConfig(PeftConfig):
-    """Fields and what they mean are those of PEFT's LoraConfig, and for the KAN those of lora.py's LoRAConfig, as are the defaults."""
+    """The fields are those of PEFT's LoraConfig, and for the KAN those of lora.py's LoRAConfig, as are the defaults."""
 
     r: int = LoRAConfig.rank
     lora_alpha: float = LoRAConfig.alpha
@@ -132,7 +116,7 @@ class KanLoraConfig(PeftConfig):
             raise ValueError(f'{OURS.get(name, name)} {complaint}') from None
 
     def save_pretrained(self, save_directory, **kwargs):
-        """PEFT calls this for every adapter that it saves, after it has written its model card, which gets a section here."""
+        """PEFT calls this for each adapter that it saves, after it has written its model card: that gets a section."""
         super().save_pretrained(save_directory, **kwargs)
         path = os.path.join(save_directory, 'README.md')
         card = '---\nlibrary_name: peft\n---\n'
@@ -151,7 +135,7 @@ class KanLoraLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer, adapter_name):
         super().__init__()
         self.base_layer, self.kanlora_adapters = base_layer, nn.ModuleDict()
-        self.in_features, self.out_features = sizes(base_layer)
+        self.out_features, self.in_features = weights(base_layer)['weight'].shape
         self._active_adapter, self.merged_adapters = adapter_name, []
 
     def update_layer(self, adapter_name, config):
@@ -168,27 +152,22 @@ class KanLoraLayer(nn.Module, BaseTunerLayer):
         return result.to(y.dtype)
 
     def merge(self, safe_merge=False, adapter_names=None):
-        raise NotImplementedError(
-            'a KANLORA adapter is not linear in its input, so no weight can hold it: keep it beside the base model'
-        )
+        raise NotImplementedError('a KANLORA adapter is not linear in its input, so no weight can hold it')
 
     unmerge = merge
 
 
 def check_layer(path, layer):
     """ValueError for a layer that cannot have this adapter."""
-    weight = getattr(layer, 'weight', None)
-    plain = (
-        type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
-    )  # quantised ones are classes or integers
-    if not (plain and (is_linear(layer) or is_conv1d(layer))):
-        detail = (
-            '' if plain else f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
-        )
-        raise ValueError(
-            f'{path} is a {type(layer).__module__}.{type(layer).__name__}{detail}: a KANLORA adapter goes on nn.Linear or Conv1D of float '
-            'weights. Leave the layer out by target_modules or exclude_modules, or if it is quantised, load the base without quantisation'
-        )
+    weight, found = getattr(layer, 'weight', None), f'{type(layer).__module__}.{type(layer).__name__}'
+    # quantised weights are of other classes, or integers
+    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+        found += f' with a weight of type {type(weight).__name__}, dtype {getattr(weight, "dtype", None)}'
+    elif is_linear(layer) or is_conv1d(layer):
+        return
+    wanted = 'a KANLORA adapter goes on nn.Linear or Conv1D of float weights'
+    advice = 'leave the layer out by target_modules or exclude_modules, or load the base without quantisation'
+    raise ValueError(f'{path} is a {found}: {wanted}; {advice}')
 
 
 class KanLoraModel(BaseTuner):
@@ -226,9 +205,8 @@ def register():
     peft_type = add_peft_type(NAME)
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         mapping.pop(peft_type, None)  # importlib.reload makes other classes of the same names
-    register_peft_method(
-        name=NAME.lower(), config_cls=KanLoraConfig, model_cls=KanLoraModel, prefix=KanLoraModel.prefix
-    )
+    classes = dict(config_cls=KanLoraConfig, model_cls=KanLoraModel, prefix=KanLoraModel.prefix)
+    register_peft_method(name=NAME.lower(), **classes)
 
 
 register()

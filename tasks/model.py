@@ -1,13 +1,13 @@
 """
 A GPT made ready for a task, by switches:
 
-    use_kan         its MLPs become KAN layers that compute what the MLPs did (kan_single_layer: that of one block alone)
+    use_kan         its MLPs become KAN layers that compute what these did (kan_single_layer: that of one block alone)
     use_graph       graph attention behind the MLPs, silent at first
     use_lora        low-rank adapters, of the kinds of lora.py, on the layers that lora_targets names
-    finetune_mode   what trains: 'full' everything, 'head' what reads the answer off, 'adapter' the adapters, with the graph layers and
-                    a linear head
-    form            where the answer is read off: 'cloze', the logits of the words for the labels after the prompt, or 'linear', a
-                    new linear layer
+    finetune_mode   what trains: 'full' everything, 'head' what reads the answer off, 'adapter' the adapters, with the
+                    graph layers and a linear head
+    form            where the answer is read off: 'cloze', the logits of the words for the labels after the prompt, or
+                    'linear', a new linear layer
 
 The function of the GPT stays what it was until something has trained.
 """
@@ -24,7 +24,7 @@ from data.loader import load_tokenizer
 from kan import KANLinear
 from layers.graph import add_graph
 from model import GPT, MLP, GPTConfig
-from run.checkpoint import build_model, load_checkpoint
+from run.checkpoint import build_model, load_checkpoint, shorten
 from run.records import read_record
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
@@ -34,7 +34,7 @@ FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
 
 
 def load_base(init_from, dropout):
-    """(GPT, tokenizer) of a folder with a checkpoint of train.py, a folder with a GPT-2 of transformers, or a name on the hub."""
+    """(GPT, tokenizer) of a folder with a checkpoint of train.py or a GPT-2 of transformers, or of the hub."""
     if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt')):
         checkpoint = load_checkpoint(init_from)
         if 'finetune' in checkpoint:
@@ -42,16 +42,14 @@ def load_base(init_from, dropout):
         model = build_model(checkpoint, dropout=dropout)
         return model, load_tokenizer(checkpoint, model.config.vocab_size)
     if os.path.isdir(init_from) and not os.path.exists(os.path.join(init_from, 'config.json')):
-        raise ValueError(
-            f'{init_from} holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'
-        )
+        wanted = 'best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'
+        raise ValueError(f'{init_from} holds no model: expected {wanted}')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    n = model.config.vocab_size
     try:
-        return model, load_tokenizer({}, model.config.vocab_size)
+        return model, load_tokenizer({}, n)
     except ValueError:
-        raise ValueError(
-            f'{init_from} has {model.config.vocab_size} tokens: the tasks want a model with those of GPT-2, 50257'
-        ) from None
+        raise ValueError(f'{init_from} has {n} tokens: the tasks want a model with those of GPT-2, 50257') from None
 
 
 def has_rows(gpt):
@@ -60,10 +58,7 @@ def has_rows(gpt):
 
 
 class TaskModel(nn.Module):
-    """
-    A GPT that answers: (B, n_labels) logits of the labels, read off the last token of each row; for sonnets (B, T, vocab_size) logits
-    of the tokens that follow.
-    """
+    """A GPT that answers: logits of labels (B, n_labels), read off the last token; of sonnets (B, T, vocab_size)."""
 
     def __init__(self, gpt, answers, head):
         super().__init__()
@@ -108,7 +103,7 @@ def make_task_model(gpt, tokenizer, settings):
 
 
 def is_idle(model):
-    """Whether lm_head takes no part: another head reads the answer off, and it does not share the weights of the embeddings."""
+    """Whether lm_head takes no part: another head reads the answer off, and the embeddings have other weights."""
     return model.head is not None and not has_rows(model.gpt)
 
 
@@ -116,44 +111,37 @@ def check_adapters(model, settings):
     """ValueError for layers that were put in and then neither train nor are adapted, and for adapters out of use."""
     layers = lora_layers(model)
     if settings['use_kan'] and not any(isinstance(layer.base_layer, KANLinear) for layer in layers.values()):
-        raise ValueError(
-            'use_kan=True, but no adapter is on a KAN layer, and they change nothing until something does: '
-            "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
-        )
+        advice = "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
+        raise ValueError(f'use_kan=True, but no adapter is on a KAN layer, and untrained they do nothing: {advice}')
     if model.head is not None and 'gpt.lm_head' in layers:
         raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
 
 
 def check_settings(gpt, settings):
+    """ValueError for settings out of range, or that contradict each other or the model."""
     for name, choices in ('form', FORMS), ('finetune_mode', MODES):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
+    mode, use_kan, use_lora = (settings[name] for name in ('finetune_mode', 'use_kan', 'use_lora'))
     if settings['form'] == 'linear' and not find_task(settings['task']).answers:
         raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
     if settings['use_graph'] and gpt.config.use_graph:
         raise ValueError('use_graph adds graph layers, and this model has some already: leave use_graph out')
-    if settings['use_lora'] != (settings['finetune_mode'] == 'adapter'):
-        raise ValueError(
-            f'use_lora={settings["use_lora"]} with finetune_mode={settings["finetune_mode"]!r}: adapters train alone, by use_lora=True '
-            "and finetune_mode='adapter'; 'full' and 'head' have none"
-        )
-    if settings['lora_kind'] == 'kan_base' and settings['use_lora'] and not (settings['use_kan'] or gpt.config.use_kan):
+    if use_lora != (mode == 'adapter'):
+        advice = "by use_lora=True and finetune_mode='adapter'; 'full' and 'head' have none"
+        raise ValueError(f'use_lora={use_lora} with finetune_mode={mode!r}: adapters train alone, {advice}')
+    if use_lora and settings['lora_kind'] == 'kan_base' and not (use_kan or gpt.config.use_kan):
         raise ValueError("lora_kind='kan_base' adapts KAN layers: it wants use_kan=True, or a model that has some")
     idle = [name for name in ('use_kan', 'use_graph') if settings[name]]
-    if settings['finetune_mode'] == 'head' and idle:
-        raise ValueError(
-            f"{idle[0]}=True with finetune_mode='head': these layers would not train, and change nothing until they do"
-        )
-    if settings['use_kan'] and gpt.config.use_kan:
+    if mode == 'head' and idle:
+        raise ValueError(f"{idle[0]}=True with finetune_mode='head': these layers would not train, and do nothing")
+    if use_kan and gpt.config.use_kan:
         raise ValueError('use_kan makes KAN layers of MLPs, and this model has KAN layers already: leave use_kan out')
-    if settings['kan_single_layer'] >= 0 and not settings['use_kan']:
-        raise ValueError(
-            f'kan_single_layer={settings["kan_single_layer"]} says which block gets KAN layers: it wants use_kan=True'
-        )
-    if not -1 <= settings['kan_single_layer'] < gpt.config.n_layer:
-        raise ValueError(
-            f'kan_single_layer={settings["kan_single_layer"]}: the model has blocks 0 to {gpt.config.n_layer - 1}; -1 means all'
-        )
+    single, n = settings['kan_single_layer'], gpt.config.n_layer
+    if single >= 0 and not use_kan:
+        raise ValueError(f'kan_single_layer={single} says which block gets KAN layers: it wants use_kan=True')
+    if not -1 <= single < n:
+        raise ValueError(f'kan_single_layer={single}: the model has blocks 0 to {n - 1}; -1 means all')
 
 
 def kanify_mlps(gpt, settings):
@@ -166,7 +154,7 @@ def kanify_mlps(gpt, settings):
 
 
 def make_head(gpt, answers, settings):
-    """The linear layer that reads the label off, or None where lm_head does. In the cloze form it begins as the rows of the answers."""
+    """The linear layer that reads the label off, None where lm_head does; of cloze it begins as the answers' rows."""
     if not answers or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
         return None
     head = nn.Linear(gpt.config.n_embd, len(answers), bias=settings['form'] == 'linear')
@@ -181,36 +169,24 @@ def make_head(gpt, answers, settings):
 
 def lora_config(settings, has_head):
     copies = ('head',) * has_head + ('ln_3', 'graph') * settings['use_graph']
-    names = dict(
-        kind='lora_kind', rank='lora_rank', alpha='lora_alpha', dropout='lora_dropout', target_modules='lora_targets'
-    )
-    own = {name: settings[setting] for name, setting in names.items()}
+    own = {name: settings[f'lora_{name}'] for name in ('kind', 'rank', 'alpha', 'dropout', 'grid_size', 'spline_order')}
     same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
-    grid = dict(grid_size=settings['lora_grid_size'], spline_order=settings['lora_spline_order'])
-    return LoRAConfig(modules_to_save=copies, **own, **same, **grid)
+    return LoRAConfig(modules_to_save=copies, target_modules=settings['lora_targets'], **own, **same)
 
 
 def param_groups(model, settings):
-    """
-    Groups for the optimizer: tensors of two or more dimensions decay, others do not. Those of LoRA+ with a rate of their own say so
-    as `lr_scale`.
-    """
+    """Groups for the optimizer: matrices decay, the rest does not; a rate of its own (LoRA+) is `lr_scale`."""
+    decay = settings['weight_decay']
     if settings['finetune_mode'] == 'adapter':
-        return lora_param_groups(model, settings['learning_rate'], settings['weight_decay'])
+        return lora_param_groups(model, settings['learning_rate'], decay)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [[p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]]
-    return [
-        {'params': group, 'weight_decay': decay}
-        for group, decay in zip(groups, (settings['weight_decay'], 0.0))
-        if group
-    ]
+    matrices = {'params': [p for p in trained if p.dim() >= 2], 'weight_decay': decay}
+    others = {'params': [p for p in trained if p.dim() < 2], 'weight_decay': 0.0}
+    return [group for group in (matrices, others) if group['params']]
 
 
 def trained_report(model, settings):
-    """
-    What trains, a line for each kind of parameter: its names with a * for the block, in how many blocks, how many numbers. AssertionError
-    where that is not what finetune_mode says.
-    """
+    """A line for each kind of parameter that trains, * for the block. AssertionError if finetune_mode says other."""
     mode, kinds = settings['finetune_mode'], {}
     adapted = tuple(f'{path}.adapters.' for path in lora_layers(model))
     heads = ('head.',) if model.head is not None else ('gpt.lm_head.',)
@@ -229,22 +205,17 @@ def trained_report(model, settings):
 
 def count_trained(model):
     """(parameters that train, all), the layers that an adapter has a trained copy of counted once."""
-    twice = sum(
-        p.numel()
-        for layer in lora_layers(model).values()
-        if isinstance(layer.adapter, TrainedCopy)
-        for p in layer.base_layer.parameters()
-    )
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(
-        p.numel() for p in model.parameters()
-    ) - twice
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copied = [layer.base_layer for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy)]
+    return trained, count_numbers(model) - sum(map(count_numbers, copied))
 
 
-# losses
+def count_numbers(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def sum_losses(logits, targets):
-    """The sum of the losses of a batch, in nats: of labels (B,), or of the tokens of sonnets (B, T), -1 where there is none."""
+    """The sum of the losses of a batch, in nats: of labels (B,), or of tokens (B, T); -1 is where there is none."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-1, reduction='sum')
 
 
@@ -253,11 +224,8 @@ def count_targets(examples):
     return sum(len(example.ids) - 1 if example.text else 1 for example in examples)
 
 
-# files
-
-
 def load_task_model(checkpoint, **overrides):
-    """(TaskModel, tokenizer) of a checkpoint of finetune.py. It holds all weights: the model it began with is not needed."""
+    """(TaskModel, tokenizer) of a checkpoint of finetune.py, which holds all weights, those of its base too."""
     settings = checkpoint['finetune']
     try:
         gpt = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
@@ -266,19 +234,15 @@ def load_task_model(checkpoint, **overrides):
             model = make_task_model(gpt, tokenizer, settings)
         model.load_state_dict(checkpoint['model'])
     except (TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f'the checkpoint does not fit its own settings: {" ".join(str(error).split())[:300]}'
-        ) from None
+        raise ValueError(f'the checkpoint does not fit its own settings: {shorten(error)}') from None
     return model, tokenizer
 
 
 def load_adapter(out_dir, init_from):
-    """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py has left beside its run.json."""
+    """(TaskModel, tokenizer, settings) of a base model and the adapter that a run of finetune.py left in out_dir."""
     settings = read_record(out_dir).get('config', {})
     if not settings.get('use_lora') or 'lora_kind' not in settings:
-        raise ValueError(
-            f'{out_dir} holds no run of finetune.py with an adapter: expected the folder with its run.json and adapter/'
-        )
+        raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected run.json and adapter/')
     gpt, tokenizer = load_base(init_from, dropout=0.0)
     model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
     load_lora(model, os.path.join(out_dir, 'adapter'))

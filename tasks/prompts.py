@@ -1,6 +1,6 @@
 """
-The four fine-tuning tasks of Stanford's course CS224N and of arXiv 2504.10490: sentiment of film reviews (SST in five classes, CFIMDB in
-two), whether two questions are the same (Quora), and sonnets. The one prompt of each, and batches of it.
+The four fine-tuning tasks of Stanford's course CS224N and of arXiv 2504.10490: sentiment of film reviews (SST in five
+classes, CFIMDB in two), whether two questions are the same (Quora), and sonnets. The one prompt of each, and batches.
 """
 
 import os
@@ -13,8 +13,6 @@ import torch
 
 from data import loader
 from data.course import N_PROMPT_LINES, read_rows, read_sonnets
-
-# tasks
 
 
 @dataclass
@@ -67,21 +65,14 @@ class Sonnets(Task):
         return Example(id, ids, text=text), cut
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
-        Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
-        Task(
-            'quora',
-            ('Question 1:', '\nQuestion 2:'),
-            '\nThe same question:',
-            (' no', ' yes'),
-            'Predicted_Is_Paraphrase',
-        ),
-        Sonnets('sonnets', before=(), question='', answers=(), column=''),
-    )
-}
+QUESTIONS = ('Question 1:', '\nQuestion 2:')
+TASKS = [
+    Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
+    Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
+    Task('quora', QUESTIONS, '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
+    Sonnets('sonnets', before=(), question='', answers=(), column=''),
+]
+TASKS = {task.name: task for task in TASKS}
 
 
 def find_task(name):
@@ -96,22 +87,19 @@ def prepare_task(name):
 
 
 def read_examples(name, split, tokenizer, block_size):
-    """The examples of a split of data/<name>; says on stderr how many are cut to fit. ValueError where the files are not there."""
+    """The examples of a split of data/<name>; stderr says how many are cut to fit. ValueError without the split."""
     task = find_task(name)
     path = task.path(split)
     if not path.exists():
         raise ValueError(f'{os.path.relpath(path)} is not there: python data/{name}/prepare.py writes it')
     if not hasattr(tokenizer, 'encode_ordinary'):
-        raise ValueError(
-            f'{name} is English text: it wants a model with the tokens of GPT-2, not one of {tokenizer.vocab_size} characters'
-        )
+        known = f'{tokenizer.vocab_size} characters'
+        raise ValueError(f'{name} is English text: it wants a model with the tokens of GPT-2, not one of {known}')
     coded = [task.encode(row, tokenizer, block_size) for row in task.read(split)]
     n_cut = sum(cut for _, cut in coded)
     if n_cut:
-        print(
-            f'{path.name} of {name}: {n_cut} of {len(coded)} texts are cut to fit into block_size={block_size}',
-            file=sys.stderr,
-        )
+        what = f'{n_cut} of {len(coded)} texts are cut to fit into block_size={block_size}'
+        print(f'{path.name} of {name}: {what}', file=sys.stderr)
     return [example for example, _ in coded]
 
 
@@ -123,41 +111,38 @@ def answer_ids(task, tokenizer):
     tokens = [tokenizer.encode(answer) for answer in task.answers]
     long = next((answer for answer, ids in zip(task.answers, tokens) if len(ids) != 1), None)
     if long:
-        raise ValueError(
-            f'{long!r} is not a single token of this vocabulary: {task.name} wants a model with the tokens of GPT-2'
-        )
+        wanted = f'{task.name} wants a model with the tokens of GPT-2'
+        raise ValueError(f'{long!r} is not a single token of this vocabulary: {wanted}')
     return [ids[0] for ids in tokens]
 
 
 def encode_prompt(task, sentences, tokenizer, block_size):
     """
-    (token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into block_size is cut from
-    the end of the longest sentence, until two are as long as each other, then from both; the question always stands whole.
+    (token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into
+    block_size is cut from the end of the longest sentence, until two are as long as each other, then from both; the
+    question always stands whole.
     """
-    befores, question = (
-        [tokenizer.encode(text) if text else [] for text in task.before],
-        tokenizer.encode(task.question),
-    )
+    befores = [tokenizer.encode(text) if text else [] for text in task.before]
+    question = tokenizer.encode(task.question)
     n_fixed = len(question) + sum(map(len, befores))
     room = block_size - n_fixed
     if room < len(sentences):
-        raise ValueError(
-            f'block_size={block_size} has no room for the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
-        )
+        prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
+        raise ValueError(f'block_size={block_size} has no room for {prompt}')
     # a word after others begins with a space, to GPT-2 a part of it
-    parts = [tokenizer.encode_ordinary(f' {text}' if before else text) for before, text in zip(task.before, sentences)]
+    texts = [f' {text}' if before else text for before, text in zip(befores, sentences)]
+    parts = [tokenizer.encode_ordinary(text) for text in texts]
     longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
     ids = [token for before, part in zip(befores, parts) for token in before + part[:longest]] + question
     return ids, any(len(part) > longest for part in parts)
 
 
 def encode_sonnet(text, tokenizer, block_size):
-    """(token ids, whether it was cut) of a sonnet and the end of text after it. ValueError where not even its prompt fits."""
+    """(token ids, whether it was cut) of a sonnet and the end of text. ValueError where not even its prompt fits."""
     n_prompt = len(tokenizer.encode(prompt_of(text)))
     if n_prompt >= block_size:
-        raise ValueError(
-            f'block_size={block_size} has no room for a sonnet: its first {N_PROMPT_LINES} lines take {n_prompt} tokens'
-        )
+        prompt = f'its first {N_PROMPT_LINES} lines take {n_prompt} tokens'
+        raise ValueError(f'block_size={block_size} has no room for a sonnet: {prompt}')
     ids = tokenizer.encode_ordinary(text) + [tokenizer.end_of_text]
     return ids[: block_size + 1], len(ids) > block_size + 1  # the last token is a target only
 
@@ -182,28 +167,32 @@ def hold_out(examples, fraction, seed=0):
 
 def make_batches(examples, batch_size, seed=None):
     """
-    Batches (lists of examples) of about the same length. With a seed, a shuffle of it: batches of like lengths are cut out of every
-    twenty batches' worth of examples and then shuffled. Without, in the order of length.
+    Batches (lists of examples) of about the same length. Without a seed in the order of length; with one shuffled by
+    it: batches of like lengths are cut out of every twenty batches' worth of examples, and shuffled again.
     """
-    examples, shuffle = list(examples), random.Random(seed)
-    if seed is not None:
-        shuffle.shuffle(examples)
-    pool = max(1, len(examples)) if seed is None else 20 * batch_size
-    examples = [
-        example
-        for i in range(0, len(examples), pool)
-        for example in sorted(examples[i : i + pool], key=lambda e: len(e.ids))
-    ]
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    if seed is not None:
-        shuffle.shuffle(batches)
+    if seed is None:
+        return chunks(sort_by_length(examples), batch_size)
+    examples, draw = list(examples), random.Random(seed)
+    draw.shuffle(examples)
+    pools = map(sort_by_length, chunks(examples, 20 * batch_size))
+    batches = chunks([example for pool in pools for example in pool], batch_size)
+    draw.shuffle(batches)
     return batches
+
+
+def sort_by_length(examples):
+    return sorted(examples, key=lambda example: len(example.ids))
+
+
+def chunks(examples, n):
+    """The examples in lists of n."""
+    return [examples[i : i + n] for i in range(0, len(examples), n)]
 
 
 def collate(batch, device):
     """
-    Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where there is
-    none, or of sonnets the tokens that follow, (B, T), -1 after the end.
+    Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where
+    there is none, or of sonnets the tokens that follow, (B, T), -1 after the end.
     """
     is_text = bool(batch[0].text)
     rows = [torch.tensor(example.ids[:-1] if is_text else example.ids) for example in batch]

@@ -1,6 +1,6 @@
 """
-How good a fine-tuned model is: what it predicts, scores of labels and of sonnets, and files of both in the format of Stanford's course
-CS224N. sklearn and sacrebleu are needed by the scores alone.
+How good a fine-tuned model is: what it predicts, scores of labels and of sonnets, and files of both in the format of
+Stanford's course CS224N. sklearn and sacrebleu are needed by the scores alone.
 """
 
 import importlib.util
@@ -21,12 +21,9 @@ from tasks.sonnets import write_sonnet
 COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label is the token of GPT-2: no, yes
 
 
-# predictions
-
-
 @torch.no_grad()
 def predict(model, examples, batch_size, device, dtype, stop=()):
-    """(sum of the losses, the label that the model gives each example; of sonnets none). None once `stop` holds something."""
+    """(sum of the losses, the label given to each example; of sonnets none). None once `stop` holds something."""
     model.eval()
     total, labels = 0.0, {}
     for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
@@ -44,8 +41,8 @@ def predict(model, examples, batch_size, device, dtype, stop=()):
 
 def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
     """
-    (scores, predictions) on examples of the task `name`, None once `stop` holds something. Of labels: loss, accuracy and
-    macro F1 ({} where the examples have none), and the labels. Of sonnets see `score_written`.
+    (scores, predictions) on examples of the task `name`, None once `stop` holds something. Of labels: loss, accuracy
+    and macro F1 ({} where the examples have none), and the labels. Of sonnets see `score_written`.
     """
     if not find_task(name).answers:
         return score_written(model, tokenizer, examples, device, dtype, sampling, stop)
@@ -60,8 +57,8 @@ def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling,
 
 def score_written(model, tokenizer, examples, device, dtype, sampling, stop=()):
     """
-    (scores, sonnets) of sonnets written on from their prompts by the settings `sampling` of sonnets.continue_lines: CHRF
-    and that of what follows the prompt alone ({} where the prompt is all there is). None once `stop` holds something.
+    (scores, sonnets) of sonnets written on from their prompts by the settings `sampling` of sonnets.continue_lines:
+    those of `score_sonnets`, {} where the prompt is all there is. None once `stop` holds something.
     """
     model.eval()
     with autocast(device, dtype):
@@ -89,7 +86,7 @@ def check_pairs(name, one, other):
 
 
 def score_labels(labels, predictions):
-    """{'accuracy', 'macro_f1'} from 0 to 1; the F1 of each label that occurs in either counts the same, a rare one's too."""
+    """{'accuracy', 'macro_f1'} from 0 to 1; the F1 of every label that occurs in either counts the same."""
     from sklearn.metrics import accuracy_score, f1_score
 
     check_pairs('labels as predictions', labels, predictions)
@@ -111,8 +108,8 @@ def chrf(written, sonnets):
 
 def score_sonnets(written, sonnets):
     """
-    CHRF (chrF2, of the corpus, 0 to 100) of whole texts against the true ones: {'chrf'} of all lines, which the given ones raise,
-    and {'chrf_continuation'} of those after them.
+    CHRF (chrF2, of the corpus, 0 to 100) of whole texts against the true ones: {'chrf'} of all lines, which the given
+    ones raise, and {'chrf_continuation'} of those after them.
     """
     check_pairs('written sonnets as true ones', written, sonnets)
     continuations = [[split_sonnet(text)[1] for text in texts] for texts in (written, sonnets)]
@@ -121,8 +118,9 @@ def score_sonnets(written, sonnets):
 
 def sonnet_baselines(train, sonnets, seeds):
     """
-    Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and 'random_continuation' those of the given lines with
-    what follows in a sonnet drawn from `train`, as means over seeds, and with '_std' their standard deviations (of one seed: NaN).
+    Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and
+    'random_continuation' those of the given lines with what follows in a sonnet drawn from `train`, as means over
+    seeds, and with '_std' their standard deviations (of one seed: NaN).
     """
     scores = []
     for seed in seeds:

@@ -1,6 +1,4 @@
-"""
-Sonnets written on from their first lines: by sampling, the best of several, or beam search.
-"""
+"""Sonnets written on from their first lines: by sampling, the best of several, or beam search."""
 
 from dataclasses import dataclass
 
@@ -29,16 +27,17 @@ class Draft:
 @torch.no_grad()
 def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p=None, n_beams=1, best_of=1):
     """
-    The Draft that follows the token ids of a prompt. It ends with the token that ends its n_lines-th line (a line may be empty, and
-    that token may hold more), with `tokenizer.end_of_text` where the tokenizer has one, or where prompt and draft fill the block_size
-    of the model. Nothing beyond counts towards its score. Wants model.eval().
+    The Draft that follows the token ids of a prompt. It ends with the token that ends its n_lines-th line (a line may
+    be empty, and that token may hold more), with `tokenizer.end_of_text` where the tokenizer has one, or where prompt
+    and draft fill the block_size of the model. Nothing beyond counts towards its score. Wants model.eval().
 
     temperature, top_p  as in sample_token; temperature 0 takes the most likely token
     best_of             draw so many at once and keep the one of the highest score
-    n_beams             more than 1: beam search, which draws nothing and has no use for temperature and top_p. Each step keeps the most
-                        likely drafts, n_beams less those that have ended; of the ended ones the highest score wins
+    n_beams             more than 1: beam search, which draws nothing and has no use for temperature and top_p. Each
+                        step keeps the most likely drafts, n_beams less those that have ended; of the ended ones the
+                        highest score wins
 
-    ValueError for a prompt that is empty or leaves no room, for settings out of range, and for n_beams together with best_of.
+    ValueError for a prompt that is empty or leaves no room, for settings out of range, and for n_beams with best_of.
     """
     check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of)
     room, end_of_text = model.config.block_size - len(prompt_ids), getattr(tokenizer, 'end_of_text', None)
@@ -53,19 +52,15 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
                 rows, tokens = grow_beams(drafts, log_probs, n_beams - len(ended))
             else:
                 rows, tokens = list(range(len(drafts))), sample_token(logits, temperature, top_p=top_p)[:, 0].tolist()
-            longer = [
-                extend(drafts[row], *step, row, tokenizer)
-                for row, *step in zip(rows, tokens, log_probs[rows, tokens].tolist())
-            ]
-            drafts = [
-                draft
-                for draft in longer
-                if draft.ids[-1] != end_of_text and draft.n_lines < n_lines and len(draft.ids) < room
-            ]
+            steps = zip(rows, tokens, log_probs[rows, tokens].tolist())
+            longer = [extend(drafts[row], token, log_prob, row, tokenizer) for row, token, log_prob in steps]
+            drafts = [draft for draft in longer if draft.n_lines < n_lines and len(draft.ids) < room]
+            drafts = [draft for draft in drafts if draft.ids[-1] != end_of_text]
             ended += [draft for draft in longer if draft not in drafts]
-            if drafts and [draft.row for draft in drafts] != list(range(len(fresh))):
+            kept = [draft.row for draft in drafts]
+            if kept and kept != list(range(len(fresh))):
                 for cache in caches:
-                    cache.select([draft.row for draft in drafts])
+                    cache.select(kept)
             fresh = torch.tensor([draft.ids[-1:] for draft in drafts], device=device)
     return max(ended, key=lambda draft: draft.score)
 
@@ -75,16 +70,15 @@ def check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best
         raise ValueError(f'expected n_lines, n_beams and best_of of at least 1, got {n_lines}, {n_beams} and {best_of}')
     if n_beams > 1 and best_of > 1:
         raise ValueError(f'n_beams={n_beams} and best_of={best_of} exclude each other: one of them has to be 1')
-    if not 0 < len(prompt_ids) < model.config.block_size:
-        raise ValueError(
-            f'the prompt has {len(prompt_ids)} tokens, expected 1 to {model.config.block_size - 1}: block_size less one'
-        )
+    n, most = len(prompt_ids), model.config.block_size - 1
+    if not 0 < n <= most:
+        raise ValueError(f'the prompt has {n} tokens, expected 1 to {most}: block_size less one')
     if n_beams > 1:
         sample_token(torch.zeros(1, 1), temperature, top_p=top_p)  # not used, but checked all the same
 
 
 def grow_beams(drafts, log_probs, n):
-    """The n most likely drafts that are longer by a token, log_probs (B, V): the rows that they go on from, and the tokens."""
+    """The n most likely drafts a token longer, by log_probs (B, V): the rows they go on from, and the tokens."""
     so_far = torch.tensor([[draft.log_prob] for draft in drafts], device=log_probs.device)
     totals = (so_far + log_probs).flatten()  # (B * V,)
     best = totals.topk(min(n, len(totals))).indices.tolist()
@@ -92,14 +86,12 @@ def grow_beams(drafts, log_probs, n):
 
 
 def extend(draft, token, log_prob, row, tokenizer):
-    n_lines = draft.n_lines + tokenizer.decode_bytes([token]).count(
-        b'\n'
-    )  # a token may hold several line breaks, and more after them
-    return Draft((*draft.ids, token), draft.log_prob + log_prob, n_lines, row)
+    n_breaks = tokenizer.decode_bytes([token]).count(b'\n')  # a token may hold several, and more after them
+    return Draft((*draft.ids, token), draft.log_prob + log_prob, draft.n_lines + n_breaks, row)
 
 
 def write_sonnet(model, tokenizer, prompt, **sampling):
-    """The whole text of a sonnet that begins with the lines of `prompt`: 14 at most, no empty ones at the end. `sampling` as above."""
+    """A sonnet that begins with the lines of `prompt`: 14 at most, none empty at the end. `sampling` as above."""
     prompt = prompt.rstrip('\n') + '\n'
     n_given = prompt.count('\n')
     if n_given >= N_LINES:

@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from configurator import settings_of
 from kan import KAN, KANLinear
 from layers.generation import sample_token, stream
 from model import GPT, GPTConfig
 from run.checkpoint import build_model
+from surgery.lora import LoRAConfig
 
 TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
 SLOTS = [
@@ -480,6 +484,30 @@ def test_utilisation_counts_flops_per_second():
     assert (kan.estimate_mfu(1, 1) - vanilla.estimate_mfu(1, 1)) * 312e12 == pytest.approx(
         6 * 12 * (kan.get_num_params() - scalers - vanilla.get_num_params())
     )
+
+
+# the scripts' settings of models
+
+ELSEWHERE = {'vocab_size': 50304, 'gelu': 'none'}  # of GPTConfig: from the data set, and from GPT-2's weights
+DIFFERENT = {'bias': (True, False)}  # GPT-2 has it, training from scratch does without
+UNSET = {'modules_to_save', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash'}  # of LoRAConfig
+
+
+def test_defaults_of_train_are_those_of_the_model():
+    settings, defaults = settings_of('train.py', []), asdict(GPTConfig())
+    assert {name: defaults[name] for name in defaults.keys() - settings.keys()} == ELSEWHERE
+    shared = {name: (defaults[name], settings[name]) for name in defaults.keys() & settings.keys()}
+    assert {name: pair for name, pair in shared.items() if pair[0] != pair[1]} == DIFFERENT
+    assert all(type(default) is type(setting) for default, setting in shared.values())
+
+
+def test_settings_of_finetune_are_those_of_the_parts_it_adds():
+    settings, defaults = settings_of('finetune.py', []), asdict(GPTConfig())
+    graph = {name: value for name, value in settings.items() if name.startswith('graph_')}
+    assert graph == {name: defaults[name] for name in defaults if name.startswith('graph_') and name != 'graph_place'}
+    fields = asdict(LoRAConfig()).keys() - UNSET - {'target_modules'}
+    names = {name if re.search('lora|dora', name) else f'lora_{name}' for name in fields} | {'lora_targets'}
+    assert names == {name for name in settings if re.search('lora|dora', name)} - {'use_lora'}
 
 
 # checkpoints of others

@@ -115,7 +115,7 @@ def test_pages_and_lines_are_of_a_length_one_reads():
     assert not long, '\n'.join(long)
 
 
-@pytest.mark.parametrize('script', ['train.py', 'study/sweep.py', 'data/sst/prepare.py'])
+@pytest.mark.parametrize('script', ['sample.py', 'study/sweep.py', 'data/sst/prepare.py'])
 def test_scripts_run_from_anywhere_and_through_a_link(tmp_path, script):
     (tmp_path / 'house').symlink_to(ROOT)
     (tmp_path / 'link.py').symlink_to(ROOT / script)
@@ -123,6 +123,9 @@ def test_scripts_run_from_anywhere_and_through_a_link(tmp_path, script):
         command = [sys.executable, str(path), '--help']
         done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and f'python {script}' in done.stdout, done.stderr
+        wrong = '--source=absent' if 'data' in script else '--init_from=absent'
+        done = subprocess.run([*command[:-1], wrong], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
 
 
 def clever_lines(tree):

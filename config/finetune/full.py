@@ -2,8 +2,6 @@
 All weights train.
 
     python finetune.py config/finetune/sst.py config/finetune/full.py   # or another task
-
-The learning rate is a guess to start from.
 """
 
 finetune_mode = 'full'

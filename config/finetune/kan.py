@@ -2,8 +2,6 @@
 The MLPs become KAN layers that compute what the MLPs did, and all weights train.
 
     python finetune.py config/finetune/sst.py config/finetune/kan.py   # or another task
-
-The learning rate is a guess to start from.
 """
 
 finetune_mode = 'full'

@@ -2,8 +2,6 @@
 The hybrid of arXiv 2504.10490: the MLPs become KAN layers, and LoRA changes their base weights and splines.
 
     python finetune.py config/finetune/sst.py config/finetune/kan_base_lora.py   # or another task
-
-The learning rate is a guess to start from.
 """
 
 use_kan = True

@@ -41,19 +41,17 @@ def prepare(folder, source):
 
 
 def read_files(source):
-    """The bytes of each file, and a line that says where they are from; ValueError if those of the package are not the expected ones."""
+    """The bytes of each file, and where they are from; ValueError where the package has other ones than expected."""
     if source:
         contents = {name: (Path(source) / name).read_bytes() for name in FILES}
     else:
         contents = dict(zip(FILES, read_from_wheel(*WHEEL, [MEMBERS + name for name in FILES])))
     found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    others = [name for name in FILES if found[name] != FILES[name]]
+    other = next((name for name in FILES if found[name] != FILES[name]), None)
     if source:
-        return contents, f'{"a model other than " if others else ""}all-MiniLM-L6-v2, folder {source}'
-    if others:
-        raise ValueError(
-            f'{others[0]} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[others[0]]}, expected {FILES[others[0]]}'
-        )
+        return contents, f'{"a model other than " if other else ""}all-MiniLM-L6-v2, folder {source}'
+    if other:
+        raise ValueError(f'{other} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[other]}, expected {FILES[other]}')
     return contents, f'all-MiniLM-L6-v2, package {WHEEL[0]} {WHEEL[1]}, sha256 {WHEEL[2]}'
 
 

@@ -29,38 +29,33 @@ num_proc = 4  # processes; half the number of cores is a good choice
 
 
 def prepare(folder, source, num_proc):
-    """Write 0.05 % of the documents for validation and the others for training into `folder`, each ended by <|endoftext|>."""
+    """Write 0.05 % of the documents for validation and the others for training, <|endoftext|> after each."""
     if num_proc < 1:
         raise ValueError(f'num_proc must be 1 or more, got {num_proc}')
     documents, description = load_documents(folder, source, num_proc)
     tokenizer = get_tokenizer()  # caches its files before the processes start
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for split, part in ('train', splits['train']), ('val', splits['test']):
-        part = part.map(
-            tokenize, remove_columns=part.column_names, features=token_features(), num_proc=min(num_proc, len(part))
-        )
-        write_tokens(folder / f'{split}.bin.part', part)
+        options = dict(remove_columns=part.column_names, features=token_features(), num_proc=min(num_proc, len(part)))
+        write_tokens(folder / f'{split}.bin.part', part.map(tokenize, **options))
     write_meta(folder, tokenizer, f'{len(documents)} documents of {description}')
 
 
 def load_documents(folder, source, num_proc):
-    """A `datasets.Dataset` with a column `text`, and where it is from; ValueError where `source` is of no kind it can read."""
+    """A `datasets.Dataset` with a column `text`, and where it is from; ValueError for a `source` of another kind."""
     try:
         from datasets import config, load_dataset
     except ImportError:
         raise OSError('it needs the package datasets: pip install datasets') from None
     if not source:
         check_disk(folder, Path(config.HF_CACHE_HOME))
-        return load_dataset(
-            'Skylion007/openwebtext', split='train', num_proc=num_proc
-        ), 'Skylion007/openwebtext, Hugging Face'
+        documents = load_dataset('Skylion007/openwebtext', split='train', num_proc=num_proc)
+        return documents, 'Skylion007/openwebtext, Hugging Face'
     path = Path(source)
     paths = sorted(p for p in path.rglob('*') if p.suffix in READERS) if path.is_dir() else [path]
     kinds = {p.suffix for p in paths}
     if len(kinds) != 1 or not kinds <= READERS.keys():
-        raise ValueError(
-            f'--source={source} must be files of one kind out of {", ".join(READERS)}, got {sorted(kinds)}'
-        )
+        raise ValueError(f'--source={source} must be of one kind out of {", ".join(READERS)}, got {sorted(kinds)}')
     reader, options = READERS[kinds.pop()]
     documents = load_dataset(reader, data_files=[str(p) for p in paths], split='train', **options)
     if 'text' not in documents.column_names or len(documents) < 2:
@@ -70,8 +65,8 @@ def load_documents(folder, source, num_proc):
 
 def check_disk(folder, cache_folder):
     """
-    OSError where a disk lacks the room. The hub lists 80 parquet files of 0.31 GB each and 39.8 GB of text, which `datasets`
-    unpacks; the 9.04 billion tokens that nanoGPT counted take 2 bytes each, in the cache and again in the .bin files.
+    OSError where a disk lacks the room. The hub lists 80 parquet files of 0.31 GB and 39.8 GB of text that `datasets`
+    unpacks; nanoGPT counted 9.04 billion tokens, of 2 bytes each in the cache, and again in the .bin files.
     """
     cached = [p for p in cache_folder.glob('*/*Skylion007*openwebtext/**/*') if p.is_file() and not p.is_symlink()]
     cache_gb, bin_gb = 24 + 40 + 18 - sum(p.stat().st_size for p in cached) / 1e9, 18
@@ -82,9 +77,8 @@ def check_disk(folder, cache_folder):
     for place, need in needs.items():
         free = shutil.disk_usage(place).free / 1e9
         if free < need:
-            raise OSError(
-                f'OpenWebText needs {need:.0f} GB at {place}, free are {free:.0f} GB; HF_HOME moves its cache'
-            )
+            free_here = f'free are {free:.0f} GB'
+            raise OSError(f'OpenWebText needs {need:.0f} GB at {place}, {free_here}; HF_HOME moves its cache')
 
 
 def tokenize(document):

@@ -14,21 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the 
 from data import course
 from data.prepare import main
 
-URL = f'{course.REPOSITORY}/571f43439d622b9443b984b09b1ee439b7f873df/data'
-FILES = {  # name, address, sha256 and bytes in the course
-    'quora-dev.csv': (
-        'quora-dev.csv',
-        URL,
-        '12f4b7b77ed4546b29dc204441e39d3c25588bc8345534dc4f9b1294f91cb643',
-        3225536,
-    ),
-}
+FILES = course.read_pins("""
+https://raw.githubusercontent.com/gpoesia/minbert-default-final-project/571f43439d622b9443b984b09b1ee439b7f873df/data
+quora-dev.csv  quora-dev.csv  12f4b7b77ed4546b29dc204441e39d3c25588bc8345534dc4f9b1294f91cb643  3225536
+""")
 
 source = ''  # a folder with quora-dev.csv; empty: that of the course, from its address
 
 
 def divide(contents):
-    """A tenth of the lines for dev, by the sha256 of their ids, so that a pair is on the same side wherever it stands."""
+    """A tenth of the lines for dev, by the sha256 of their ids: a pair is on the same side wherever it stands."""
     header, *lines = contents['quora-dev.csv'].splitlines(keepends=True) or [b'']
     column = header.decode('utf-8-sig', errors='replace').rstrip().split('\t')
     place = column.index('id') if 'id' in column else 0  # without the column, reading the rows complains
@@ -41,9 +36,7 @@ def divide(contents):
 
 
 def prepare(folder, source):
-    course.write_splits(
-        folder, FILES, source, lambda name, content: course.inspect_table('quora', Path(name).stem, content), divide
-    )
+    course.write_splits('quora', folder, FILES, source, divide)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """
-The text of the fine-tuning tasks in GPT-2's byte pairs, to pre-train a small GPT on where GPT-2's weights cannot be had: the sentences of
-train of SST, CFIMDB and Quora without their labels, the sonnets of train, and tinyshakespeare; as train.bin, val.bin and meta.json
-beside this file. Dev and test stay unseen.
+The text of the fine-tuning tasks in GPT-2's byte pairs, to pre-train a small GPT on where GPT-2's weights cannot be
+had: the sentences of train of SST, CFIMDB and Quora without their labels, the sonnets of train, and tinyshakespeare;
+as train.bin, val.bin and meta.json beside this file. Dev and test stay unseen.
 
 $ python data/taskmix/prepare.py
 $ python data/taskmix/prepare.py --source=my.txt   # another text in place of tinyshakespeare
@@ -33,7 +33,7 @@ def read_documents(source):
 
 
 def prepare(folder, source):
-    """Write every twentieth document for validation and the others for training into `folder`, <|endoftext|> behind each."""
+    """Write every twentieth document for validation and the others for training, <|endoftext|> after each."""
     documents, description = read_documents(source)
     tokenizer = GPT2Tokenizer()
     ids = [tokenizer.encode_ordinary(text) + [tokenizer.end_of_text] for text in documents]

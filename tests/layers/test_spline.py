@@ -155,6 +155,66 @@ def test_activations_that_print_alike_are_not_taken_for_each_other():
     assert spline.name_of(nn.SiLU()) == spline.name_of(nn.SiLU()) != spline.name_of(nn.GELU())
 
 
+def test_an_activation_without_state_is_named_by_its_type_and_settings():
+    activations = pytest.importorskip('transformers.activations')
+    assert spline.name_of(activations.NewGELUActivation()) == spline.name_of(activations.NewGELUActivation())
+    assert spline.name_of(activations.NewGELUActivation()) != spline.name_of(activations.QuickGELUActivation())
+    changing, x = Power(2), torch.randn(5)
+    old = spline.name_of(changing)
+    assert old == spline.name_of(Power(2)) != spline.name_of(Power(3))
+    changing.exponent = 3
+    assert spline.name_of(changing) == spline.name_of(Power(3))
+    assert torch.equal(spline.ACTIVATIONS[old](x), x**2)
+
+
+def with_parameter():
+    activation = Power(2)
+    activation.scale = nn.Parameter(torch.ones(1))
+    return activation
+
+
+def with_buffer():
+    activation = Power(2)
+    activation.register_buffer('scale', torch.ones(1))
+    return activation
+
+
+def with_module():
+    activation = Power(2)
+    activation.inner = nn.Tanh()
+    return activation
+
+
+def with_hook():
+    activation = nn.Tanh()
+    activation.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return activation
+
+
+@pytest.mark.parametrize('make_one', [with_parameter, with_buffer, with_module, with_hook, nn.PReLU])
+def test_an_activation_with_state_is_named_by_itself(make_one):
+    one, other = make_one(), make_one()
+    assert spline.name_of(one) == spline.name_of(one) != spline.name_of(other)
+    assert spline.ACTIVATIONS[spline.name_of(one)] is one and spline.ACTIVATIONS[spline.name_of(other)] is other
+
+
+def test_classes_of_one_name_are_told_apart():
+    def make_class(factor):
+        class Scaled(nn.Module):
+            def forward(self, x):
+                return factor * x
+
+        return Scaled
+
+    x, weight, knots, grad = make(20, 4, 3)
+    for factor in 2, 3:
+        activation = make_class(factor)()
+        actual = results(spline_linear, x, weight, knots, grad, activation=activation)
+        close(actual, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
+        assert torch.equal(spline.ACTIVATIONS[spline.name_of(activation)](x), factor * x)
+    assert spline.name_of(make_class(2)()) != spline.name_of(make_class(3)())
+
+
 def test_operators_pass_pytorchs_own_checks():
     x, weight, knots, grad = make(9, 4, 3)
     name = spline.name_of(nn.SiLU())

@@ -1,7 +1,7 @@
 """
 The Triton kernels against float64 autograd: on a GPU where there is one, else in Triton's interpreter, on the CPU.
 
-    PYTHONPATH=. python tests/test_triton.py sm_80 sm_90    compiles every kernel for these cards, without one: what does it take?
+    PYTHONPATH=.:tests python tests/layers/test_spline_triton.py sm_80 sm_90   what each kernel takes on these cards
 """
 
 import itertools

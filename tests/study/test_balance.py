@@ -10,13 +10,24 @@ from helpers import complaint, flags, run_forked
 from model import model_settings
 from run.cost import count_flops, count_parameters
 
-CONFIG = "use_kan = True\nkan_targets = 'attn,mlp'\nn_layer = 2\nn_head = {n_head}\nn_embd = {n_embd}\nblock_size = 16\nbatch_size = 2\n"
-CONFIG += 'gradient_accumulation_steps = 1\ngrid_size = {grid_size}\nlearning_rate = 1e-2\n'
+CONFIG = """
+use_kan = True
+kan_targets = 'attn,mlp'
+n_layer = 2
+n_head = {n_head}
+n_embd = {n_embd}
+block_size = 16
+batch_size = 2
+gradient_accumulation_steps = 1
+grid_size = {grid_size}
+learning_rate = 1e-2
+"""
 CLOCK = """
 from run import cost
 
 def make_step(model, *settings):
-    seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer  # grows, but as no other cost does
+    # grows, but as no other cost does
+    seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer
     return lambda: seconds
 
 counts, count_flops = {}, cost.count_flops

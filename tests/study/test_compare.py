@@ -11,6 +11,8 @@ import pytest
 from scipy import stats
 
 from helpers import ROOT, complaint, run_forked
+from run.records import ADDED
+from study import nano
 
 LOSSES = {  # best validation losses by seed
     'a': {1: 1.50, 2: 1.54, 3: 1.52},
@@ -86,20 +88,15 @@ def test_numbers_are_those_of_numpy_and_scipy(runs):
     ours, theirs = list(LOSSES['b'].values()), list(LOSSES['a'].values())
     assert b['best'] == ours and b['final'] == [loss + 0.1 for loss in ours]
     assert b['difference'] == pytest.approx(np.mean(ours) - np.mean(theirs))
-    assert b['p'] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue) and b['p'] != pytest.approx(
-        stats.ttest_ind(ours, theirs).pvalue
-    )
-    assert (
-        wide['p'] is None and wide['difference'] == pytest.approx(1.40 - 1.54) and wide['pairs'] == 1
-    )  # of the seed both have
+    assert b['p'] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert b['p'] != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
+    assert wide['p'] is None and wide['pairs'] == 1  # of the seed both have
+    assert wide['difference'] == pytest.approx(1.40 - 1.54)
     assert a['tokens'] == 1500 and a['seconds_per_step'] == 0.25 and a['peak_memory'] == 3e9
     row = next(line for line in table.splitlines() if line.startswith('| b |'))
     assert f'{np.mean(ours):.4f} ± {np.std(ours, ddof=1):.4f}' in row
-    assert (
-        f'{math.exp(np.mean(ours)):.3f}' in row
-        and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row
-        and f'p = {b["p"]:.2g}' in row
-    )
+    assert f'{math.exp(np.mean(ours)):.3f}' in row and f'{np.mean(ours) / math.log(2) / 4:.4f}' in row
+    assert f'p = {b["p"]:.2g}' in row
 
 
 def test_curves_are_means_over_seeds_without_the_start(runs):
@@ -249,16 +246,45 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
 @pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/compare.md')))
 def test_pages_of_results_are_those_of_their_records(tmp_path, study):
     """`make results` would leave them as they are."""
-    printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (args,) = (
-        line.partition('study/compare.py')[2].split()
-        for line in printed.splitlines()
-        if f' --out=results/{study} ' in line + ' '
-    )
-    done = run_forked(ROOT, 'study/compare.py', *args, f'--out={tmp_path}')
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'compare.md').read_text() == (ROOT / 'results' / study / 'compare.md').read_text()
+    nano.show(study, str(tmp_path))
+    assert (tmp_path / 'compare.md').read_bytes() == (ROOT / 'results' / study / 'compare.md').read_bytes()
     assert {path.name for path in tmp_path.glob('*.png')} == {path.name for path in ROOT.glob(f'results/{study}/*.png')}
+
+
+def test_make_results_makes_the_page_of_every_study():
+    printed = subprocess.run(['make', '-n', 'results'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in ('nano.py --train=False', 'minilm.py --stages=', 'finetune.py --stages=', 'speed.py --jobs='):
+        assert f'python study/{name}\n' in printed
+    assert {path.parent.name for path in ROOT.glob('results/*/compare.md')} <= nano.RUNS.keys()
+
+
+def test_takes_the_records_of_a_study_beside_folders(runs):
+    """The same rows, whether a run lies in a folder or is a line."""
+    table = compare(runs)
+    lines = []
+    for folder in sorted((runs / 'runs').glob('b*')):
+        log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+        record = json.loads((folder / 'run.json').read_text())
+        lines.append(json.dumps({'name': folder.name, **record, 'log': log}) + '\n')
+        shutil.rmtree(folder)
+    (runs / 'runs/runs.jsonl').write_text(''.join(lines))
+    assert compare(runs) == table
+    done = run_forked(runs, 'study/compare.py', 'runs/runs.jsonl', 'nowhere/runs.jsonl', '--out=c')
+    assert done.returncode == 0 and done.stderr == 'left out: nowhere/runs.jsonl holds no run of train.py\n'
+    assert [group['name'] for group in read_report(runs)['groups']] == ['b', 'b_wide']
+
+
+def test_settings_that_old_records_do_not_name_are_as_they_were(runs):
+    """A record from before graph attention is a seed of the same row as a later one without it, not of one with it."""
+    write_run(runs / 'runs/a,seed=4', 4, 1.51, n_layer=1, **ADDED)
+    assert '| a | 4 |' in compare(runs)
+    write_run(runs / 'runs/g,seed=1', 1, 1.51, n_layer=1, **{**ADDED, 'use_graph': True})
+    table = compare(runs)
+    assert '| a | 4 |' in table and '| g | 1 |' in table
+    write_run(runs / 'runs/a,seed=5', 5, 1.51, n_layer=1, **{**ADDED, 'use_graph': True})
+    shutil.rmtree(runs / 'runs/g,seed=1')
+    words = complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert 'runs/a,seed=5 would be one row, but differ in use_graph (False and True): ' in words
 
 
 def test_rows_of_one_name_are_told_apart(runs):
@@ -321,7 +347,8 @@ def test_page_opens_and_sorts_in_a_browser(runs):
       const click = name => [...document.querySelectorAll('th button')].find(b => b.innerText === name).click();
       const seen = [names()];
       for (const name of ['best val loss', 'best val loss', 'seeds', 'run']) { click(name); seen.push(names()); }
-      seen.push(document.querySelectorAll('.plotly-graph-div .main-svg').length > 7, document.body.scrollWidth <= innerWidth);
+      seen.push(document.querySelectorAll('.plotly-graph-div .main-svg').length > 7);
+      seen.push(document.body.scrollWidth <= innerWidth);
       if (document.title === 'Runs compared') document.title = seen.join('; ');
     });
     </script>"""

@@ -1,83 +1,75 @@
 """The study of results/finetune: what it would run, and its page from made-up records."""
 
-import importlib.util
 import json
 import random
-import sys
 
 import pytest
 
 from configurator import settings_of
-from helpers import ROOT
+from helpers import ROOT, complaint
+from study import finetune
+from study.runner import Study, read_runs
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """study.py as a module whose records lie in a folder of the test."""
-    monkeypatch.setattr(sys, 'argv', ['study.py'])
-    spec = importlib.util.spec_from_file_location('finetune_study', ROOT / 'study/finetune.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, 'HERE', tmp_path)
-    (tmp_path / 'runs').mkdir()
-    return module
+    """study/finetune.py with its records in a folder of the test."""
+    monkeypatch.setattr(finetune, 'STUDY', Study('finetune', tmp_path))
+    return finetune
 
 
-def make_record(study, stage, name, task, settings):
+def make_record(name, settings):
     """A record as a run would leave it, its numbers drawn by its name."""
-    draw = random.Random(f'{stage} {name}')
-    dev = (
-        {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')}
-        if task == 'sonnets'
-        else {'accuracy': draw.random()}
-    )
+    draw = random.Random(name)
+    task, dev = settings['task'], {'accuracy': draw.random()}
+    if task == 'sonnets':
+        dev = {key: draw.uniform(20, 50) for key in ('chrf', 'chrf_continuation')}
     log = [dict(epoch=i, iter=20 * i, seconds=10.0 * i, loss=draw.random(), train_loss=draw.random()) for i in (1, 2)]
     record = dict(task=task, settings=settings, dev=dev, valid=min(log, key=lambda line: line['loss']), log=log)
-    record.update(trained=1000, seconds=10.0, steps=20, peak_memory=5e8, base={'name': 'out-taskmix'})
-    study.path_of(stage, name).write_text(json.dumps(record))
-    return record
+    return dict(record, trained=1000, seconds=10.0, steps=20, peak_memory=5e8, base={'name': 'out-taskmix'})
 
 
 def make_records(study, *stages):
+    study.STUDY.folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
-        for one in study.list_runs(stage):
-            make_record(study, *one)
-
-
-def make_edges_record(study):
-    """A record as bench.py --suite=graph prints it."""
-    seconds = {'edges': [0.002, 0.001, 0.009], 'rest': [0.038, 0.039, 0.031], 'total': [0.04, 0.04, 0.04]}
-    rows = [
-        dict(where=size, name=f'{edges} edges', seconds=seconds)
-        for size in ('micro', 'nano')
-        for edges in ('no', 'topk')
-    ]
-    study.path_of('graph', 'edges').write_text(json.dumps({'rows': rows}))
+        runs = {name: make_record(name, settings) for name, settings in study.list_runs(stage).items()}
+        with open(study.STUDY.folder / 'runs.jsonl', 'a') as f:
+            f.writelines(json.dumps({'name': name, **run}) + '\n' for name, run in runs.items())
 
 
 def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
     make_records(study, 'search')
-    paths = set()
-    runs = [one for stage in ('search', 'final', 'rank', 'single', 'rates', 'time') for one in study.list_runs(stage)]
-    for stage, name, task, settings in runs:
-        settings_of('finetune.py', [f'--task={task}', *(f'--{key}={value}' for key, value in settings.items())])
-        paths.add(study.path_of(stage, name))
-    assert len(paths) == len(runs) == 8 * 3 + 8 * 4 * 3 + 9 * 3 + 2 * 3 + 8 * 2 * 3 + 8
-    assert all(' ' not in path.name and path.parent.name == 'runs' for path in paths)
+    path, names, folders = study.STUDY.folder / 'runs.jsonl', [], []
+    searched = path.read_text()
+
+    def make(name, settings, folder):
+        settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+        folders.append(folder)
+        return {}
+
+    for stage in ('search', 'final', 'rank', 'single', 'rates', 'time'):
+        runs = study.list_runs(stage)
+        path.unlink()
+        study.STUDY.run_all(runs, make)
+        assert list(study.STUDY.read()) == sorted(runs)
+        path.write_text(searched)
+        names += runs
+    assert len(set(folders)) == len(names)
+    assert all(' ' not in folder.name and folder.parent == study.STUDY.work for folder in folders)
+    assert len(set(names)) == len(names) == 8 * 3 + 8 * 4 * 3 + 9 * 3 + 2 * 3 + 8 * 2 * 3 + 8
 
 
-def test_the_rate_of_a_variant_is_the_one_with_the_lowest_loss_on_what_was_held_out(study):
+def test_the_rate_of_a_method_is_the_one_with_the_lowest_loss_on_what_was_held_out(study):
     make_records(study, 'search')
-    rates = {lr: study.read_record('search', f'LoRA, lr={lr:g}')['valid']['loss'] for lr in study.VARIANTS['LoRA'][1]}
+    rates = {lr: study.read_record('search', f'LoRA, lr={lr:g}')['valid']['loss'] for lr in study.METHODS['LoRA'][1]}
     assert study.best_rate('LoRA') == min(rates, key=rates.get)
 
 
 def test_runs_on_cfimdb_are_those_at_the_rate_with_the_lowest_loss(study):
     make_records(study, 'search')
     make_records(study, 'final', 'rates')
-    losses = {
-        lr: sum(record['valid']['loss'] for record in study.read_cfimdb('KAN', lr)) for lr in study.VARIANTS['KAN'][1]
-    }
+    found = {lr: study.read_cfimdb('KAN', lr) for lr in study.METHODS['KAN'][1]}
+    losses = {lr: sum(record['valid']['loss'] for record in records) for lr, records in found.items()}
     assert len(set(losses.values())) == 3 and study.rate_of('KAN', 'cfimdb') == min(losses, key=losses.get)
     assert study.rate_of('KAN', 'quora') == study.best_rate('KAN')
 
@@ -92,27 +84,45 @@ def test_page_is_made_of_all_records(study):
     assert len({line.count('|') for line in study.make_main_table()}) == 1
     assert len(study.make_rank_table()) == 5 and len(study.make_single_table()) == 6
     assert [line.count('**') for line in study.make_rates_table()] == [0, 0] + [2] * 8
-    make_edges_record(study)
-    study.measure_edges()  # does nothing where there is a record
-    assert study.make_edges_table()[-1] == '| topk | 5.00% of 40 ms | 5.00% of 40 ms |'
     study.draw_curves()
-    assert (study.HERE / 'curves.png').stat().st_size > 10_000
+    assert (study.STUDY.folder / 'curves.png').stat().st_size > 10_000
+
+
+def test_page_of_results_is_that_of_its_records(study):
+    study.STUDY.folder.mkdir(parents=True)
+    (study.STUDY.folder / 'runs.jsonl').write_bytes((ROOT / 'results/finetune/runs.jsonl').read_bytes())
+    tables = (study.make_main_table(), study.make_rank_table(), study.make_single_table(), study.make_rates_table())
+    table = '\n\n'.join('\n'.join(lines) for lines in tables) + '\n'
+    assert table == (ROOT / 'results/finetune/table.md').read_text()
+
+
+def test_records_of_results_are_those_of_the_study():
+    records = read_runs(ROOT / 'results/finetune/runs.jsonl')
+    runs = {}
+    for stage in ('search', 'final', 'rank', 'single', 'rates', 'time'):
+        runs.update(finetune.list_runs(stage))
+    finetune.check_records(runs)
+    assert records.keys() == runs.keys()
 
 
 def test_a_missing_record_is_named(study):
     make_records(study, 'search')
-    with pytest.raises(
-        FileNotFoundError, match=r'final,full,sst,seed=1\.json is missing: the stage final is not finished'
-    ):
+    with pytest.raises(FileNotFoundError, match='final, full, sst, seed=1 is missing: the stage final is not finished'):
         study.read_finals('full', 'sst')
 
 
-def test_a_record_of_other_settings_or_of_another_model_is_refused(study):
+def test_a_record_of_other_settings_or_of_another_model_is_refused(study, monkeypatch):
     make_records(study, 'search')
-    one = study.list_runs('search')[0]
-    study.check_record(*one)
+    runs = study.list_runs('search')
+    study.check_records(runs)
+    name, settings = next(iter(runs.items()))
     with pytest.raises(ValueError, match='was made with .* the study has .*: move it away'):
-        study.check_record(*one[:3], {**one[3], 'epochs': 9})
-    study.init_from = 'gpt2'
+        study.check_records({name: {**settings, 'epochs': 9}})
+    monkeypatch.setattr(study, 'init_from', 'gpt2')
     with pytest.raises(ValueError, match='began with out-taskmix, the study begins with gpt2: move it away'):
-        study.check_record(*one)
+        study.check_records(runs)
+
+
+def test_a_stage_that_is_not_there(tmp_path):
+    message = "error: stages: expected any of search, final, rank, single, rates, time, got 'search,all'\n"
+    assert complaint(tmp_path, 'study/finetune.py', '--stages=search,all') == message

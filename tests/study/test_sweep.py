@@ -6,7 +6,10 @@ import signal
 
 import pytest
 
+from configurator import settings_of
 from helpers import TINY, complaint, flags, load, read_until, run, start
+from run.records import ADDED
+from study.sweep import check_record, list_runs
 
 CONFIGS = {'train_a.py': 'n_layer = 1\n', 'train_b.py': 'n_layer = 2\n'}
 
@@ -87,7 +90,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
 
 
 def test_two_at_once_share_the_runs(folder):
-    """Each is trained once: the second sweep passes over the run that the first holds, and finds the other ones done or does them."""
+    """Each is trained once: the second sweep passes over the run that the first holds, and does or finds the others."""
     command = (*CONFIGS, '--root=runs', '--seed=1,2', *flags(max_iters=150, eval_interval=100))
     first = start(folder, 'study/sweep.py', *command)
     read_until(first.stdout, '4 runs')
@@ -102,6 +105,21 @@ def test_two_at_once_share_the_runs(folder):
         assert said.count('number of parameters') == 1 and 'finished' in json.loads(
             (folder / 'runs' / name / 'run.json').read_text()
         )
+
+
+def test_a_record_from_before_a_setting_is_of_the_value_it_had(folder):
+    """It is a run of the same command; one that asks for another value is refused."""
+    args = list_runs([str(folder / 'train_a.py')], {})['a']
+    settings = settings_of('train.py', args)
+    old = {'config': {name: value for name, value in settings.items() if name not in ADDED}}
+    assert len(old['config']) == len(settings) - len(ADDED)
+    check_record('runs/a', old, settings)
+    check_record('runs/a', {}, settings)
+    for name, value in {'use_graph': True, 'graph_topk': 3}.items():
+        with pytest.raises(ValueError, match=f'runs/a holds a run with {name}={ADDED[name]!r}; move it away'):
+            check_record('runs/a', old, {**settings, name: value})
+    with pytest.raises(ValueError, match='runs/a holds a run with n_embd=16; move it away'):
+        check_record('runs/a', old, {**settings, 'n_embd': 32})
 
 
 def test_mistakes_are_named_before_anything_runs(folder):

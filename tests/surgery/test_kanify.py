@@ -1,6 +1,7 @@
 """KAN layers in models made of others: a pretrained model that still works, and trains on."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
 from kan import KANLinear
+from layers import spline
 from model import GPT, GPTConfig
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora
@@ -107,6 +109,21 @@ def test_an_activation_moves_into_the_layer_after_it(name, absorb, activation):
     layers = kans(model)
     absorbed = [path for path, layer in layers.items() if not isinstance(layer.base_activation, nn.Identity)]
     assert len(absorbed) == 2 and layers[absorbed[1]].base_activation is before
+
+
+def test_layers_share_the_passes_that_are_compiled(monkeypatch):
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, eos_token_id=2)
+    model = kanify(transformers.GPT2LMHeadModel(config), 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
+    monkeypatch.setattr(spline, 'WORTH_COMPILING', 1)
+    monkeypatch.setattr(spline, 'compiler_works', lambda device_type: True)
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    spline.compiled.cache_clear()
+    run(model).square().sum().backward()
+    made = spline.compiled.cache_info().currsize
+    spline.compiled.cache_clear()
+    assert len(kans(model)) == 6 and made == 2 * 2  # forward and backward, of the identity and of the activation
 
 
 def test_our_gpt_becomes_two_kan_layers_per_mlp():

@@ -4,7 +4,9 @@ import copy
 import inspect
 import json
 import math
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import UserDict
@@ -25,6 +27,7 @@ from helpers import ENV, ROOT
 from kan import KANLinear
 from layers.spline import plain_spline_linear
 from model import GPT, GPTConfig
+from surgery import lora
 from surgery.lora import (
     Dropout,
     LoRAConfig,
@@ -356,10 +359,11 @@ def test_a_merged_model_moves_as_a_whole():
 # the linear map nearest to a kan adapter
 
 
+@pytest.mark.parametrize('layer', ['Linear', 'Linear without bias'])
 @pytest.mark.parametrize('shape', [(60,), (6, 10)])
 @pytest.mark.parametrize('wrap', [lambda x: x, lambda x: (x,), lambda x: dict(x=x), lambda x: UserDict(x=x)])
-def test_fit_linear_is_the_least_squares_map_and_measures_what_is_lost(shape, wrap):
-    model, _ = make('Linear', 'kan', torch.float64)
+def test_fit_linear_is_the_least_squares_map_and_measures_what_is_lost(layer, shape, wrap):
+    model, _ = make(layer, 'kan', torch.float64)
     randomise(model)
     model.forward = lambda x: model.layer(x)
     batches = [torch.randn(*shape, I, dtype=torch.float64) for _ in range(7)]
@@ -368,7 +372,7 @@ def test_fit_linear_is_the_least_squares_map_and_measures_what_is_lost(shape, wr
     y = model.layer(x)
     errors = fit_linear(model, map(wrap, batches))
     held = np.arange(len(x)) // 60 == 4
-    ones = np.concatenate([x.numpy(), np.ones((len(x), 1))], 1)
+    ones = np.concatenate([x.numpy(), np.ones((len(x), int(layer == 'Linear')))], 1)  # a column where there is a bias
     M = np.linalg.lstsq(ones[~held], d[~held], rcond=None)[0]
     left = d - ones @ M
     expected = np.linalg.norm(left[held]) / np.linalg.norm(d[held])
@@ -852,6 +856,47 @@ def test_a_saved_module_may_share_tensors_and_have_buffers(tmp_path):
     assert not torch.equal(unmerge_lora(model).head.base_layer(x), y)
 
 
+@pytest.mark.parametrize('layer', ['Linear', 'KANLinear'])
+def test_lengths_of_frozen_rows_are_measured_once_and_saved(layer, tmp_path, monkeypatch):
+    saved, x = make_saved(tmp_path, layer, use_dora=True)
+    y, lengths = saved.layer(x), lora.row_norms(saved.layer.base_layer)
+    assert torch.equal(load_file(tmp_path / 'adapter_model.safetensors')['layer.lengths'], lengths)
+    other = load_lora(make_base(layer).bfloat16(), tmp_path, check_base=False)
+    assert torch.equal(other.layer.adapter.lengths, lengths)
+    assert not torch.equal(lora.row_norms(other.layer.base_layer), lengths)
+    monkeypatch.setattr(lora, 'row_norms', lambda *arguments: pytest.fail('the rows were measured again'))
+    assert torch.equal(saved.layer(x), y)
+    saved.train().layer(x).sum().backward()
+
+
+@pytest.mark.parametrize('layer', ['Linear', 'KANLinear'])
+def test_a_file_without_lengths_has_those_of_the_base(layer, tmp_path):
+    saved, x = make_saved(tmp_path, layer, use_dora=True)
+    rewrite(tmp_path, lambda tensors, record: tensors.pop('layer.lengths'))
+    model = load_lora(make_base(layer), tmp_path)
+    assert torch.equal(model.layer.adapter.lengths, lora.row_norms(model.layer.base_layer))
+    assert torch.equal(model.layer(x), saved.layer(x))
+
+
+def test_the_base_may_list_its_modules_in_another_order(tmp_path):
+    saved, x = make('Linear', 'kan')
+    base = remove_lora(copy.deepcopy(saved))
+    save_lora(randomise(saved).eval(), tmp_path)
+    reordered = nn.ModuleDict({'head': base.head, 'layer': base.layer})
+    assert list(reordered.state_dict()) != list(base.state_dict())
+    assert torch.equal(load_lora(reordered, tmp_path).layer(x), saved.layer(x))
+
+
+def test_a_crash_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / 'file'
+    lora.write_whole(str(path), b'old')
+    lora.write_whole(str(path), b'older')
+    monkeypatch.setattr(os, 'replace', lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lora.write_whole(str(path), b'new')
+    assert path.read_bytes() == b'older' and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_trains_beside_the_adapter_is_not_lost(tmp_path):
     model, _ = make('Linear', 'lora')
     model.head.requires_grad_(True)
@@ -863,6 +908,37 @@ def test_what_trains_beside_the_adapter_is_not_lost(tmp_path):
 def test_saving_needs_an_adapter(tmp_path):
     with pytest.raises(ValueError, match='no active adapter'):
         save_lora(make('Linear')[0], tmp_path)
+
+
+ALONE = """
+import sys
+import torch
+from torch import nn
+from surgery.lora import *
+from surgery.kanify import kanify
+from kan import KANLinear
+model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(3, 6)
+state, y = model.state_dict(), model(x)
+config = LoRAConfig(kind='kan', rank=2, target_modules='0', dropout=0.0)
+nn.init.normal_(add_lora(model, config)[0].adapter.bottleneck.phi_out.base_weight)
+save_lora(model, 'adapter')
+other = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+other.load_state_dict(state)
+assert torch.allclose(kanify(other, ('0', '2'))(x), y, atol=1e-5) and isinstance(other[0], KANLinear)
+other = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+other.load_state_dict(state)
+assert torch.equal(load_lora(other, 'adapter')(x), model(x)) and not torch.equal(model(x), y)
+assert not {'run', 'data', 'tasks', 'model', 'configurator'} & sys.modules.keys()
+"""
+
+
+def test_layers_and_surgery_work_in_a_folder_of_their_own(tmp_path):
+    shutil.copy(ROOT / 'kan.py', tmp_path)
+    for room in 'layers', 'surgery':
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns('__pycache__'))
+    command = [sys.executable, '-c', ALONE]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # precision, compilers, processes

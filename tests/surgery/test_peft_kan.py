@@ -558,9 +558,8 @@ def test_readme_names_the_import_once(tmp_path):
         model.save_pretrained(tmp_path)
     for path in tmp_path / 'README.md', tmp_path / 'other' / 'README.md':
         text = path.read_text()
-        assert text.count('\nimport peft_kan\n') == 1 and text.index('import peft_kan') < text.index(
-            'PeftModel.from_pretrained'
-        )
+        assert text.count('\nfrom surgery import peft_kan\n') == 1
+        assert text.index('import peft_kan') < text.index('PeftModel.from_pretrained')
         assert text.startswith('---\n') and 'library_name: peft\n' in text
     assert '- PEFT 0.' in (tmp_path / 'README.md').read_text()
 
