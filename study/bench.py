@@ -23,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
-import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from model import GPT, Block, GPTConfig, model_settings
 from run.checkpoint import versions
 from run.cost import make_step
 from run.device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, set_up
+from study.speed import make_table
 from surgery.lora import LoRAConfig, add_lora
 
 # -----------------------------------------------------------------------------
@@ -287,37 +287,13 @@ def run_rounds(cases):
     return rows
 
 
-def print_table(rows):
-    """Milliseconds as median (p20 to p80), peak memory, and each total as a multiple of the first one of its group."""
-    first = {}
-    for row in rows:
-        group = row['dtype'], row['where']
-        if group not in first:
-            first[group] = row
-            print(f'\n{row["where"]}, {row["dtype"]}')
-        if 'error' in row:
-            print(f'  {row["name"]:44} failed: {row["error"]}')
-            continue
-        parts = list(row['seconds']) if len(row['seconds']) > 2 else ['total']
-        times = '  '.join(f'{part} {milliseconds(row["seconds"][part])}' for part in parts)
-        base, total = first[group]['seconds'].get('total'), np.median(row['seconds']['total'])
-        ratio = f'{total / np.median(base):8.3f}x' if base else ''
-        share = f'  {np.median(row["seconds"]["edges"]) / total:6.2%} finds edges' if 'edges' in parts else ''
-        print(f'  {row["name"]:44} {times} {ratio}  {row["peak_bytes"] / 2**20:8.0f} MiB{share}')
-        for name, count, seconds in row['operators']:
-            print(f'    {name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
-
-
-def milliseconds(seconds):
-    p20, median, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
-    return f'{median:9.1f} ({p20:.1f} to {p80:.1f}) ms'
-
-
 if case:
     print(json.dumps(measure()))
 else:
     rows = run_rounds(list_cases())
-    print_table(rows)
+    print(make_table(rows))
+    for name, count, seconds in (operator for row in rows for operator in row.get('operators', [])):
+        print(f'{name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
     about = dict(suite=suite, rounds=rounds, repeats=repeats, dropout=dropout, keep=keep)
     about.update(hardware=device_name(device), threads=torch.get_num_threads(), versions=versions())
     print(json.dumps({**about, 'rows': rows}))

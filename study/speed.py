@@ -9,12 +9,12 @@ A machine is named by its processor or card, its threads and torch; figures of d
 tables, as ratios hold within one run alone.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
+import numpy as np
 import torch
 
 from configurator import configure
@@ -49,18 +49,19 @@ def make(name, settings, folder):
     return {'commit': commit(), **run_json('study/bench.py', **settings, device=device, dtypes=dtypes)}
 
 
-def make_table(run):
-    """A row for each case: median milliseconds, as a multiple of the first case of its group, peak memory."""
+def make_table(rows):
+    """A line for each case: milliseconds as median (p20 to p80), as a multiple of the first of its group, peak memory."""
     lines, first = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|'], {}
-    for row in run['rows']:
+    for row in rows:
         group = f'{row["where"]}, {row["dtype"]}'
         if 'error' in row:
             lines.append(f'| {group}: {row["name"]} | failed: {row["error"]} | | |')
             continue
-        seconds = {part: statistics.median(values) for part, values in row['seconds'].items()}
-        ratio = seconds['total'] / first.setdefault(group, seconds['total'])
-        note = f' ({seconds["edges"] / seconds["total"]:.2%} finds edges)' if seconds.get('edges') else ''
-        cells = f'{1e3 * seconds["total"]:.4g}{note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
+        low, median, high = 1e3 * np.percentile(row['seconds']['total'], [20, 50, 80])
+        edges = 1e3 * np.median(row['seconds'].get('edges', 0))
+        note = f', {edges / median:.2%} finds edges' if edges else ''
+        ratio = median / first.setdefault(group, median)
+        cells = f'{median:.4g} ({low:.4g} to {high:.4g}){note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
         lines.append(f'| {group}: {row["name"]} | {cells} |')
     return '\n'.join(lines)
 
@@ -71,7 +72,7 @@ def make_page():
     for name, run in STUDY.read().items():
         job, _, machine = name.partition(' on ')
         about = f'{run["rounds"]} round(s) of {run["repeats"]}, commit {run["commit"]}'
-        parts.append(f'### {job}\n\n{machine}; {about}\n\n{make_table(run)}\n')
+        parts.append(f'### {job}\n\n{machine}; {about}\n\n{make_table(run["rows"])}\n')
     STUDY.show('\n'.join(parts))
 
 
