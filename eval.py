@@ -1,6 +1,5 @@
-"""
-The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it; or
-its scores on a fine-tuning task.
+"""The exact loss of a model over a whole split: every token once, each after as much context as the stride leaves it;
+or its scores on a fine-tuning task.
 
     python eval.py --out_dir=out-shakespeare-char-nano-kan
     python eval.py --out_dir=out-shakespeare-char-nano-kan --dataset=./my-data --split=train --stride=1

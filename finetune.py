@@ -1,5 +1,4 @@
-"""
-Fine-tune a GPT on one of four tasks: sst, cfimdb, quora, sonnets.
+"""Fine-tune a GPT on one of four tasks: sst, cfimdb, quora, sonnets.
 
     python finetune.py config/finetune/sst.py config/finetune/lora.py
     python finetune.py config/finetune/sonnets.py config/finetune/kan_lora.py --seed=2

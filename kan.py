@@ -1,5 +1,4 @@
-"""
-Kolmogorov-Arnold layers: each edge of a linear layer is a learned function, a weighted activation plus a B-spline,
+"""Kolmogorov-Arnold layers: each edge of a linear layer is a learned function, a weighted activation plus a B-spline,
 
     y_o = sum_i base_weight[o, i] * act(x_i) + spline_scaler[o, i] * sum_m spline_weight[o, i, m] * B_m(x_i)
 
@@ -24,8 +23,7 @@ def least_squares(gram, moments):
 
 
 class KANLinear(nn.Module):
-    """
-    A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
+    """A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
     Arguments, parameters and state dict are efficient-kan's; `bias` is an addition. scale_base and scale_spline
     multiply the initial weights, while in efficient-kan a larger one makes them smaller. Outside the extended knots the
     splines vanish and the base path alone acts.
@@ -70,8 +68,7 @@ class KANLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """
-        base_weight, spline_scaler   uniform in +-scale / sqrt(I), with scale_base and scale_spline
+        """base_weight, spline_scaler   uniform in +-scale / sqrt(I), with scale_base and scale_spline
         spline_weight                curves through noise of +-scale_noise / (2 G) at the grid points
         bias                         zero
         """
@@ -138,10 +135,10 @@ class KANLinear(nn.Module):
 
     @torch.no_grad()
     def update_grid(self, x, margin=0.01):
-        """
-        Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu et
-        al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x. Coefficients of
-        bases that saw no data, and features whose grid stays, keep their values. Memory is proportional to N * I.
+        """Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu
+        et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x.
+        Coefficients of bases that saw no data, and features whose grid stays, keep their values. Memory is
+        proportional to N * I.
         """
         self.check_input(x)
         x = to_float64(x.reshape(-1, self.in_features))

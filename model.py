@@ -1,7 +1,6 @@
-"""
-A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one read,
-in the shape and with the names of nanoGPT's model.py (https://github.com/karpathy/nanoGPT), so that code written for it
-and checkpoints saved by it work unchanged.
+"""A GPT whose linear layers become Kolmogorov-Arnold layers by config, and that gets graph attention by config: one
+read, in the shape and with the names of nanoGPT's model.py (https://github.com/karpathy/nanoGPT), so that code
+written for it and checkpoints saved by it work unchanged.
 """
 
 import math
@@ -208,8 +207,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """
-        wte, wpe, Linear weights   normal, std init_std (GPT-2's is 0.02)
+        """wte, wpe, Linear weights   normal, std init_std (GPT-2's is 0.02)
         Linear and LayerNorm bias  zero
         LayerNorm weights          one
         KANLinear                  as its reset_parameters says, base and spline weights times init_std / 0.02
@@ -238,10 +236,10 @@ class GPT(nn.Module):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def features(self, idx, caches=None, lengths=None):
-        """
-        What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from the
-        tokens they hold, at first any number of them, after that one at a time. lengths (B,), where sequences end in
-        padding: the number of tokens before it. No token sees the padding behind it, and graph layers leave it out.
+        """What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from
+        the tokens they hold, at first any number of them, after that one at a time. lengths (B,), where sequences end
+        in padding: the number of tokens before it. No token sees the padding behind it, and graph layers leave it
+        out.
         """
         B, T = idx.size()
         start = caches[0].length if caches else 0
@@ -258,8 +256,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, caches=None):
-        """
-        idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches as in
+        """idx (B, T) token ids; targets (B, T) the ids that follow, -1 where there is none to learn; caches as in
         `features`. Returns (logits (B, T, vocab_size), loss), without targets (those of the last token, None).
         """
         x = self.features(idx, caches)
@@ -310,8 +307,7 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
     ):
-        """
-        AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
+        """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
         Spline weights and scalers take spline_lr_scale times the learning rate, which their group says as `lr_scale`,
         for schedules, and spline_weight_decay (None: weight_decay).
         """

@@ -1,5 +1,4 @@
-"""
-Text from a trained model: all samples at once, the first one streamed as it is generated.
+"""Text from a trained model: all samples at once, the first one streamed as it is generated.
 
     python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=3 --seed=1
     python sample.py --out_dir=out-shakespeare-char-micro-kan --temperature=0 --max_new_tokens=200

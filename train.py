@@ -1,5 +1,4 @@
-"""
-Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
+"""Train a GPT or a KAN-GPT on one GPU, several, or a CPU.
 
     python train.py config/train_shakespeare_char_nano_kan.py
     python train.py config/train_shakespeare_char_micro_kan.py --max_iters=100 --device=cpu --batch_size=8

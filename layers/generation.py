@@ -50,11 +50,10 @@ def packed_weights(model):
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
-    """
-    The tokens with which a GPT continues idx (B, T) as they come, max_new_tokens of (B, 1) each. Wants model.eval() and
-    weights that do not change before the last token. Rows of the head from vocab_size on are padding, never drawn.
-    With a cache each token is computed once, as long as all fit into block_size. Beyond that the window moves, and the
-    position of every token in it, so that the window is computed anew for each token.
+    """The tokens with which a GPT continues idx (B, T) as they come, max_new_tokens of (B, 1) each. Wants
+    model.eval() and weights that do not change before the last token. Rows of the head from vocab_size on are
+    padding, never drawn. With a cache each token is computed once, as long as all fit into block_size. Beyond that
+    the window moves, and the position of every token in it, so that the window is computed anew for each token.
     """
     block_size = model.config.block_size
     with packed_weights(model):
@@ -70,8 +69,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
-    """
-    Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most
+    """Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most
     likely, top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):

@@ -1,5 +1,4 @@
-"""
-Graph attention for a GPT: tokens are nodes, edges say which earlier tokens a token looks at, and PyTorch Geometric's
+"""Graph attention for a GPT: tokens are nodes, edges say which earlier tokens a token looks at, and PyTorch Geometric's
 GATConv (arXiv 1710.10903) or GATv2Conv (arXiv 2105.14491) passes messages along them, on lists of edges or, with the
 same parameters and the same result, on masks.
 
@@ -80,8 +79,7 @@ def bias_of(mask):
 
 
 class Edges:
-    """
-    The edges of one forward pass: those that places and tokens decide are found once and shared by the layers, those
+    """The edges of one forward pass: those that places and tokens decide are found once and shared by the layers, those
     to the most similar tokens differ between layers. ids (B, T) are the tokens at hand, cache the KVCache of those so
     far; from lengths (B,) on, tokens are padding and linked with themselves alone.
     """

@@ -1,5 +1,4 @@
-"""
-The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed
+"""The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed
 wherever they are needed, so that of the data the input alone is kept.
 
     plain_spline_linear   the formula in plain PyTorch: any device, any grid, any number of derivatives, much memory
@@ -33,8 +32,7 @@ UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they w
 
 
 def cardinal_spline(d, k):
-    """
-    The B-spline of order k >= 1 on the integers, at distance d from its centre (Schoenberg 1946):
+    """The B-spline of order k >= 1 on the integers, at distance d from its centre (Schoenberg 1946):
     sum_j (-1)^j C(k + 1, j) max((k + 1) / 2 - j - d, 0)^k / k!, for k = 3 (a^3 - 4 c^3) / 6.
     """
     factors = [(-1) ** j * math.comb(k + 1, j) / math.factorial(k) for j in range(k // 2 + 1)]
@@ -111,8 +109,7 @@ def columns(x, knots, k, activation, bases, dtype):
 
 
 def input_gradient(dcolumns, x, knots, k, activation, bases):
-    """
-    The gradient of the columns taken back to x, dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype:
+    """The gradient of the columns taken back to x, dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype:
     dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on the same knots and
     r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X).
     """
@@ -157,8 +154,7 @@ def plain_spline_linear(x, weight, knots, k, activation, dtype):
 
 
 def spline_linear(x, weight, knots, k, activation, dtype):
-    """
-    [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
+    """[B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
     (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
     that torch.func can differentiate -> (N, O). Deterministic; not twice differentiable; opaque to torch.compile.
     """
@@ -171,8 +167,7 @@ PLAIN_FIELDS = (bool, int, float, str, type(None), types.FunctionType, types.Bui
 
 
 def name_of(activation):
-    """
-    The name of an activation in ACTIVATIONS. One with tensors, modules or hooks is named by itself, PyTorch's own by
+    """The name of an activation in ACTIVATIONS. One with tensors, modules or hooks is named by itself, PyTorch's own by
     what they print, others by type and settings, so that one compiled pass serves all layers of a model.
     """
     kind, fields = type(activation), vars(activation)

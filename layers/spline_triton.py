@@ -1,5 +1,4 @@
-"""
-The spline layer of spline.py on a GPU, as three matrix products whose columns [B_0(x) ... B_{K-1}(x), act(x)] are
+"""The spline layer of spline.py on a GPU, as three matrix products whose columns [B_0(x) ... B_{K-1}(x), act(x)] are
 computed from x where they are needed and never reach the memory of the GPU. float32, bfloat16 and float16, with sums in
 float32. Fastest where I and O are multiples of 16. There is no autotuning and there are no atomics: the same input on
 the same card gives the same bits. The loops are those of Triton's matrix multiplication tutorial.

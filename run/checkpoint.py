@@ -1,5 +1,4 @@
-"""
-What a run leaves behind, and how it is read back.
+"""What a run leaves behind, and how it is read back.
 
     ckpt.pt        the latest state, from which a run is resumed: nanoGPT's keys + rng, scaler, tokenizer, versions
     ckpt_prev.pt   the state saved before it
@@ -37,7 +36,7 @@ def save_checkpoint(out_dir, checkpoint, is_best):
                 link(latest, previous)
     except RuntimeError as error:  # how torch reports a failed write
         raise OSError(f'cannot write {latest}: {error}'.splitlines()[0]) from None
-    if is_best:  # best.pt comes first: a run that is resumed from the state before ckpt.pt gets to it once more
+    if is_best:  # after best.pt: with a crash in between, the run goes on from the state before and gets here again
         link(best, latest)
 
 

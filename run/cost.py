@@ -1,5 +1,4 @@
-"""
-What a GPT costs: parameters, FLOPs per token, seconds per training step.
+"""What a GPT costs: parameters, FLOPs per token, seconds per training step.
 
 FLOPs are counted while the model runs on tensors without data: the matrix products of the layers and of attention,
 forward and backward, one multiplication and one addition each. Passes over single numbers (bases, activations, norms)

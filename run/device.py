@@ -52,9 +52,8 @@ def set_up(device, keep=True):
 
 
 def keep_memory():
-    """
-    Tell glibc to keep what tensors free for the tensors that follow. By default the memory of large ones goes back to
-    the system and comes as fresh pages, and to have these cleared takes longer than most layers take to fill them.
+    """Tell glibc to keep what tensors free for the tensors that follow. By default the memory of large ones goes back
+    to the system and comes as fresh pages, and to have these cleared takes longer than most layers take to fill them.
     """
     try:
         libc = ctypes.CDLL('libc.so.6')

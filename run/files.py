@@ -7,8 +7,7 @@ import os
 
 @contextlib.contextmanager
 def write_atomically(path, mode='wb', encoding=None):
-    """
-    `with write_atomically(path) as f:` puts the file at `path` only once all of it is on disk.
+    """`with write_atomically(path) as f:` puts the file at `path` only once all of it is on disk.
     If the body raises, the file that was at `path` stays as it was and the exception goes on.
     """
     path = os.fspath(path)

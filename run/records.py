@@ -1,8 +1,7 @@
-"""
-What a run writes down beside its checkpoints, read and written without torch.
+"""What a run writes down beside its checkpoints, read and written without torch.
 
-    run.json    config, commit, versions, device, parameters, data, start, final metrics; last `finished` or `failed`
-    log.jsonl   one line per evaluation
+run.json    config, commit, versions, device, parameters, data, start, final metrics; last `finished` or `failed`
+log.jsonl   one line per evaluation
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What train.py and finetune.py share around their loops: processes, signals, random states, messages, records."""
+"""What train.py and finetune.py share around their loops: processes, random states, signals, messages, records."""
 
 import inspect
 import math
@@ -38,12 +38,11 @@ class Session:
 
     def micro_steps(self, gradient_accumulation_steps):
         """Micro-batches of this process in a step."""
-        steps, n = gradient_accumulation_steps, self.world_size
-        if steps % n:
-            nearest = max(1, round(steps / n)) * n
-            words = f'cannot be shared by {n} processes; nearest: {nearest}'
-            raise ValueError(f'gradient_accumulation_steps={steps} {words}')
-        return steps // n
+        k, n = gradient_accumulation_steps, self.world_size
+        if k % n:
+            nearest = max(1, round(k / n)) * n
+            raise ValueError(f'gradient_accumulation_steps={k} cannot be shared by {n} processes; nearest: {nearest}')
+        return k // n
 
     def join(self, backend):
         """Meet the other processes."""
@@ -83,9 +82,20 @@ class Session:
             places = f'on process {rank} as on process 0'
             raise ValueError(f'{what} is not the same {places}: copy its files from one node to all')
 
+    def gather_rng(self):
+        """The random states of all processes."""
+        return self.gather(get_rng(self.device))
+
+    def restore_rng(self, state):
+        """Go on from the random state in a checkpoint; without one for as many processes, from the one at hand."""
+        if len(state.get('rng', [])) == self.world_size:
+            set_rng(state['rng'][self.rank], self.device)
+        else:
+            n = self.world_size
+            self.say(f'warning: no random state for {n} processes in the checkpoint, dropout starts from the seed')
+
     def update(self, optimizer, scaler, parameters, loss, grad_clip, place):
-        """
-        A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the loss, the sum of the
+        """A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the loss, the sum of the
         processes' shares. Where it or a gradient is not finite, the run ends here and the weights stay as they are.
         """
         scaler.unscale_(optimizer)
@@ -125,18 +135,6 @@ class Session:
         """Whether any process was told to stop, so that all of them leave the loop together."""
         return self.all_reduce(len(self.signals))[0] > 0
 
-    def gather_rng(self):
-        """The random states of all processes."""
-        return self.gather(get_rng(self.device))
-
-    def restore_rng(self, state):
-        """Go on from the random state in a checkpoint; without one for as many processes, from the one at hand."""
-        if len(state.get('rng', [])) == self.world_size:
-            set_rng(state['rng'][self.rank], self.device)
-        else:
-            n = self.world_size
-            self.say(f'warning: no random state for {n} processes in the checkpoint, dropout starts from the seed')
-
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
     def say(self, text):
@@ -157,8 +155,7 @@ class Session:
             self.say(f'warning: {name} is not saved, the checkpoint before it stays: {error}')
 
     def begin(self, out_dir, log, resumed_at, config, **fields):
-        """
-        Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far.
+        """Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far.
         Where the run is not resumed, the files of an earlier one in out_dir move aside.
         """
         self.out_dir, self.log = out_dir, log

@@ -8,8 +8,7 @@ Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
 Parameters and FLOPs per token (forward and backward, attention included) are counted from the model and meet within
 1 %, seconds are those of measured training steps and meet within 5 %. The vanilla GPT gets the number of layers that
 comes closest, or the width; where that is not close enough, the hidden layer of its MLPs is widened or narrowed. The
-recipe is the KAN-GPT's; its learning_rate and init_std need not suit the vanilla GPT (sweep.py tells). Other flags are
-train.py's, e.g. --device=cpu, or --mlp=swiglu for the vanilla GPT.
+recipe is the KAN-GPT's. Other flags are train.py's, e.g. --device=cpu, or --mlp=swiglu for the vanilla GPT.
 """
 
 import functools
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 import numpy as np
 import torch
 
-from configurator import configure, divide, settings_of
+from configurator import check_ranges, configure, divide, settings_of
 from data import loader
 from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, count_parameters, make_step
@@ -37,8 +36,7 @@ repeats = 7  # measured steps of each model
 # -----------------------------------------------------------------------------
 own, others = divide(sys.argv[1:], ['by', 'first', 'out', 'repeats'])
 configure(globals(), own)
-if repeats < 1:
-    raise ValueError(f'repeats must be at least 1, got {repeats}')
+check_ranges(globals(), at_least_one='repeats')
 if by not in ('params', 'flops', 'seconds') or first not in ('depth', 'width'):
     raise ValueError(f'expected --by=params, flops or seconds and --first=depth or width, got {by!r} and {first!r}')
 settings = settings_of('train.py', others)

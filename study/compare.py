@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 import numpy as np
+import plotly.io
 import plotly.offline
 from scipy import stats
 
@@ -270,13 +271,15 @@ def page(groups, base, laws, grids, settings):
         drawn['Scaling'] = [figures.interactive_scaling(laws)]
     if grids:
         drawn[over] = [figures.interactive_grid(grid, settings, *figures.loss_range(grids)) for grid in grids]
+    options = dict(full_html=False, include_plotlyjs=False, config={'responsive': True})
+    texts = {title: ''.join(plotly.io.to_html(figure, **options) for figure in some) for title, some in drawn.items()}
     cells = [[cell_html(*column(group)) for column in COLUMNS.values()] for group in shown]
     return figures.PAGE.format(
         plotly=plotly.offline.get_plotlyjs(),
         head=''.join(f'<th aria-sort="none"><button>{html.escape(name)}</button></th>' for name in COLUMNS),
         body=''.join(f'<tr>{"".join(row)}</tr>' for row in cells),
         notes=''.join(f'<p>{html.escape(note)}</p>' for note in notes(groups, base)),
-        figures=''.join(figures.section(title, some) for title, some in drawn.items()),
+        figures=''.join(f'<h2>{title}</h2>{text}' for title, text in texts.items()),
     )
 
 

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io
 from matplotlib import colors, rcParams, ticker
 from matplotlib.figure import Figure
 
@@ -185,10 +184,3 @@ for (const header of document.querySelectorAll('th')) header.querySelector('butt
 </script>
 </html>
 """
-
-
-def section(title, figures):
-    """HTML: a heading and the interactive figures below it."""
-    options = dict(full_html=False, include_plotlyjs=False, config={'responsive': True})
-    drawn = ''.join(plotly.io.to_html(figure, **options) for figure in figures)
-    return f'<h2>{title}</h2>{drawn}'

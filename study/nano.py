@@ -71,8 +71,9 @@ def list_all(study):
 
 def make(name, args, folder):
     """Train one run; returns its record and log. One that diverged has a record, too, any other failure is an error."""
+    check_record(folder, read_run(folder), read_settings({name: args})[name])
     last = run_script('train.py', args, str(folder))
-    run = read_run(str(folder))
+    run = read_run(folder)
     if not {'finished', 'failed'} & run.keys():
         raise ValueError(f'{name} did not finish: {last}; see {folder}/train.txt')
     return run

@@ -50,7 +50,7 @@ def make(name, settings, folder):
 
 
 def make_table(rows):
-    """A line for each case: milliseconds as median (p20 to p80), as a multiple of the first of its group, peak memory."""
+    """A line for each case: median milliseconds (p20 to p80), as a multiple of the first of its group, peak memory."""
     lines, first = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|'], {}
     for row in rows:
         group = f'{row["where"]}, {row["dtype"]}'

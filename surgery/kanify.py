@@ -1,5 +1,4 @@
-"""
-kanify: KAN layers in place of the linear layers of any PyTorch model, a BERT, BART, GPT-2 or Llama, by their names.
+"""kanify: KAN layers in place of the linear layers of any PyTorch model, a BERT, BART, GPT-2 or Llama, by their names.
 
     from surgery.kanify import kanify
 
@@ -17,8 +16,7 @@ from kan import KANLinear
 
 
 def kanify(model, targets=None, init='preserve', train='all', absorb=None, **settings):
-    """
-    Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
+    """Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
 
     targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an
               nn.ModuleList or nn.Sequential), not heads. A layer with a shared weight is left out unless named itself.
@@ -86,8 +84,7 @@ def is_conv1d(layer):
 
 
 def named_layers(model):
-    """
-    {path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
+    """{path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
     linear layers and do not always call them, so that what stands in the place of one would be passed by in silence.
     """
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

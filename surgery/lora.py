@@ -1,5 +1,5 @@
-"""
-Low-rank adapters for any PyTorch model: a frozen layer gets a small path that trains, or a small change of its weights,
+"""Low-rank adapters for any PyTorch model: a frozen layer gets a small path that trains, or a small change of its
+weights,
 
     lora       y = W x + s B A x                  Hu et al. 2021, arXiv 2106.09685, eq. 3; s = alpha / rank
     kan        y = W x + s phi_out(phi_in(x))     two small KAN layers in place of A and B, as kolmg-lora; never merged
@@ -179,9 +179,8 @@ class Dropout(nn.Dropout):
 
 
 class Adapter(nn.Module):
-    """
-    What a LoRALayer holds for one name. Its parameters train; called with the layer and its inputs it returns what the
-    layer gives with it; merged(layer) is a module that does the same alone, or a ValueError.
+    """What a LoRALayer holds for one name. Its parameters train; called with the layer and its inputs it returns what
+    the layer gives with it; merged(layer) is a module that does the same alone, or a ValueError.
     """
 
     kind = property(lambda self: self.config.kind)
@@ -355,9 +354,9 @@ def lora_layers(model):
 
 
 def add_lora(model, config, name='default'):
-    """
-    Freeze a model, give the layers named by the config an adapter, which becomes the active one, and return the model.
-    Its outputs stay what they were until an adapter has learned something. ValueError where a target matches nothing.
+    """Freeze a model, give the layers named by the config an adapter, which becomes the active one, and return the
+    model. Its outputs stay what they were until an adapter has learned something. ValueError where a target matches
+    nothing.
     """
     if not isinstance(config, LoRAConfig):
         raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; those of PEFT go to get_peft_model')
@@ -484,9 +483,9 @@ def refuse_merged(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """
-    Put the active adapter into the weights of its layers, which then run as fast as the base model. Next, unmerge_lora
-    goes back or remove_lora makes a plain model of it. ValueError, and nothing done, for a 'kan' or if one is merged.
+    """Put the active adapter into the weights of its layers, which then run as fast as the base model. Next,
+    unmerge_lora goes back or remove_lora makes a plain model of it. ValueError, and nothing done, for a 'kan' or if
+    one is merged.
     """
     refuse_merged(model)
     layers = active_lora(model)
@@ -516,13 +515,12 @@ def remove_lora(model):
 
 @torch.no_grad()
 def fit_linear(model, batches, name='linear'):
-    """
-    The linear map nearest to an active 'kan' adapter, as another adapter, which becomes the active one and can merge:
-    by least squares, with a bias where the layer has one, over all rows (padding too) that layers meet in `batches`,
-    each a tensor, a tuple or a dict of the model's inputs. Every fifth batch, of fewer than five the last, is kept out
-    of the fit and measures it. Returns {path: error}, the root mean square of what the map misses over that of what the
-    adapter adds, before rounding to the dtype of the weights: 0 is exact, 1 no better than nothing. ValueError where
-    there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
+    """The linear map nearest to an active 'kan' adapter, as another adapter, which becomes the active one and can
+    merge: by least squares, with a bias where the layer has one, over all rows (padding too) that layers meet in
+    `batches`, each a tensor, a tuple or a dict of the model's inputs. Every fifth batch, of fewer than five the last,
+    is kept out of the fit and measures it. Returns {path: error}, the root mean square of what the map misses over
+    that of what the adapter adds, before rounding to the dtype of the weights: 0 is exact, 1 no better than nothing.
+    ValueError where there is no 'kan' adapter, its layer is not linear, or there are fewer than two batches.
     """
     active = active_lora(model)
     layers = {path: layer for path, layer in active.items() if isinstance(layer.adapter, KANAdapter)}
@@ -582,9 +580,9 @@ def collect_moments(model, layers, batches):
 
 
 def save_lora(model, folder):
-    """
-    Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its config and
-    the identity of the base, and is all that load_lora reads; adapter_config.json is that header for people and tools.
+    """Write the active adapter to a folder: adapter_model.safetensors holds its tensors and, in its header, its
+    config and the identity of the base, and is all that load_lora reads; adapter_config.json is that header for
+    people and tools.
     """
     from safetensors.torch import save
 
@@ -646,9 +644,8 @@ def base_identity(model, copied=()):
 
 
 def load_lora(model, folder, name='default', check_base=True):
-    """
-    Give a model the adapter that save_lora wrote, under a name, as the active one. ValueError says what does not fit,
-    before the model is touched. check_base=False takes any base of the same layers, e.g. one in bfloat16.
+    """Give a model the adapter that save_lora wrote, under a name, as the active one. ValueError says what does not
+    fit, before the model is touched. check_base=False takes any base of the same layers, e.g. one in bfloat16.
     """
     refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))

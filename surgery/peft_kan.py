@@ -1,5 +1,5 @@
-"""
-lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanLoraConfig stands where LoraConfig would.
+"""lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanLoraConfig stands where LoraConfig
+would.
 
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM

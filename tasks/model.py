@@ -1,5 +1,4 @@
-"""
-A GPT made ready for a task, by switches:
+"""A GPT made ready for a task, by switches:
 
     use_kan         its MLPs become KAN layers that compute what these did (kan_single_layer: that of one block alone)
     use_graph       graph attention behind the MLPs, silent at first

@@ -1,6 +1,6 @@
-"""
-The four fine-tuning tasks of Stanford's course CS224N and of arXiv 2504.10490: sentiment of film reviews (SST in five
-classes, CFIMDB in two), whether two questions are the same (Quora), and sonnets. The one prompt of each, and batches.
+"""The four fine-tuning tasks of Stanford's course CS224N and of arXiv 2504.10490: sentiment of film reviews (SST in
+five classes, CFIMDB in two), whether two questions are the same (Quora), and sonnets. The one prompt of each, and
+batches.
 """
 
 import os
@@ -117,8 +117,7 @@ def answer_ids(task, tokenizer):
 
 
 def encode_prompt(task, sentences, tokenizer, block_size):
-    """
-    (token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into
+    """(token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into
     block_size is cut from the end of the longest sentence, until two are as long as each other, then from both; the
     question always stands whole.
     """
@@ -166,8 +165,7 @@ def hold_out(examples, fraction, seed=0):
 
 
 def make_batches(examples, batch_size, seed=None):
-    """
-    Batches (lists of examples) of about the same length. Without a seed in the order of length; with one shuffled by
+    """Batches (lists of examples) of about the same length. Without a seed in the order of length; with one shuffled by
     it: batches of like lengths are cut out of every twenty batches' worth of examples, and shuffled again.
     """
     if seed is None:
@@ -190,8 +188,7 @@ def chunks(examples, n):
 
 
 def collate(batch, device):
-    """
-    Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where
+    """Token ids (B, T), zeros after the end of each; lengths (B,); and what is to be predicted: labels (B,), -1 where
     there is none, or of sonnets the tokens that follow, (B, T), -1 after the end.
     """
     is_text = bool(batch[0].text)

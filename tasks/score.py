@@ -1,5 +1,4 @@
-"""
-How good a fine-tuned model is: what it predicts, scores of labels and of sonnets, and files of both in the format of
+"""How good a fine-tuned model is: what it predicts, scores of labels and of sonnets, and files of both in the format of
 Stanford's course CS224N. sklearn and sacrebleu are needed by the scores alone.
 """
 
@@ -40,8 +39,7 @@ def predict(model, examples, batch_size, device, dtype, stop=()):
 
 
 def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling, stop=()):
-    """
-    (scores, predictions) on examples of the task `name`, None once `stop` holds something. Of labels: loss, accuracy
+    """(scores, predictions) on examples of the task `name`, None once `stop` holds something. Of labels: loss, accuracy
     and macro F1 ({} where the examples have none), and the labels. Of sonnets see `score_written`.
     """
     if not find_task(name).answers:
@@ -56,8 +54,7 @@ def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling,
 
 
 def score_written(model, tokenizer, examples, device, dtype, sampling, stop=()):
-    """
-    (scores, sonnets) of sonnets written on from their prompts by the settings `sampling` of sonnets.continue_lines:
+    """(scores, sonnets) of sonnets written on from their prompts by the settings `sampling` of sonnets.continue_lines:
     those of `score_sonnets`, {} where the prompt is all there is. None once `stop` holds something.
     """
     model.eval()
@@ -107,9 +104,8 @@ def chrf(written, sonnets):
 
 
 def score_sonnets(written, sonnets):
-    """
-    CHRF (chrF2, of the corpus, 0 to 100) of whole texts against the true ones: {'chrf'} of all lines, which the given
-    ones raise, and {'chrf_continuation'} of those after them.
+    """CHRF (chrF2, of the corpus, 0 to 100) of whole texts against the true ones: {'chrf'} of all lines, which the
+    given ones raise, and {'chrf_continuation'} of those after them.
     """
     check_pairs('written sonnets as true ones', written, sonnets)
     continuations = [[split_sonnet(text)[1] for text in texts] for texts in (written, sonnets)]
@@ -117,8 +113,7 @@ def score_sonnets(written, sonnets):
 
 
 def sonnet_baselines(train, sonnets, seeds):
-    """
-    Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and
+    """Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and
     'random_continuation' those of the given lines with what follows in a sonnet drawn from `train`, as means over
     seeds, and with '_std' their standard deviations (of one seed: NaN).
     """

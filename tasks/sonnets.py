@@ -26,10 +26,9 @@ class Draft:
 
 @torch.no_grad()
 def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p=None, n_beams=1, best_of=1):
-    """
-    The Draft that follows the token ids of a prompt. It ends with the token that ends its n_lines-th line (a line may
-    be empty, and that token may hold more), with `tokenizer.end_of_text` where the tokenizer has one, or where prompt
-    and draft fill the block_size of the model. Nothing beyond counts towards its score. Wants model.eval().
+    """The Draft that follows the token ids of a prompt. It ends with the token that ends its n_lines-th line (a line
+    may be empty, and that token may hold more), with `tokenizer.end_of_text` where the tokenizer has one, or where
+    prompt and draft fill the block_size of the model. Nothing beyond counts towards its score. Wants model.eval().
 
     temperature, top_p  as in sample_token; temperature 0 takes the most likely token
     best_of             draw so many at once and keep the one of the highest score

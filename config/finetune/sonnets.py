@@ -1,8 +1,6 @@
-"""
-Shakespeare's sonnets, written on from their first three lines.
-
-    python finetune.py config/finetune/sonnets.py config/finetune/lora.py   # or another method
-"""
+# Shakespeare's sonnets, written on from their first three lines.
+#
+#     python finetune.py config/finetune/sonnets.py config/finetune/lora.py   # or another method
 
 task = 'sonnets'
 batch_size = 8

@@ -1,5 +1,4 @@
-"""
-Counterfactually revised film reviews (CFIMDB), as train.csv, dev.csv, test.csv and meta.json beside this file;
+"""Counterfactually revised film reviews (CFIMDB), as train.csv, dev.csv, test.csv and meta.json beside this file;
 data/course.py reads them.
 
 $ python data/cfimdb/prepare.py

@@ -1,5 +1,4 @@
-"""
-The pretrained sentence encoder all-MiniLM-L6-v2, as the files that transformers reads, beside this one.
+"""The pretrained sentence encoder all-MiniLM-L6-v2, as the files that transformers reads, beside this one.
 
 $ python data/minilm/prepare.py
 $ python data/minilm/prepare.py --source=my_folder   # config.json, model.safetensors, ... of your own

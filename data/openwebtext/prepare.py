@@ -1,5 +1,4 @@
-"""
-OpenWebText in GPT-2's byte pairs, as train.bin and val.bin (uint16) and meta.json beside this file.
+"""OpenWebText in GPT-2's byte pairs, as train.bin and val.bin (uint16) and meta.json beside this file.
 Started again after an interruption, it goes on from what the cache of `datasets` holds.
 
 $ pip install datasets
@@ -64,9 +63,9 @@ def load_documents(folder, source, num_proc):
 
 
 def check_disk(folder, cache_folder):
-    """
-    OSError where a disk lacks the room. The hub lists 80 parquet files of 0.31 GB and 39.8 GB of text that `datasets`
-    unpacks; nanoGPT counted 9.04 billion tokens, of 2 bytes each in the cache, and again in the .bin files.
+    """OSError where a disk lacks the room. The hub lists 80 parquet files of 0.31 GB and 39.8 GB of text that
+    `datasets` unpacks; nanoGPT counted 9.04 billion tokens, of 2 bytes each in the cache, and again in the .bin
+    files.
     """
     cached = [p for p in cache_folder.glob('*/*Skylion007*openwebtext/**/*') if p.is_file() and not p.is_symlink()]
     cache_gb, bin_gb = 24 + 40 + 18 - sum(p.stat().st_size for p in cached) / 1e9, 18

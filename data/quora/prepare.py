@@ -1,5 +1,4 @@
-"""
-Pairs of questions from Quora, as train.csv, dev.csv and meta.json beside this file; data/course.py reads them.
+"""Pairs of questions from Quora, as train.csv, dev.csv and meta.json beside this file; data/course.py reads them.
 
 $ python data/quora/prepare.py
 $ python data/quora/prepare.py --source=my_folder   # quora-dev.csv of your own

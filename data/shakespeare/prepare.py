@@ -1,5 +1,4 @@
-"""
-Tinyshakespeare in GPT-2's byte pairs, as train.bin and val.bin (uint16) and meta.json beside this file.
+"""Tinyshakespeare in GPT-2's byte pairs, as train.bin and val.bin (uint16) and meta.json beside this file.
 
 $ python data/shakespeare/prepare.py
 $ python data/shakespeare/prepare.py --source=my.txt   # any UTF-8 text

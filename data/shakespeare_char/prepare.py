@@ -1,5 +1,4 @@
-"""
-Tinyshakespeare by character, as train.bin and val.bin (uint16) and meta.json beside this file.
+"""Tinyshakespeare by character, as train.bin and val.bin (uint16) and meta.json beside this file.
 
 $ python data/shakespeare_char/prepare.py
 $ python data/shakespeare_char/prepare.py --source=my.txt   # any UTF-8 text

@@ -1,5 +1,4 @@
-"""
-Shakespeare's sonnets, as train.txt (1 to 131), dev.txt (132 to 143), test.txt (the first three lines of twelve more)
+"""Shakespeare's sonnets, as train.txt (1 to 131), dev.txt (132 to 143), test.txt (the first three lines of twelve more)
 and meta.json beside this file; data/course.py reads them.
 
 $ python data/sonnets/prepare.py

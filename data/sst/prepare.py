@@ -1,5 +1,4 @@
-"""
-The Stanford Sentiment Treebank, as train.csv, dev.csv, test.csv and meta.json beside this file;
+"""The Stanford Sentiment Treebank, as train.csv, dev.csv, test.csv and meta.json beside this file;
 data/course.py reads them.
 
 $ python data/sst/prepare.py

@@ -1,5 +1,4 @@
-"""
-The text of the fine-tuning tasks in GPT-2's byte pairs, to pre-train a small GPT on where GPT-2's weights cannot be
+"""The text of the fine-tuning tasks in GPT-2's byte pairs, to pre-train a small GPT on where GPT-2's weights cannot be
 had: the sentences of train of SST, CFIMDB and Quora without their labels, the sonnets of train, and tinyshakespeare;
 as train.bin, val.bin and meta.json beside this file. Dev and test stay unseen.
 

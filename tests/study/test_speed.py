@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configurator import settings_of
 from helpers import complaint
 from study import speed
 from study.runner import Study, add_run
@@ -48,6 +49,17 @@ def test_a_job_is_a_run_of_bench(study):
     assert len(row['seconds']['total']) == 2 and row['peak_bytes'] > 1e6
     assert json.loads((study.folder / 'runs.jsonl').read_text()) == record
     study.run_all({'tiny': one}, None)  # what has a record is not measured again
+
+
+def test_a_job_that_fails_ends_the_study(study):
+    with pytest.raises(ValueError, match='bench.py --suite=layer --only=cubic .* failed, see above'):
+        study.run_all({'tiny': dict(suite='layer', only='cubic')}, speed.make)
+    assert study.read() == {}
+
+
+def test_jobs_are_settings_of_bench():
+    for settings in speed.JOBS.values():
+        settings_of('study/bench.py', [f'--{key}={value}' for key, value in settings.items()])
 
 
 def test_unknown_jobs_are_named(tmp_path):
