@@ -4,7 +4,9 @@ The batch of (seed, iteration, index) is a pure function of the three: to resume
 evaluation does not disturb training, and one global batch is the same tokens on any number of processes.
 """
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from run.files import sha256_of, write_atomically
 DATA = os.path.dirname(os.path.abspath(__file__))
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 TOKENS = ('train.bin', 'val.bin')
+META = 'vocab_size source tokenizer.kind splits.train.tokens splits.train.sha256 splits.val.tokens splits.val.sha256'
 
 
 def write_split(folder, split, ids):
@@ -93,9 +96,8 @@ def read_meta(dataset):
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        for split in ('train', 'val'):
-            meta['splits'][split]['tokens'], meta['splits'][split]['sha256']
-        meta['vocab_size'], meta['source'], meta['tokenizer']['kind']
+        for name in META.split():
+            functools.reduce(operator.getitem, name.split('.'), meta)
         return meta
     except FileNotFoundError:
         return {}

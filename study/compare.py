@@ -58,9 +58,10 @@ def read_all(paths):
 def check_run(name, record, path):
     """{name, record, log} of a run, its settings complete; ValueError where something is missing."""
     try:
-        for keys in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'):
-            record[keys[0]][keys[1]]
-        record['tokens_per_iter'], record['flops_per_token']
+        for one, other in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'):
+            record[one][other]
+        for name in 'tokens_per_iter', 'flops_per_token':
+            record[name]
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged or of an older train.py ({error!r})') from None
     log = [line for line in record['log'] if line['iter'] > 0]

@@ -288,7 +288,8 @@ def to_baseline(values, baseline):
 
 def values_of(key, stage, method):
     """What the runs of a method in a stage have, at the learning rate that its search has found, by seed."""
-    rate = 0 if stage == 'peft' else best_rate('KAN-LoRA' if stage == 'squash' else method)
+    method_of_rate = 'KAN-LoRA' if stage == 'squash' else method
+    rate = 0 if stage == 'peft' else best_rate(method_of_rate)
     runs = [run for run in STUDY.read().values() if (run['stage'], run['method'], run['lr']) == (stage, method, rate)]
     if not runs:
         raise ValueError(f'no page yet: the stage {stage} is not finished, {method} has no runs in it')

@@ -109,7 +109,7 @@ def test_two_processes_lose_no_line_and_keep_the_order(tmp_path):
 def test_work_that_was_cut_off_is_taken_up_again(tmp_path, number):
     process = start(tmp_path, SLOW)
     steps = tmp_path / 'out-x/a_run/steps'
-    while not steps.exists():
+    while not (steps.exists() and steps.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
