@@ -291,9 +291,6 @@ session.begin(
 )
 if state:
     say(f'resuming at step {step}')
-    if session.master and log and log[-1]['iter'] == step and log[-1]['loss'] == best_loss:
-        # a crash may have come before that
-        ckpt.link(os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt'))
 
 
 def is_done():

@@ -60,8 +60,8 @@ def check_run(name, record, path):
     try:
         for one, other in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'):
             record[one][other]
-        for name in 'tokens_per_iter', 'flops_per_token':
-            record[name]
+        for key in 'tokens_per_iter', 'flops_per_token':
+            record[key]
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged or of an older train.py ({error!r})') from None
     log = [line for line in record['log'] if line['iter'] > 0]

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, iteration, index), fixed validation windows, and data that is checked before it is used."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -274,6 +275,16 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
     (tmp_path / 'val.bin').unlink()
     with pytest.raises(ValueError, match='preparing data set .* failed'):
         loader.prepare_dataset(str(tmp_path))
+
+
+def test_processes_that_wait_for_a_preparation_that_fails_say_so_and_do_not_try_again(tmp_path, capfd):
+    script = 'import time\nfrom pathlib import Path\ntime.sleep(1)\n'
+    script += "with open(Path(__file__).with_name('tries'), 'a') as f:\n    f.write('x')\nraise SystemExit(3)\n"
+    (tmp_path / 'prepare.py').write_text(script)
+    with ThreadPoolExecutor(3) as pool:
+        tries = [pool.submit(loader.prepare_dataset, str(tmp_path)) for _ in range(3)]
+    assert [str(one.exception()).partition(', ')[0] for one in tries] == [f"preparing data set '{tmp_path}' failed"] * 3
+    assert (tmp_path / 'tries').read_text() == 'x' and capfd.readouterr().out.count('preparing it') == 1
 
 
 def test_data_of_another_kind_is_not_trained_on(tmp_path):

@@ -126,6 +126,54 @@ def test_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
     assert iterations(tmp_path) == {'ckpt.pt': 3, 'ckpt_prev.pt': 2, 'best.pt': 2}
 
 
+class Crash(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+@pytest.mark.parametrize('links', [True, False])
+@pytest.mark.parametrize('is_best', [True, False])
+def test_a_crash_at_any_change_of_the_folder_loses_no_saved_state(tmp_path, monkeypatch, is_best, links):
+    """Both states that were there stay, or one of them and the next; and what is best is never an older state."""
+    names, calls = ('replace', 'link', 'remove'), {name: getattr(os, name) for name in ('replace', 'link', 'remove')}
+    for n in range(20):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        save(folder, 1, is_best=True)
+        save(folder, 2)
+        left = [n]
+
+        def counted(name, *paths, left=left):
+            if left[0] == 0:
+                raise Crash
+            left[0] -= 1
+            if name == 'link' and not links:
+                raise OSError('no links here')
+            return calls[name](*paths)
+
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(os, name, lambda *paths, name=name: counted(name, *paths))
+            try:
+                save(folder, 3, is_best=is_best)
+                ended = True
+            except Crash:
+                ended = False
+        found = {name: load_iter(folder / name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')}
+        assert found['ckpt.pt'] in (2, 3) and found['ckpt_prev.pt'] in (1, 2) and 2 in found.values()
+        assert found['best.pt'] in ((1, 3) if is_best else (1,))
+        if is_best and found['ckpt.pt'] == 3:
+            assert found['best.pt'] == 3
+        save(folder, 4, is_best=True)  # and the run goes on
+        assert load_iter(folder / 'ckpt.pt') == load_iter(folder / 'best.pt') == 4
+        if ended:
+            return
+    pytest.fail('the save changes the folder more than twenty times')
+
+
+def load_iter(path):
+    return torch.load(path, weights_only=True)['iter_num']
+
+
 def test_no_checkpoint_is_an_error_that_says_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=f'{tmp_path}.*best.pt or ckpt.pt'):
         ckpt.load_checkpoint(str(tmp_path))
