@@ -5,9 +5,7 @@
 #
 # Not run here: it needs several GPUs for days.
 
+include = 'train_gpt2.py'
 out_dir = 'out-gpt2-kan'
-eval_interval = 1000
-log_interval = 10
-
 use_kan = True
 kan_hidden = 0.4  # an edge holds 10 numbers (base, 8 splines, scaler) in place of 1, hence a tenth of the MLP's 4

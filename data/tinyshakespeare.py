@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from data.download import download, read_from_wheel
+from data.loader import write_meta, write_split
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1115394  # bytes
@@ -26,6 +27,19 @@ SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction 
     (r"\n(Two Sentinels on guard\.|ARIEL'S song\.) *\n", '\n'),
     (r', & c\.', ', &c.'),
 ]
+
+
+def write_text(folder, source, tokenizer_of):
+    """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`."""
+    text, description = read_text(source)
+    tokenizer = tokenizer_of(text)
+    encode = getattr(tokenizer, 'encode_ordinary', tokenizer.encode)
+    n = int(len(text) * 0.9)
+    for split, part in ('train', text[:n]), ('val', text[n:]):
+        ids = encode(part)
+        write_split(folder, split, ids)
+        print(f'{split}.bin: {len(ids):,} tokens of a vocabulary of {tokenizer.vocab_size:,}')
+    write_meta(folder, tokenizer, description)
 
 
 def read_text(source=''):

@@ -1,5 +1,4 @@
-"""
-Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
+"""Find the vanilla GPT that costs what a KAN-GPT costs, and write its config file.
 
     python study/balance.py config/train_shakespeare_char_nano_kan.py --by=params
     python study/balance.py config/train_shakespeare_char_nano_kan.py --by=flops --first=width

@@ -1,5 +1,4 @@
-"""
-Time and memory of layers, of training steps and of sampling: ours and, where installed, those of others, in one run.
+"""Time and memory of layers, of training steps and of sampling: ours and, where installed, those of others, in one run.
 
     python study/bench.py --suite=layer
     python study/bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0

@@ -1,5 +1,4 @@
-"""
-Finished runs side by side: a table, curves, and tests over seeds.
+"""Finished runs side by side: a table, curves, and tests over seeds.
 
     python study/compare.py out-sweep/*
     python study/compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/nano
@@ -162,8 +161,7 @@ def compare_with(base, group):
 
 
 def fit_power_law(groups):
-    """
-    loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the
+    """loss = factor * parameters ** exponent through the mean losses of the sizes of a family, by least squares of the
     logarithms. The 95 % interval of the exponent is Student's, with as many degrees of freedom as sizes but two.
     """
     x, y = [group['parameters'] for group in groups], [np.mean(group['best']) for group in groups]

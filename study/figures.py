@@ -1,5 +1,4 @@
-"""
-What compare.py draws: PNG by matplotlib, the same to zoom into by plotly, and the page around it.
+"""What compare.py draws: PNG by matplotlib, the same to zoom into by plotly, and the page around it.
 
 A group is a row of the table: its name, seeds, parameters, `best` losses, and `curve` (iterations, mean, std). A law is
 a family of sizes: (name, groups, {factor, exponent}). A grid is (family, values of one setting, values of another,

@@ -1,5 +1,4 @@
-"""
-Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with its follow-up checks.
+"""Eight ways to fine-tune a small GPT on the four tasks of arXiv 2504.10490, with its follow-up checks.
 
     python train.py config/train_taskmix.py
     OMP_NUM_THREADS=1 python study/finetune.py                  # in two shells, to share the runs

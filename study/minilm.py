@@ -1,6 +1,5 @@
-"""
-A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): full fine-tuning, its head alone, low-rank
-adapters, their KAN forms, and splines grown into its own layers, side by side.
+"""A pretrained MiniLM learns the sentiment of film reviews (SST, five classes): full fine-tuning, its head alone,
+low-rank adapters, their KAN forms, and splines grown into its own layers, side by side.
 
     python data/minilm/prepare.py && python data/sst/prepare.py
     OMP_NUM_THREADS=1 python study/minilm.py                      # in two shells, to share the runs

@@ -1,5 +1,4 @@
-"""
-The studies of nano GPTs, by train.py on Shakespeare's characters: which runs they have, and how these are shown.
+"""The studies of nano GPTs, by train.py on Shakespeare's characters: which runs they have, and how these are shown.
 
     OMP_NUM_THREADS=1 python study/nano.py   # trains what has no record, in two shells to share it; hours on two cores
     OMP_NUM_THREADS=1 python study/nano.py --studies=graph

@@ -1,6 +1,5 @@
-"""
-What the studies share: they run what has no record, in several shells at once where there are several, and resume what
-was cut off; and they say the same of several seeds.
+"""What the studies share: they run what has no record, in several shells at once where there are several, and resume
+what was cut off; and they say the same of several seeds.
 
     study = Study('nano')
     study.run_all(jobs, make)   # {name: job}; make(name, job, folder) works in a folder of its own, returns the record
@@ -105,8 +104,7 @@ def choose(setting, text, choices):
 
 
 def share(locks, is_done, do, wait=True, progress=iter):
-    """
-    do(name) for each name that is not done; returns what this shell has done. `locks` are files by name. Of several
+    """do(name) for each name that is not done; returns what this shell has done. `locks` are files by name. Of several
     shells each does a part: a name whose lock another one holds is passed over and, with `wait`, come back to in the
     end, when that shell has done it or was stopped. Ctrl-C and SIGTERM end it in a line.
     """
@@ -124,9 +122,8 @@ def share(locks, is_done, do, wait=True, progress=iter):
 
 
 def run_script(script, args, out_dir, on_line=lambda line: None):
-    """
-    Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last line.
-    What it prints goes into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
+    """Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last
+    line. What it prints goes into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
     """
     os.makedirs(out_dir, exist_ok=True)
     resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []

@@ -1,5 +1,4 @@
-"""
-The measurements of bench.py that the docs quote, with a record of each and a page made from them.
+"""The measurements of bench.py that the docs quote, with a record of each and a page made from them.
 
     python study/speed.py            # measures what this machine has no record of, an hour on two cores: leave it alone
     python study/speed.py --jobs=layer,adapter

@@ -1,5 +1,4 @@
-"""
-Train every combination of config files and settings, one run after another.
+"""Train every combination of config files and settings, one run after another.
 
     python study/sweep.py config/train_shakespeare_char_nano.py config/train_shakespeare_char_nano_kan.py --seed=1,2,3
     python study/sweep.py config/train_shakespeare_char_nano_kan.py --root=out-pilot --learning_rate=1e-3,2e-3

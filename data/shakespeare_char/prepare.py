@@ -9,25 +9,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from data.loader import write_meta, write_split
 from data.prepare import main
-from data.tinyshakespeare import read_text
+from data.tinyshakespeare import write_text
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
 
 source = ''  # a text file; empty: tinyshakespeare
 
 
+def tokenizer_of(text):
+    """Tinyshakespeare's 65 characters where they are enough, else those of the text."""
+    chars = set(text)
+    return CharTokenizer(''.join(sorted(chars)) if chars - set(TINYSHAKESPEARE_CHARS) else TINYSHAKESPEARE_CHARS)
+
+
 def prepare(folder, source):
-    """Write the first 90 % of the text for training and the rest for validation into `folder`."""
-    text, description = read_text(source)
-    others = set(text) - set(TINYSHAKESPEARE_CHARS)
-    tokenizer = CharTokenizer(''.join(sorted(set(text))) if others else TINYSHAKESPEARE_CHARS)
-    n = int(len(text) * 0.9)
-    for split, part in ('train', text[:n]), ('val', text[n:]):
-        ids = tokenizer.encode(part)
-        write_split(folder, split, ids)
-        print(f'{split}.bin: {len(ids):,} of {tokenizer.vocab_size} different characters')
-    write_meta(folder, tokenizer, description)
+    write_text(folder, source, tokenizer_of)
 
 
 if __name__ == '__main__':
