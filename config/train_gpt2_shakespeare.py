@@ -1,9 +1,7 @@
 # GPT-2 XL (1558M parameters), fine-tuned on Shakespeare as in nanoGPT. --init_from=gpt2 takes the smallest one
 # instead.
-#
 #     pip install transformers
 #     python train.py config/train_gpt2_shakespeare.py
-#
 # Not run here: it needs a GPU with some 40 GB and GPT-2's weights from the Hugging Face hub.
 
 out_dir = 'out-shakespeare'

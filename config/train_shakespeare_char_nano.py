@@ -1,7 +1,5 @@
 # The vanilla GPT in nano size, 0.23M parameters.
-#
 #     python train.py config/train_shakespeare_char_nano.py
-#
 # Measured over five seeds (results/nano): validation loss 1.721 ± 0.007, 0.7 minutes of training steps on one core of
 # a Xeon (AMX; torch 2.13, float32).
 

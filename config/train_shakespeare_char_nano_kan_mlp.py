@@ -1,7 +1,5 @@
 # A KAN-GPT with KAN layers in the MLP only, their inputs normalised, on a wider grid: nano size, 1.56M parameters.
-#
 #     python train.py config/train_shakespeare_char_nano_kan_mlp.py
-#
 # Measured over five seeds (results/nano): validation loss 1.713 ± 0.013, 3.8 minutes of training steps on one core of
 # a Xeon (AMX; torch 2.13, float32).
 

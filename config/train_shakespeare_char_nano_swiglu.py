@@ -1,8 +1,6 @@
 # The vanilla GPT with SwiGLU in its MLPs and as many parameters as the KAN-GPT (within 1 %) in nano size, 2.23M
 # parameters.
-#
 #     python train.py config/train_shakespeare_char_nano_swiglu.py
-#
 # Measured over five seeds (results/nano): validation loss 1.645 ± 0.004, 6.8 minutes of training steps on one core of
 # a Xeon (AMX; torch 2.13, float32).
 

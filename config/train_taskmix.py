@@ -1,8 +1,6 @@
 # A small GPT for the fine-tuning tasks where GPT-2's weights cannot be had: GPT-2's shape and byte pairs at 7.3M
 # parameters, 6.4M of them the embeddings of the tokens.
-#
 #     python train.py config/train_taskmix.py
-#
 # Measured once: validation loss 4.942 after 4.1M tokens, 37 minutes on two cores of an AMD EPYC without AMX (torch
 # 2.13, float32; about 1 s per iteration; 3.9 GB).
 

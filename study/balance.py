@@ -148,15 +148,10 @@ machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 wanted = {**settings, **shape, 'out_dir': f'out-{name}'}
 changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in machine + of_kan}
-header = f'''"""
-The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs:
-{figure}.
-
-    python train.py {os.path.relpath(out)}
-
-Found by `python study/balance.py {' '.join(sys.argv[1:])}`.
+header = f"""# The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs: {figure}.
+#     python train.py {os.path.relpath(out)}
+# Found by `python study/balance.py {' '.join(sys.argv[1:])}`.
 """
-'''
 with write_atomically(out, 'w', encoding='utf-8') as f:
     f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
 print('\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: sweep.py tries others')

@@ -77,7 +77,7 @@ def check_record(place, record, settings):
     free = (*INCIDENTAL, 'dtype')
     others = [f'{name}={value!r}' for name, value in config.items() if name not in free and value != settings.get(name)]
     if others:
-        raise ValueError(f'{place} holds a run with {", ".join(others)}; move it away or choose another --root')
+        raise ValueError(f'{place} holds a run with {", ".join(others)}; move it away first')
 
 
 def sweep(runs, root):

@@ -1,5 +1,4 @@
 # All weights train.
-#
 #     python finetune.py config/finetune/sst.py config/finetune/full.py   # or another task
 
 finetune_mode = 'full'

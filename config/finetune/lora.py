@@ -1,5 +1,4 @@
 # LoRA of rank 32 on the layers of attention and MLP.
-#
 #     python finetune.py config/finetune/sst.py config/finetune/lora.py   # or another task
 
 use_lora = True

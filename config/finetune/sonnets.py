@@ -1,5 +1,4 @@
 # Shakespeare's sonnets, written on from their first three lines.
-#
 #     python finetune.py config/finetune/sonnets.py config/finetune/lora.py   # or another method
 
 task = 'sonnets'
