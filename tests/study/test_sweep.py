@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -60,16 +61,17 @@ def test_runs_all_then_skips_all(folder):
     ids=['Ctrl-C', 'SIGTERM to all', 'SIGTERM to sweep.py'],
 )
 def test_goes_on_with_the_run_that_was_cut_off(folder, send):
-    long = ('train_a.py', '--root=runs', *flags(max_iters=1500, eval_interval=100))
+    long = ('train_a.py', '--root=runs', *flags(max_iters=600, eval_interval=50))
     process = start(folder, 'study/sweep.py', *long, start_new_session=True)
     read_until(process.stdout, '1 runs')
     while not (folder / 'runs/a/ckpt.pt').exists():
         assert process.poll() is None
+        time.sleep(0.05)
     send(process)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and 'the same command goes on where it was' in stderr
     at = load(folder / 'runs/a')['iter_num']
-    assert 0 < at < 1500
+    assert 0 < at < 600
     done = run(folder, 'study/sweep.py', *long)
     record = json.loads((folder / 'runs/a/run.json').read_text())
     assert f'stopped at iteration {at}' in (folder / 'runs/a/train.txt').read_text()
@@ -96,6 +98,7 @@ def test_two_at_once_share_the_runs(folder):
     read_until(first.stdout, '4 runs')
     while not (folder / 'runs/a,seed=1/run.json').exists():
         assert first.poll() is None
+        time.sleep(0.05)
     second = run(folder, 'study/sweep.py', *command)
     stdout, stderr = first.communicate(timeout=120)
     assert first.returncode == second.returncode == 0, stderr + second.stderr
