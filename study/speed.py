@@ -70,7 +70,7 @@ def make_page():
     parts = []
     for name, run in STUDY.read().items():
         job, _, machine = name.partition(' on ')
-        about = f'{run["rounds"]} round(s) of {run["repeats"]}, commit {run["commit"]}'
+        about = f'{run["rounds"]} round(s) of {run["repeats"]}, commit {run["commit"] or "unknown"}'
         parts.append(f'### {job}\n\n{machine}; {about}\n\n{make_table(run["rows"])}\n')
     STUDY.show('\n'.join(parts))
 
