@@ -37,7 +37,7 @@ class GPTConfig:
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
-    use_graph: bool = False  # graph attention by graph.py; needs torch-geometric
+    use_graph: bool = False  # graph attention by layers/graph.py; needs torch-geometric
     graph_kind: str = 'gat'  # or 'gatv2'
     graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
     graph_heads: int = 4

@@ -3,7 +3,7 @@
 #     pip install transformers
 #     python eval.py config/eval_gpt2.py
 #     python eval.py config/eval_gpt2.py --init_from=gpt2-xl --dataset=shakespeare   # or gpt2-medium, gpt2-large
-# Not run here: it needs GPT-2's weights from the Hugging Face hub.
+# Not run: it needs GPT-2's weights from the Hugging Face hub.
 
 init_from = 'gpt2'
 dataset = 'openwebtext'

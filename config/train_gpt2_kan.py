@@ -1,7 +1,7 @@
 # GPT-2's shape on OpenWebText with KAN layers in the MLPs, their hidden layer narrowed to 0.4 n_embd: 123.55M
 # parameters, as many as the 123.59M of train_gpt2.py.
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_kan.py
-# Not run here: it needs several GPUs for days.
+# Not run: it needs several GPUs for days.
 
 include = 'train_gpt2.py'
 out_dir = 'out-gpt2-kan'

@@ -2,9 +2,9 @@
 # instead.
 #     pip install transformers
 #     python train.py config/train_gpt2_shakespeare.py
-# Not run here: it needs a GPU with some 40 GB and GPT-2's weights from the Hugging Face hub.
+# Not run: it needs a GPU with some 40 GB and GPT-2's weights from the Hugging Face hub.
 
-out_dir = 'out-shakespeare'
+out_dir = 'out-gpt2-shakespeare'
 eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False

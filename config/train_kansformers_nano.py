@@ -3,7 +3,7 @@
 #     python train.py config/train_kansformers_nano.py
 #     python train.py config/train_kansformers_nano.py --n_layer=4 --n_head=4 --n_embd=128 --out_dir=out-micro
 #     python train.py config/train_kansformers_nano.py --n_layer=6 --n_head=6 --n_embd=192 --out_dir=out-mini
-# Not run here: it needs OpenWebText and a GPU. Kansformers reports losses near 6 for its models.
+# Not run: it needs OpenWebText and a GPU. Kansformers reports losses near 6 for its models.
 
 out_dir = 'out-kansformers-nano'
 eval_interval = 500

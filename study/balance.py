@@ -154,5 +154,7 @@ header = f"""# The vanilla GPT that costs what the KAN-GPT of {os.path.basename(
 """
 with write_atomically(out, 'w', encoding='utf-8') as f:
     f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
-print('\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: sweep.py tries others')
+print(
+    '\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: study/sweep.py tries others'
+)
 print(f'written: python train.py {os.path.relpath(out)}')

@@ -4,7 +4,7 @@
     python study/compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/nano
     python study/compare.py out-sizes/* --scaling=True
     python study/compare.py out-pilot/* --over=learning_rate,init_std
-    python study/compare.py results/nano/runs.jsonl out-mine --baseline=nano_kan
+    python study/compare.py results/nano/runs.jsonl out-mine --baseline=shakespeare_char_nano_kan
 
 Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the runs.jsonl of studies. Runs
 that differ in nothing but their seed are one row: mean and standard deviation over its seeds, and a paired t-test

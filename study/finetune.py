@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import configure
-from study.runner import Study, choose, mean_and_std, paired_p, read_run, run_script
+from study.runner import Study, choose, mean_and_std, paired_p, run_to_end
 
 # -----------------------------------------------------------------------------
 init_from = 'out-taskmix'  # the model that all runs begin with
@@ -89,10 +89,9 @@ def list_runs(stage):
 def make(name, settings, folder):
     """A run of finetune.py; its checkpoints are thrown away."""
     flags = dict(settings, init_from=init_from, predict_test=False)
-    last = run_script('finetune.py', [f'--{key}={value}' for key, value in flags.items()], str(folder))
-    run = read_run(str(folder))
-    if 'finished' not in run:
-        raise ValueError(f'{name} did not finish: {last}; see {folder}/finetune.txt')
+    run = run_to_end('finetune.py', [f'--{key}={value}' for key, value in flags.items()], folder)
+    if 'failed' in run:
+        raise ValueError(f'{name} diverged: {run["failed"]}')
     base = dict(name=Path(init_from).name, model_args=run['model_args'])
     about = {key: run[key] for key in ('log', 'device', 'versions', 'commit')}
     return dict(stage=name.split(', ')[0], settings=settings, base=base, **run['final'], **about)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 from configurator import ROOT, configure
 from study.compare import check_run, compare
-from study.runner import Study, choose, read_run, run_script
+from study.runner import Study, choose, read_run, run_to_end
 from study.sweep import check_record, list_runs, read_settings
 
 FAMILIES = ('nano', 'nano_kan', 'nano_kan_mlp', 'nano_balanced', 'nano_swiglu')
@@ -71,11 +71,7 @@ def list_all(study):
 def make(name, args, folder):
     """Train one run; returns its record and log. One that diverged has a record, too, any other failure is an error."""
     check_record(folder, read_run(folder), read_settings({name: args})[name])
-    last = run_script('train.py', args, str(folder))
-    run = read_run(folder)
-    if not {'finished', 'failed'} & run.keys():
-        raise ValueError(f'{name} did not finish: {last}; see {folder}/train.txt')
-    return run
+    return run_to_end('train.py', args, folder)
 
 
 def check_records(study, runs):
@@ -91,6 +87,9 @@ def show(study, out=None):
     records, folder = Study(study).read(), str(Study(study).folder)
     for family in BESIDE.get(study, ()):
         records |= {name: run for name, run in Study('nano').read().items() if name.startswith(f'{PREFIX}{family},')}
+    if not records:
+        print(f'{study}: no records yet, no page')
+        return
     runs = [check_run(name, run, f'{folder}/runs.jsonl') for name, run in records.items()]
     compare(runs, out or folder, **SHOWN[study])
 

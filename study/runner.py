@@ -146,6 +146,16 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
     return last
 
 
+def run_to_end(script, args, folder):
+    """The record of a run of train.py or finetune.py in a folder of a study; ValueError where it did not end."""
+    last = run_script(script, args, str(folder))
+    run = read_run(folder)
+    if not {'finished', 'failed'} & run.keys() or last.startswith('error: not everything could be saved'):
+        raise ValueError(f'{folder} did not finish: {last}; see {folder / script.replace(".py", ".txt")}')
+    run['config']['out_dir'] = f'{folder.parent.name}/{folder.name}'  # and no path of this machine
+    return run
+
+
 def run_json(script, **flags):
     """What a script prints in its last line, from JSON."""
     command = [sys.executable, os.path.join(ROOT, script), *(f'--{key}={value}' for key, value in flags.items())]

@@ -34,7 +34,7 @@ from kan import KANLinear, least_squares
 from layers.spline import to_float64
 from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
 
-KINDS = ('lora', 'kan', 'kan_base')
+KINDS = ('lora', 'kan', 'kan_base')  # their classes: CLASSES; the layers that can have them: kinds_of
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
     ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
     ('query', 'value'),  # BERT, RoBERTa
@@ -606,7 +606,7 @@ def save_lora(model, folder):
 
 
 def write_whole(path, content):
-    """Put bytes at a path. A crash or a full disk leaves what was there before."""
+    """Put bytes at a path. A crash or a full disk leaves what was there. run/files.py is not copied with surgery/."""
     try:
         with open(path + '.tmp', 'wb') as f:
             f.write(content)

@@ -85,7 +85,7 @@ def test_runs_go_to_folders_of_their_own():
     names = [
         (settings_of('train.py', [str(path)])['out_dir'], path.name)
         for path in CONFIGS
-        if path.stem.startswith('train_shake')
+        if path.stem.startswith('train_')
     ]
     assert len({out_dir for out_dir, _ in names}) == len(names), names
 
