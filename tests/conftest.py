@@ -4,6 +4,7 @@ import signal
 import pytest
 import torch
 
+from data.tokenizer import GPT2Tokenizer
 from helpers import write_dataset
 
 if not torch.cuda.is_available():
@@ -21,6 +22,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def dataset(tmp_path_factory):
     """A small data set by character, as the path that --dataset takes."""
     return write_dataset(tmp_path_factory.mktemp('dataset'))
+
+
+@pytest.fixture(scope='session')
+def gpt2():
+    """GPT-2's tokenizer; a machine that cannot get its vocabulary skips what needs it."""
+    try:
+        return GPT2Tokenizer()
+    except OSError as error:
+        pytest.skip(f'no network and no package to read the vocabulary from: {error}')
 
 
 @pytest.fixture(scope='module')

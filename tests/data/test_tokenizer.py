@@ -11,14 +11,6 @@ from data import tokenizer
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
 
 
-@pytest.fixture(scope='module')
-def gpt2():
-    try:
-        return GPT2Tokenizer()
-    except OSError as error:
-        pytest.skip(f'no network and no package to read the vocabulary from: {error}')
-
-
 def test_characters_go_there_and_back():
     tokens = CharTokenizer('\nabcé')
     assert tokens.vocab_size == 5

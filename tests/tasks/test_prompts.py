@@ -8,21 +8,13 @@ import pytest
 import torch
 
 from data import course, loader
-from data.tokenizer import CharTokenizer, GPT2Tokenizer
+from data.tokenizer import CharTokenizer
 from helpers import HEADERS
 from tasks import prompts
 from tasks.prompts import TASKS, Example, collate, encode_prompt, hold_out, make_batches, read_examples
 
 LABELLED = [name for name, task in TASKS.items() if task.answers]
 SONNET = '\n'.join(f'Line {i} of the sonnet,' for i in range(14))
-
-
-@pytest.fixture(scope='module')
-def gpt2():
-    try:
-        return GPT2Tokenizer()
-    except OSError as error:
-        pytest.skip(f'no network and no package to read the vocabulary from: {error}')
 
 
 @pytest.fixture
