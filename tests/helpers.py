@@ -64,7 +64,7 @@ TITLE = 'Sonnets\nby William Shakespeare\nCreated on Jul 31, 2015, from FDT vers
 
 
 class Words:
-    """A tokenizer in place of GPT-2's: a token for each answer and question of the tasks, and for each character of plain text."""
+    """In place of GPT-2's tokenizer: a token for each answer and question of the tasks, and each plain character."""
 
     answers = [' terrible', ' bad', ' okay', ' good', ' great', ' no', ' yes']
     questions = ['\nSentiment:', 'Question 1:', '\nQuestion 2:', '\nThe same question:']
@@ -209,7 +209,7 @@ def run_forked(folder, script, *args, modules='', prelude='', env=()):
 
 
 def enter(folder, argv, outputs, modules, prelude, env):
-    """Become the script `argv`, and end as Python ends it: an exception goes to the excepthook that the script has set."""
+    """Become the script `argv`, and end as Python ends it: an exception goes to the excepthook of the script."""
     for descriptor, name in (1, 'stdout'), (2, 'stderr'):
         os.dup2(os.open(Path(outputs, name), os.O_CREAT | os.O_WRONLY), descriptor)
     os.chdir(folder)

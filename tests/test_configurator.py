@@ -83,7 +83,8 @@ def test_what_cannot_be_included_is_named(config, tmp_path):
 
 def test_config_file_holds_docstrings_comments_and_assignments(config):
     path = config(
-        '"""What it is.\n\nOn two lines."""\n# a comment\nbatch_size = 7  # another\n\nuse_kan = True; n_layer = 3\n"text"\n'
+        '"""What it is.\n\nOn two lines."""\n# a comment\nbatch_size = 7  # another\n\n'
+        'use_kan = True; n_layer = 3\n"text"\n'
     )
     assert settle(path) == {**DEFAULTS, 'batch_size': 7, 'use_kan': True, 'n_layer': 3}
     assert settle(config('')) == settle(config('# nothing\n')) == DEFAULTS

@@ -1,4 +1,4 @@
-"""Fine-tuning from the command line: what a run leaves, resume, several processes, early stopping, bad input, configs."""
+"""Fine-tuning from the command line: what a run leaves, resume, several processes, early stopping, bad input."""
 
 import json
 import math
@@ -282,7 +282,7 @@ def count_knots(tensors):
 
 @pytest.fixture(scope='module')
 def gpt2s(workshop):
-    """Untrained models with GPT-2's tokens: a folder as transformers saves one, and our checkpoint of a padded vocabulary."""
+    """Untrained models with GPT-2's tokens: a folder of transformers, and our checkpoint of a padded vocabulary."""
     transformers = pytest.importorskip('transformers')
     try:
         GPT2Tokenizer()  # and its files are in the cache for the runs
@@ -424,7 +424,7 @@ def test_resume_wants_the_same_settings_and_data(place):
     ids=['full', 'graph-lora'],
 )
 def test_two_processes_give_the_weights_of_one(workshop, settings):
-    """The last step of an epoch has a micro-batch for one of them alone; so has, in the first case, what is held out."""
+    """The last step of an epoch has a micro-batch for one of them alone; so has the held-out part in the first case."""
     settings = dict(settings, dropout=0.0, lora_dropout=0.0, gradient_accumulation_steps=2)
     names = [f'out-{n}-{settings.get("task", "sst")}' for n in (1, 2)]
     tune(workshop, names[0], **settings)
@@ -450,7 +450,7 @@ def test_two_processes_give_the_weights_of_one(workshop, settings):
 
 @pytest.mark.parametrize('task', ['sst', 'sonnets'])
 def test_loss_of_a_step_is_the_mean_over_its_micro_batches(workshop, task):
-    """By the model at its start, which a rate of zero leaves as it is. Each epoch has other batches, and the last step of one a single batch."""
+    """By the model at its start, which a rate of zero keeps. Each epoch has other batches, its last step only one."""
     settings = dict(
         task=task, dropout=0.0, learning_rate=0.0, gradient_accumulation_steps=2, valid_fraction=0.1, **FULL
     )

@@ -62,7 +62,7 @@ def make_layer(k, knots=None, dtype=torch.float64, **kwargs):
 
 
 def scipy_bases(x, knots, k):
-    """(N, I), (I, P) -> (N, I, K), with knots added on both sides so that scipy knows every basis on its whole support."""
+    """(N, I), (I, P) -> (N, I, K). Knots added on both sides let scipy know every basis on its whole support."""
     x, knots = x.detach().double().numpy(), knots.double().numpy()
     features = []
     for i in range(x.shape[1]):

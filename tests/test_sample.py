@@ -161,7 +161,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
 
 
 def save_foreign(folder, use_kan=False, **model_args):
-    """What nanoGPT and nanoGPKANT save: a prefix from torch.compile, the optimizer, no vocabulary, nothing about KANs."""
+    """What nanoGPT and nanoGPKANT save: torch.compile's prefix, the optimizer, no vocabulary, nothing about KANs."""
     sizes = dict(**SHAPE, bias=False, vocab_size=65, dropout=0.2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**sizes, **model_args}, use_kan=use_kan, kan_targets='attn,mlp'))
@@ -205,7 +205,9 @@ def test_nothing_in_a_checkpoint_becomes_a_path(tmp_path):
     (tmp_path / 'watch.py').write_text(
         'import os, sys\n'
         f'log = os.open({str(tmp_path / "opened")!r}, os.O_CREAT | os.O_WRONLY)\n'
-        'sys.addaudithook(lambda event, args: event in ("open", "os.listdir") and os.write(log, f"{args[0]}\\n".encode()))\n'
+        'def note(event, args):\n'
+        '    event in ("open", "os.listdir") and os.write(log, f"{args[0]}\\n".encode())\n'
+        'sys.addaudithook(note)\n'
     )
     args = flags(out_dir='out', **ROMEO)
     done = run_forked(tmp_path, 'sample.py', *args, modules=str(tmp_path), prelude='watch')

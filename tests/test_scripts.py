@@ -1,4 +1,4 @@
-"""The house: what stands where, configs that parse, imports that point one way, pages whose commands and links are right."""
+"""The house: what stands where, configs that parse, imports that point one way, commands and links that are right."""
 
 import ast
 import re

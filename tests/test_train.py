@@ -1,4 +1,4 @@
-"""Training from the command line: resume, signals, several processes, full disks, bad input, and what a run leaves behind."""
+"""Training from the command line: resume, signals, several processes, full disks, bad input, what a run leaves."""
 
 import json
 import math
@@ -372,7 +372,8 @@ WANDB = {
     'absent': "raise ImportError('no wandb here')",
     'failing in init': "run = None\ndef init(**settings):\n    raise RuntimeError('no key')",
     'failing in log': "run = None\ndef init(**settings):\n    pass\ndef log(line):\n    raise OSError('no network')",
-    'working': 'run = None\ndef init(**settings):\n    global run\n    run = settings\ndef log(line):\n    print("logged", line["iter"])',
+    'working': 'run = None\ndef init(**settings):\n    global run\n    run = settings\n'
+    'def log(line):\n    print("logged", line["iter"])',
 }
 
 

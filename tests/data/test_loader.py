@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, iteration, index), fixed validation windows, and data that is checked before it is used."""
+"""Batches as a pure function of (seed, iteration, index), fixed validation windows, data checked before its use."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -265,7 +265,8 @@ def test_unknown_data_set_lists_the_known_ones(dataset, tmp_path, monkeypatch):
 
 
 def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path, capfd):
-    script = 'from pathlib import Path\nfor name in ("train.bin", "val.bin"):\n    Path(__file__).with_name(name).write_bytes(b"ab")\n'
+    script = 'from pathlib import Path\nfor name in ("train.bin", "val.bin"):\n'
+    script += '    Path(__file__).with_name(name).write_bytes(b"ab")\n'
     (tmp_path / 'prepare.py').write_text(script)
     loader.prepare_dataset(f'{tmp_path}/')
     assert capfd.readouterr().out.count('is missing, preparing it') == 1 and loader.is_prepared(str(tmp_path))

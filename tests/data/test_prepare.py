@@ -243,7 +243,8 @@ def test_prepare_sonnets(repository, originals):
         (
             'quora',
             HEADER,
-            "train.csv has no column sentence1 or sentence2 or is_duplicate: its first line has ['', 'id', 'sentence', 'sentiment']",
+            'train.csv has no column sentence1 or sentence2 or is_duplicate: '
+            "its first line has ['', 'id', 'sentence', 'sentiment']",
         ),
         ('sonnets', TITLE, 'dev.txt is no file of sonnets: no line is the number of a sonnet'),
     ],

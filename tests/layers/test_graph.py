@@ -1,4 +1,4 @@
-"""Graph attention: masks against PyTorch Geometric's edge lists, edges against double loops, causality, padding, caches."""
+"""Graph attention: masks against PyTorch Geometric, edges against double loops, causality, padding, caches."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def run(layer, x, edges):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('p', [0.0, 0.2, 1.0])
 def test_mask_gives_what_the_edge_list_gives(monkeypatch, kind, place, bias, p):
-    """Outputs and gradients, of one set of parameters, on random graphs; with rows taken together and a few at a time."""
+    """Outputs and gradients of one set of parameters on random graphs; rows taken together, and a few at a time."""
     if p < 1:
         monkeypatch.setattr(graph, 'ROWS', 4)
         monkeypatch.setattr(graph, 'NUMBERS', 4 * 3 * 11 * 24)

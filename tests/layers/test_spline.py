@@ -28,7 +28,7 @@ def nothing_compiled():
 
 
 def make(N, I, O, k=3, G=5, dtype=torch.float32, irregular=False):
-    """Inputs of order one, some outside of the knots, which differ from feature to feature: x, weight, knots, gradient of y."""
+    """x, weight, knots, gradient of y. Some inputs are outside the knots, which differ from feature to feature."""
     steps = torch.arange(-k, G + k + 1.0)
     knots = torch.stack([-1 - i / 7 + (0.4 + i / 50) * steps for i in range(I)])
     if irregular:

@@ -63,7 +63,7 @@ def round_as_a_gpu(patch):
 
 
 def count_with_any_numpy(patch):
-    """The interpreter's numbers are arrays of one, which numpy from 2.4 on and Triton up to 3.6 do not agree to count with."""
+    """The interpreter's numbers are arrays of one; numpy from 2.4 on refuses to count with them as Triton 3.6 does."""
     teach = interpreter._patch_lang_tensor
 
     def teach_better(tensor, *others):
@@ -92,7 +92,7 @@ def small(monkeypatch, seed):
 
 
 def make_arguments(N, I, O, k=3, G=2, activation=MODULES[0], dtype=torch.float32, x_dtype=None):
-    """x, w, knots, k, activation, grad. The inputs are of order one, a quarter of them outside the knots, and each feature has its own knots."""
+    """x, w, knots, k, activation, grad. A quarter of the inputs are outside the knots, each feature's own."""
     low, spacing = -1.37 - 0.71 * torch.rand(I, 1), 1.3 / G + 1.1 / G * torch.rand(I, 1)
     knots = low + spacing * torch.arange(-k, G + k + 1)
     x = knots[:, 0] + (knots[:, -1] - knots[:, 0]) * (1.3 * torch.rand(N, I) - 0.15)
@@ -121,8 +121,8 @@ def results(x, w, knots, k, activation, grad, needed=(True, True)):
 
 def close(value, expected, dtype):
     """
-    Up to the rounding of the result, and of the sum behind it: float32, with now and then a column that is rounded the other way
-    because float32 computed it.
+    Up to the rounding of the result and of the float32 sum behind it, in which a column may now and then be rounded
+    the other way.
     """
     assert value.shape == expected.shape
     if value.numel():
@@ -294,7 +294,7 @@ def compile_kernel(name, arch, dtype, x_dtype, precision, k=3, activation='SiLU(
 
 
 def resources(compiled):
-    """Bytes of shared memory, and where cuobjdump is at hand registers of a thread and the bytes it keeps in memory for want of them."""
+    """Bytes of shared memory; where cuobjdump is at hand, also a thread's registers and the bytes it spills."""
     cuobjdump, usage = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump', {}
     if cuobjdump.exists():
         with tempfile.NamedTemporaryFile(suffix='.cubin') as cubin:

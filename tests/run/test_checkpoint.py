@@ -242,7 +242,7 @@ def test_flipped_bit_in_a_record(tmp_path, record):
 
 
 def test_flipped_bit_outside_the_records_is_refused_or_harmless(tmp_path):
-    """One bit of every byte of the directory and the local headers, and all bits of a tensor's entry in the directory."""
+    """One bit of every byte of the directory and the local headers, and all bits of a tensor's entry."""
     path = tmp_path / 'ckpt.pt'
     save(tmp_path, 1, size=8)
     content = path.read_bytes()

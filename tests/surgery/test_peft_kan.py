@@ -50,11 +50,11 @@ def offline(monkeypatch):
 
 
 def download_source(folder):
-    """The tests of PEFT's source distribution, unpacked into `folder`; OSError with pip's reason where it cannot be had."""
+    """The tests of PEFT's source distribution, unpacked into `folder`; OSError with pip's reason where it fails."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         requirements = Path(aside, 'requirements.txt')
         requirements.write_text(PEFT_SDIST + '\n')
-        # pip asks the package for its metadata, for which the setuptools at hand will do: with build isolation it downloads another
+        # pip asks the package for its metadata; with build isolation it would download a setuptools of its own for that
         options = [
             '-q',
             '--retries=1',

@@ -1,4 +1,4 @@
-"""A GPT made ready for a task: the function it keeps, what it sees, what trains, and what comes back from a checkpoint."""
+"""A GPT made ready for a task: the function it keeps, what it sees, what trains, what a checkpoint brings back."""
 
 import copy
 import re
@@ -124,7 +124,7 @@ def test_answers_are_at_first_those_of_the_gpt(variant, head):
 @every_variant
 @every_head
 def test_no_token_sees_what_comes_after_it(variant, head):
-    """By the gradient of what is read off at a place with respect to the embeddings of all places; adapters and gates far from zero."""
+    """By the gradient of one place's output with respect to all embeddings; adapters and gates are far from zero."""
     model, _ = make(variant, head)
     stir(model, trained=True)
     inputs = []

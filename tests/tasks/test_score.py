@@ -133,7 +133,7 @@ def test_missing_package_is_named_beforehand(name, monkeypatch):
 
 def test_accuracy_and_macro_f1_by_hand():
     labels, predictions = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 1]
-    # label 0: 2 right of 3 predicted and 3 true, F1 2/3; label 1: 1 right of 3 and 2, F1 2/5; label 2: never predicted, 0
+    # label 0: 2 right of 3 predicted and 3 true, F1 2/3; label 1: 1 of 3 and 2, F1 2/5; label 2: never predicted, 0
     scores = score_labels(labels, predictions)
     assert scores == pytest.approx({'accuracy': 3 / 6, 'macro_f1': (2 / 3 + 2 / 5) / 3})
     assert all(type(value) is float for value in scores.values())
@@ -146,7 +146,7 @@ def test_accuracy_and_macro_f1_by_hand():
 
 def test_chrf_by_hand():
     """
-    Of 'abcdef' the text 'abcdxf' has n-grams in common, of the 6, 5, 4, 3 of n = 1 to 4: 5, 3, 2, 1; of the 2 and 1 of n = 5 and 6 none.
+    The text 'abcdxf' shares n-grams with 'abcdef': 5, 3, 2, 1 of the 6, 5, 4, 3 of n = 1 to 4; none of n = 5 and 6.
     Precision and recall are the same, and with them their F-score; sacrebleu takes their mean over n.
     """
     expected = 100 * (5 / 6 + 3 / 5 + 2 / 4 + 1 / 3) / 6

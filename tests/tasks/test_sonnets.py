@@ -43,7 +43,7 @@ A, BREAK, TWO_BREAKS, BREAK_B, C, END = range(6)
 
 
 def make(vocab_size=6, block_size=16, std=0.6, **kwargs):
-    """Two rows of the head beyond the vocabulary, as nanoGPT's padding, but as likely as the others: none may be drawn."""
+    """Two rows of the head beyond the vocabulary, as likely as the others: none may be drawn."""
     sizes = dict(n_layer=2, n_head=2, n_embd=16)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size + 2, **sizes, **kwargs)).eval()
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_single_text_is_that_of_generate(sampling):
 
 
 def test_best_of_keeps_the_likeliest_of_its_samples(monkeypatch):
-    """The draws are noted: those of the drafts that go on, in one batch, at the temperature and top_p that were asked for."""
+    """The draws are noted: those of the drafts that go on, in one batch, at the temperature and top_p asked for."""
     tokenizer, draws, kept = Tokenizer(), [], set()
 
     def note(logits, temperature, top_p):
