@@ -1,10 +1,12 @@
 import contextlib
 import signal
+import subprocess
 
 import pytest
 import torch
 
 from data.tokenizer import GPT2Tokenizer
+from forked import popen_or_fork
 from helpers import write_dataset
 
 if not torch.cuda.is_available():
@@ -40,6 +42,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """The scripts that the test starts are forks."""
+    monkeypatch.setattr(subprocess, 'Popen', popen_or_fork)
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """What the tests of the scripts share: a small data set, small models, and scripts run as a user runs them."""
 
 import contextlib
-import importlib
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
 import string
 import subprocess
 import sys
-import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,28 +21,12 @@ import torch
 
 from data.loader import write_meta, write_split
 from data.tokenizer import CharTokenizer
+from forked import ROOMS, ROOT, Forked
 from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
 PATIENCE = 300  # seconds for a script: one that hangs is ended, one on a busy machine is not
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-FORKED = multiprocessing.get_context('forkserver')  # children of a process without threads
-FORKED.set_forkserver_preload(
-    [
-        'torch',
-        'torch.distributed',
-        'torch.nn.parallel',
-        'torch._dynamo',
-        'tqdm',
-        'pytest',
-        'matplotlib.pyplot',
-        'plotly.io',
-        'scipy.stats',
-    ]
-    + ['sklearn.metrics', 'sacrebleu.metrics', 'torch_geometric.nn']
-)
 TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
@@ -172,17 +152,22 @@ def join_processes(n=2, per_node=2):
     return [dict(both, RANK=str(rank), LOCAL_RANK=str(rank % per_node)) for rank in range(n)]
 
 
-def start(folder, script, *args, processes=1, **options):
+def start(folder, script, *args, processes=1):
     """A script that runs in `folder` beside the test; its lines can be read as they come."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=folder, env=ENV, **pipes, **options)
+    return subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True, **pipes)
 
 
-def run(folder, script, *args, **options):
-    """A script that has run in `folder`: its returncode, stdout and stderr."""
-    process = start(folder, script, *args, start_new_session=True, **options)
+def start_forked(folder, script, *args, env=(), **how):
+    """The same in a fork; see there."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return Forked(command, cwd=str(folder), env={**ENV, **dict(env)}, **how)
+
+
+def finish(process):
+    """A script that has ended: its args, returncode, stdout and stderr."""
     try:
         stdout, stderr = process.communicate(timeout=PATIENCE)
     finally:
@@ -191,49 +176,28 @@ def run(folder, script, *args, **options):
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def run_forked(folder, script, *args, modules='', prelude='', env=()):
-    """
-    The same in a process that finds torch imported, which saves two seconds. `modules` is a folder of packages for it,
-    `prelude` one of them to import before the script starts.
-    """
-    with tempfile.TemporaryDirectory() as outputs:
-        argv = [str(ROOT / script), *map(str, args)]
-        process = FORKED.Process(target=enter, args=(str(folder), argv, outputs, modules, prelude, dict(env)))
-        process.start()
-        process.join(PATIENCE)
-        process.kill()
-        process.join()
-        return subprocess.CompletedProcess(
-            argv, process.exitcode, *(Path(outputs, name).read_text() for name in ('stdout', 'stderr'))
-        )
+def run(folder, script, *args, processes=1):
+    return finish(start(folder, script, *args, processes=processes))
 
 
-def enter(folder, argv, outputs, modules, prelude, env):
-    """Become the script `argv`, and end as Python ends it: an exception goes to the excepthook of the script."""
-    for descriptor, name in (1, 'stdout'), (2, 'stderr'):
-        os.dup2(os.open(Path(outputs, name), os.O_CREAT | os.O_WRONLY), descriptor)
-    os.chdir(folder)
-    sys.argv[:], sys.path[:0] = argv, [modules] if modules else []
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    if prelude:
-        importlib.import_module(prelude)
-    try:
-        runpy.run_path(argv[0], run_name='__main__')
-    except Exception:
-        # any at all: a fork does not end as Python does, with the one line of the script's excepthook and status 1
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+def run_forked(folder, script, *args, **how):
+    return finish(start_forked(folder, script, *args, **how))
+
+
+def run_group(folder, script, *args, n=2, per_node=2, **how):
+    """The same as a group of n processes: the end of each, process 0 first."""
+    ranks = join_processes(n, per_node)
+    return [finish(process) for process in [start_forked(folder, script, *args, env=env, **how) for env in ranks]]
 
 
 def train(folder, dataset, out_dir='out', processes=1, **settings):
     """A run of train.py that has to end well."""
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
     done = (
-        run(folder, 'train.py', *args, processes=processes) if processes > 1 else run_forked(folder, 'train.py', *args)
+        run_group(folder, 'train.py', *args, n=processes) if processes > 1 else [run_forked(folder, 'train.py', *args)]
     )
-    assert done.returncode == 0, done.stderr
-    return done
+    assert all(process.returncode == 0 for process in done), done[0].stderr
+    return done[0]
 
 
 def together(*calls):

@@ -1,5 +1,6 @@
 """Training from the command line: resume, signals, several processes, full disks, bad input, what a run leaves."""
 
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from helpers import (
     TOKENIZER,
     complaint,
     copy_code,
+    finish,
     flags,
     join_processes,
     load,
@@ -32,9 +34,11 @@ from helpers import (
     read_until,
     run,
     run_forked,
+    run_group,
     same_run,
     same_state,
     start,
+    start_forked,
     together,
     train,
     write_dataset,
@@ -49,15 +53,9 @@ SPLINES = dict(spline_lr_scale=2.0, spline_weight_decay=0.0)
 
 def start_training(folder, dataset, out_dir='out', processes=1, **settings):
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
-    return start(folder, 'train.py', *args, processes=processes, start_new_session=True)
-
-
-def finish(process):
-    """What a process still prints, and how it ends."""
-    try:
-        return process.communicate(timeout=60)
-    finally:
-        process.kill()
+    if processes > 1:
+        return start(folder, 'train.py', *args, processes=processes)
+    return start_forked(folder, 'train.py', *args)
 
 
 def stopped_at(stdout):
@@ -123,10 +121,10 @@ def test_signal_during_training_saves_and_exits_0(tmp_path, dataset, number):
     process = start_training(tmp_path, dataset, 'parts', max_iters=NEVER, eval_interval=NEVER)
     read_until(process.stdout, 'iter 3:')
     process.send_signal(number)
-    stdout, stderr = finish(process)
-    assert process.returncode == 0, stderr
-    assert 'stopping: finishing the step and saving' in stderr and 'Traceback' not in stderr
-    iter_num = stopped_at(stdout)
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert 'stopping: finishing the step and saving' in done.stderr and 'Traceback' not in done.stderr
+    iter_num = stopped_at(done.stdout)
     assert load(tmp_path / 'parts')['iter_num'] == iter_num
     assert 'finished' not in json.loads((tmp_path / 'parts' / 'run.json').read_text())
     together(
@@ -148,11 +146,11 @@ def test_sigterm_during_evaluation_saves_and_exits_0(tmp_path, dataset):
     time.sleep(0.5)  # into the evaluation, which takes much longer
     process.terminate()
     begin = time.monotonic()
-    stdout, stderr = finish(process)
-    assert process.returncode == 0, stderr
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 10
-    assert stopped_at(stdout) == load(tmp_path / 'parts')['iter_num'] == 4
-    assert 'step 4' not in stdout and [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3]
+    assert stopped_at(done.stdout) == load(tmp_path / 'parts')['iter_num'] == 4
+    assert 'step 4' not in done.stdout and [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3]
     train(tmp_path, long, 'parts', max_iters=6, init_from='resume')
     assert [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3, 4, 6]
     assert same_state(load(tmp_path / 'straight'), load(tmp_path / 'parts'))
@@ -169,8 +167,7 @@ def test_second_signal_exits_at_once(tmp_path, dataset):
     assert process.poll() is None
     begin = time.monotonic()
     process.terminate()
-    finish(process)
-    assert process.returncode > 0 and time.monotonic() - begin < 5
+    assert finish(process).returncode > 0 and time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize('send', ['to torchrun', 'to all, as ctrl-c does'])
@@ -181,8 +178,8 @@ def test_signal_to_two_processes_leaves_a_checkpoint(tmp_path, dataset, send):
         process.terminate()
     else:
         os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = finish(process)
-    assert load(tmp_path / 'out')['iter_num'] == stopped_at(stdout), stderr
+    done = finish(process)
+    assert load(tmp_path / 'out')['iter_num'] == stopped_at(done.stdout), done.stderr
     assert len(load(tmp_path / 'out')['rng']) == 2
 
 
@@ -244,7 +241,8 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     size = int(share * len(before['ckpt.pt']))
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 5})
-    full = run(tmp_path, 'train.py', *args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    full = run_forked(tmp_path, 'train.py', *args, before=limit)
     assert full.returncode == 1
     assert 'iter 5:' in full.stdout and 'warning: iteration 5 is not saved' in full.stdout + full.stderr
     assert full.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in full.stderr
@@ -419,9 +417,9 @@ def test_missing_data_set_is_prepared(tmp_path):
         'write_dataset(os.path.dirname(os.path.abspath(__file__)))\n'
     )
     args = flags(**{**TINY, 'dataset': 'toy', 'out_dir': 'out'})
-    done = run(tmp_path, tmp_path / 'train.py', *args, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('preparing') == 1
+    done, other = run_group(tmp_path, tmp_path / 'train.py', *args)
+    assert done.returncode == other.returncode == 0, done.stderr + other.stderr
+    assert (done.stdout + other.stdout).count('preparing') == 1
     assert load(tmp_path / 'out')['iter_num'] == 4
 
 

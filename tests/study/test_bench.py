@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers import complaint, run
+from helpers import complaint, run_forked
 
 PARTS = {
     **dict.fromkeys(('layer', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
@@ -29,7 +29,7 @@ PARTS = {
 def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
     rounds = 2 if suite == 'layer' else 1  # each in a process of its own
     command = ['study/bench.py', f'--suite={suite}', f'--only={only}', '--device=cpu', '--repeats=2']
-    done = run(tmp_path, *command, f'--rounds={rounds}')
+    done = run_forked(tmp_path, *command, f'--rounds={rounds}')
     assert done.returncode == 0, done.stderr
     *table, line = done.stdout.strip().split('\n')
     report = json.loads(line)
@@ -57,7 +57,7 @@ def test_mistakes_are_named(tmp_path, flag, message):
 
 
 def test_operators_are_listed_with_their_times(tmp_path):
-    done = run(
+    done = run_forked(
         tmp_path,
         'study/bench.py',
         '--only=float32 96 384 2048 nn.Linear$',

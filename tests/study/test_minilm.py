@@ -4,15 +4,13 @@ import copy
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from helpers import ENV, ROOT, copy_code
+from helpers import ROOT, copy_code, run_forked
 from study import minilm
 from study.runner import read_runs
 from surgery.lora import LoRAConfig, add_lora, lora_layers, lora_off
@@ -47,10 +45,7 @@ def clone(tmp_path_factory):
 
 
 def run(clone, *args):
-    env = {**ENV, 'HF_HUB_OFFLINE': '1'}
-    return subprocess.run(
-        [sys.executable, 'study/minilm.py', *args], cwd=clone, env=env, capture_output=True, text=True, timeout=120
-    )
+    return run_forked(clone, clone / 'study/minilm.py', *args, env={'HF_HUB_OFFLINE': '1'})
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_every_study_is_shown_and_has_runs_of_its_own():
         assert len(read_settings(nano.list_all(study))) == len(nano.list_all(study))  # no two are the same
 
 
-def test_a_run_that_diverged_is_a_record_and_one_that_failed_is_not(tmp_path, dataset):
+def test_a_run_that_diverged_is_a_record_and_one_that_failed_is_not(tmp_path, dataset, forks):
     args = flags(**{**TINY, 'dataset': dataset})
     run = nano.make('a', args, tmp_path / 'a')
     assert 'finished' in run and [line['iter'] for line in run['log']] == [0, 2, 4]

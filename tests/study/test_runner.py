@@ -4,8 +4,6 @@ import json
 import math
 import signal
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 from filelock import FileLock
 from scipy import stats
 
-from helpers import ENV, PATIENCE, ROOT, TINY, complaint, flags, load
+from helpers import ROOT, TINY, complaint, finish, flags, load, start_forked
 from study import runner
 from study.runner import Study, add_run, choose, deviation, mean_and_std, paired_p, read_run, read_runs, share
 
@@ -77,18 +75,17 @@ Study('x', '.').run_all({{'a run': sys.argv[1:]}}, make)
 
 def start(folder, script, *args):
     (folder / 'script.py').write_text(script.format(root=str(ROOT)))
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, 'script.py', *args], cwd=folder, env=ENV, **pipes)
+    return start_forked(folder, folder / 'script.py', *args)
 
 
-def finish(*processes):
+def finish_well(*processes):
     for process in processes:
-        _, stderr = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, stderr
+        done = finish(process)
+        assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_make_each_record_once(tmp_path):
-    finish(*[start(tmp_path, TWO, str(tmp_path), 'run_all') for _ in range(2)])
+    finish_well(*[start(tmp_path, TWO, str(tmp_path), 'run_all') for _ in range(2)])
     made = [line.rpartition(', ') for line in (tmp_path / 'made.txt').read_text().splitlines()]
     names = [f'run {i:02}, "a/b"' for i in range(12)]
     assert sorted(name for name, _, _ in made) == names and len({process for _, _, process in made}) == 2
@@ -97,7 +94,7 @@ def test_two_processes_make_each_record_once(tmp_path):
 
 
 def test_two_processes_lose_no_line_and_keep_the_order(tmp_path):
-    finish(*[start(tmp_path, TWO, str(tmp_path), who) for who in ('one', 'other')])
+    finish_well(*[start(tmp_path, TWO, str(tmp_path), who) for who in ('one', 'other')])
     names = [f'{i:02} of {who}' for i in range(20) for who in ('one', 'other')]
     lines = [json.loads(line) for line in (tmp_path / 'runs.jsonl').read_text().splitlines()]
     assert [line['name'] for line in lines] == names == list(read_runs(tmp_path / 'runs.jsonl'))
@@ -113,11 +110,11 @@ def test_work_that_was_cut_off_is_taken_up_again(tmp_path, number):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1 and stderr == 'stopped; the same command goes on where it was\n'
+    done = finish(process)
+    assert done.returncode == 1 and done.stderr == 'stopped; the same command goes on where it was\n'
     assert 0 < len(steps.read_text()) < 100 and Study('x', tmp_path).read() == {}
     steps.write_text('.' * 97)
-    finish(start(tmp_path, SLOW))
+    finish_well(start(tmp_path, SLOW))
     assert Study('x', tmp_path).read() == {'a run': {'name': 'a run', 'steps': 100}}
     assert not steps.parent.exists()
 
@@ -131,13 +128,13 @@ def test_a_run_of_train_that_was_cut_off_goes_on_where_it_was(tmp_path, dataset)
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    _, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1
-    assert stderr.endswith('stopped; the same command goes on where it was\n') and 'Traceback' not in stderr
+    done = finish(process)
+    assert done.returncode == 1
+    assert done.stderr.endswith('stopped; the same command goes on where it was\n') and 'Traceback' not in done.stderr
     at = load(folder)['iter_num']
     assert 0 < at < 1000 and f'stopped at iteration {at}' in (folder / 'train.txt').read_text()
     assert Study('x', tmp_path).read() == {}
-    finish(start(tmp_path, TRAINED, *args))
+    finish_well(start(tmp_path, TRAINED, *args))
     (run,) = Study('x', tmp_path).read().values()
     assert run['resumed_at'] == at and 'finished' in run
     assert [line['iter'] for line in run['log']] == list(range(0, 1001, 50)) and not folder.exists()

@@ -40,7 +40,7 @@ def test_page_is_made_of_all_records(study, capsys):
     assert '| 1 2 3, float32: e | 200 (200 to 200), 5.00% finds edges | 1 | 3 MiB |' in page
 
 
-def test_a_job_is_a_run_of_bench(study):
+def test_a_job_is_a_run_of_bench(study, forks):
     one = dict(suite='layer', only='float32 96 384 2048 nn.Linear$', rounds=1, repeats=2)
     study.run_all({'tiny': one}, speed.make)
     (record,) = study.read().values()
@@ -51,7 +51,7 @@ def test_a_job_is_a_run_of_bench(study):
     study.run_all({'tiny': one}, None)  # what has a record is not measured again
 
 
-def test_a_job_that_fails_ends_the_study(study):
+def test_a_job_that_fails_ends_the_study(study, forks):
     with pytest.raises(ValueError, match='bench.py --suite=layer --only=cubic .* failed, see above'):
         study.run_all({'tiny': dict(suite='layer', only='cubic')}, speed.make)
     assert study.read() == {}

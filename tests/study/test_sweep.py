@@ -8,7 +8,7 @@ import time
 import pytest
 
 from configurator import settings_of
-from helpers import TINY, complaint, flags, load, read_until, run, start
+from helpers import TINY, complaint, finish, flags, load, read_until, run_forked, start_forked
 from run.records import ADDED
 from study.sweep import check_record, list_runs
 
@@ -26,7 +26,7 @@ def folder(tmp_path, dataset):
 
 def test_runs_all_then_skips_all(folder):
     command = (*CONFIGS, '--root=runs', '--seed=1,2', '--learning_rate=1e-2')
-    done = run(folder, 'study/sweep.py', *command)
+    done = run_forked(folder, 'study/sweep.py', *command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('4 runs, 0 of them finished') and done.stdout.count('best validation loss') == 4
     names = ['a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2']
@@ -39,11 +39,11 @@ def test_runs_all_then_skips_all(folder):
             1e-2,
         )
     before = [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
-    assert run(folder, 'study/sweep.py', *command).stdout == '4 runs, 4 of them finished\n'
+    assert run_forked(folder, 'study/sweep.py', *command).stdout == '4 runs, 4 of them finished\n'
     assert before == [(folder / 'runs' / name / 'ckpt.pt').stat().st_mtime_ns for name in names]
-    more = run(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=2,3', '--learning_rate=1e-2')
+    more = run_forked(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=2,3', '--learning_rate=1e-2')
     assert more.stdout.startswith('2 runs, 1 of them finished')
-    same = run(folder, 'study/sweep.py', *command[:3], '--learning_rate=1e-2', '--seed=1,2')
+    same = run_forked(folder, 'study/sweep.py', *command[:3], '--learning_rate=1e-2', '--seed=1,2')
     assert same.stdout == '4 runs, 4 of them finished\n'  # in whatever order the flags come
     other = complaint(folder, 'study/sweep.py', 'train_a.py', '--root=runs', '--seed=1,2,4', '--learning_rate=2e-2')
     assert other.startswith(
@@ -62,31 +62,31 @@ def test_runs_all_then_skips_all(folder):
 )
 def test_goes_on_with_the_run_that_was_cut_off(folder, send):
     long = ('train_a.py', '--root=runs', *flags(max_iters=600, eval_interval=50))
-    process = start(folder, 'study/sweep.py', *long, start_new_session=True)
+    process = start_forked(folder, 'study/sweep.py', *long)
     read_until(process.stdout, '1 runs')
     while not (folder / 'runs/a/ckpt.pt').exists():
         assert process.poll() is None
         time.sleep(0.05)
     send(process)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and 'the same command goes on where it was' in stderr
+    done = finish(process)
+    assert done.returncode == 1 and 'the same command goes on where it was' in done.stderr
     at = load(folder / 'runs/a')['iter_num']
     assert 0 < at < 600
-    done = run(folder, 'study/sweep.py', *long)
+    done = run_forked(folder, 'study/sweep.py', *long)
     record = json.loads((folder / 'runs/a/run.json').read_text())
     assert f'stopped at iteration {at}' in (folder / 'runs/a/train.txt').read_text()
     assert done.returncode == 0 and record['resumed_at'] == at and 'finished' in record
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
-    done = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
+    done = run_forked(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
         'error: 2 of 4 runs did not finish: runs/a,learning_rate=1e30, runs/b,learning_rate=1e30'
     )
     assert 'not finite' in done.stdout and done.stdout.count('best validation loss') == 2
     before = (folder / 'runs/a,learning_rate=1e30/train.txt').read_text()
-    again = run(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
+    again = run_forked(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert again.returncode == 1 and again.stderr == done.stderr and 'not finite' in again.stdout
     assert (folder / 'runs/a,learning_rate=1e30/train.txt').read_text() == before  # not tried again
 
@@ -94,14 +94,14 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
 def test_two_at_once_share_the_runs(folder):
     """Each is trained once: the second sweep passes over the run that the first holds, and does or finds the others."""
     command = (*CONFIGS, '--root=runs', '--seed=1,2', *flags(max_iters=150, eval_interval=100))
-    first = start(folder, 'study/sweep.py', *command)
+    first = start_forked(folder, 'study/sweep.py', *command)
     read_until(first.stdout, '4 runs')
     while not (folder / 'runs/a,seed=1/run.json').exists():
         assert first.poll() is None
         time.sleep(0.05)
-    second = run(folder, 'study/sweep.py', *command)
-    stdout, stderr = first.communicate(timeout=120)
-    assert first.returncode == second.returncode == 0, stderr + second.stderr
+    second = run_forked(folder, 'study/sweep.py', *command)
+    first = finish(first)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert 'a,seed=1 is being trained by another sweep' in second.stdout
     for name in ('a,seed=1', 'a,seed=2', 'b,seed=1', 'b,seed=2'):
         said = (folder / 'runs' / name / 'train.txt').read_text()
