@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
@@ -177,6 +176,8 @@ def fixed_starts(data, block_size, n_windows):
 
 def get_batch(data, block_size, starts, device):
     """Inputs and the tokens that follow them, (len(starts), block_size) int64 each."""
+    import torch  # here alone: data is prepared without it
+
     rows = torch.from_numpy(np.stack([data[i : i + block_size + 1] for i in starts]).astype(np.int64))
     if device.startswith('cuda'):
         rows = rows.pin_memory().to(device, non_blocking=True)

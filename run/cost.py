@@ -6,6 +6,8 @@ are left out, as PyTorch's counter leaves them out. Attention counts whole T x T
 causal half or not, and graph attention whole ones of its coefficients, whichever edges it has.
 """
 
+import functools
+
 import torch
 
 from layers import spline  # noqa: F401, whose operators are counted
@@ -26,13 +28,29 @@ OPERATORS = {torch.ops.kan.spline_linear: forward_flops, torch.ops.kan.spline_li
 
 
 def count_flops(model_args):
-    """FLOPs per token, forward and backward, on sequences of block_size tokens. Blocks are alike: two are counted."""
-    one, two = (count_flops_of({**model_args, 'n_layer': n}) for n in (1, 2))
+    """FLOPs per token, forward and backward, on sequences of block_size tokens."""
+    return count_by_blocks(count_flops_of, model_args)
+
+
+def count_parameters(model_args):
+    """All of them, embeddings and positions included."""
+    return count_by_blocks(count_parameters_of, model_args)
+
+
+def count_by_blocks(count, model_args):
+    """What count(model_args) says, but in the time of a small GPT: blocks are alike, and two of them are counted."""
+    one, two = (count_once(count, tuple(sorted({**model_args, 'n_layer': n}.items()))) for n in (1, 2))
     return one + (two - one) * (GPTConfig(**model_args).n_layer - 1)
 
 
+@functools.lru_cache(256)
+def count_once(count, items):
+    """For a search that asks for the same blocks in other numbers."""
+    return count(dict(items))
+
+
 def count_flops_of(model_args):
-    """The same, with each block counted."""
+    """The same as count_flops, with each block counted."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, too, where there is some
 
     with torch.device('meta'):
@@ -43,8 +61,8 @@ def count_flops_of(model_args):
     return counter.get_total_flops() / idx.numel()
 
 
-def count_parameters(model_args):
-    """All of them, embeddings and positions included."""
+def count_parameters_of(model_args):
+    """The same as count_parameters, with each block counted."""
     with torch.device('meta'):
         return GPT(GPTConfig(**model_args)).get_num_params(non_embedding=False)
 

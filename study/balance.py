@@ -77,8 +77,7 @@ def ratio(model_args):
     if by == 'seconds':
         reference, seconds = measure_seconds(kan, model_args)
         return seconds / reference
-    count = count_parameters if by == 'params' else count_flops
-    return count(model_args) / count(kan)
+    return count(model_args) / count_of_kan
 
 
 def closest(f, start):
@@ -117,6 +116,8 @@ def search():
     return shape
 
 
+count = {'params': count_parameters, 'flops': count_flops}.get(by)
+count_of_kan = count and count(kan)
 tolerance = 0.05 if by == 'seconds' else 0.01
 varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
 shape = search()

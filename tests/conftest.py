@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import subprocess
 
@@ -8,6 +9,8 @@ import torch
 from data.tokenizer import GPT2Tokenizer
 from forked import popen_or_fork
 from helpers import write_dataset
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # for what the tests start, too
 
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):

@@ -19,8 +19,9 @@ ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
 FORK = multiprocessing.get_context('fork')
 SERVER = multiprocessing.get_context('forkserver')  # forks of a process without threads
 SERVER.set_forkserver_preload(
-    ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._inductor.compile_fx', 'torch_geometric.nn', 'tqdm']
-    + ['matplotlib.pyplot', 'plotly.io', 'scipy.stats', 'sklearn.metrics', 'sacrebleu.metrics', 'filelock']
+    ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._inductor.compile_fx', 'torch_geometric.nn', 'peft']
+    + ['transformers.models.bert.modeling_bert', 'transformers.models.gpt2.modeling_gpt2', 'tiktoken', 'pytest']
+    + ['matplotlib.pyplot', 'plotly.io', 'scipy.stats', 'sklearn.metrics', 'sacrebleu.metrics', 'filelock', 'tqdm']
 )
 popen = subprocess.Popen
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configurator import override, read_file, settings_of
-from helpers import ENV, ROOMS, ROOT, TINY, copy_code, flags, load, read_log
+from helpers import ENV, ROOMS, ROOT, TINY, copy_code, flags, load, read_log, run_forked
 
 CONFIGS = sorted(ROOT.glob('config/**/*.py'))
 PAGES = [
@@ -123,8 +123,7 @@ def test_scripts_run_from_anywhere_and_through_a_link(tmp_path, script):
         command = [sys.executable, str(path), '--help']
         done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and f'python {script}' in done.stdout, done.stderr
-        wrong = '--source=absent' if 'data' in script else '--init_from=absent'
-        done = subprocess.run([*command[:-1], wrong], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60)
+        done = run_forked(tmp_path, path, '--source=absent' if 'data' in script else '--init_from=absent')
         assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
 
 
@@ -169,7 +168,7 @@ def run_python(source, *args):
     )
 
 
-def test_kan_needs_torch_alone():
+def test_kan_needs_torch_alone(tmp_path):
     others = (ABOVE.keys() | COMMANDS) - {'kan', 'layers'}
     source = f"""
 import sys
@@ -184,7 +183,8 @@ import torch
 from kan import KAN
 print(KAN([4, 3, 2])(torch.zeros(5, 4)).shape)
 """
-    done = run_python(source)
+    (tmp_path / 'script.py').write_text(source)
+    done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT))
     assert done.stdout == 'torch.Size([5, 2])\n', done.stderr
 
 
@@ -234,9 +234,12 @@ def clone(tmp_path_factory):
 def enter(folder, line, **settings):
     """Type a command line, with flags after it that make it tiny."""
     program, *args = line.replace('"', '').split()
-    programs = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}
-    command = [*programs[program], *args, *flags(**settings)]
-    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=120)
+    args += flags(**settings)
+    if program == 'python':
+        done = run_forked(folder, folder / args[0], *args[1:])
+    else:
+        command = [sys.executable, '-m', 'torch.distributed.run', *args]
+        done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

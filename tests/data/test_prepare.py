@@ -14,7 +14,7 @@ import pytest
 
 from data import course
 from data.tokenizer import tokenizer_from_dict
-from helpers import HEADERS, ROOT, TITLE, book, copy_code, sonnet, write_file, write_wheel
+from helpers import HEADERS, ROOT, TITLE, book, copy_code, run_forked, sonnet, write_file, write_wheel
 from run.files import sha256_of, write_atomically
 
 HEADER, PAIRS = HEADERS['sst'], HEADERS['quora']
@@ -28,9 +28,7 @@ def repository(tmp_path):
 
 
 def run_prepare(root, name, *flags):
-    return subprocess.run(
-        [sys.executable, root / 'data' / name / 'prepare.py', *flags], cwd=root.parent, capture_output=True, text=True
-    )
+    return run_forked(root.parent, root / 'data' / name / 'prepare.py', *flags)
 
 
 def read_split(folder, split):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from helpers import ENV, ROOT
+from helpers import ENV, ROOT, run_forked
 from kan import KANLinear
 from layers import spline
 from layers.spline import plain_spline_linear, spline_linear
@@ -313,13 +313,9 @@ assert torch.equal(layer(x), y)
 
 
 def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
-    env = {
-        **ENV,
-        'CXX': str(tmp_path / 'no-compiler'),
-        'PATH': str(tmp_path),
-        'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'),
-    }
-    done = subprocess.run([sys.executable, '-c', WITHOUT_A_COMPILER], cwd=ROOT, env=env, capture_output=True, text=True)
+    (tmp_path / 'script.py').write_text(WITHOUT_A_COMPILER)
+    env = dict(CXX=f'{tmp_path}/no-compiler', PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/cache')
+    done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT), env=env)
     assert done.returncode == 0, done.stderr
 
 

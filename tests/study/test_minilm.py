@@ -45,7 +45,7 @@ def clone(tmp_path_factory):
 
 
 def run(clone, *args):
-    return run_forked(clone, clone / 'study/minilm.py', *args, env={'HF_HUB_OFFLINE': '1'})
+    return run_forked(clone, clone / 'study/minilm.py', *args)
 
 
 @pytest.mark.parametrize(

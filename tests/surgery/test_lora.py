@@ -7,8 +7,6 @@ import math
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections import UserDict
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from helpers import ENV, ROOT
+from helpers import ROOT, run_forked, run_group
 from kan import KANLinear
 from layers.spline import plain_spline_linear
 from model import GPT, GPTConfig
@@ -737,9 +735,8 @@ model = nn.ModuleDict({{'layer': nn.Linear({I}, {O}), 'head': nn.Linear({O}, 2)}
 model.load_state_dict(base['state'])
 torch.save(load_lora(model, folder).layer(base['x']), folder + '/y.pt')
 """
-    done = subprocess.run(
-        [sys.executable, '-c', source, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=120
-    )
+    (tmp_path / 'other.py').write_text(source)
+    done = run_forked(tmp_path, tmp_path / 'other.py', tmp_path)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / 'y.pt'), model.layer(x))
 
@@ -936,8 +933,8 @@ def test_layers_and_surgery_work_in_a_folder_of_their_own(tmp_path):
     shutil.copy(ROOT / 'kan.py', tmp_path)
     for room in 'layers', 'surgery':
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-c', ALONE]
-    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    (tmp_path / 'alone.py').write_text(ALONE)
+    done = run_forked(tmp_path, tmp_path / 'alone.py')
     assert done.returncode == 0, done.stderr
 
 
@@ -1047,15 +1044,9 @@ os._exit(0)  # the threads of gloo may abort a Python that shuts down
 def test_two_processes_equal_one(kind, tmp_path):
     script = tmp_path / 'two.py'
     script.write_text(DISTRIBUTED)
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
-    done = subprocess.run(
-        [*launch, str(ROOT), str(ROOT / 'tests'), str(Path(__file__).parent), kind, str(tmp_path / 'two.pt')],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    folders = ROOT, ROOT / 'tests', Path(__file__).parent
+    done = run_group(tmp_path, script, *folders, kind, tmp_path / 'two.pt')
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
     torch.manual_seed(0)
     model = make_gpt(use_kan=kind == 'kan_base', kan_targets='attn')
     add_lora(model, LoRAConfig(kind=kind, rank=3, dropout=0.0, use_dora=True))

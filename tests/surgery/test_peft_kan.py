@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from filelock import FileLock
 
-from helpers import ENV, ROOT
+from helpers import ROOT, run_forked
 
 pytest.importorskip('peft')
 
@@ -618,7 +618,6 @@ def test_commands_of_the_docstring_in_two_processes(tiny, tmp_path):
         (SAVE, textwrap.dedent(save), 'trainable params: '),
         (LOAD, load, "KeyError 'KANLORA'\nTrue\nTrue\n"),
     ):
-        env = {**ENV, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
-        command = [sys.executable, '-c', script.format(example=example)]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        (tmp_path / 'script.py').write_text(script.format(example=example))
+        done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT))
         assert done.returncode == 0 and done.stdout.startswith(printed), done.stdout + done.stderr
