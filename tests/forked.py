@@ -108,6 +108,7 @@ def enter(argv, outputs, cwd, env, group, modules='', prelude='', before=None):
     subprocess.Popen = popen_or_fork
     torch.set_num_threads(1)
     if prelude:
+        sys.path += [str(ROOT), str(ROOT / 'tests')]
         importlib.import_module(prelude)
     if before:
         before()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import FORKED, SHAPE, TOKENIZER, make_checkpoint
+from forked import SERVER
+from helpers import SHAPE, TOKENIZER, make_checkpoint
 from model import GPT, GPTConfig
 from run import checkpoint as ckpt
 
@@ -333,8 +334,8 @@ def test_killed_at_random_points_of_the_save(tmp_path):
     save(tmp_path, 0, size=2**20)
     reached = []
     for _ in range(15):
-        receiver, sender = FORKED.Pipe(duplex=False)
-        child = FORKED.Process(target=save_for_ever, args=(str(tmp_path), sender))
+        receiver, sender = SERVER.Pipe(duplex=False)
+        child = SERVER.Process(target=save_for_ever, args=(str(tmp_path), sender))
         child.start()
         sender.close()
         announced = [receiver.recv() for _ in range(2)]

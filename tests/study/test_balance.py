@@ -6,7 +6,7 @@ import pytest
 
 from configurator import settings_of
 from data.loader import read_meta
-from helpers import ROOT, complaint, flags, run_forked
+from helpers import complaint, flags, run_forked
 from model import model_settings
 from run.cost import count_flops, count_parameters
 
@@ -23,9 +23,6 @@ grid_size = {grid_size}
 learning_rate = 1e-2
 """
 CLOCK = """
-import sys
-
-sys.path.insert(0, {root!r})
 from run import cost
 
 def make_step(model, *settings):
@@ -40,7 +37,7 @@ cost.make_step = make_step
 def balance(folder, dataset, sizes, *args):
     (folder / 'train_x_kan.py').write_text(CONFIG.format(**sizes))
     (folder / 'clock').mkdir()
-    (folder / 'clock/clock.py').write_text(CLOCK.format(root=str(ROOT)))
+    (folder / 'clock/clock.py').write_text(CLOCK)
     done = run_forked(
         folder,
         'study/balance.py',
