@@ -1,6 +1,7 @@
 """Python scripts in processes that find torch and the compiler imported, which saves each of them five seconds."""
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
@@ -16,14 +18,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
-FORK = multiprocessing.get_context('fork')
-SERVER = multiprocessing.get_context('forkserver')  # forks of a process without threads
-SERVER.set_forkserver_preload(
-    ['torch', 'torch.distributed', 'torch.nn.parallel', 'torch._inductor.compile_fx', 'torch_geometric.nn', 'peft']
-    + ['transformers.models.bert.modeling_bert', 'transformers.models.gpt2.modeling_gpt2', 'tiktoken', 'pytest']
-    + ['matplotlib.pyplot', 'plotly.io', 'scipy.stats', 'sklearn.metrics', 'sacrebleu.metrics', 'filelock', 'tqdm']
-)
 popen = subprocess.Popen
+
+
+@functools.cache
+def fork_server():
+    """The process without threads that has imported warm.py, and of which the scripts are forks."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['warm'])
+    path = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = str(ROOT / 'tests')  # a server of Python 3.11 imports from no other path
+    forkserver.ensure_running()
+    del os.environ['PYTHONPATH']
+    if path is not None:
+        os.environ['PYTHONPATH'] = path
+    return context
 
 
 class Forked:
@@ -33,13 +42,14 @@ class Forked:
     """
 
     def __init__(self, args, stdout=PIPE, stderr=PIPE, text=True, cwd=None, env=None, **how):
-        context = FORK if multiprocessing.parent_process() else SERVER
+        alone = multiprocessing.parent_process() is None
+        context = fork_server() if alone else multiprocessing.get_context('fork')
         self.args, self.returncode = args, None
         out = context.Pipe(duplex=False) if stdout == PIPE else (None, None)
         err = context.Pipe(duplex=False) if stderr == PIPE else (None, out[1] if stderr == STDOUT else None)
         argv = [str(arg) for arg in args[1:] if arg != '-u']
         inputs = dict(outputs=(out[1], err[1]), cwd=cwd or os.getcwd(), env=dict(os.environ if env is None else env))
-        self.process = context.Process(target=enter, args=(argv,), kwargs={**inputs, **how, 'group': context is SERVER})
+        self.process = context.Process(target=enter, args=(argv,), kwargs={**inputs, **how, 'group': alone})
         self.process.start()
         self.pid = self.process.pid
         for pipe in filter(None, {out[1], err[1]}):

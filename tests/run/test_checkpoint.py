@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forked import SERVER
+from forked import fork_server
 from helpers import SHAPE, TOKENIZER, make_checkpoint
 from model import GPT, GPTConfig
 from run import checkpoint as ckpt
@@ -334,8 +334,8 @@ def test_killed_at_random_points_of_the_save(tmp_path):
     save(tmp_path, 0, size=2**20)
     reached = []
     for _ in range(15):
-        receiver, sender = SERVER.Pipe(duplex=False)
-        child = SERVER.Process(target=save_for_ever, args=(str(tmp_path), sender))
+        receiver, sender = fork_server().Pipe(duplex=False)
+        child = fork_server().Process(target=save_for_ever, args=(str(tmp_path), sender))
         child.start()
         sender.close()
         announced = [receiver.recv() for _ in range(2)]
