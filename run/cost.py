@@ -39,8 +39,11 @@ def count_parameters(model_args):
 
 def count_by_blocks(count, model_args):
     """What count(model_args) says, but in the time of a small GPT: blocks are alike, and two of them are counted."""
+    n_layer = GPTConfig(**model_args).n_layer
+    if n_layer == 1:
+        return count(model_args)
     one, two = (count_once(count, tuple(sorted({**model_args, 'n_layer': n}.items()))) for n in (1, 2))
-    return one + (two - one) * (GPTConfig(**model_args).n_layer - 1)
+    return one + (two - one) * (n_layer - 1)
 
 
 @functools.lru_cache(256)

@@ -1,7 +1,6 @@
 """Python scripts in processes that find torch and the compiler imported, which saves each of them five seconds."""
 
 import contextlib
-import functools
 import importlib
 import multiprocessing
 import os
@@ -9,29 +8,27 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
-popen = subprocess.Popen
+popen, lock = subprocess.Popen, threading.Lock()
 
 
-@functools.cache
 def fork_server():
     """The process without threads that has imported warm.py, and of which the scripts are forks."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['warm'])
-    path = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = str(ROOT / 'tests')  # a server of Python 3.11 imports from no other path
-    forkserver.ensure_running()
-    del os.environ['PYTHONPATH']
-    if path is not None:
-        os.environ['PYTHONPATH'] = path
+    with lock, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(ROOT / 'tests'))  # a server of Python 3.11 imports from no other path
+        forkserver.ensure_running()
     return context
 
 
@@ -41,7 +38,7 @@ class Forked:
     before it starts, and `before` a function to call.
     """
 
-    def __init__(self, args, stdout=PIPE, stderr=PIPE, text=True, cwd=None, env=None, **how):
+    def __init__(self, args, stdout=PIPE, stderr=PIPE, text=True, cwd=None, env=None, start_new_session=False, **how):
         alone = multiprocessing.parent_process() is None
         context = fork_server() if alone else multiprocessing.get_context('fork')
         self.args, self.returncode = args, None
@@ -49,7 +46,9 @@ class Forked:
         err = context.Pipe(duplex=False) if stderr == PIPE else (None, out[1] if stderr == STDOUT else None)
         argv = [str(arg) for arg in args[1:] if arg != '-u']
         inputs = dict(outputs=(out[1], err[1]), cwd=cwd or os.getcwd(), env=dict(os.environ if env is None else env))
-        self.process = context.Process(target=enter, args=(argv,), kwargs={**inputs, **how, 'group': alone})
+        self.process = context.Process(
+            target=enter, args=(argv,), kwargs={**inputs, **how, 'group': alone or start_new_session}
+        )
         self.process.start()
         self.pid = self.process.pid
         for pipe in filter(None, {out[1], err[1]}):

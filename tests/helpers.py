@@ -152,17 +152,17 @@ def join_processes(n=2, per_node=2):
     return [dict(both, RANK=str(rank), LOCAL_RANK=str(rank % per_node)) for rank in range(n)]
 
 
-def start(folder, script, *args, processes=1):
+def start(folder, script, *args):
     """A script that runs in `folder` beside the test; its lines can be read as they come."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=folder, env=ENV, start_new_session=True, **pipes)
 
 
-def start_forked(folder, script, *args, env=(), **how):
-    """The same in a fork; see there."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+def start_forked(folder, script, *args, processes=1, env=(), **how):
+    """The same in a fork; see there. Several processes are started by torchrun."""
+    launcher = [ROOT / 'tests/torchrun.py', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     return Forked(command, cwd=str(folder), env={**ENV, **dict(env)}, **how)
 
 
@@ -176,8 +176,8 @@ def finish(process):
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def run(folder, script, *args, processes=1):
-    return finish(start(folder, script, *args, processes=processes))
+def run(folder, script, *args):
+    return finish(start(folder, script, *args))
 
 
 def run_forked(folder, script, *args, **how):

@@ -9,7 +9,7 @@ import pytest
 
 import configurator
 from configurator import ConfigError, check_ranges, configure, names_of_configs
-from helpers import ROOT, run, together
+from helpers import ROOT, run_forked, together
 
 DEFAULTS = dict(batch_size=12, learning_rate=6e-4, use_kan=False, out_dir='out', n_layer=2)
 
@@ -418,7 +418,9 @@ def test_mistake_is_one_line_of_all_processes_and_names_the_process_that_makes_i
     for name in bodies:
         (tmp_path / name).mkdir()
         write_script(tmp_path / name, bodies[name])
-    done = together(*(lambda name=name: run(tmp_path, tmp_path / name / 'script.py', processes=2) for name in bodies))
+    done = together(
+        *(lambda name=name: run_forked(tmp_path, tmp_path / name / 'script.py', processes=2) for name in bodies)
+    )
     alone, all_of_them = ([line for line in each.stderr.splitlines() if line.startswith('error')] for each in done)
     assert len(alone) == 1 and alone[0].startswith('error on process 1: ') and 'nothing' in alone[0]
     assert len(all_of_them) == 1 and all_of_them[0].startswith('error: ') and 'nothing' in all_of_them[0]

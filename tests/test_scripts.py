@@ -234,12 +234,8 @@ def clone(tmp_path_factory):
 def enter(folder, line, **settings):
     """Type a command line, with flags after it that make it tiny."""
     program, *args = line.replace('"', '').split()
-    args += flags(**settings)
-    if program == 'python':
-        done = run_forked(folder, folder / args[0], *args[1:])
-    else:
-        command = [sys.executable, '-m', 'torch.distributed.run', *args]
-        done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=120)
+    script = args.pop(0) if program == 'python' else ROOT / 'tests/torchrun.py'
+    done = run_forked(folder, folder / script, *args, *flags(**settings))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

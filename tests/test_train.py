@@ -37,7 +37,6 @@ from helpers import (
     run_group,
     same_run,
     same_state,
-    start,
     start_forked,
     together,
     train,
@@ -53,9 +52,7 @@ SPLINES = dict(spline_lr_scale=2.0, spline_weight_decay=0.0)
 
 def start_training(folder, dataset, out_dir='out', processes=1, **settings):
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': out_dir, **settings})
-    if processes > 1:
-        return start(folder, 'train.py', *args, processes=processes)
-    return start_forked(folder, 'train.py', *args)
+    return start_forked(folder, 'train.py', *args, processes=processes)
 
 
 def stopped_at(stdout):

@@ -32,8 +32,13 @@ def test_flops_are_three_times_those_of_the_forward_products(settings, products)
     assert count_flops({**SIZES, **settings}) == 3 * (2 * products + L * ATTENTION)
 
 
+def test_flops_of_a_single_block():
+    assert count_flops({**SIZES, 'n_layer': 1}) == 3 * (2 * (12 * C * C + V * C) + ATTENTION)
+
+
 @pytest.mark.parametrize(
-    'settings', [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True)]
+    'settings',
+    [{}, dict(mlp='swiglu'), dict(use_kan=True, kan_targets='attn,mlp,head'), dict(use_graph=True), dict(n_layer=1)],
 )
 def test_parameters_are_those_of_the_model(settings):
     assert count_parameters({**SIZES, **settings}) == sum(

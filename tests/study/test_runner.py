@@ -121,7 +121,7 @@ def test_work_that_was_cut_off_is_taken_up_again(tmp_path, number):
 
 def test_a_run_of_train_that_was_cut_off_goes_on_where_it_was(tmp_path, dataset):
     """The signal goes to the study alone, which hands it on and waits until the run has saved."""
-    args = flags(**{**TINY, 'dataset': dataset, 'max_iters': 1000, 'eval_interval': 50})
+    args = flags(**{**TINY, 'dataset': dataset, 'max_iters': 400, 'eval_interval': 50})
     process = start(tmp_path, TRAINED, *args)
     folder = tmp_path / 'out-x/a_run'
     while not (folder / 'ckpt.pt').exists():
@@ -132,12 +132,12 @@ def test_a_run_of_train_that_was_cut_off_goes_on_where_it_was(tmp_path, dataset)
     assert done.returncode == 1
     assert done.stderr.endswith('stopped; the same command goes on where it was\n') and 'Traceback' not in done.stderr
     at = load(folder)['iter_num']
-    assert 0 < at < 1000 and f'stopped at iteration {at}' in (folder / 'train.txt').read_text()
+    assert 0 < at < 400 and f'stopped at iteration {at}' in (folder / 'train.txt').read_text()
     assert Study('x', tmp_path).read() == {}
     finish_well(start(tmp_path, TRAINED, *args))
     (run,) = Study('x', tmp_path).read().values()
     assert run['resumed_at'] == at and 'finished' in run
-    assert [line['iter'] for line in run['log']] == list(range(0, 1001, 50)) and not folder.exists()
+    assert [line['iter'] for line in run['log']] == list(range(0, 401, 50)) and not folder.exists()
 
 
 def test_what_was_stopped_says_so_in_a_line(tmp_path):

@@ -61,7 +61,7 @@ def test_runs_all_then_skips_all(folder):
     ids=['Ctrl-C', 'SIGTERM to all', 'SIGTERM to sweep.py'],
 )
 def test_goes_on_with_the_run_that_was_cut_off(folder, send):
-    long = ('train_a.py', '--root=runs', *flags(max_iters=600, eval_interval=50))
+    long = ('train_a.py', '--root=runs', *flags(max_iters=300, eval_interval=50))
     process = start_forked(folder, 'study/sweep.py', *long)
     read_until(process.stdout, '1 runs')
     while not (folder / 'runs/a/ckpt.pt').exists():
@@ -71,7 +71,7 @@ def test_goes_on_with_the_run_that_was_cut_off(folder, send):
     done = finish(process)
     assert done.returncode == 1 and 'the same command goes on where it was' in done.stderr
     at = load(folder / 'runs/a')['iter_num']
-    assert 0 < at < 600
+    assert 0 < at < 300
     done = run_forked(folder, 'study/sweep.py', *long)
     record = json.loads((folder / 'runs/a/run.json').read_text())
     assert f'stopped at iteration {at}' in (folder / 'runs/a/train.txt').read_text()
