@@ -197,10 +197,9 @@ def test_only_what_is_needed_is_computed():
 
 
 def test_rows_in_any_number_of_splits(monkeypatch):
-    arguments = make_arguments(34, 3, 2)
-    for S in (1, 3, 40):
+    for N, S in (34, 1), (34, 3), (3, 5):
         monkeypatch.setattr(spline_triton, 'splits', lambda x, programs, S=S: S)
-        check(*arguments)
+        check(*make_arguments(N, 3, 2))
     if DEVICE == 'cpu':  # as if it were a card of one multiprocessor
         x = torch.empty(1024, 1)
         assert [
@@ -264,11 +263,6 @@ def test_the_layer_runs_on_them(monkeypatch, autocast):
         torch.testing.assert_close(
             ours, theirs, **(dict(rtol=2e-2, atol=2e-2) if autocast else dict(rtol=1e-5, atol=1e-5))
         )
-
-
-def test_importing_the_kernels_does_not_import_triton():
-    code = 'import sys, layers.spline; sys.exit("layers.spline_triton" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
 # compiled ahead of time

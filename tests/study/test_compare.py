@@ -58,12 +58,23 @@ def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **
     return folder
 
 
-@pytest.fixture
-def runs(tmp_path):
+def write_runs(folder):
     for n_layer, (name, losses) in enumerate(LOSSES.items(), 1):
         for seed, loss in losses.items():
-            write_run(tmp_path / f'runs/{name},seed={seed}', seed, loss, 1000 * n_layer, n_layer=n_layer)
-    return tmp_path
+            write_run(folder / f'runs/{name},seed={seed}', seed, loss, 1000 * n_layer, n_layer=n_layer)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_runs(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory):
+    """The folder of the runs, compared once for all tests that only look, and the table that was printed."""
+    folder = write_runs(tmp_path_factory.mktemp('compared'))
+    return folder, compare(folder)
 
 
 def compare(folder, *args):
@@ -81,8 +92,8 @@ def read_report(folder):
     return json.loads((folder / 'c/compare.json').read_text(), parse_constant=refuse)
 
 
-def test_numbers_are_those_of_numpy_and_scipy(runs):
-    table = compare(runs)
+def test_numbers_are_those_of_numpy_and_scipy(compared):
+    runs, table = compared
     a, b, wide = read_report(runs)['groups']
     assert [group['name'] for group in (a, b, wide)] == ['a', 'b', 'b_wide']
     ours, theirs = list(LOSSES['b'].values()), list(LOSSES['a'].values())
@@ -99,8 +110,8 @@ def test_numbers_are_those_of_numpy_and_scipy(runs):
     assert f'p = {b["p"]:.2g}' in row
 
 
-def test_curves_are_means_over_seeds_without_the_start(runs):
-    compare(runs)
+def test_curves_are_means_over_seeds_without_the_start(compared):
+    runs, _ = compared
     curve = read_report(runs)['groups'][0]['curve']
     assert curve['iterations'] == [10, 20, 30]
     assert curve['mean'] == pytest.approx([2.52, 1.52, 1.62]) and curve['std'] == pytest.approx([0.02] * 3)
@@ -258,9 +269,8 @@ def test_make_results_makes_the_page_of_every_study():
     assert {path.parent.name for path in ROOT.glob('results/*/compare.md')} <= nano.RUNS.keys()
 
 
-def test_takes_the_records_of_a_study_beside_folders(runs):
+def test_takes_the_records_of_a_study_beside_folders(runs, compared):
     """The same rows, whether a run lies in a folder or is a line."""
-    table = compare(runs)
     lines = []
     for folder in sorted((runs / 'runs').glob('b*')):
         log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
@@ -268,7 +278,7 @@ def test_takes_the_records_of_a_study_beside_folders(runs):
         lines.append(json.dumps({'name': folder.name, **record, 'log': log}) + '\n')
         shutil.rmtree(folder)
     (runs / 'runs/runs.jsonl').write_text(''.join(lines))
-    assert compare(runs) == table
+    assert compare(runs) == compared[1]
     done = run_forked(runs, 'study/compare.py', 'runs/runs.jsonl', 'nowhere/runs.jsonl', '--out=c')
     assert done.returncode == 0 and done.stderr == 'left out: nowhere/runs.jsonl holds no run of train.py\n'
     assert [group['name'] for group in read_report(runs)['groups']] == ['b', 'b_wide']
@@ -328,8 +338,8 @@ def test_families_that_share_their_first_settings_keep_their_names(tmp_path):
     }
 
 
-def test_page_needs_no_network(runs):
-    compare(runs)
+def test_page_needs_no_network(compared):
+    runs, _ = compared
     page = re.sub(
         r'<script>/\*\*.*?</script>', '', (runs / 'c/compare.html').read_text(), count=1, flags=re.DOTALL
     )  # plotly itself
@@ -337,9 +347,9 @@ def test_page_needs_no_network(runs):
 
 
 @pytest.mark.skipif(not BROWSER, reason='no Chromium or Chrome here')
-def test_page_opens_and_sorts_in_a_browser(runs):
-    compare(runs)
-    page = runs / 'c/compare.html'
+def test_page_opens_and_sorts_in_a_browser(compared, tmp_path):
+    page = tmp_path / 'compare.html'
+    shutil.copy(compared[0] / 'c/compare.html', page)
     probe = """<script>
     window.addEventListener('error', event => document.title = 'error: ' + event.message);
     window.addEventListener('load', () => {
