@@ -1,11 +1,11 @@
 """The spline layer, forward and backward: y = [B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, with the bases B recomputed
 wherever they are needed, so that of the data the input alone is kept.
 
-    plain_spline_linear   the formula in plain PyTorch: any device, any grid, any number of derivatives, much memory
+    plain_spline_linear   the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
     spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and
                           one matrix product takes them from the cache. On uniform grids torch.compile fuses a pass
                           where it works (on a CPU it needs a C++ compiler), elsewhere it is plain PyTorch
-    spline_triton.py      on a GPU, the same again with columns that never reach its memory
+    spline_triton.py      on a GPU, the operator with columns that never reach its memory
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows, n of them in a chunk.
 The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
@@ -20,6 +20,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input, or one of them
@@ -28,7 +29,7 @@ CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
 WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
-UNIFORM = WeakTensorKeyDictionary()  # knots: (where and at which version they were looked at, whether they are uniform)
+UNIFORM = WeakTensorKeyDictionary()  # knots: (a copy of their numbers, whether they are uniform)
 
 
 def cardinal_spline(d, k):
@@ -66,6 +67,48 @@ def recursive_bases(x, knots, k):
     return bases
 
 
+class Bases(torch.autograd.Function):
+    """The r-th derivative by x of the B-splines of order k on any knots; shapes as in uniform_bases. Its own derivative
+    by x is that of r + 1.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, knots, k, r):
+        if r > k:
+            return recursive_bases(x, knots, k).zero_()
+        return raise_orders(recursive_bases(x, knots, k - r), knots, k - r + 1, k)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.k, ctx.r = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * Bases.apply(*ctx.saved_tensors, ctx.k, ctx.r + 1)).sum(1), None, None, None
+
+
+def smooth_bases(x, knots, k):
+    """recursive_bases, with derivatives by x that are cheap. Not for forward mode, which loses tangents within itself
+    where functions of one's own take part.
+    """
+    return Bases.apply(x, knots, k, 0)
+
+
+def raise_orders(bases, knots, first, last):
+    """Derivatives of the B-splines of order `last` from the B-splines of order `first` - 1, (N, P - first, I), by
+    dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order p - 1 on the same knots and
+    r_m = p / (knot_{m+p} - knot_m)  (de Boor 1978, ch. X).
+    """
+    knots = knots.t()
+    for p in range(first, last + 1):
+        bases = bases * (p * reciprocal(knots[p:] - knots[:-p]))
+        bases = bases[:, :-1] - bases[:, 1:]
+    return bases
+
+
 def reciprocal(width):
     """1 / width, and 0 where knots coincide: the convention of de Boor for 0 / 0."""
     return torch.where(width > 0, 1 / width, 0)
@@ -82,13 +125,23 @@ def are_uniform(knots):
 
 
 def basis_function(knots):
-    """The closed form where the knots are uniform, else the recursion. Looks again whenever `knots` was written to."""
-    state = None if knots.is_inference() else (knots.data_ptr(), knots._version)
+    """The closed form where the knots are uniform, else the recursion. The numbers are compared with those last seen:
+    `.data`, numpy and collectives change a tensor without a trace.
+    """
     seen, uniform = UNIFORM.get(knots, (None, None))
-    if state is None or seen != state:
+    if not same_numbers(seen, knots):
         uniform = are_uniform(knots)
-        UNIFORM[knots] = state, uniform
+        UNIFORM[knots] = knots.clone(), uniform
     return uniform_bases if uniform else recursive_bases
+
+
+def same_numbers(seen, knots):
+    """False for None, and for numbers elsewhere or of another dtype."""
+    if seen is None or (seen.device, seen.dtype) != (knots.device, knots.dtype):
+        return False
+    if knots.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # while a graph is recorded none can be read
+    return torch.equal(seen, knots)
 
 
 def to_working_dtype(*tensors):
@@ -109,9 +162,8 @@ def columns(x, knots, k, activation, bases, dtype):
 
 
 def input_gradient(dcolumns, x, knots, k, activation, bases):
-    """The gradient of the columns taken back to x, dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype:
-    dB_m/dx = r_m B'_m - r_{m+1} B'_{m+1}, with B' the bases of order k - 1 on the same knots and
-    r_m = k / (knot_{m+k} - knot_m)  (de Boor 1978, ch. X).
+    """The gradient of the columns taken back to x, dcolumns (n, K + 1, I), x (n, I) -> (n, I) in the working dtype, by
+    the formula of raise_orders.
     """
     x, knots = to_working_dtype(x, knots)
     dx = activation_gradient(activation, x, dcolumns[:, -1])
@@ -148,17 +200,26 @@ def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
     return slope * per_spacing + activation_gradient(activation, x, dcolumns[:, -1])
 
 
-def plain_spline_linear(x, weight, knots, k, activation, dtype):
+def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_bases):
     """What spline_linear computes, and its reference."""
-    return columns(x, knots, k, activation, recursive_bases, dtype).flatten(1) @ weight.to(dtype).t()
+    return columns(x, knots, k, activation, bases, dtype).flatten(1) @ weight.to(dtype).t()
 
 
 def spline_linear(x, weight, knots, k, activation, dtype):
     """[B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
     (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
-    that torch.func can differentiate -> (N, O). Deterministic; not twice differentiable; opaque to torch.compile.
+    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile.
+
+    Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
+    if is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
+        return plain_spline_linear(x, weight, knots, k, activation, dtype)
     return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
+
+
+def is_transformed():
+    """Whether forward mode or a transform of torch.func is at work: operators of one's own lose tangents silently."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 ACTIVATIONS = {}  # modules by name: the arguments of an operator are tensors, numbers and strings
@@ -246,16 +307,44 @@ def keep(ctx, inputs, output):
 
 def differentiate(ctx, grad):
     needed = list(ctx.needs_input_grad[:2])
-    gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
+    if is_transformed():
+        gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, recursive_bases, torch.is_grad_enabled())
+    else:
+        gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
     return *(gradient if need else None for gradient, need in zip(gradients, needed)), None, None, None, None
 
 
-def refuse(ctx, *grads):
-    raise RuntimeError('spline_linear (KANLinear) cannot be differentiated twice; spline.plain_spline_linear can')
+@torch.enable_grad()
+def plain_gradients(grad, x, weight, knots, k, activation, dtype, bases, create_graph):
+    """What spline_linear_backward computes, by way of plain_spline_linear."""
+    x, weight = view_with_grad(x), view_with_grad(weight)
+    y = plain_spline_linear(x, weight, knots, k, ACTIVATIONS[activation], dtype, bases)
+    return torch.autograd.grad(y, [x, weight], grad, create_graph=create_graph)
+
+
+def keep_again(ctx, inputs, output):
+    grad, x, weight, knots, *ctx.settings, ctx.needed = inputs
+    ctx.save_for_backward(grad, x, weight, knots)
+
+
+def differentiate_again(ctx, *grads):
+    """The gradients of spline_linear_backward; with a graph, where those of third order are wanted."""
+    create_graph, (*inputs, knots) = torch.is_grad_enabled(), ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [view_with_grad(tensor) for tensor in inputs]
+        first = plain_gradients(*inputs, knots, *ctx.settings, smooth_bases, create_graph=True)
+        outputs, others = zip(*[pair for *pair, need in zip(first, grads, ctx.needed) if need])
+        again = torch.autograd.grad(outputs, inputs, others, create_graph=create_graph, allow_unused=True)
+    return *again, None, None, None, None, None
+
+
+def view_with_grad(tensor):
+    """A view, so that a gradient that depends on x is no path to x."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)
-spline_linear_backward.register_autograd(refuse)
+spline_linear_backward.register_autograd(differentiate_again, setup_context=keep_again)
 
 
 def chunks(x, w, backend):
