@@ -21,6 +21,7 @@ KINDS = (bool, int, float, str)  # a variable of any other type is not a setting
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 ARITHMETIC |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
 ROOT = os.path.dirname(os.path.realpath(__file__))
+PATHS = ('out_dir', 'init_from', 'dataset', 'source', 'adapter', 'root', 'out')  # settings in which ~ is the home
 PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
 INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval')
@@ -79,7 +80,8 @@ def override(settings, argv):
     for arg in argv:
         pairs = [read_flag(arg, settings)] if arg.startswith('-') else read_file(arg)
         for name, value, where in pairs:
-            settings[name] = check(name, value, settings, where)
+            value = check(name, value, settings, where)
+            settings[name] = os.path.expanduser(value) if name in PATHS else value
     return settings
 
 
@@ -98,7 +100,7 @@ def read_flag(arg, settings):
 def read_file(path, within=()):
     """The pairs of a config file, after those of the one beside it that a line `include = 'name.py'` begins with."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # a mark of Windows before the text is none of it
             source = f.read()
         body = ast.parse(source, path).body
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:

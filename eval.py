@@ -27,6 +27,7 @@ from model import GPT
 from run.checkpoint import build_model, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
+from run.records import perplexity
 from tasks import model as task_model
 from tasks import prompts, score
 
@@ -97,7 +98,7 @@ def evaluate_text(checkpoint):
     total = sum_losses(model, data, length, step)
     tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
     loss, bits = total / tokens, total / math.log(2)
-    found = dict(loss=loss, perplexity=math.exp(loss), bits_per_char=bits / chars, bits_per_byte=bits / n_bytes)
+    found = dict(loss=loss, perplexity=perplexity(loss), bits_per_char=bits / chars, bits_per_byte=bits / n_bytes)
     print(f'{source} on {split} of {name}: {tokens:,} tokens, {chars:,} characters, {n_bytes:,} bytes')
     print(f'windows of {length} tokens, every {step}')
     print(
@@ -150,4 +151,5 @@ if on_task and dataset:
     raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')
 result = evaluate_task(checkpoint) if on_task else evaluate_text(checkpoint)
 about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
-print(json.dumps({**result, **about}))
+numbers = {key: None if value == math.inf else value for key, value in result.items()}  # JSON has no infinity
+print(json.dumps({**numbers, **about}))

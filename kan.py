@@ -9,6 +9,7 @@ Legend: I, O features in and out; G grid intervals; k spline order; K = G + k ba
 The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
 """
 
+import inspect
 import math
 
 import torch
@@ -20,6 +21,46 @@ from layers.spline import name_of, recursive_bases, spline_linear, to_float64, t
 def least_squares(gram, moments):
     """The c of least norm with gram @ c = moments, (I, K, K) and (I, K, ...), also where data left bases unseen."""
     return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moments
+
+
+class Elementwise(nn.Module):
+    """A function of x as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def make_activation(given):
+    """The module of an activation: of a class or another function that makes one, of a module, of a function of x, or
+    of the name of a class of torch.nn in any case. ValueError for anything else, and for what a KAN layer cannot have.
+    """
+    made = given
+    if isinstance(given, str):
+        classes = {name.lower(): kind for name, kind in vars(nn.modules.activation).items() if isinstance(kind, type)}
+        made = classes.get(given.lower(), lambda: None)()
+    elif callable(given) and not isinstance(given, nn.Module):
+        made = given() if isinstance(given, type) or takes_nothing(given) else Elementwise(given)
+    if not isinstance(made, nn.Module):
+        wanted = "a class of modules (nn.SiLU), a module, a function of x, or a name ('silu')"
+        raise ValueError(f'base_activation must be {wanted}, got {given!r}')
+    if any(True for _ in made.parameters()):
+        raise ValueError(f'base_activation must have no parameters of its own, got {made}')
+    if getattr(made, 'inplace', False):
+        raise ValueError(f'base_activation must not change its input, got {made}')
+    return made
+
+
+def takes_nothing(function):
+    """Whether a function can be called without arguments, as far as Python knows."""
+    try:
+        inspect.signature(function).bind()
+        return True
+    except (TypeError, ValueError):
+        return False
 
 
 class KANLinear(nn.Module):
@@ -49,11 +90,7 @@ class KANLinear(nn.Module):
         self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
         self.enable_standalone_scale_spline = enable_standalone_scale_spline
         self.grid_eps = grid_eps
-        self.base_activation = base_activation()
-        if any(True for _ in self.base_activation.parameters()):
-            raise ValueError(f'base_activation must have no parameters of its own, got {self.base_activation}')
-        if getattr(self.base_activation, 'inplace', False):
-            raise ValueError(f'base_activation must not change its input, got {self.base_activation}')
+        self.base_activation = make_activation(base_activation)
         name_of(self.base_activation)  # known before a compiler traces `forward`
 
         spacing = (high - low) / grid_size
@@ -144,6 +181,9 @@ class KANLinear(nn.Module):
         x = to_float64(x.reshape(-1, self.in_features))
         if x.size(0) == 0:
             raise ValueError('update_grid needs at least one row of inputs')
+        if not x.isfinite().all():
+            n_nan, n_inf = x.isnan().sum().item(), x.isinf().sum().item()
+            raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
         for rows in x.split(4096):
@@ -156,6 +196,40 @@ class KANLinear(nn.Module):
         refit = refit + torch.einsum('iab,oib->oia', least_squares(gram, cross - gram), refit)
         self.spline_weight.copy_(refit)
         self.grid.copy_(new)
+
+    @torch.no_grad()
+    def refine_grid(self, grid_size):
+        """Give the layer grid_size intervals in place of those it has (grid extension, Liu et al. 2024, section 2.4);
+        returns the largest difference that this makes to the spline of an edge. A multiple of the present number makes
+        none: each interval is divided evenly, and all knots stay. With another number the splines are the nearest, by
+        least squares. The knots outside the grid stay in any case, so that it is no longer uniform. spline_weight is a
+        new parameter: make the optimizer anew.
+        """
+        if grid_size < 1:
+            raise ValueError(f'grid_size must be at least 1, got {grid_size}')
+        old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
+        shares = torch.linspace(0, 1, 2 * self.spline_order + 4, dtype=new.dtype, device=new.device)[1:-1]
+        x = torch.lerp(new[:, :-1, None], new[:, 1:, None], shares).flatten(1).t()  # points within each interval
+        before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
+        gram = torch.einsum('nai,nbi->iab', after, after)
+        cross = torch.einsum('nai,nbi->iab', after, before)
+        coefficients, scaled = to_float64(self.spline_weight), to_float64(self.scaled_spline_weight)
+        refit = torch.einsum('iab,oib->oia', least_squares(gram, cross), coefficients).to(self.spline_weight)
+        self.spline_weight = nn.Parameter(refit, requires_grad=self.spline_weight.requires_grad)
+        self.grid, self.grid_size = new.to(self.grid), grid_size
+        rescaled, difference = to_float64(self.scaled_spline_weight), 0.0
+        for ours, theirs in zip(after, before):  # at each point
+            change = torch.einsum('ai,oia->oi', ours, rescaled) - torch.einsum('ai,oia->oi', theirs, scaled)
+            difference = max(difference, change.abs().max().item())
+        return difference
+
+    def refined_knots(self, grid_size):
+        """(I, grid_size + 2k + 1): evenly between the old ones, and the old ones outside the grid."""
+        G, k, old = self.grid_size, self.spline_order, to_float64(self.grid)
+        place = torch.linspace(0, G, grid_size + 1, dtype=old.dtype, device=old.device)
+        first = place.long().clamp(max=G - 1)  # the interval in which each new knot lies
+        inner = torch.lerp(old[:, k + first], old[:, k + first + 1], place - first)
+        return torch.cat([old[:, :k], inner, old[:, k + G + 1 :]], 1)
 
     def fitted_knots(self, x, margin):
         """(N, I) -> (I, G + 2k + 1)"""
@@ -202,6 +276,11 @@ class KAN(nn.Module):
                 layer.update_grid(x)
             x = layer(x)
         return x
+
+    def refine_grid(self, grid_size):
+        """KANLinear.refine_grid of each layer; returns the largest of the differences."""
+        self.grid_size = grid_size
+        return max(layer.refine_grid(grid_size) for layer in self.layers)
 
     def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
         return sum(layer.regularization_loss(regularize_activation, regularize_entropy) for layer in self.layers)

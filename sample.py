@@ -8,6 +8,7 @@ Checkpoints of nanoGPT and nanoGPKANT work too: put the ckpt.pt into a folder an
 """
 
 import codecs
+import os
 
 import torch
 
@@ -17,6 +18,7 @@ from layers.generation import stream
 from model import GPT
 from run.checkpoint import build_model, load_checkpoint
 from run.device import autocast, pick_device, pick_dtype
+from run.files import decode_text
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
@@ -47,12 +49,9 @@ dtype = pick_dtype(dtype, device)
 def read_prompt():
     if not start.startswith('FILE:'):
         return start
-    with open(start[5:], 'rb') as f:
-        content = f.read()
-    try:
-        return content.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{start[5:]} is not UTF-8 text: {error}') from None
+    path = os.path.expanduser(start.removeprefix('FILE:'))
+    with open(path, 'rb') as f:
+        return decode_text(f.read(), path)
 
 
 class Sample:

@@ -33,7 +33,7 @@ log_interval = 1
 eval_iters = 200  # batches of fixed validation windows; at most the whole split is used
 eval_only = False  # if True, script exits right after the first eval
 always_save_checkpoint = True  # if False, save only when the validation loss improves, on interruption and at the end
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*' or a folder with a GPT-2 of transformers
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*', the folder of another run, or of a GPT-2 of transformers
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'owt'
@@ -111,32 +111,57 @@ config.update(device=device, dtype=dtype)
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
-# data
-loader.prepare_dataset(dataset)
-session.join(backend)
-meta = loader.read_meta(dataset)
-session.check_same(f'data set {dataset!r}', meta.get('splits'))
-train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-
 
 def load_state():
-    """The checkpoint that --init_from=resume goes on from; ValueError where it is no run of train.py on this text."""
+    """The checkpoint that --init_from=resume goes on from; ValueError where it is no run of train.py."""
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' in state:
         raise ValueError(f'{out_dir} holds a run of finetune.py: that script resumes it, by --resume=True')
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
-    if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-        raise ValueError(f'{out_dir} has another vocabulary than data set {dataset!r}: prepare its text again')
-    if meta and state.get('data', meta['splits']) != meta['splits']:
-        say(f'warning: the tokens of data set {dataset!r} are not those this run began with')
+    before = state.get('config', {}).get('dataset', dataset)
+    if before != dataset and not loader.is_prepared(dataset):
+        advice = f'name the config file of that run, or --dataset={before}'
+        raise ValueError(f'{out_dir} is a run on data set {before!r}, and {dataset!r} is not prepared: {advice}')
     return state
+
+
+def load_base():
+    """The checkpoint of a run of one's own that a new run begins with: the best one in the folder init_from."""
+    state = ckpt.load_checkpoint(init_from)
+    if 'finetune' in state:
+        raise ValueError(f'{init_from} holds a run of finetune.py, whose model is not one of text alone')
+    return state
+
+
+def check_vocabulary(state, place):
+    if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+        raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: prepare its text again')
+
+
+# the run to go on from or to begin with, then the data
+is_run = init_from not in ('scratch', 'resume') and any(
+    os.path.exists(os.path.join(init_from, name)) for name in ckpt.STATES
+)
+state, base = load_state() if init_from == 'resume' else None, load_base() if is_run else None
+loader.prepare_dataset(dataset)
+session.join(backend)
+meta = loader.read_meta(dataset)
+session.check_same(f'data set {dataset!r}', meta.get('splits'))
+train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
+is_another_text = bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
 
 
 def make_model(state):
     """The GPT that init_from and the settings ask for, or that of the state to resume."""
     if state:
+        check_vocabulary(state, out_dir)
         model = ckpt.build_model(state, dropout=dropout)
+    elif base:
+        check_vocabulary(base, init_from)
+        model = ckpt.build_model(base, dropout=dropout)
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2')
@@ -146,7 +171,7 @@ def make_model(state):
         if block_size < model.config.block_size:
             model.crop_block_size(block_size)
     else:
-        names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"
+        names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
     if block_size != model.config.block_size:
         raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
@@ -176,7 +201,6 @@ def make_optimizer(model, state):
 
 
 torch.manual_seed(seed)
-state = load_state() if init_from == 'resume' else None
 raw_model = make_model(state)
 if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
@@ -185,6 +209,8 @@ optimizer, scaler = make_optimizer(raw_model, state)
 iter_num, best_val_loss, seconds = 0, math.inf, 0.0
 if state:
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
+if is_another_text:
+    best_val_loss = math.inf
 
 
 def compiled(model):
@@ -288,6 +314,9 @@ session.begin(
     tokens_per_iter=tokens_per_iter,
     flops_per_token=count_flops(asdict(raw_model.config)) if master and not eval_only else None,
 )
+if is_another_text and master and not eval_only:
+    say(f'warning: the tokens of data set {dataset!r} are not those this run began with: its best loss starts anew')
+    ckpt.set_aside(out_dir, ['best.pt'])
 source = meta.get('source', 'files without meta.json')
 say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {source}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')

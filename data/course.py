@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from data.download import download
-from run.files import write_atomically
+from run.files import decode_text, write_atomically
 
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
     'sst': (('sentence',), 'sentiment', 5),
@@ -37,13 +37,11 @@ def read_rows(task, path, labelled=True):
 def parse_rows(task, content, name, labelled=True):
     """The rows in the bytes `content` of the file called `name`, and the numbers of the lines left out, by FAULTS."""
     texts, label, _ = COLUMNS[task]
-    text = io.StringIO(decode(content, name), newline='')
+    text = io.StringIO(decode_text(content, name), newline='')
     # a quotation mark is a character like any other: were it to open a field, an odd one would swallow the next lines
+    csv.field_size_limit(2**31 - 1)  # cells of any length; Python's own limit is 131,072 characters
     reader = csv.reader(text, delimiter='\t', quoting=csv.QUOTE_NONE)
-    try:
-        (_, columns), *lines = [(reader.line_num, row) for row in reader] or [(1, [])]
-    except csv.Error as error:
-        raise ValueError(f'{name} is not a tab-separated file: line {reader.line_num}: {error}') from None
+    (_, columns), *lines = [(reader.line_num, row) for row in reader] or [(1, [])]
     absent = [column for column in ('id', *texts, *[label] * labelled) if column not in columns]
     if absent:
         raise ValueError(f'{name} has no column {" or ".join(absent)}: its first line has {str(columns)[:80]}')
@@ -62,14 +60,6 @@ def parse_rows(task, content, name, labelled=True):
     for remark in remarks:
         print(f'{name}: {remark}', file=sys.stderr)
     return rows, left_out
-
-
-def decode(content, name):
-    """The text in the bytes of the file called `name`, without the mark that Windows puts before it."""
-    try:
-        return content.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
 
 
 def find_fault(task, row, columns, fields, labelled):
@@ -107,7 +97,7 @@ def parse_sonnets(content, name, prompts=False):
     its lines without the empty ones. ValueError where there is no sonnet, or one of too few lines: as `prompts` they
     have N_PROMPT_LINES, else N_LINES, or two less (the 126th has twelve).
     """
-    parts = re.split(r'^\s*(\d+)\s*$', decode(content, name), flags=re.MULTILINE)[1:]
+    parts = re.split(r'^\s*(\d+)\s*$', decode_text(content, name), flags=re.MULTILINE)[1:]
     sonnets = [(number, drop_empty_lines(body)) for number, body in zip(parts[::2], parts[1::2])]
     fewest = N_PROMPT_LINES if prompts else N_LINES - 2
     short = next((number for number, body in sonnets if body.count('\n') + 1 < fewest), None)

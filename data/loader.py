@@ -8,6 +8,7 @@ import functools
 import json
 import operator
 import os
+import pickle
 import subprocess
 import sys
 
@@ -77,7 +78,11 @@ def prepare_dataset(dataset, made=TOKENS):
         with lock.acquire(blocking=False):
             if not is_prepared(dataset, made):
                 print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
-                failed = subprocess.run([sys.executable, script]).returncode != 0
+                # a folder that is a link to another place has no modules above it
+                paths = os.pathsep.join(filter(None, [os.path.dirname(DATA), os.environ.get('PYTHONPATH')]))
+                failed = (
+                    subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths}).returncode != 0
+                )
     except Timeout:  # another process prepares it
         with lock:
             failed = not is_prepared(dataset, made)
@@ -90,7 +95,9 @@ def prepare_dataset(dataset, made=TOKENS):
 
 
 def read_meta(dataset):
-    """The contents of meta.json, or {} for files made by nanoGPT, which have none."""
+    """The contents of meta.json, or what stands for it in a folder of nanoGPT: the characters of its meta.pkl, or {}
+    where it has none, because its tokens are GPT-2's.
+    """
     path = os.path.join(dataset_folder(dataset), 'meta.json')
     try:
         with open(path, encoding='utf-8') as f:
@@ -99,9 +106,40 @@ def read_meta(dataset):
             functools.reduce(operator.getitem, name.split('.'), meta)
         return meta
     except FileNotFoundError:
-        return {}
+        return read_pickled_meta(dataset_folder(dataset))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Of dictionaries, strings and numbers; whatever has to be imported, and could run, is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it holds {module}.{name}, which is more than data')
+
+
+def read_pickled_meta(folder):
+    """meta.pkl of a data set by character, as nanoGPT's prepare.py writes it, in the form of meta.json; {} where there
+    is none. ValueError where it is anything else.
+    """
+    path = os.path.join(folder, 'meta.pkl')
+    try:
+        with open(path, 'rb') as f:
+            itos = PlainUnpickler(f).load()['itos']
+        tokenizer = CharTokenizer(''.join(itos[i] for i in range(len(itos))))
+        if tokenizer.vocab_size != len(itos):
+            raise ValueError('a token is more than a character')
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # what a pickle raises on other bytes has no type in common
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        advice = 'expected that of a data set by character of nanoGPT; a meta.json beside it is read in its place'
+        raise ValueError(f'{path} cannot be used ({reason}): {advice}') from None
+    meta = {'source': 'files of nanoGPT', 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
+    paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
+    sizes = {split: os.path.getsize(path) // DTYPE.itemsize for split, path in paths.items()}
+    splits = {split: {'tokens': n, 'sha256': sha256_of(paths[split])} for split, n in sizes.items()}
+    return {**meta, 'splits': splits, 'val_chars': sizes['val']}
 
 
 def model_vocab_size(meta):

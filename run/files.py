@@ -35,6 +35,14 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+def decode_text(content, name):
+    """The text in the bytes of the file called `name`: UTF-8, without the mark and the ends of lines of Windows."""
+    try:
+        return content.decode('utf-8-sig').replace('\r\n', '\n')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name} is not UTF-8 text: {error}') from None
+
+
 def sha256_of(path):
     """The sha256 of a file, in hexadecimal."""
     with open(path, 'rb') as f:

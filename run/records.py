@@ -5,6 +5,7 @@ log.jsonl   one line per evaluation
 """
 
 import json
+import math
 import os
 import subprocess
 from datetime import UTC, datetime
@@ -55,6 +56,11 @@ def read_json(path, read, nothing):
 def write_log(out_dir, lines):
     with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(line, allow_nan=False) + '\n' for line in lines)
+
+
+def perplexity(loss):
+    """exp of a loss in nats per token, inf beyond the largest float."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def commit():

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -162,12 +163,28 @@ class Session:
         self.record = dict(config=config, seed=config['seed'], commit=records.commit(), versions=versions())
         self.record.update(device=device_name(self.device), processes=self.world_size, **fields)
         self.record.update(resumed_at=resumed_at, started=records.now())
+        if out_dir is not None:
+            self.reserve(out_dir)
         if self.master and out_dir is not None:
-            os.makedirs(out_dir, exist_ok=True)
             earlier = set_aside(out_dir) if resumed_at is None else None
             if earlier:
                 self.say(f'{out_dir} holds an earlier run: its files are moved to {earlier}')
         self.write_record()
+
+    def reserve(self, out_dir):
+        """Have out_dir for this run alone, until its first process ends, however it does."""
+        taken = False
+        if self.master:
+            os.makedirs(out_dir, exist_ok=True)
+            self.lock = FileLock(os.path.join(out_dir, 'run.lock'), blocking=False)
+            try:
+                self.lock.acquire()
+            except Timeout:
+                taken = True
+            except (OSError, NotImplementedError) as error:  # a file system without locks
+                self.say(f'warning: {out_dir} cannot be locked against another run: {error}')
+        if self.all_reduce(taken)[0]:
+            raise ValueError(f'{out_dir} is in use by another run; name another folder by --out_dir')
 
     def give_up(self, reason):
         """End a run that diverged, before it does harm to what is saved."""

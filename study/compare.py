@@ -29,7 +29,7 @@ from scipy import stats
 
 from configurator import INCIDENTAL, configure
 from run.files import write_atomically
-from run.records import complete
+from run.records import complete, perplexity
 from study import figures
 from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 
@@ -205,7 +205,7 @@ COLUMNS = {  # name: (text, number to sort by)
     'best val loss': lambda g: (mean_and_std(g['best'], 4), np.mean(g['best'])),
     'to baseline': lambda g: (difference_text(g), g['difference']),
     'final val loss': lambda g: (mean_and_std(g['final'], 4), np.mean(g['final'])),
-    'perplexity': lambda g: (f'{math.exp(np.mean(g["best"])):.3f}', np.mean(g['best'])),
+    'perplexity': lambda g: (f'{perplexity(np.mean(g["best"])):.3f}', np.mean(g['best'])),
     'bits / char': lambda g: (f'{g["bits_per_char"]:.4f}'.replace('nan', ''), g['bits_per_char']),
 }
 

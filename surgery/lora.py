@@ -586,6 +586,7 @@ def save_lora(model, folder):
     """
     from safetensors.torch import save
 
+    model = unwrap(model)
     refuse_merged(model)
     layers = active_lora(model)
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
@@ -603,6 +604,17 @@ def save_lora(model, folder):
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
     write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
+
+
+def unwrap(model):
+    """The model within what torch.compile and (Distributed)DataParallel put around it: its layers have their names."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, '_orig_mod'):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def write_whole(path, content):
@@ -647,6 +659,7 @@ def load_lora(model, folder, name='default', check_base=True):
     """Give a model the adapter that save_lora wrote, under a name, as the active one. ValueError says what does not
     fit, before the model is touched. check_base=False takes any base of the same layers, e.g. one in bfloat16.
     """
+    whole, model = model, unwrap(model)
     refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
     try:
@@ -677,7 +690,7 @@ def load_lora(model, folder, name='default', check_base=True):
             raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
         p.copy_(tensors[key])
     install(model, adapters, name)
-    return model
+    return whole
 
 
 def read_adapter(path):

@@ -23,6 +23,8 @@ To load the adapter, PEFT has to know its type, so this module is imported first
 It acts on nn.Linear and on transformers' Conv1D, not on quantised layers, and cannot be merged.
 """
 
+import contextlib
+import functools
 import os
 from dataclasses import dataclass
 
@@ -32,10 +34,12 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from surgery.kanify import is_conv1d, is_linear
 from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, weights, write_whole
 
+UNMERGEABLE = 'a KANLORA adapter is not linear in its input, so no weight can hold it'
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
 # fields of KanLoraConfig by the names they have in lora.py
 SHARED = ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')
@@ -79,7 +83,7 @@ class KanLoraConfig(PeftConfig):
     use_dora: bool = LoRAConfig.use_dora
     grid_size: int = LoRAConfig.grid_size
     spline_order: int = LoRAConfig.spline_order
-    grid_range: tuple = LoRAConfig.grid_range
+    grid_range: list[float] | tuple[float, float] = LoRAConfig.grid_range
     kan_scale_noise: float = LoRAConfig.kan_scale_noise
     kan_scale_base: float = LoRAConfig.kan_scale_base
     squash: str = LoRAConfig.squash
@@ -97,6 +101,7 @@ class KanLoraConfig(PeftConfig):
         checked = self.lora_config()
         for theirs, ours in OURS.items():
             setattr(self, ours, getattr(checked, theirs))
+        self.grid_range = list(self.grid_range)  # as JSON has it
         for name in ('target_modules', 'exclude_modules'):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -127,8 +132,10 @@ class KanLoraConfig(PeftConfig):
             write_whole(path, (card.rstrip('\n') + '\n' + CARD).encode())
 
 
-class KanLoraLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer and its adapters by name. Those that are active add up."""
+class KanLoraLinear(nn.Module, BaseTunerLayer):
+    """A frozen layer and its adapters by name. Those that are active add up. PEFT finds adapted layers for
+    target_modules='all-linear' by the word Linear in the name of their class.
+    """
 
     adapter_layer_names = ('kanlora_adapters',)
 
@@ -144,15 +151,28 @@ class KanLoraLayer(nn.Module, BaseTunerLayer):
             adapter.bottleneck.phi_out.reset_parameters()
         self.kanlora_adapters[adapter_name] = adapter
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x, *args, adapter_names=None, **kwargs):
         y = result = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self.update_rows(x, y, adapter_names)
         for name in [] if self.disable_adapters else self.active_adapters:
             if name in self.kanlora_adapters:
                 result = result + self.kanlora_adapters[name].update(self.base_layer, x, y)
         return result.to(y.dtype)
 
+    def update_rows(self, x, y, adapter_names):
+        """Each row with the adapter of its name; one that this layer has no adapter for stays as the base has it."""
+        if len(adapter_names) != len(x):
+            raise ValueError(f'adapter_names has {len(adapter_names)} names for a batch of {len(x)}')
+        result = y.clone()
+        for name in set(adapter_names) & set(self.kanlora_adapters):
+            rows = [row for row, other in enumerate(adapter_names) if other == name]
+            update = self.kanlora_adapters[name].update(self.base_layer, x[rows], y[rows])
+            result[rows] = (y[rows] + update).to(y.dtype)
+        return result
+
     def merge(self, safe_merge=False, adapter_names=None):
-        raise NotImplementedError('a KANLORA adapter is not linear in its input, so no weight can hold it')
+        raise NotImplementedError(UNMERGEABLE)
 
     unmerge = merge
 
@@ -170,25 +190,60 @@ def check_layer(path, layer):
     raise ValueError(f'{path} is a {found}: {wanted}; {advice}')
 
 
+def add_names(module, args, kwargs, names):
+    """A hook of a layer, which gives its forward the names of the rows."""
+    return args, {**kwargs, 'adapter_names': names}
+
+
 class KanLoraModel(BaseTuner):
     """What get_peft_model makes of a model and a KanLoraConfig."""
 
     prefix = 'kanlora_'
-    tuner_layer_cls = KanLoraLayer
+    tuner_layer_cls = KanLoraLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
-        if isinstance(target, KanLoraLayer):
+        if isinstance(target, KanLoraLinear):
             return target.update_layer(adapter_name, config)
         check_layer(current_key, target)
-        layer = KanLoraLayer(target, adapter_name)
+        layer = KanLoraLinear(target, adapter_name)
         layer.update_layer(adapter_name, config)
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self):
+        raise NotImplementedError(UNMERGEABLE)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """PEFT calls this around forward and generate; adapter_names has a name for each row, '__base__' for none."""
+        names = kwargs.get('adapter_names')
+        with contextlib.ExitStack() as hooks:
+            for module in self.modules() if names is not None else ():
+                if isinstance(module, (KanLoraLinear, AuxiliaryTrainingWrapper)):
+                    hook = functools.partial(add_names, names=self.check_names(names, kwargs))
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def check_names(self, names, kwargs):
+        """The names of the rows that the layers see; ValueError where they cannot be honoured."""
+        if self.training:
+            raise ValueError('adapter_names is for inference: call model.eval() first')
+        layers = [module for module in self.modules() if isinstance(module, KanLoraLinear)]
+        known = {'__base__'}.union(*(layer.kanlora_adapters for layer in layers))
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(
+                f'adapter_names: no adapter called {", ".join(unknown)}; there is {", ".join(sorted(known))}'
+            )
+        n_beams = kwargs.get('num_beams') or 1
+        if n_beams > 1 and getattr(self.model.config, 'is_encoder_decoder', False):
+            raise ValueError('adapter_names with num_beams > 1 is not for models of an encoder and a decoder')
+        return [name for name in names for _ in range(n_beams)]
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         """Float32 beside a base in half precision, or the dtype of the base if the user does not want that."""
         for layer in self.model.modules():
-            if isinstance(layer, KanLoraLayer) and adapter_name in layer.kanlora_adapters:
+            if isinstance(layer, KanLoraLinear) and adapter_name in layer.kanlora_adapters:
                 dtype = adapter_dtype(layer.weight) if autocast_adapter_dtype else layer.weight.dtype
                 layer.kanlora_adapters[adapter_name].to(dtype)
 

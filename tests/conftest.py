@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.tokenizer import GPT2Tokenizer
-from forked import popen_or_fork
+from forked import end_what_was_started, popen_or_fork
 from helpers import write_dataset
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # for what the tests start, too
@@ -45,6 +45,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    yield
+    end_what_was_started()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
 popen, lock = subprocess.Popen, threading.Lock()
+STARTED = []  # by the test that runs
 
 
 def fork_server():
@@ -50,6 +51,7 @@ class Forked:
             target=enter, args=(argv,), kwargs={**inputs, **how, 'group': alone or start_new_session}
         )
         self.process.start()
+        STARTED.append(self)
         self.pid = self.process.pid
         for pipe in filter(None, {out[1], err[1]}):
             pipe.close()
@@ -88,6 +90,13 @@ class Forked:
 
     def __exit__(self, *error):
         self.wait()
+
+
+def end_what_was_started():
+    """A test that fails may leave a script that runs for ever, and Python would wait for it."""
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
 def popen_or_fork(args, *more, **options):

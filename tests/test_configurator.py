@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import configurator
-from configurator import ConfigError, check_ranges, configure, names_of_configs
+from configurator import ConfigError, check_ranges, configure, names_of_configs, override
 from helpers import ROOT, run_forked, together
 
 DEFAULTS = dict(batch_size=12, learning_rate=6e-4, use_kan=False, out_dir='out', n_layer=2)
@@ -57,6 +57,20 @@ def test_files_and_flags_apply_from_left_to_right(config):
     assert settle('--batch_size=5', a)['batch_size'] == 1
     assert settle(a, b, '--out_dir=x') == {**DEFAULTS, 'batch_size': 3, 'n_layer': 1, 'out_dir': 'x'}
     assert settle(b, a)['batch_size'] == 1
+
+
+def test_a_config_file_of_windows(tmp_path):
+    path = tmp_path / 'w.py'
+    path.write_bytes(b'\xef\xbb\xbfbatch_size = 7\r\nn_layer = 3\r\n')
+    settings = settle(str(path))
+    assert (settings['batch_size'], settings['n_layer']) == (7, 3)
+
+
+def test_the_home_folder_in_paths_and_nowhere_else(config, monkeypatch):
+    monkeypatch.setenv('HOME', '/far/away')
+    assert settle('--out_dir=~/x')['out_dir'] == settle(config("out_dir = '~/x'"))['out_dir'] == '/far/away/x'
+    defaults = {'start': '', 'dataset': 'a'}
+    assert override(defaults, ['--start=~/x', '--dataset=~/y']) == {'start': '~/x', 'dataset': '/far/away/y'}
 
 
 def test_a_config_file_goes_on_from_the_one_it_includes(config, tmp_path, monkeypatch):

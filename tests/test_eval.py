@@ -47,6 +47,22 @@ def test_every_token_counts_once_after_the_context_its_stride_leaves(model_and_d
     assert (result['tokens'], result['stride'], result['block_size']) == (len(data) - 1, stride, T)
 
 
+def test_a_loss_beyond_all_perplexities(tmp_path):
+    """Of a model that is sure of the wrong thing."""
+    dataset = write_dataset(tmp_path / 'data', n_val=3 * T)
+    state = make_checkpoint(tmp_path / 'out')
+    state['model']['lm_head.weight'] *= 1e6
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    done = run_forked(tmp_path, 'eval.py', '--device=cpu', f'--dataset={dataset}')
+    assert done.returncode == 0 and 'perplexity inf' in done.stdout, done.stderr
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is not JSON')
+
+    result = json.loads(done.stdout.splitlines()[-1], parse_constant=refuse)
+    assert result['loss'] > 709 and result['perplexity'] is None and result['bits_per_char'] > 1000
+
+
 def test_batch_size_changes_nothing(model_and_data):
     folder, dataset, _ = model_and_data
     one, many = (evaluate(folder, f'--dataset={dataset}', f'--batch_size={n}')['loss'] for n in (1, 64))

@@ -235,7 +235,16 @@ def test_what_a_run_leaves(workshop, name, method, more):
     settings = dict(more) if method in ('full', 'head') else dict(more, **ADAPTERS)
     done = tune(workshop, out_dir, *configs(name, method), **settings)
     out = workshop / out_dir
-    expected = ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'metrics.json', 'predictions', 'run.json']
+    expected = [
+        'best.pt',
+        'ckpt.pt',
+        'ckpt_prev.pt',
+        'log.jsonl',
+        'metrics.json',
+        'predictions',
+        'run.json',
+        'run.lock',
+    ]
     assert sorted(os.listdir(out)) == ['adapter'] * ('lora' in method) + expected
     record, metrics, log = read_json(out, 'run.json'), read_json(out, 'metrics.json'), read_log(out)
     assert list(record)[-1] == 'finished' and record['final'] == metrics
@@ -346,6 +355,7 @@ def test_earlier_run_is_moved_with_all_that_it_left(place):
     tune(place, epochs=1, **ADAPTERS)
     out = place / 'out'
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    del before[Path('run.lock')]
     done = tune(place, epochs=1, **FULL, env={'STOP_AT': '2'})
     assert f'moved to {os.path.join("out", "earlier-1")}' in done.stdout
     assert {
@@ -353,7 +363,7 @@ def test_earlier_run_is_moved_with_all_that_it_left(place):
         for path in (out / 'earlier-1').rglob('*')
         if path.is_file()
     } == before
-    assert sorted(os.listdir(out)) == ['ckpt.pt', 'earlier-1', 'log.jsonl', 'run.json']
+    assert sorted(os.listdir(out)) == ['ckpt.pt', 'earlier-1', 'log.jsonl', 'run.json', 'run.lock']
 
 
 # resume

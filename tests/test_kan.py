@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -433,6 +434,79 @@ def test_impossible_grid_is_refused(kwargs):
 def test_updating_the_grid_without_data_is_refused():
     with pytest.raises(ValueError, match='at least one row'):
         KANLinear(I, O).update_grid(torch.zeros(0, I))
+
+
+@pytest.mark.parametrize('value, words', [(math.nan, '1 NaN and 0 infinite'), (-math.inf, '0 NaN and 1 infinite')])
+def test_updating_the_grid_with_what_is_not_finite_changes_nothing(value, words):
+    layer, x = KANLinear(I, O), torch.randn(20, I)
+    before = copy.deepcopy(layer.state_dict())
+    x[3, 1] = value
+    with pytest.raises(ValueError, match=words):
+        layer.update_grid(x)
+    assert all(torch.equal(p, before[name]) for name, p in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'given', [nn.GELU, nn.GELU(), torch.nn.functional.gelu, 'gelu', 'GELU', lambda: nn.GELU(), lambda x: nn.GELU()(x)]
+)
+def test_an_activation_is_given_in_any_way(given):
+    layer, expected = KANLinear(I, O, base_activation=given), KANLinear(I, O, base_activation=nn.GELU)
+    expected.load_state_dict(layer.state_dict())
+    x = torch.randn(7, I, requires_grad=True)
+    for ours, theirs in zip(
+        gradients(layer, x, torch.ones(7, O)).values(), gradients(expected, x, torch.ones(7, O)).values()
+    ):
+        close(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize('given', ['gleu', 3, None, dict, 'linear'])
+def test_what_is_no_activation_is_named(given):
+    with pytest.raises(ValueError, match=re.escape(f'got {given!r}')):
+        KANLinear(I, O, base_activation=given)
+
+
+@pytest.mark.parametrize('has_scaler', [True, False])
+@pytest.mark.parametrize('kind', ['uniform', 'irregular'])
+@pytest.mark.parametrize('k', [0, 1, 3])
+def test_a_finer_grid_keeps_the_function(k, kind, has_scaler):
+    """Also outside the grid, where splines end."""
+    layer = make_layer(k, make_knots(kind, k), enable_standalone_scale_spline=has_scaler)
+    x = make_inputs(layer.grid)
+    before, knots = layer(x), layer.grid.clone()
+    layer.spline_weight.requires_grad_(False)
+    assert layer.refine_grid(20) < 1e-9
+    assert layer.spline_weight.shape == (O, I, 20 + k) and not layer.spline_weight.requires_grad
+    assert layer.grid.shape == (I, 21 + 2 * k) and layer.grid.dtype == torch.float64
+    for old, new in zip(knots, layer.grid):
+        assert torch.isin(old, new).all() and (new.diff() > 0).all()
+    close(layer(x), before, 1e-8)
+    twin = KANLinear(I, O, grid_size=20, spline_order=k, enable_standalone_scale_spline=has_scaler).double()
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+
+
+def test_a_grid_that_does_not_nest_has_the_nearest_splines():
+    layer = make_layer(3, make_knots('uniform', 3))
+    x = torch.rand(2000, I, dtype=torch.float64) * (layer.grid[:, -1] - layer.grid[:, 0]) + layer.grid[:, 0]
+    before = copy.deepcopy(layer)
+    errors = []
+    for G in (7, 13, 29):
+        finer = copy.deepcopy(before)
+        error = finer.refine_grid(G)
+        seen = (layer(x) - finer(x)).abs().max().item()
+        assert 0 < seen < 1.2 * I * error
+        errors.append(error)
+    assert errors[0] > 10 * errors[2]
+    with pytest.raises(ValueError, match='grid_size must be at least 1, got 0'):
+        before.refine_grid(0)
+
+
+def test_finer_grids_of_a_network():
+    network = KAN([I, 5, O]).double()
+    x = torch.randn(30, I, dtype=torch.float64)
+    before = network(x)
+    assert network.refine_grid(10) < 1e-9 and [layer.grid_size for layer in network.layers] == [10, 10]
+    close(network(x), before, 1e-8)
 
 
 def test_row_chunks_do_not_change_the_result(monkeypatch):

@@ -41,6 +41,14 @@ def test_command_line(trained):
     assert len(set(samples)) == 4
 
 
+def test_a_prompt_of_windows(trained):
+    plain, other = trained / 'plain.txt', trained / 'other.txt'
+    plain.write_bytes(b'ROMEO:\nO')
+    other.write_bytes(b'\xef\xbb\xbfROMEO:\r\nO')
+    first, second = (sample(trained, start=f'FILE:{path}', seed=1) for path in (plain, other))
+    assert first == second and first[0].startswith('ROMEO:\nO')
+
+
 def test_seed_decides(trained):
     first, again, other = together(*(lambda seed=seed: sample(trained, seed=seed, num_samples=2) for seed in (1, 1, 2)))
     assert first == again and first != other and first[0] != first[1]

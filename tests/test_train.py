@@ -55,6 +55,11 @@ def start_training(folder, dataset, out_dir='out', processes=1, **settings):
     return start_forked(folder, 'train.py', *args, processes=processes)
 
 
+def contents(folder):
+    """{name: bytes} of a folder, without the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'run.lock'}
+
+
 def stopped_at(stdout):
     return int(re.search(r'stopped at iteration (\d+)', stdout)[1])
 
@@ -180,6 +185,60 @@ def test_signal_to_two_processes_leaves_a_checkpoint(tmp_path, dataset, send):
     assert len(load(tmp_path / 'out')['rng']) == 2
 
 
+# runs beside and after each other
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, dataset):
+    """Whether it would begin anew or be resumed, and whether one process asks or two; a run that was killed is over."""
+    first = start_training(tmp_path, dataset, max_iters=NEVER, eval_interval=2)
+    read_until(first.stdout, 'saved out/ckpt.pt')
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'max_iters': 10**7})
+    words = 'error: out is in use by another run; name another folder by --out_dir\n'
+    assert complaint(tmp_path, 'train.py', *args) == words
+    assert complaint(tmp_path, 'train.py', *args, '--init_from=resume') == words
+    for process in run_group(tmp_path, 'train.py', *args):
+        assert process.returncode == 1 and words.removeprefix('error: ') in process.stderr
+    assert not list((tmp_path / 'out').glob('earlier-*'))
+    train(tmp_path, dataset, 'out', eval_only=True, init_from='resume', max_iters=0)  # which writes nothing
+    first.kill()
+    finish(first)
+    at = load(tmp_path / 'out')['iter_num']
+    train(tmp_path, dataset, 'out', init_from='resume', max_iters=at + 2)
+    assert load(tmp_path / 'out')['iter_num'] == at + 2
+
+
+def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
+    """However low the loss on the text before it was."""
+    train(tmp_path, dataset, max_iters=2)
+    state = load(tmp_path / 'out', 'ckpt.pt')
+    torch.save({**state, 'best_val_loss': 0.001}, tmp_path / 'out' / 'ckpt.pt')
+    before = (tmp_path / 'out' / 'best.pt').read_bytes()
+    other = write_dataset(tmp_path / 'other', n_train=3000)
+    done = train(tmp_path, other, init_from='resume', max_iters=4)
+    assert 'are not those this run began with: its best loss starts anew' in done.stdout
+    best = load(tmp_path / 'out', 'best.pt')
+    assert best['iter_num'] > 2 and best['best_val_loss'] > 1 and best['data'] != state['data']
+    assert (tmp_path / 'out' / 'earlier-1' / 'best.pt').read_bytes() == before
+    again = train(tmp_path, other, init_from='resume', max_iters=6)
+    assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
+
+
+def test_a_run_may_begin_with_another_one(tmp_path, dataset):
+    train(tmp_path, dataset, 'first', max_iters=3, **KAN)
+    other = write_dataset(tmp_path / 'other', n_train=3000)
+    train(tmp_path, other, 'second', init_from='first', max_iters=0, always_save_checkpoint=True)
+    first, second = load(tmp_path / 'first', 'best.pt'), load(tmp_path / 'second')
+    assert all(torch.equal(p, second['model'][name]) for name, p in first['model'].items())
+    assert second['iter_num'] == 0 and second['tokenizer'] == first['tokenizer'] and second['model_args']['use_kan']
+    train(tmp_path, other, 'shorter', init_from='first', block_size=8, max_iters=2)
+    assert load(tmp_path / 'shorter')['model_args']['block_size'] == 8
+    strange = write_dataset(tmp_path / 'strange', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
+    words = complaint(
+        tmp_path, 'train.py', *flags(**{**TINY, 'dataset': strange, 'init_from': 'first', 'out_dir': 'x'})
+    )
+    assert words.startswith('error: first has another vocabulary than data set') and not (tmp_path / 'x').exists()
+
+
 # what cannot go on
 
 
@@ -223,10 +282,10 @@ def test_evaluated_loss_that_is_not_finite_stops_too(tmp_path, dataset):
 
 def test_earlier_run_is_moved_and_not_lost(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2)
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    before = contents(tmp_path / 'out')
     done = train(tmp_path, dataset, max_iters=2, seed=2)
     assert f'moved to {os.path.join("out", "earlier-1")}' in done.stdout
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'out' / 'earlier-1').iterdir()} == before
+    assert contents(tmp_path / 'out' / 'earlier-1') == before
     assert (tmp_path / 'out' / 'best.pt').read_bytes() != before['best.pt']
 
 
@@ -235,7 +294,7 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
     """With half of a checkpoint's size left only checkpoints fail, with a few bytes the record fails too."""
     train(tmp_path, dataset, max_iters=2)
     out = tmp_path / 'out'
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     size = int(share * len(before['ckpt.pt']))
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 5})
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
@@ -244,7 +303,7 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
     assert 'iter 5:' in full.stdout and 'warning: iteration 5 is not saved' in full.stdout + full.stderr
     assert full.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in full.stderr
     changed = ('run.json', 'log.jsonl') if share == 0.5 else ()
-    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    after = contents(out)
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if name not in changed)
     if changed:
@@ -257,7 +316,7 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
 def test_record_log_and_checkpoint(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=3)
     out = tmp_path / 'out'
-    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'run.json']
+    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'ckpt_prev.pt', 'log.jsonl', 'run.json', 'run.lock']
     keys = {
         'model',
         'optimizer',
@@ -310,7 +369,7 @@ def test_run_of_no_iterations_saves_the_initial_model(tmp_path, dataset):
     """With a loss that is a number, and a record that every reader of JSON takes."""
     train(tmp_path, dataset, max_iters=0)
     out = tmp_path / 'out'
-    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'log.jsonl', 'run.json']
+    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'log.jsonl', 'run.json', 'run.lock']
     record = json.loads((out / 'run.json').read_text(), parse_constant=refuse_constant)
     assert record['finished'] and 'failed' not in record
     (text,) = (out / 'log.jsonl').read_text().splitlines()
@@ -351,13 +410,13 @@ def test_run_from_scratch_does_not_leave_the_best_of_the_run_before(tmp_path, da
 
 def test_eval_only_writes_nothing(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2)
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    before = contents(tmp_path / 'out')
     scratch, resumed = together(
         lambda: train(tmp_path, dataset, 'none', eval_only=True),
         lambda: train(tmp_path, dataset, eval_only=True, init_from='resume'),
     )
     assert 'step 0: train loss' in scratch.stdout and 'step 2: train loss' in resumed.stdout
-    assert {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+    assert contents(tmp_path / 'out') == before
     assert not (tmp_path / 'none').exists()
 
 
@@ -590,10 +649,17 @@ def test_resume_from_a_damaged_checkpoint(tmp_path, complain):
         make_checkpoint(tmp_path / 'out')
     path = tmp_path / 'out' / 'ckpt.pt'
     path.write_bytes(path.read_bytes()[:-1000])
-    before = {path.name: path.read_bytes() for path in path.parent.iterdir()}
+    before = contents(path.parent)
     words = complain(init_from='resume')
     assert 'out/ckpt.pt' in words and 'ckpt_prev.pt' in words
-    assert {path.name: path.read_bytes() for path in path.parent.iterdir()} == before
+    assert contents(path.parent) == before
+
+
+def test_resume_without_its_config_file_names_the_data_set(tmp_path, dataset, complain):
+    """Before it prepares another one."""
+    train(tmp_path, dataset, max_iters=2)
+    words = complain(init_from='resume', dataset='./absent')
+    assert f"out is a run on data set {dataset!r}, and './absent' is not prepared: name the config file" in words
 
 
 def test_resume_on_another_vocabulary(tmp_path, complain):

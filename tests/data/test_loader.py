@@ -1,7 +1,9 @@
 """Batches as a pure function of (seed, iteration, index), fixed validation windows, data checked before its use."""
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +209,73 @@ def test_files_of_nanogpt_need_no_meta(folder):
     check(folder)
     with pytest.raises(ValueError, match='holds token id 7'):
         check(folder, vocab_size=7)
+
+
+def write_pickle(folder, meta):
+    (folder / 'meta.json').unlink(missing_ok=True)
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+
+
+def nanogpt_meta(chars):
+    """What its prepare.py writes for a text by character."""
+    stoi = {char: i for i, char in enumerate(chars)}
+    return {'vocab_size': len(chars), 'itos': {i: char for char, i in stoi.items()}, 'stoi': stoi}
+
+
+def test_characters_of_nanogpt_are_read(folder):
+    before = loader.read_meta(str(folder))
+    chars = '\n !ab\u00e9xyz'
+    write_pickle(folder, nanogpt_meta(chars))
+    meta = loader.read_meta(str(folder))
+    assert meta['tokenizer'] == {'kind': 'char', 'chars': chars} and meta['vocab_size'] == len(chars) == 9
+    assert meta['splits'] == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == 'a\u00e9'
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'nonsense', pickle.dumps([1]), pickle.dumps({'itos': {0: 'a', 2: 'b'}}), pickle.dumps({'itos': {0: 'ab'}})]
+    + [pickle.dumps({'itos': {0: 'a', 1: 'a'}}), pickle.dumps({'itos': {0: 1}}), pickle.dumps({'vocab_size': 3})],
+    ids=str,
+)
+def test_other_pickles_are_refused_in_a_line(folder, content):
+    write_pickle(folder, {})
+    (folder / 'meta.pkl').write_bytes(content)
+    with pytest.raises(
+        ValueError, match='meta.pkl cannot be used .*: expected that of a data set by character'
+    ) as error:
+        loader.read_meta(str(folder))
+    assert '\n' not in str(error.value)
+
+
+def test_a_pickle_that_would_run_something_is_refused(folder, tmp_path):
+    write_pickle(folder, {'itos': {0: Harmful(str(tmp_path / 'made'))}})
+    with pytest.raises(ValueError, match='it holds .*open, which is more than data'):
+        loader.read_meta(str(folder))
+    assert not (tmp_path / 'made').exists()
+
+
+def test_a_folder_that_is_a_link_to_another_place_is_prepared_there(tmp_path, capfd):
+    """Its prepare.py finds the modules of the repository, which do not lie above it."""
+    (tmp_path / 'elsewhere').mkdir()
+    script = 'from pathlib import Path\nfrom data.tinyshakespeare import write_text\n'
+    script += 'from data.tokenizer import CharTokenizer\n'
+    script += "write_text(Path(__file__).resolve().parent, 'a.txt', lambda text: CharTokenizer(''.join(set(text))))\n"
+    (tmp_path / 'elsewhere' / 'prepare.py').write_text(script)
+    (tmp_path / 'link').symlink_to(tmp_path / 'elsewhere')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        Path('a.txt').write_text('some text')
+        loader.prepare_dataset('./link')
+    assert loader.is_prepared(str(tmp_path / 'link')) and (tmp_path / 'elsewhere' / 'train.bin').exists()
 
 
 META = {

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,6 +52,39 @@ def test_prepare_characters(repository, tmp_path, text, vocab_size):
     assert tokenizer.decode(read_split(folder, 'val')) == text[len(text) * 9 // 10 :]
     assert 'file a.txt, sha256 ' + sha256_of(tmp_path / 'a.txt') in meta['source']
     assert 'source: ' + meta['source'] in done.stdout
+
+
+def test_marks_and_ends_of_lines_of_windows_make_no_difference(repository, tmp_path):
+    text, folder = 'To be, or not to be\n' * 20, repository / 'data' / 'shakespeare_char'
+    made = []
+    for content in text.encode(), b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode():
+        (tmp_path / 'a.txt').write_bytes(content)
+        assert run_prepare(repository, 'shakespeare_char', '--source=a.txt').returncode == 0
+        made.append([(folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')])
+    assert made[0] == made[1]
+
+
+def test_a_text_in_the_folder_itself_is_the_one(repository, tmp_path):
+    """In a copy of a folder for a text of one's own."""
+    folder = repository / 'data' / 'mine'
+    shutil.copytree(repository / 'data' / 'shakespeare_char', folder)
+    (folder / 'input.txt').write_text('my own text, ' * 30)
+    done = run_prepare(repository, 'mine')
+    assert done.returncode == 0 and 'input.txt of this folder is taken for the text' in done.stdout, done.stderr
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert 'a text other than tinyshakespeare' in meta['source']
+    assert tokenizer_from_dict(meta['tokenizer']).decode(read_split(folder, 'val')) == ('my own text, ' * 30)[351:]
+    (tmp_path / 'b.txt').write_text('another text ' * 30)
+    assert 'of this folder' not in run_prepare(repository, 'mine', '--source=b.txt').stdout
+
+
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
+def test_a_text_that_cannot_be_split_leaves_nothing(repository, tmp_path, name):
+    (tmp_path / 'a.txt').write_text('x')
+    done = run_prepare(repository, name, '--source=a.txt')
+    assert done.returncode == 1 and 'a text of 1 character(s) cannot be split' in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert {path.name for path in (repository / 'data' / name).iterdir()} <= {'prepare.py', 'readme.md'}
 
 
 def test_prepare_byte_pairs(repository, tmp_path):

@@ -894,6 +894,19 @@ def test_a_crash_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == b'older' and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, lambda model: torch.compile(nn.DataParallel(model))])
+def test_an_adapter_is_saved_and_loaded_through_what_is_around_a_model(wrap, tmp_path):
+    model, x = make('Linear', 'lora')
+    base = base_state(model)
+    train_steps(model, x, lr=0.5)
+    save_lora(wrap(model), tmp_path)
+    plain, _ = make('Linear')
+    plain.load_state_dict(base)
+    wrapped = wrap(plain)
+    assert load_lora(wrapped, tmp_path) is wrapped
+    assert torch.equal(plain.layer(x), model.layer(x))
+
+
 def test_what_trains_beside_the_adapter_is_not_lost(tmp_path):
     model, _ = make('Linear', 'lora')
     model.head.requires_grad_(True)

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from surgery import peft_kan
 from surgery.lora import LoRAConfig, add_lora, lora_layers
-from surgery.peft_kan import KanLoraConfig, KanLoraLayer
+from surgery.peft_kan import KanLoraConfig, KanLoraLinear
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed', 'offline')
 
@@ -345,7 +345,7 @@ def adapted(model, **settings):
 
 
 def layers_of(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, KanLoraLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, KanLoraLinear)}
 
 
 def tokens():
@@ -547,7 +547,7 @@ def test_config_comes_back(tmp_path):
     )
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
-    assert config.grid_range == (-3, 3) and type(config.lora_alpha) is float and config.target_modules == {'a', 'b'}
+    assert config.grid_range == [-3, 3] and type(config.lora_alpha) is float and config.target_modules == {'a', 'b'}
     assert json.loads((tmp_path / 'adapter_config.json').read_text())['peft_type'] == 'KANLORA'
 
 
@@ -621,3 +621,90 @@ def test_commands_of_the_docstring_in_two_processes(tiny, tmp_path):
         (tmp_path / 'script.py').write_text(script.format(example=example))
         done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT))
         assert done.returncode == 0 and done.stdout.startswith(printed), done.stdout + done.stderr
+
+
+# adapters of single rows
+
+
+@pytest.mark.parametrize('dora', [False, True])
+def test_each_row_has_the_adapter_of_its_name(dora):
+    model = adapted(Toy(), target_modules=['first', 'second'], use_dora=dora)
+    other = KanLoraConfig(target_modules=['second'], init_weights=False, use_dora=dora)
+    model.add_adapter('other', other)
+    model.eval()
+    x, names = torch.randn(5, 6), ['other', '__base__', 'default', 'other', 'default']
+    expected = {}
+    for name in 'default', 'other':
+        model.set_adapter(name)
+        expected[name] = model(x)
+    with model.disable_adapter():
+        expected['__base__'] = model(x)
+    y = model(x, adapter_names=names)
+    assert all(torch.allclose(y[i], expected[name][i], atol=1e-6) for i, name in enumerate(names))
+    assert len({tuple(rows[0].tolist()) for rows in expected.values()}) == 3
+    assert torch.equal(model(x), expected['other'])  # the names are of that call alone
+
+
+def test_rows_of_a_batch_that_is_generated(tiny):
+    model = adapted(AutoModelForCausalLM.from_pretrained(tiny), target_modules=['c_attn'])
+    model.eval()
+    plain = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    adapted_rows = model.generate(input_ids=tokens(), **plain)
+    with model.disable_adapter():
+        base_rows = model.generate(input_ids=tokens(), **plain)
+    names = ['__base__', 'default']
+    for beams in 1, 2:
+        mixed = model.generate(input_ids=tokens(), adapter_names=names, num_beams=beams, **plain)
+        if beams == 1:
+            assert torch.equal(mixed, torch.stack([base_rows[0], adapted_rows[1]]))
+
+
+def test_a_head_of_its_own_follows_the_name():
+    model = adapted(Toy(), target_modules=['first'], modules_to_save=['second'])
+    nn.init.normal_(model.base_model.model.second.modules_to_save['default'].weight)
+    model.eval()
+    x = torch.randn(2, 6)
+    with model.disable_adapter():
+        base = model(x)
+    y = model(x, adapter_names=['default', '__base__'])
+    assert torch.allclose(y[0], model(x)[0], atol=1e-6) and torch.allclose(y[1], base[1], atol=1e-6)
+    assert not torch.allclose(y[0], base[0])
+
+
+def test_names_of_rows_that_cannot_be_honoured():
+    model, x = adapted(Toy(), target_modules=['first']), torch.randn(2, 6)
+    with pytest.raises(ValueError, match='adapter_names is for inference: call model.eval'):
+        model(x, adapter_names=['default', 'default'])
+    model.eval()
+    with pytest.raises(ValueError, match='no adapter called defautl; there is __base__, default'):
+        model(x, adapter_names=['default', 'defautl'])
+    with pytest.raises(ValueError, match='adapter_names has 1 names for a batch of 2'):
+        model(x, adapter_names=['default'])
+
+
+def test_all_linear_layers_whether_they_have_an_adapter_or_not(tiny):
+    model = adapted(AutoModelForCausalLM.from_pretrained(tiny), target_modules=['c_attn'])
+    model.add_adapter('all', KanLoraConfig(target_modules='all-linear', init_weights=False))
+    plain = adapted(AutoModelForCausalLM.from_pretrained(tiny), target_modules='all-linear')
+    found = [name for name, layer in layers_of(model).items() if 'all' in layer.kanlora_adapters]
+    assert found == list(layers_of(plain)) and any('c_attn' in name for name in found)
+
+
+def test_a_merge_that_is_refused_leaves_the_model_as_it_was(tmp_path):
+    """Also where a module that is saved whole stands before the first adapted layer."""
+    model = adapted(Toy(), target_modules=['second'], modules_to_save=['first'])
+    nn.init.normal_(model.base_model.model.first.modules_to_save['default'].weight)
+    x, modules = torch.randn(3, 6), [name for name, _ in model.named_modules()]
+    y = model(x)
+    with pytest.raises(NotImplementedError, match='not linear in its input'):
+        model.merge_and_unload()
+    assert [name for name, _ in model.named_modules()] == modules and torch.equal(model(x), y)
+    model.save_pretrained(tmp_path)
+    assert 'base_model.model.first.weight' in load_file(tmp_path / 'adapter_model.safetensors')
+
+
+def test_the_config_is_what_is_saved(tmp_path):
+    config = KanLoraConfig(target_modules=['first'], grid_range=(-2, 2))
+    config.save_pretrained(tmp_path)
+    saved, given = json.loads((tmp_path / 'adapter_config.json').read_text()), config.to_dict()
+    assert saved['grid_range'] == given['grid_range'] == [-2.0, 2.0]
