@@ -72,29 +72,29 @@ class Bases(torch.autograd.Function):
     by x is that of r + 1.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x, knots, k, r):
-        if r > k:
-            return recursive_bases(x, knots, k).zero_()
-        return raise_orders(recursive_bases(x, knots, k - r), knots, k - r + 1, k)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.k, ctx.r = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, x, knots, k, r):
+        ctx.save_for_backward(x, knots)
+        ctx.k, ctx.r = k, r
+        return bases_derivative(x, knots, k, r, basis_function(knots))
 
     @staticmethod
     def backward(ctx, grad):
         return (grad * Bases.apply(*ctx.saved_tensors, ctx.k, ctx.r + 1)).sum(1), None, None, None
 
 
-def smooth_bases(x, knots, k):
-    """recursive_bases, with derivatives by x that are cheap. Not for forward mode, which loses tangents within itself
-    where functions of one's own take part.
+def smooth_bases(x, knots, k, r=0):
+    """recursive_bases or a derivative of it, with derivatives by x that are cheap. Not for forward mode, which loses
+    tangents within itself where functions of one's own take part.
     """
-    return Bases.apply(x, knots, k, 0)
+    return Bases.apply(x, knots, k, r)
+
+
+def bases_derivative(x, knots, k, r, bases=recursive_bases):
+    """The r-th derivative by x of the B-splines of order k, from those of order k - r."""
+    if r > k:
+        return torch.zeros_like(bases(x, knots, k))
+    return raise_orders(bases(x, knots, k - r), knots, k - r + 1, k)
 
 
 def raise_orders(bases, knots, first, last):
@@ -214,7 +214,15 @@ def spline_linear(x, weight, knots, k, activation, dtype):
     """
     if is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
+    if is_small(x):
+        return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases)
     return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
+
+
+def is_small(x):
+    """Whether an operator would take more time for its calls than it saves in memory, as far as that was measured."""
+    known = BACKEND == 'auto' and x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    return known and torch.is_grad_enabled() and x.numel() < WORTH_COMPILING
 
 
 def is_transformed():
@@ -307,44 +315,30 @@ def keep(ctx, inputs, output):
 
 def differentiate(ctx, grad):
     needed = list(ctx.needs_input_grad[:2])
-    if is_transformed():
-        gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, recursive_bases, torch.is_grad_enabled())
+    if torch.is_grad_enabled() or is_transformed():  # the gradients are to be differentiated in their turn
+        gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, needed)
     else:
         gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
     return *(gradient if need else None for gradient, need in zip(gradients, needed)), None, None, None, None
 
 
-@torch.enable_grad()
-def plain_gradients(grad, x, weight, knots, k, activation, dtype, bases, create_graph):
-    """What spline_linear_backward computes, by way of plain_spline_linear."""
-    x, weight = view_with_grad(x), view_with_grad(weight)
-    y = plain_spline_linear(x, weight, knots, k, ACTIVATIONS[activation], dtype, bases)
-    return torch.autograd.grad(y, [x, weight], grad, create_graph=create_graph)
-
-
-def keep_again(ctx, inputs, output):
-    grad, x, weight, knots, *ctx.settings, ctx.needed = inputs
-    ctx.save_for_backward(grad, x, weight, knots)
-
-
-def differentiate_again(ctx, *grads):
-    """The gradients of spline_linear_backward; with a graph, where those of third order are wanted."""
-    create_graph, (*inputs, knots) = torch.is_grad_enabled(), ctx.saved_tensors
-    with torch.enable_grad():
-        inputs = [view_with_grad(tensor) for tensor in inputs]
-        first = plain_gradients(*inputs, knots, *ctx.settings, smooth_bases, create_graph=True)
-        outputs, others = zip(*[pair for *pair, need in zip(first, grads, ctx.needed) if need])
-        again = torch.autograd.grad(outputs, inputs, others, create_graph=create_graph, allow_unused=True)
-    return *again, None, None, None, None, None
-
-
-def view_with_grad(tensor):
-    """A view, so that a gradient that depends on x is no path to x."""
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+def plain_gradients(grad, x, weight, knots, k, activation, dtype, needed):
+    """What spline_linear_backward computes, in operators that can be differentiated; None for what is not needed."""
+    grad, activation = grad.to(dtype), ACTIVATIONS[activation]
+    derivative = bases_derivative if is_transformed() else smooth_bases
+    dx = dw = None
+    if needed[0]:
+        rows, places = to_working_dtype(x, knots)
+        dcolumns = (grad @ weight.to(dtype)).to(rows.dtype).unflatten(1, (-1, x.size(1)))
+        dx = (derivative(rows, places, k, 1) * dcolumns[:, :-1]).sum(1)
+        dx = (dx + activation_gradient(activation, rows, dcolumns[:, -1])).to(x.dtype)
+    if needed[1]:
+        bases = functools.partial(derivative, r=0)
+        dw = (grad.t() @ columns(x, knots, k, activation, bases, dtype).flatten(1)).to(weight.dtype)
+    return dx, dw
 
 
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)
-spline_linear_backward.register_autograd(differentiate_again, setup_context=keep_again)
 
 
 def chunks(x, w, backend):

@@ -32,7 +32,7 @@ STUDY = Study('pinn')
 SEEDS = (1, 2, 3)
 WEIGHT = 0.01  # of the equation beside the boundary
 RATE = 1e-2  # Adam's, falling to zero by a cosine
-STEPS, EVERY = 4000, 100
+STEPS, EVERY = 2000, 50
 
 
 def wave(x):
@@ -54,7 +54,8 @@ def make_mlp(sizes):
 
 
 def make_efficient_kan(sizes):
-    return importlib.import_module('kan_gpt.efficient_kan.model').KAN(sizes)
+    layer = importlib.import_module('kan_gpt.efficient_kan.model').KANLinear
+    return nn.Sequential(*(layer(I, O) for I, O in zip(sizes, sizes[1:])))
 
 
 NETWORKS = {  # how it is made of its sizes, and the sizes between input and output, by dimensions
@@ -69,7 +70,7 @@ problems = ','.join(PROBLEMS)
 
 
 def laplacian(function, x):
-    """The sum of the second derivatives by each coordinate, with its graph: function (N, d) -> (N,), x (N, d) -> (N,)"""
+    """The sum of the second derivatives by the coordinates, with its graph; function (N, d) -> (N,), x (N, d) -> (N,)"""
     if not x.requires_grad:
         x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)

@@ -145,8 +145,10 @@ def derivatives(function, x, order):
 
 @pytest.mark.parametrize('k, order', [(1, 1), (2, 2), (3, 4)])
 @pytest.mark.parametrize('irregular', [False, True], ids=['uniform', 'irregular'])
-def test_derivatives_one_after_another_and_gradients_of_a_loss_on_them(k, order, irregular):
-    """As in a network that solves a differential equation."""
+@pytest.mark.parametrize('backend', ['auto', 'plain'])
+def test_derivatives_one_after_another_and_gradients_of_a_loss_on_them(monkeypatch, backend, k, order, irregular):
+    """As in a network that solves a differential equation; of small inputs, and in the operator."""
+    monkeypatch.setattr(spline, 'BACKEND', backend)
     layer, x = make_layer(k, irregular), inputs(40).requires_grad_()
     outcomes = []
     for function in layer, reference(layer):
