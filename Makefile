@@ -1,14 +1,14 @@
 # make demo      a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
-# make nano, minilm, finetune, speed   a study: the runs that have no record yet, hours on two cores, then its pages
+# make nano, minilm, finetune, speed, pinn   a study: the runs that have no record yet, hours on two cores, then its pages
 # make clean     remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test lint results nano minilm finetune speed clean
+.PHONY: demo test lint results nano minilm finetune speed pinn clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -27,6 +27,7 @@ results: .venv/installed-all
 	$(BIN)/python study/minilm.py --stages=
 	$(BIN)/python study/finetune.py --stages=
 	$(BIN)/python study/speed.py --jobs=
+	$(BIN)/python study/pinn.py --problems=
 
 # in two shells, to share the runs
 nano: .venv/installed-all
@@ -45,6 +46,9 @@ finetune: .venv/installed-all
 
 speed: .venv/installed-all
 	$(BIN)/python study/speed.py
+
+pinn: .venv/installed-all
+	$(ONE_THREAD) study/pinn.py
 
 clean:
 	rm -rf .venv

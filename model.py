@@ -111,7 +111,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend('k', k), cache.extend('v', v)  # (B, nh, S, hs) each, of S >= T tokens
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=k.size(2) == T)  # (B, nh, T, hs)
+        is_causal = cache is None or k.size(2) == T
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 

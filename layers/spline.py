@@ -202,7 +202,8 @@ def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
 
 def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_bases):
     """What spline_linear computes, and its reference."""
-    return columns(x, knots, k, activation, bases, dtype).flatten(1) @ weight.to(dtype).t()
+    with torch.autocast(x.device.type, enabled=False):
+        return columns(x, knots, k, activation, bases, dtype).flatten(1) @ weight.to(dtype).t()
 
 
 def spline_linear(x, weight, knots, k, activation, dtype):
@@ -212,7 +213,8 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
-    if is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
+    is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # what is written down is PyTorch's alone
+    if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
     if is_small(x):
         return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases)
@@ -221,8 +223,9 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
 def is_small(x):
     """Whether an operator would take more time for its calls than it saves in memory, as far as that was measured."""
-    known = BACKEND == 'auto' and x.device.type == 'cpu' and not torch.compiler.is_compiling()
-    return known and torch.is_grad_enabled() and x.numel() < WORTH_COMPILING
+    if BACKEND != 'auto' or x.device.type != 'cpu' or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+        return False
+    return torch.is_grad_enabled() and x.numel() < WORTH_COMPILING
 
 
 def is_transformed():

@@ -340,6 +340,16 @@ class LoRALayer(nn.Module):
     def adapter(self):
         return self.adapters[self.active] if self.active in self.adapters else None
 
+    def __getattr__(self, name):
+        """What others ask of the module that acts: its sizes, its settings, the modules in it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ('base_layer', 'adapters'):  # while this one is made
+                raise
+            is_copy = not self.off and isinstance(self.adapter, TrainedCopy)
+            return getattr(self.adapter.copy if is_copy else self.base_layer, name)
+
     def forward(self, *args, **kwargs):
         if self.off and self.unmerged is not None:
             return self.unmerged(*args, **kwargs)
@@ -469,6 +479,10 @@ def find_modules_to_save(model, config):
         if not any(is_named(path, [target]) for path in found):
             children = ', '.join(name for name, _ in model.named_children())
             raise ValueError(f'modules_to_save: there is no module {target!r}; at the top there are {children}')
+    for path in found:
+        kind = type(model.get_submodule(path))
+        if kind in (nn.ModuleList, nn.ModuleDict):
+            raise ValueError(f'modules_to_save: {path} is a {kind.__name__}, which is never called: name what is in it')
     return [path for path in found if not path.startswith(tuple(other + '.' for other in found))]
 
 
@@ -594,12 +608,15 @@ def save_lora(model, folder):
     if stray:
         raise ValueError(f'{stray[0]} trains but is not part of the adapter and would be lost: see modules_to_save')
     copied = [path for path, layer in layers.items() if layer.adapter.kind == 'copy']
+    moving = moving_buffers(model)
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
         'layers': {path: [layer.adapter.kind, shapes_of(layer.base_layer)] for path, layer in layers.items()},
-        'base': base_identity(model, copied),
+        'base': base_identity(model, copied, moving),
+        'statistics': sorted(moving),
     }
     tensors = tensors_of({path: layer.adapter for path, layer in layers.items()})
+    tensors.update({f'statistics of the base: {name}': buffer for name, buffer in moving.items()})
     tensors = {name: p.clone() for name, p in tensors.items()}  # a file holds each by itself, also shared ones
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
@@ -642,14 +659,35 @@ def shapes_of(module):
     return f'{type(module).__name__}({", ".join(shapes)})'
 
 
-def base_identity(model, copied=()):
-    """Class, number and sha256 of a model's state dict, less adapters and the modules `copied`, which these bring."""
+def moving_buffers(model):
+    """{name in the base: buffer} of what forward passes in training change although all weights are frozen: running
+    statistics, and the vectors of spectral norms.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.utils.parametrizations._SpectralNorm)):
+            names = [name for name in names if name.endswith(('_u', '_v')) and hasattr(module, f'{name[:-2]}_orig')]
+        if '.adapters.' not in f'.{path}.':
+            found.update({base_name(f'{path}.{name}'): getattr(module, name) for name in names})
+    return found
+
+
+def base_name(name):
+    """The name of a tensor in the base alone."""
+    return name.removeprefix('.').replace('.base_layer.', '.')
+
+
+def base_identity(model, copied=(), moving=()):
+    """Class, number and sha256 of a model's state dict, less adapters, the modules `copied`, which these bring, and the
+    buffers `moving`, which a file has.
+    """
     left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
     digest, count = hashlib.sha256(), 0
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(left_out):
+        if not name.startswith(left_out) and base_name(name) not in moving:
             tensor = tensor.cpu().contiguous()
-            digest.update(f'{name.replace(".base_layer.", ".")} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            digest.update(f'{base_name(name)} {tensor.dtype} {tuple(tensor.shape)}'.encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
             count += tensor.numel()
     return {'class': type(model).__name__, 'numbers': count, 'sha256': digest.hexdigest()}
@@ -668,7 +706,12 @@ def load_lora(model, folder, name='default', check_base=True):
         base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f'{folder}: the header of the adapter is not what save_lora writes ({error})') from None
-    found = base_identity(model, [path for path, kind in targets.items() if kind == 'copy']) if check_base else base
+    copied, moving = [path for path, kind in targets.items() if kind == 'copy'], moving_buffers(model)
+    statistics = {key: tensors.pop(f'statistics of the base: {key}', None) for key in record.get('statistics', ())}
+    for key, tensor in statistics.items():
+        if tensor is None or key not in moving or tensor.shape != moving[key].shape:
+            raise ValueError(f'{folder}: the running statistics {key!r} do not fit those of this model')
+    found = base_identity(model, copied, statistics) if check_base else base
     if found != base:
         theirs, ours = ('{class} of {numbers} numbers, sha256 {sha256!s:.12}'.format(**one) for one in (base, found))
         advice = 'a new head belongs in modules_to_save; check_base=False takes any base of the same layers'
@@ -690,6 +733,9 @@ def load_lora(model, folder, name='default', check_base=True):
             raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
         p.copy_(tensors[key])
     install(model, adapters, name)
+    moving = moving_buffers(model)
+    for key, tensor in statistics.items():
+        moving[key].copy_(tensor)
     return whole
 
 

@@ -907,6 +907,81 @@ def test_an_adapter_is_saved_and_loaded_through_what_is_around_a_model(wrap, tmp
     assert torch.equal(plain.layer(x), model.layer(x))
 
 
+def moving_model():
+    """A base whose forward pass in training changes running statistics and the vectors of a spectral norm."""
+    torch.manual_seed(3)
+    norm = nn.utils.parametrizations.spectral_norm(nn.Linear(O, O))
+    old = nn.utils.spectral_norm(nn.Linear(O, O))
+    return nn.ModuleDict({'layer': nn.Linear(I, O), 'b': nn.BatchNorm1d(O), 'norm': norm, 'old': old})
+
+
+def through(model, x):
+    return model.old(model.norm(model.b(model.layer(x))))
+
+
+def test_statistics_of_the_base_that_move_come_back_with_the_adapter(tmp_path):
+    model, x = moving_model(), 3 + torch.randn(20, I)
+    add_lora(model, LoRAConfig(target_modules='layer', dropout=0.0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        through(model.train(), x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_lora(model.eval(), tmp_path)
+    fresh = moving_model()
+    assert not torch.allclose(fresh.b.running_mean, model.b.running_mean)
+    load_lora(fresh, tmp_path)
+    assert torch.equal(through(fresh.eval(), x), through(model, x))
+    for name, buffer in lora.moving_buffers(model).items():
+        assert torch.equal(lora.moving_buffers(fresh)[name], buffer), name
+    assert len(lora.moving_buffers(model)) == 3 + 2 + 2
+
+
+def test_statistics_of_another_base_are_refused(tmp_path):
+    model = moving_model()
+    add_lora(model, LoRAConfig(target_modules='layer'))
+    save_lora(model, tmp_path)
+    other = moving_model()
+    other.b = nn.BatchNorm1d(O, track_running_stats=False)
+    before = {name: p.clone() for name, p in other.state_dict().items()}
+    with pytest.raises(ValueError, match="the running statistics 'b.num_batches_tracked' do not fit"):
+        load_lora(other, tmp_path, check_base=False)
+    assert equal_states(other.state_dict(), before)
+
+
+def test_what_is_asked_of_a_layer_is_answered_by_what_acts():
+    model, _ = make('Linear', 'lora')
+    assert model.layer.in_features == I and model.layer.out_features == O
+    with pytest.raises(AttributeError, match='no_such_thing'):
+        _ = model.layer.no_such_thing
+    twin = copy.deepcopy(model)
+    assert twin.layer.in_features == I
+
+
+def test_the_copy_answers_for_a_module_that_trains_in_full():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out_proj = nn.Linear(O, 2)
+
+        def forward(self, x):
+            return self.out_proj(x)
+
+    model = nn.ModuleDict({'layer': nn.Linear(I, O), 'head': Head()})
+    add_lora(model, LoRAConfig(target_modules='layer', modules_to_save='head'))
+    assert model.head.out_proj is model.head.adapter.copy.out_proj
+    with lora_off(model):
+        assert model.head.out_proj is model.head.base_layer.out_proj
+
+
+@pytest.mark.parametrize('group', [nn.ModuleList([nn.Linear(O, 2)]), nn.ModuleDict({'a': nn.Linear(O, 2)})])
+def test_a_group_of_modules_cannot_train_in_full(group):
+    model = nn.ModuleDict({'layer': nn.Linear(I, O), 'heads': group})
+    with pytest.raises(ValueError, match=r'modules_to_save: heads is a Module(List|Dict), which is never called'):
+        add_lora(model, LoRAConfig(target_modules='layer', modules_to_save='heads'))
+    assert not lora_layers(model)
+
+
 def test_what_trains_beside_the_adapter_is_not_lost(tmp_path):
     model, _ = make('Linear', 'lora')
     model.head.requires_grad_(True)
