@@ -123,6 +123,7 @@ device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 session.join(backend)
+session.reserve(out_dir)
 
 # model: with resume all of it is in the checkpoint
 torch.manual_seed(seed)

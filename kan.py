@@ -9,6 +9,7 @@ Legend: I, O features in and out; G grid intervals; k spline order; K = G + k ba
 The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
 """
 
+import contextlib
 import inspect
 import math
 
@@ -41,7 +42,8 @@ def make_activation(given):
     made = given
     if isinstance(given, str):
         classes = {name.lower(): kind for name, kind in vars(nn.modules.activation).items() if isinstance(kind, type)}
-        made = classes.get(given.lower(), lambda: None)()
+        with contextlib.suppress(TypeError):  # of one that wants arguments
+            made = classes.get(given.lower(), lambda: None)()
     elif callable(given) and not isinstance(given, nn.Module):
         made = given() if isinstance(given, type) or takes_nothing(given) else Elementwise(given)
     if not isinstance(made, nn.Module):
@@ -51,7 +53,18 @@ def make_activation(given):
         raise ValueError(f'base_activation must have no parameters of its own, got {made}')
     if getattr(made, 'inplace', False):
         raise ValueError(f'base_activation must not change its input, got {made}')
+    if not is_elementwise(made):
+        raise ValueError(f'base_activation must act on each number by itself, got {made}')
     return made
+
+
+@torch.no_grad()
+def is_elementwise(activation):
+    x = torch.linspace(-2, 2, 15, device='cpu').view(3, 5)
+    try:
+        return torch.allclose(activation(x)[:, :2], activation(x[:, :2]), atol=1e-6, equal_nan=True)
+    except (NotImplementedError, TypeError, IndexError):
+        return False
 
 
 def takes_nothing(function):
@@ -279,8 +292,9 @@ class KAN(nn.Module):
 
     def refine_grid(self, grid_size):
         """KANLinear.refine_grid of each layer; returns the largest of the differences."""
+        difference = max(layer.refine_grid(grid_size) for layer in self.layers)
         self.grid_size = grid_size
-        return max(layer.refine_grid(grid_size) for layer in self.layers)
+        return difference
 
     def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
         return sum(layer.regularization_loss(regularize_activation, regularize_entropy) for layer in self.layers)

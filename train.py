@@ -121,7 +121,7 @@ def load_state():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     before = state.get('config', {}).get('dataset', dataset)
     if before != dataset and not loader.is_prepared(dataset):
-        advice = f'name the config file of that run, or --dataset={before}'
+        advice = f'name the config file of that run or --dataset={before}, or prepare the other first'
         raise ValueError(f'{out_dir} is a run on data set {before!r}, and {dataset!r} is not prepared: {advice}')
     return state
 
@@ -136,8 +136,12 @@ def load_base():
 
 def check_vocabulary(state, place):
     if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
-        raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: prepare its text again')
+        raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: name one that has the same')
 
+
+session.join(backend)
+if not eval_only:
+    session.reserve(out_dir)
 
 # the run to go on from or to begin with, then the data
 is_run = init_from not in ('scratch', 'resume') and any(
@@ -145,15 +149,14 @@ is_run = init_from not in ('scratch', 'resume') and any(
 )
 state, base = load_state() if init_from == 'resume' else None, load_base() if is_run else None
 loader.prepare_dataset(dataset)
-session.join(backend)
 meta = loader.read_meta(dataset)
 session.check_same(f'data set {dataset!r}', meta.get('splits'))
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_another_text = bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
 
 
-def make_model(state):
-    """The GPT that init_from and the settings ask for, or that of the state to resume."""
+def make_model(state, base):
+    """The GPT that init_from and the settings ask for, or that of the state to resume or of the run to begin with."""
     if state:
         check_vocabulary(state, out_dir)
         model = ckpt.build_model(state, dropout=dropout)
@@ -164,7 +167,7 @@ def make_model(state):
             model.crop_block_size(block_size)
     elif init_from == 'scratch':
         if not meta:
-            say(f'warning: data set {dataset!r} has no meta.json; taking its tokens for those of GPT-2')
+            say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
         model = GPT(GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config)))
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
@@ -201,7 +204,8 @@ def make_optimizer(model, state):
 
 
 torch.manual_seed(seed)
-raw_model = make_model(state)
+raw_model = make_model(state, base)
+base = None  # with the state of its optimizer
 if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
 raw_model.to(device)
@@ -303,6 +307,11 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
+if is_another_text and not eval_only:
+    say(f'warning: the tokens of data set {dataset!r} are not those this run began with: its best loss starts anew')
+    log = []
+    if master:
+        ckpt.set_aside(out_dir, ['best.pt', 'log.jsonl'])
 session.begin(
     None if eval_only else out_dir,
     log,
@@ -314,9 +323,6 @@ session.begin(
     tokens_per_iter=tokens_per_iter,
     flops_per_token=count_flops(asdict(raw_model.config)) if master and not eval_only else None,
 )
-if is_another_text and master and not eval_only:
-    say(f'warning: the tokens of data set {dataset!r} are not those this run began with: its best loss starts anew')
-    ckpt.set_aside(out_dir, ['best.pt'])
 source = meta.get('source', 'files without meta.json')
 say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {source}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')

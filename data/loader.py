@@ -137,6 +137,8 @@ def read_pickled_meta(folder):
         raise ValueError(f'{path} cannot be used ({reason}): {advice}') from None
     meta = {'source': 'files of nanoGPT', 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
     paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
+    if not all(map(os.path.exists, paths.values())):
+        return meta  # the vocabulary alone
     sizes = {split: os.path.getsize(path) // DTYPE.itemsize for split, path in paths.items()}
     splits = {split: {'tokens': n, 'sha256': sha256_of(paths[split])} for split, n in sizes.items()}
     return {**meta, 'splits': splits, 'val_chars': sizes['val']}
@@ -166,7 +168,7 @@ def load_tokenizer_of(dataset, vocab_size):
     """The tokenizer of a data set; ValueError where it is not that of a model with vocab_size rows."""
     meta = read_meta(dataset)
     if not meta:
-        raise ValueError(f'data set {dataset!r} has no meta.json: python data/{dataset}/prepare.py writes it')
+        raise ValueError(f'data set {dataset!r} has no meta.json, which data/{dataset}/prepare.py writes')
     tokenizer = tokenizer_from_dict(meta['tokenizer'])
     n = tokenizer.vocab_size
     if vocab_size not in (n, model_vocab_size(meta)):

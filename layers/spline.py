@@ -11,6 +11,7 @@ Legend: I, O features in and out; G grid intervals; k spline order; K = G + k ba
 The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -68,26 +69,26 @@ def recursive_bases(x, knots, k):
 
 
 class Bases(torch.autograd.Function):
-    """The r-th derivative by x of the B-splines of order k on any knots; shapes as in uniform_bases. Its own derivative
-    by x is that of r + 1.
+    """The r-th derivative by x of the B-splines of order k, by a function `bases` that suits the knots; shapes as in
+    uniform_bases. Its own derivative by x is that of r + 1. Not under forward mode: a custom Function drops tangents.
     """
 
     @staticmethod
-    def forward(ctx, x, knots, k, r):
+    def forward(ctx, x, knots, k, r, bases):
         ctx.save_for_backward(x, knots)
-        ctx.k, ctx.r = k, r
-        return bases_derivative(x, knots, k, r, basis_function(knots))
+        ctx.k, ctx.r, ctx.bases = k, r, bases
+        return bases_derivative(x, knots, k, r, bases)
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad * Bases.apply(*ctx.saved_tensors, ctx.k, ctx.r + 1)).sum(1), None, None, None
+        derivative = bases_derivative if is_transformed() else Bases.apply
+        return (grad * derivative(*ctx.saved_tensors, ctx.k, ctx.r + 1, ctx.bases)).sum(1), None, None, None, None
 
 
-def smooth_bases(x, knots, k, r=0):
-    """recursive_bases or a derivative of it, with derivatives by x that are cheap. Not for forward mode, which loses
-    tangents within itself where functions of one's own take part.
-    """
-    return Bases.apply(x, knots, k, r)
+def smooth_bases(knots):
+    """A function (x, knots, k, r=0) like the bases that suit these knots, whose derivatives by x are cheap."""
+    bases = basis_function(knots)  # of the knots as they are: rounded ones may not be even in another dtype
+    return lambda x, knots, k, r=0: Bases.apply(x, knots, k, r, bases)
 
 
 def bases_derivative(x, knots, k, r, bases=recursive_bases):
@@ -202,7 +203,7 @@ def fused_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
 
 def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_bases):
     """What spline_linear computes, and its reference."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return columns(x, knots, k, activation, bases, dtype).flatten(1) @ weight.to(dtype).t()
 
 
@@ -213,19 +214,23 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
-    is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # what is written down is PyTorch's alone
+    is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
     if is_small(x):
-        return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases)
+        return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases(knots))
     return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
 
 
 def is_small(x):
-    """Whether an operator would take more time for its calls than it saves in memory, as far as that was measured."""
+    """Whether calling the operator costs more time than the memory that it saves is worth."""
     if BACKEND != 'auto' or x.device.type != 'cpu' or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
         return False
-    return torch.is_grad_enabled() and x.numel() < WORTH_COMPILING
+    return torch.is_grad_enabled() and x.numel() < WORTH_COMPILING and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def no_autocast(x):
+    return torch.autocast(x.device.type, enabled=False) if x.device.type != 'meta' else contextlib.nullcontext()
 
 
 def is_transformed():
@@ -319,7 +324,8 @@ def keep(ctx, inputs, output):
 def differentiate(ctx, grad):
     needed = list(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled() or is_transformed():  # the gradients are to be differentiated in their turn
-        gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, needed)
+        with no_autocast(grad):
+            gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, needed)
     else:
         gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
     return *(gradient if need else None for gradient, need in zip(gradients, needed)), None, None, None, None
@@ -328,7 +334,7 @@ def differentiate(ctx, grad):
 def plain_gradients(grad, x, weight, knots, k, activation, dtype, needed):
     """What spline_linear_backward computes, in operators that can be differentiated; None for what is not needed."""
     grad, activation = grad.to(dtype), ACTIVATIONS[activation]
-    derivative = bases_derivative if is_transformed() else smooth_bases
+    derivative = bases_derivative if is_transformed() else smooth_bases(knots)
     dx = dw = None
     if needed[0]:
         rows, places = to_working_dtype(x, knots)

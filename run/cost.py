@@ -48,7 +48,7 @@ def count_by_blocks(count, model_args):
 
 @functools.lru_cache(256)
 def count_once(count, items):
-    """For a search that asks for the same blocks in other numbers."""
+    """Cached: a search for a depth varies n_layer alone."""
     return count(dict(items))
 
 

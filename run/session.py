@@ -34,6 +34,7 @@ class Session:
             self.device = pick_device(f'cuda:{self.local_rank}')
         self.dtype = pick_dtype(dtype, self.device)
         self.signals, self.save_failed, self.wandb_failed = [], False, False
+        self.lock = None  # of the folder of the run
         self.on_terminal = self.master and sys.stderr.isatty()
         set_up(self.device)
 
@@ -164,18 +165,21 @@ class Session:
         self.record.update(device=device_name(self.device), processes=self.world_size, **fields)
         self.record.update(resumed_at=resumed_at, started=records.now())
         if out_dir is not None:
-            self.reserve(out_dir)
+            self.reserve(out_dir, make=True)
         if self.master and out_dir is not None:
             earlier = set_aside(out_dir) if resumed_at is None else None
             if earlier:
                 self.say(f'{out_dir} holds an earlier run: its files are moved to {earlier}')
         self.write_record()
 
-    def reserve(self, out_dir):
-        """Have out_dir for this run alone, until its first process ends, however it does."""
+    def reserve(self, out_dir, make=False):
+        """Have out_dir for this run alone, until its first process ends, however it does; with `make` also where it is
+        not there yet. ValueError where another run has it. Before a checkpoint is read: that run may write a later one.
+        """
         taken = False
-        if self.master:
+        if make and self.master:
             os.makedirs(out_dir, exist_ok=True)
+        if self.master and self.lock is None and os.path.isdir(out_dir):
             self.lock = FileLock(os.path.join(out_dir, 'run.lock'), blocking=False)
             try:
                 self.lock.acquire()

@@ -333,8 +333,8 @@ class LoRALayer(nn.Module):
         self.unmerged = None  # the base layer itself, while one with the adapter merged into it stands in its place
 
     # for code that looks at the dtype or device of a layer
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: getattr(self.base_layer, 'bias', None))
+    weight = property(lambda self: self.acting.weight)
+    bias = property(lambda self: getattr(self.acting, 'bias', None))
 
     @property
     def adapter(self):
@@ -345,10 +345,15 @@ class LoRALayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ('base_layer', 'adapters'):  # while this one is made
+            if name.startswith('__') or name in ('base_layer', 'adapters', 'active', 'off'):  # while this one is made
                 raise
-            is_copy = not self.off and isinstance(self.adapter, TrainedCopy)
-            return getattr(self.adapter.copy if is_copy else self.base_layer, name)
+            return getattr(self.acting, name)
+
+    @property
+    def acting(self):
+        """The copy of the base layer that trains in its place, where such a one is active, else the base layer."""
+        is_copy = not self.off and isinstance(self.adapter, TrainedCopy)
+        return self.adapter.copy if is_copy else self.base_layer
 
     def forward(self, *args, **kwargs):
         if self.off and self.unmerged is not None:
@@ -696,6 +701,7 @@ def base_identity(model, copied=(), moving=()):
 def load_lora(model, folder, name='default', check_base=True):
     """Give a model the adapter that save_lora wrote, under a name, as the active one. ValueError says what does not
     fit, before the model is touched. check_base=False takes any base of the same layers, e.g. one in bfloat16.
+    The running statistics of the base, where it has some, become those that were saved with this adapter.
     """
     whole, model = model, unwrap(model)
     refuse_merged(model)

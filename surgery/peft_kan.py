@@ -153,7 +153,7 @@ class KanLoraLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x, *args, adapter_names=None, **kwargs):
         y = result = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self.update_rows(x, y, adapter_names)
         for name in [] if self.disable_adapters else self.active_adapters:
             if name in self.kanlora_adapters:
@@ -217,10 +217,13 @@ class KanLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """PEFT calls this around forward and generate; adapter_names has a name for each row, '__base__' for none."""
         names = kwargs.get('adapter_names')
+        if names is None:
+            yield
+            return
+        hook = functools.partial(add_names, names=self.check_names(names, kwargs))
         with contextlib.ExitStack() as hooks:
-            for module in self.modules() if names is not None else ():
+            for module in self.modules():
                 if isinstance(module, (KanLoraLinear, AuxiliaryTrainingWrapper)):
-                    hook = functools.partial(add_names, names=self.check_names(names, kwargs))
                     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 

@@ -1,5 +1,4 @@
 import contextlib
-import os
 import signal
 import subprocess
 
@@ -9,8 +8,6 @@ import torch
 from data.tokenizer import GPT2Tokenizer
 from forked import end_what_was_started, popen_or_fork
 from helpers import write_dataset
-
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # for what the tests start, too
 
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):

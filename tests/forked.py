@@ -28,6 +28,7 @@ def fork_server():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['warm'])
     with lock, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HF_HUB_OFFLINE', '1')  # read on import
         patch.setenv('PYTHONPATH', str(ROOT / 'tests'))  # a server of Python 3.11 imports from no other path
         forkserver.ensure_running()
     return context
@@ -70,7 +71,8 @@ class Forked:
             reading = [pool.submit(stream.read) if stream else None for stream in (self.stdout, self.stderr)]
             self.wait(timeout)
             if self.returncode is None:
-                self.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)  # what it has started holds the pipes, too
             outputs = [each and each.result() for each in reading]
         self.wait()
         return outputs

@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
 
 PATIENCE = 300  # seconds for a script: one that hangs is ended, one on a busy machine is not
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'HF_HUB_OFFLINE': '1'}
 TOKENIZER = CharTokenizer('\n !:EMORabcdefghijklmnopqrstuvwxyz')
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)

@@ -459,9 +459,15 @@ def test_an_activation_is_given_in_any_way(given):
         close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize('given', ['gleu', 3, None, dict, 'linear'])
+@pytest.mark.parametrize('given', ['gleu', 3, None, dict, 'linear', 'threshold', 'MultiheadAttention'])
 def test_what_is_no_activation_is_named(given):
     with pytest.raises(ValueError, match=re.escape(f'got {given!r}')):
+        KANLinear(I, O, base_activation=given)
+
+
+@pytest.mark.parametrize('given', ['softmax', nn.Softmax(-1), nn.Module, lambda x: x - x.mean(), lambda x: x.sum()])
+def test_an_activation_that_mixes_numbers_is_refused(given):
+    with pytest.raises(ValueError, match='base_activation must act on each number by itself'):
         KANLinear(I, O, base_activation=given)
 
 

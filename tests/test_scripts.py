@@ -168,7 +168,7 @@ def run_python(source, *args):
     )
 
 
-def test_kan_needs_torch_alone(tmp_path):
+def test_kan_needs_torch_alone():
     others = (ABOVE.keys() | COMMANDS) - {'kan', 'layers'}
     source = f"""
 import sys
@@ -183,8 +183,7 @@ import torch
 from kan import KAN
 print(KAN([4, 3, 2])(torch.zeros(5, 4)).shape)
 """
-    (tmp_path / 'script.py').write_text(source)
-    done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT))
+    done = run_python(source)
     assert done.stdout == 'torch.Size([5, 2])\n', done.stderr
 
 

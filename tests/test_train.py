@@ -220,6 +220,7 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     assert best['iter_num'] > 2 and best['best_val_loss'] > 1 and best['data'] != state['data']
     assert (tmp_path / 'out' / 'earlier-1' / 'best.pt').read_bytes() == before
     again = train(tmp_path, other, init_from='resume', max_iters=6)
+    assert [line['iter'] for line in read_log(tmp_path / 'out')][0] == 2  # of the text before there is another log
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
 
 

@@ -88,6 +88,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize('irregular', [False, True], ids=['uniform', 'irregular'])
 @pytest.mark.parametrize('name', TRANSFORMS)
 def test_transforms_of_torch_func(name, irregular, trained):
+    """The layer takes the plain formula here, whose derivatives other tests compare with differences."""
     layer, x = make_layer(3, irregular, bias=True).requires_grad_(trained), inputs()
     close(TRANSFORMS[name](layer, x), TRANSFORMS[name](reference(layer), x))
 
@@ -211,6 +212,29 @@ def test_batched_gradients_of_one_forward_pass(learns):
     found = grad(y, wanted, rows, is_grads_batched=True, retain_graph=True)
     expected = [grad(y, wanted, row, retain_graph=True) for row in rows]
     close(found, tuple(torch.stack(gradients) for gradients in zip(*expected)))
+
+
+def test_batched_gradients_by_torch_func():
+    """Of one forward pass outside of the transform, and of its gradient in turn."""
+    layer, x = make_layer(), inputs().requires_grad_()
+    y = layer(x).flatten()
+    (dx,) = grad(y.sum(), x, create_graph=True)
+    for value in y, dx.flatten():
+        rows = torch.eye(value.numel(), dtype=y.dtype)
+        found = vmap(lambda row, value=value: grad(value, x, row, retain_graph=True)[0])(rows)
+        close(found, torch.stack([grad(value, x, row, retain_graph=True)[0] for row in rows]))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_training_and_inference_take_the_same_bases(dtype):
+    """Also where the knots are even in the dtype of the layer alone."""
+    layer, x = KANLinear(I, O).to(dtype), torch.randn(50, I, dtype=dtype)
+    nn.init.normal_(layer.spline_weight)
+    with torch.no_grad():
+        expected = layer(x)
+    torch.testing.assert_close(
+        layer(x).detach(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps * expected.abs().max().item()
+    )
 
 
 def test_a_tangent_that_comes_after_the_forward_pass():

@@ -643,6 +643,8 @@ def test_each_row_has_the_adapter_of_its_name(dora):
     assert all(torch.allclose(y[i], expected[name][i], atol=1e-6) for i, name in enumerate(names))
     assert len({tuple(rows[0].tolist()) for rows in expected.values()}) == 3
     assert torch.equal(model(x), expected['other'])  # the names are of that call alone
+    with model.disable_adapter():
+        assert torch.equal(model(x, adapter_names=names), expected['__base__'])
 
 
 def test_rows_of_a_batch_that_is_generated(tiny):
