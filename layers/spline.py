@@ -4,8 +4,12 @@ wherever they are needed, so that of the data the input alone is kept.
     plain_spline_linear   the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
     spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and
                           one matrix product takes them from the cache. On uniform grids torch.compile fuses a pass
-                          where it works (on a CPU it needs a C++ compiler), elsewhere it is plain PyTorch
+                          where it works (on a CPU it needs a C++ compiler), elsewhere it is plain PyTorch. Small inputs
+                          on a CPU, transforms of torch.func and exports take the plain formula instead
     spline_triton.py      on a GPU, the operator with columns that never reach its memory
+
+The splines themselves stand in uniform_bases and recursive_bases, for compilers in fused_columns, in Triton's language
+in spline_triton.py; whoever changes one changes all, and the tests compare them.
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows, n of them in a chunk.
 The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
