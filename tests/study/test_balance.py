@@ -81,7 +81,7 @@ def test_wide_hidden_layers_where_one_layer_more_is_too_much(tmp_path, dataset):
 )
 @pytest.mark.parametrize('sizes', [dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48, grid_size=3)])
 def test_found_within_the_tolerance(tmp_path, dataset, sizes, by, cost, tolerance, first):
-    printed = balance(tmp_path, dataset, sizes, f'--by={by}', f'--first={first}', '--repeats=2')
+    printed = balance(tmp_path, dataset, sizes, f'--by={by}', f'--first={first}', '--repeats=1')
     kan = model_args(dataset, tmp_path / 'train_x_kan.py')
     found = model_args(dataset, tmp_path / f'train_x_by_{by}{"_wide" if first == "width" else ""}.py')
     assert not found['use_kan'] and cost(found) == pytest.approx(cost(kan), rel=tolerance)
