@@ -147,7 +147,8 @@ if not eval_only:
 is_run = init_from not in ('scratch', 'resume') and any(
     os.path.exists(os.path.join(init_from, name)) for name in ckpt.STATES
 )
-state, base = load_state() if init_from == 'resume' else None, load_base() if is_run else None
+state = load_state() if init_from == 'resume' else None
+base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 session.check_same(f'data set {dataset!r}', meta.get('splits'))
@@ -157,25 +158,20 @@ is_another_text = bool(state and meta and state.get('data', meta['splits']) != m
 
 def make_model(state, base):
     """The GPT that init_from and the settings ask for, or that of the state to resume or of the run to begin with."""
-    if state:
-        check_vocabulary(state, out_dir)
-        model = ckpt.build_model(state, dropout=dropout)
-    elif base:
-        check_vocabulary(base, init_from)
-        model = ckpt.build_model(base, dropout=dropout)
-        if block_size < model.config.block_size:
-            model.crop_block_size(block_size)
+    if state or base:
+        check_vocabulary(state or base, out_dir if state else init_from)
+        model = ckpt.build_model(state or base, dropout=dropout)
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
         model = GPT(GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config)))
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        if block_size < model.config.block_size:
-            model.crop_block_size(block_size)
     else:
         names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
+    if not state and block_size < model.config.block_size:
+        model.crop_block_size(block_size)
     if block_size != model.config.block_size:
         raise ValueError(f'block_size={block_size}, but the model was made with {model.config.block_size}')
     made = {name: getattr(model.config, name) for name in model_settings(config)}

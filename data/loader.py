@@ -39,9 +39,7 @@ def write_meta(folder, tokenizer, source):
     """
     meta = {'source': source, 'splits': {}}
     for name in TOKENS:
-        part = os.path.join(folder, f'{name}.part')
-        entry = {'tokens': os.path.getsize(part) // DTYPE.itemsize, 'sha256': sha256_of(part)}
-        meta['splits'][name.removesuffix('.bin')] = entry
+        meta['splits'][name.removesuffix('.bin')] = describe_split(os.path.join(folder, f'{name}.part'))
     val_ids = np.fromfile(os.path.join(folder, 'val.bin.part'), dtype=DTYPE)
     meta['val_chars'] = measure_text(tokenizer, val_ids)[0]  # what bits per character want
     meta.update(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
@@ -49,6 +47,11 @@ def write_meta(folder, tokenizer, source):
         json.dump(meta, f, indent=1)
     for name in TOKENS:
         os.replace(os.path.join(folder, f'{name}.part'), os.path.join(folder, name))
+
+
+def describe_split(path):
+    """What meta.json says of a file of tokens."""
+    return {'tokens': os.path.getsize(path) // DTYPE.itemsize, 'sha256': sha256_of(path)}
 
 
 def dataset_folder(dataset):
@@ -80,9 +83,8 @@ def prepare_dataset(dataset, made=TOKENS):
                 print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
                 # a folder that is a link to another place has no modules above it
                 paths = os.pathsep.join(filter(None, [os.path.dirname(DATA), os.environ.get('PYTHONPATH')]))
-                failed = (
-                    subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths}).returncode != 0
-                )
+                done = subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths})
+                failed = done.returncode != 0
     except Timeout:  # another process prepares it
         with lock:
             failed = not is_prepared(dataset, made)
@@ -139,9 +141,8 @@ def read_pickled_meta(folder):
     paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
     if not all(map(os.path.exists, paths.values())):
         return meta  # the vocabulary alone
-    sizes = {split: os.path.getsize(path) // DTYPE.itemsize for split, path in paths.items()}
-    splits = {split: {'tokens': n, 'sha256': sha256_of(paths[split])} for split, n in sizes.items()}
-    return {**meta, 'splits': splits, 'val_chars': sizes['val']}
+    splits = {split: describe_split(path) for split, path in paths.items()}
+    return {**meta, 'splits': splits, 'val_chars': splits['val']['tokens']}
 
 
 def model_vocab_size(meta):

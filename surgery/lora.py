@@ -739,7 +739,6 @@ def load_lora(model, folder, name='default', check_base=True):
             raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
         p.copy_(tensors[key])
     install(model, adapters, name)
-    moving = moving_buffers(model)
     for key, tensor in statistics.items():
         moving[key].copy_(tensor)
     return whole

@@ -211,6 +211,7 @@ class KanLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self):
+        """PEFT asks before it changes anything; NotImplementedError is its own for methods that cannot merge."""
         raise NotImplementedError(UNMERGEABLE)
 
     @contextlib.contextmanager

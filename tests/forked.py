@@ -97,8 +97,10 @@ class Forked:
 def end_what_was_started():
     """A test that fails may leave a script that runs for ever, and Python would wait for it."""
     while STARTED:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+        process = STARTED.pop()
+        if process.poll() is None:  # the number of one that has ended may be another's by now
+            with contextlib.suppress(ProcessLookupError):  # it ends at this moment
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def popen_or_fork(args, *more, **options):
