@@ -16,9 +16,9 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 I, O = 3, 2
 
 
-def make_layer(k=3, irregular=False, bias=False):
+def make_layer(k=3, irregular=False, bias=False, grid_size=5):
     """A layer in float64 whose splines weigh as much as its base."""
-    layer = KANLinear(I, O, spline_order=k, grid_range=(-1.5, 1.5), bias=bias).double()
+    layer = KANLinear(I, O, grid_size, k, grid_range=(-1.5, 1.5), bias=bias).double()
     nn.init.normal_(layer.spline_weight)
     if irregular:
         layer.grid.copy_((layer.grid + 0.1 * torch.rand_like(layer.grid)).sort(1).values)
@@ -54,12 +54,12 @@ def test_finite_differences(monkeypatch, backend, k, irregular):
     if backend == 'compiled':  # what is fused, without the minutes of a C++ compiler
         monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
         spline.compiled.cache_clear()
-    layer = make_layer(k, irregular)
+    layer = make_layer(k, irregular, grid_size=2)
 
     def function(x, weight):
         return spline_linear(x, weight, layer.grid, k, layer.base_activation, torch.float64)
 
-    arguments = inputs(4).requires_grad_(), layer.packed_weight().detach().requires_grad_()
+    arguments = inputs(3).requires_grad_(), layer.packed_weight().detach().requires_grad_()
     assert gradcheck(
         function, arguments, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
     )

@@ -1,5 +1,6 @@
 """balance.py: what it finds costs what the KAN-GPT costs, and trains."""
 
+import itertools
 import json
 
 import pytest
@@ -22,6 +23,7 @@ gradient_accumulation_steps = 1
 grid_size = {grid_size}
 learning_rate = 1e-2
 """
+SMALL, LARGER = dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48, grid_size=3)
 CLOCK = """
 from run import cost
 
@@ -74,13 +76,18 @@ def test_wide_hidden_layers_where_one_layer_more_is_too_much(tmp_path, dataset):
     ), printed
 
 
-@pytest.mark.parametrize('first', ['depth', 'width'])
 @pytest.mark.parametrize(
-    'by, cost, tolerance',
-    [('params', count_parameters, 0.01), ('flops', count_flops, 0.01), ('seconds', clocked, 0.05)],
+    'by, first, sizes',
+    [
+        *itertools.product(['params'], ['depth', 'width'], [SMALL, LARGER]),
+        ('flops', 'depth', LARGER),
+        ('flops', 'width', SMALL),
+        ('seconds', 'depth', SMALL),
+        ('seconds', 'width', LARGER),
+    ],
 )
-@pytest.mark.parametrize('sizes', [dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48, grid_size=3)])
-def test_found_within_the_tolerance(tmp_path, dataset, sizes, by, cost, tolerance, first):
+def test_found_within_the_tolerance(tmp_path, dataset, by, first, sizes):
+    cost, tolerance = dict(params=(count_parameters, 0.01), flops=(count_flops, 0.01), seconds=(clocked, 0.05))[by]
     printed = balance(tmp_path, dataset, sizes, f'--by={by}', f'--first={first}', '--repeats=1')
     kan = model_args(dataset, tmp_path / 'train_x_kan.py')
     found = model_args(dataset, tmp_path / f'train_x_by_{by}{"_wide" if first == "width" else ""}.py')
@@ -90,7 +97,7 @@ def test_found_within_the_tolerance(tmp_path, dataset, sizes, by, cost, toleranc
 
 
 def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):
-    printed = balance(tmp_path, dataset, dict(n_head=2, n_embd=24, grid_size=5), '--mlp=swiglu', '--out=mine.py')
+    printed = balance(tmp_path, dataset, SMALL, '--mlp=swiglu', '--out=mine.py')
     assert printed.endswith('written: python train.py mine.py\n')
     settings = settings_of('train.py', [str(tmp_path / 'mine.py')])
     assert (settings['mlp'], settings['learning_rate'], settings['batch_size']) == ('swiglu', 1e-2, 2)
@@ -101,7 +108,7 @@ def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):
 
 
 def test_mistakes_are_named(tmp_path, dataset):
-    (tmp_path / 'train_x_kan.py').write_text(CONFIG.format(n_head=2, n_embd=24, grid_size=5))
+    (tmp_path / 'train_x_kan.py').write_text(CONFIG.format(**SMALL))
     (tmp_path / 'there.py').write_text('')
     common = ('train_x_kan.py', f'--dataset={dataset}', '--device=cpu')
     assert 'there.py exists' in complaint(tmp_path, 'study/balance.py', *common, '--out=there.py')
