@@ -98,13 +98,14 @@ def evaluate_text(checkpoint):
     total = sum_losses(model, data, length, step)
     tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
     loss, bits = total / tokens, total / math.log(2)
-    found = dict(loss=loss, perplexity=perplexity(loss), bits_per_char=bits / chars, bits_per_byte=bits / n_bytes)
-    print(f'{source} on {split} of {name}: {tokens:,} tokens, {chars:,} characters, {n_bytes:,} bytes')
-    print(f'windows of {length} tokens, every {step}')
-    print(
-        'loss {loss:.4f}, perplexity {perplexity:.3f}, {bits_per_char:.4f} bits per character, '
-        '{bits_per_byte:.4f} bits per byte'.format(**found)
-    )
+    found, size = dict(loss=loss, perplexity=perplexity(loss)), f'{tokens:,} tokens'
+    shown = 'loss {loss:.4f}, perplexity {perplexity:.3f}'
+    if chars is not None:
+        found.update(bits_per_char=bits / chars, bits_per_byte=bits / n_bytes)
+        size += f', {chars:,} characters, {n_bytes:,} bytes'
+        shown += ', {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
+    print(f'{source} on {split} of {name}: {size}\nwindows of {length} tokens, every {step}')
+    print(shown.format(**found))
     sha256 = meta.get('splits', {}).get(split, {}).get('sha256')
     about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256)
     costs = dict(parameters=model.get_num_params(False), flops_per_token=count_flops(vars(model.config)))

@@ -7,13 +7,13 @@
 Checkpoints of nanoGPT and nanoGPKANT work too: put the ckpt.pt into a folder and name it by --out_dir.
 """
 
-import codecs
 import os
 
 import torch
 
 from configurator import configure
 from data.loader import load_tokenizer
+from data.tokenizer import TextStream
 from layers.generation import stream
 from model import GPT
 from run.checkpoint import build_model, load_checkpoint
@@ -55,23 +55,23 @@ def read_prompt():
 
 
 class Sample:
-    """The text of one sample, up to `stop`. Characters may spread over tokens, hence the incremental decoder."""
+    """The text of one sample, up to `stop`."""
 
     def __init__(self):
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.stream = TextStream(tokenizer, prompt)
         self.text = ''  # what is generated
         self.end = -1  # where `stop` begins in it
         self.shown = 0  # how much of it is on the terminal
 
     def add(self, token):
         if self.end < 0:
-            self.text += self.decoder.decode(tokenizer.decode_bytes([token]))
+            self.text += self.stream.add(token)
             self.end = self.text.find(stop) if stop else -1
 
     def show(self, finished=False):
         """Print what is new; what may be the beginning of `stop` only when the sample is finished."""
         if finished and self.end < 0:
-            self.text += self.decoder.decode(b'', final=True)
+            self.text += self.stream.end()
         waiting = 0 if finished else held_back(self.text)
         ready = self.end if self.end >= 0 else len(self.text) - waiting
         print(self.text[self.shown : ready], end='', flush=True)

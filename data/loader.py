@@ -97,20 +97,36 @@ def prepare_dataset(dataset, made=TOKENS):
 
 
 def read_meta(dataset):
-    """The contents of meta.json, or what stands for it in a folder of nanoGPT: the characters of its meta.pkl, or {}
-    where it has none, because its tokens are GPT-2's.
+    """The contents of meta.json, completed where one of your own says no more than vocab_size; or what stands for it in
+    a folder of nanoGPT: the characters of its meta.pkl, or {} where it has none, because its tokens are GPT-2's.
     """
-    path = os.path.join(dataset_folder(dataset), 'meta.json')
+    folder = dataset_folder(dataset)
+    path = os.path.join(folder, 'meta.json')
     try:
         with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-        for name in META.split():
+            meta = dict(json.load(f))
+        is_own = 'vocab_size' in meta and 'splits' not in meta
+        for name in META.split() if not is_own else ():
             functools.reduce(operator.getitem, name.split('.'), meta)
-        return meta
     except FileNotFoundError:
-        return read_pickled_meta(dataset_folder(dataset))
+        return read_pickled_meta(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
+    return complete_meta(folder, meta) if is_own else meta
+
+
+def complete_meta(folder, meta):
+    """A meta.json of your own, with all that those of prepare.py say. Without a tokenizer its tokens are numbers."""
+    n = meta['vocab_size']
+    if type(n) is not int or not 1 <= n <= 2**16:
+        raise ValueError(f'{folder}/meta.json: vocab_size must be a number from 1 to {2**16}, got {n!r}')
+    try:
+        tokenizer = tokenizer_from_dict(meta.get('tokenizer', {'kind': 'ids', 'vocab_size': n}))
+    except ValueError as error:
+        raise ValueError(f'{folder}/meta.json: tokenizer: {error}') from None
+    if tokenizer.vocab_size > n:
+        raise ValueError(f'{folder}/meta.json: vocab_size is {n}, and its tokenizer has {tokenizer.vocab_size} tokens')
+    return with_splits({'source': 'files of your own', **meta, 'tokenizer': tokenizer.to_dict()}, folder)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -138,16 +154,22 @@ def read_pickled_meta(folder):
         advice = 'expected that of a data set by character of nanoGPT; a meta.json beside it is read in its place'
         raise ValueError(f'{path} cannot be used ({reason}): {advice}') from None
     meta = {'source': 'files of nanoGPT', 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
+    return with_splits(meta, folder)
+
+
+def with_splits(meta, folder):
+    """A meta.json, and what it says of both files of tokens; without them the vocabulary alone."""
     paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
     if not all(map(os.path.exists, paths.values())):
-        return meta  # the vocabulary alone
+        return meta
     splits = {split: describe_split(path) for split, path in paths.items()}
-    return {**meta, 'splits': splits, 'val_chars': splits['val']['tokens']}
+    counted = {'val_chars': splits['val']['tokens']} if meta['tokenizer']['kind'] == 'char' else {}
+    return {**meta, 'splits': splits, **counted}
 
 
 def model_vocab_size(meta):
-    """Rows of a new model's embedding: the characters of a data set, or GPT-2's 50257, padded to a multiple of 64."""
-    return meta['vocab_size'] if meta.get('tokenizer', {}).get('kind') == 'char' else 50304
+    """Rows of a new model's embedding: the tokens of a data set, or GPT-2's 50257, padded to a multiple of 64."""
+    return 50304 if meta.get('tokenizer', {'kind': 'gpt2'})['kind'] == 'gpt2' else meta['vocab_size']
 
 
 def load_tokenizer(checkpoint, vocab_size, dataset=''):

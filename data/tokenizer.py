@@ -1,9 +1,11 @@
-"""Text to token ids and back: by character, or GPT-2's byte pairs. A tokenizer is stored as a small dictionary
-(`to_dict`, `tokenizer_from_dict`) in meta.json and in every checkpoint.
+"""Text to token ids and back: by character, by GPT-2's byte pairs, or by any tokenizer of the library `tokenizers`; or
+the ids as numbers, of what is no text. A tokenizer is stored as a dictionary (`to_dict`, `tokenizer_from_dict`) in
+meta.json and in every checkpoint.
 """
 
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -82,6 +84,84 @@ class GPT2Tokenizer:
         return {'kind': 'gpt2'}
 
 
+class JsonTokenizer:
+    """Any tokenizer of the library `tokenizers`, by its JSON: what Tokenizer.to_str() gives, and tokenizer.json holds.
+    It adds no tokens of its own to a text (as BERT's [CLS]), and cuts none off. ValueError for any other JSON.
+    """
+
+    def __init__(self, content):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError('this vocabulary needs the package tokenizers: pip install tokenizers') from None
+        try:
+            self.tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises this very class
+            raise ValueError(f'expected the JSON of a tokenizer of the library tokenizers ({error})') from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.content = content
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of the token ids, as the tokenizer writes it; ValueError for an id outside the vocabulary."""
+        return self.tokenizer.decode(check_ids(ids, self.vocab_size), skip_special_tokens=False)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode('utf-8')
+
+    def to_dict(self):
+        return {'kind': 'tokenizers', 'json': self.content}
+
+
+class IdTokenizer:
+    """Token ids as numbers with spaces between them: of notes, moves, or a text whose tokenizer is not at hand."""
+
+    def __init__(self, vocab_size):
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise ValueError(f'vocab_size must be a number of tokens, got {vocab_size!r}')
+        self.vocab_size = vocab_size
+
+    def encode(self, text):
+        """Token ids of a text like '12 7 30'."""
+        if not re.fullmatch(r'[\d\s]*', text, re.ASCII):
+            raise ValueError(f'this vocabulary has no text: expected token ids as in "12 7 30", got {text[:80]!r}')
+        return check_ids(text.split(), self.vocab_size)
+
+    def decode(self, ids):
+        return ''.join(f'{i} ' for i in check_ids(ids, self.vocab_size))
+
+    def to_dict(self):
+        return {'kind': 'ids', 'vocab_size': self.vocab_size}
+
+
+class TextStream:
+    """The text of token ids that come one by one after those of a prompt. `add` returns what is certain by now, `end`
+    the rest: a character may spread over several tokens, and a token may be written otherwise after another.
+    """
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer = tokenizer
+        self.ids, self.before = list(prompt[-8:]), tokenizer.decode(prompt[-8:])  # the last tokens, and their text
+
+    def add(self, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        return '' if text.endswith('\ufffd') else self.take(text)  # the mark of a character that is cut
+
+    def end(self):
+        return self.take(self.tokenizer.decode(self.ids))
+
+    def take(self, text):
+        new = text[len(self.before) :]
+        self.ids = self.ids[-8:]
+        self.before = self.tokenizer.decode(self.ids)
+        return new
+
+
 def check_ids(ids, vocab_size):
     ids = [int(i) for i in ids]
     for i in ids:
@@ -91,10 +171,15 @@ def check_ids(ids, vocab_size):
 
 
 def measure_text(tokenizer, ids):
-    """(characters, bytes) of the text of token ids (an array); characters that are cut at either end count as one."""
+    """(characters, bytes) of the text of token ids (an array); characters that are cut at either end count as one.
+    (None, None) where the ids are of no text.
+    """
+    if isinstance(tokenizer, IdTokenizer):
+        return None, None
     n_chars = n_bytes = 0
-    for i in range(0, len(ids), 1 << 20):
-        text = tokenizer.decode_bytes(ids[i : i + (1 << 20)])
+    step = max(1, len(ids)) if isinstance(tokenizer, JsonTokenizer) else 1 << 20  # it may write a start differently
+    for i in range(0, len(ids), step):
+        text = tokenizer.decode_bytes(ids[i : i + step])
         if n_bytes == 0 and text:
             n_chars += not begins_character(text[0])  # the rest of a character that is cut at the start
         n_bytes += len(text)
@@ -136,10 +221,18 @@ def read_gpt2_files():
     return contents
 
 
+KINDS = {  # of a dictionary: the tokenizer, and the name of what it is made from
+    'char': (CharTokenizer, ['chars']),
+    'gpt2': (GPT2Tokenizer, []),
+    'tokenizers': (JsonTokenizer, ['json']),
+    'ids': (IdTokenizer, ['vocab_size']),
+}
+
+
 def tokenizer_from_dict(state):
     """The tokenizer that `to_dict` described; ValueError for anything else."""
-    if isinstance(state, dict) and state.get('kind') == 'char' and state.keys() == {'kind', 'chars'}:
-        return CharTokenizer(state['chars'])
-    if state == {'kind': 'gpt2'}:
-        return GPT2Tokenizer()
-    raise ValueError(f"expected {{'kind': 'char', 'chars': ...}} or {{'kind': 'gpt2'}}, got {str(state)[:80]}")
+    for kind, (make, names) in KINDS.items():
+        if isinstance(state, dict) and state.get('kind') == kind and state.keys() == {'kind', *names}:
+            return make(*(state[name] for name in names))
+    kinds = ', '.join(' with '.join([kind, *names]) for kind, (_, names) in KINDS.items())
+    raise ValueError(f"expected {{'kind': 'char', 'chars': ...}} or another kind ({kinds}), got {str(state)[:80]}")

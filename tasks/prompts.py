@@ -93,7 +93,7 @@ def read_examples(name, split, tokenizer, block_size):
     if not path.exists():
         raise ValueError(f'{os.path.relpath(path)} is not there: python data/{name}/prepare.py writes it')
     if not hasattr(tokenizer, 'encode_ordinary'):
-        known = f'{tokenizer.vocab_size} characters'
+        known = f'a vocabulary of {tokenizer.vocab_size}'
         raise ValueError(f'{name} is English text: it wants a model with the tokens of GPT-2, not one of {known}')
     coded = [task.encode(row, tokenizer, block_size) for row in task.read(split)]
     n_cut = sum(cut for _, cut in coded)

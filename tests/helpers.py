@@ -1,6 +1,7 @@
 """What the tests of the scripts share: a small data set, small models, and scripts run as a user runs them."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from data.loader import write_meta, write_split
@@ -90,6 +92,29 @@ def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):
         write_split(folder, split, rng.integers(tokenizer.vocab_size, size=n))
     write_meta(folder, tokenizer, 'random characters')
     return str(folder)
+
+
+@functools.cache
+def byte_pairs():
+    """A tokenizer of the library `tokenizers` as GPT-2's, with 290 tokens."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(['and so on and on again, the longer the better, as one would have it'] * 4, trainer)
+    return tokenizer
+
+
+def word_pieces():
+    """Another one, as BERT's: it frames a text, and writes a space between words that is in no token."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token='[UNK]'))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=60, special_tokens=['[UNK]', '[CLS]', '[SEP]'])
+    tokenizer.train_from_iterator(['and so on and on again'] * 4, trainer)
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1))
+    return tokenizer
 
 
 def write_file(folder, text, name='a.csv'):

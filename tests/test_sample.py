@@ -1,6 +1,9 @@
 """Sampling from the command line: seeds, prompts, where a sample ends, and checkpoints of other projects."""
 
+import json
+import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +11,21 @@ import pytest
 import torch
 
 from data.tokenizer import CharTokenizer
-from helpers import SHAPE, TOKENIZER, complaint, flags, make_checkpoint, run, run_forked, start, together, write_dataset
+from helpers import (
+    ROOT,
+    SHAPE,
+    TINY,
+    TOKENIZER,
+    byte_pairs,
+    complaint,
+    flags,
+    make_checkpoint,
+    run,
+    run_forked,
+    start,
+    together,
+    write_dataset,
+)
 from model import GPT, GPTConfig
 
 ROMEO = dict(start='ROMEO:', device='cpu', num_samples=1, max_new_tokens=40, temperature=1.0)
@@ -190,6 +207,39 @@ def test_checkpoint_of_another_project(tmp_path, use_kan):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('ROMEO:') and len(done.stdout) == 46 + len(END)
     assert '65 characters of tinyshakespeare' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['text', 'numbers'])
+def test_a_vocabulary_of_ones_own(tmp_path, monkeypatch, name):
+    """The example of the page makes the data set; from there to a trained model, its samples and its exact loss."""
+    monkeypatch.chdir(tmp_path)
+    Path('mine').mkdir()
+    text = 'and so on and on again, the longer the better ' * 40
+    for split in 'train', 'val':
+        Path(f'{split}.txt').write_text(text)
+    byte_pairs().save('tokenizer.json')
+    (example,) = re.findall(r'```python\n(import json.*?)```', (ROOT / 'docs/compare.md').read_text(), re.DOTALL)
+    exec(example, {})
+    if name == 'numbers':
+        Path('mine/meta.json').write_text(json.dumps({'vocab_size': 300}))
+
+    done = run_forked(tmp_path, 'train.py', *flags(dataset='./mine', out_dir='out', **TINY))
+    assert done.returncode == 0, done.stderr
+    prompt = dict(text='and so on', numbers='12 7')[name]
+    (sampled,) = sample(tmp_path, start=prompt)
+    assert sampled.startswith(prompt) and len(sampled) > len(prompt) + 20
+    if name == 'numbers':
+        assert len(sampled.split()) == 42 and all(int(word) < 300 for word in sampled.split())
+
+    done = run_forked(tmp_path, 'eval.py', '--out_dir=out', '--device=cpu')
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    ids = byte_pairs().encode(text).ids
+    assert found['tokens'] == len(ids) - 1 and ('bits_per_char' in found) == (name == 'text')
+    if name == 'text':
+        n_chars = len(byte_pairs().decode(ids[1:]))
+        assert found['chars'] == n_chars
+        assert found['bits_per_char'] == pytest.approx(found['loss'] / math.log(2) * found['tokens'] / n_chars)
 
 
 def test_vocabulary_that_nobody_knows_is_asked_for(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data import loader
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+from helpers import byte_pairs
 
 TOKENIZER = CharTokenizer('abcdefgh')
 
@@ -278,6 +279,58 @@ def test_a_folder_that_is_a_link_to_another_place_is_prepared_there(tmp_path, ca
     assert loader.is_prepared(str(tmp_path / 'link')) and (tmp_path / 'elsewhere' / 'train.bin').exists()
 
 
+# a meta.json of one's own
+
+
+def describe(folder, **meta):
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return loader.read_meta(str(folder))
+
+
+def test_the_number_of_tokens_is_enough(folder):
+    before = loader.read_meta(str(folder))
+    meta = describe(folder, vocab_size=9)
+    assert meta['splits'] == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert meta['tokenizer'] == {'kind': 'ids', 'vocab_size': 9} and meta['source'] == 'files of your own'
+    check(folder)
+    assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == '3 5 '
+    with pytest.raises(ValueError, match='9 different tokens, the model 50304'):
+        loader.load_tokenizer({}, 50304, str(folder))
+
+
+def test_a_tokenizer_may_have_fewer_tokens_than_the_model(folder):
+    meta = describe(folder, vocab_size=320, tokenizer=JsonTokenizer(byte_pairs().to_str()).to_dict(), source='mine')
+    assert loader.model_vocab_size(meta) == 320 and meta['source'] == 'mine'
+    assert loader.load_tokenizer({}, 320, str(folder)).encode('on') == byte_pairs().encode('on').ids
+
+
+def test_tokens_of_gpt2_have_its_rows(folder, monkeypatch):
+    monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self: None)
+    assert loader.model_vocab_size(describe(folder, vocab_size=50257, tokenizer={'kind': 'gpt2'})) == 50304
+
+
+def test_characters_are_counted_as_ever(folder):
+    assert describe(folder, vocab_size=8, tokenizer=TOKENIZER.to_dict())['val_chars'] == 40
+
+
+@pytest.mark.parametrize(
+    'meta, reason',
+    [
+        (dict(vocab_size='8'), "vocab_size must be a number from 1 to 65536, got '8'"),
+        (dict(vocab_size=0), 'vocab_size must be a number from 1 to 65536, got 0'),
+        (dict(vocab_size=128256), 'vocab_size must be a number from 1 to 65536, got 128256'),
+        (dict(vocab_size=8, tokenizer='tokenizer.json'), 'tokenizer: expected .* got tokenizer.json'),
+        (dict(vocab_size=8, tokenizer={'kind': 'tokenizers', 'json': '{}'}), 'tokenizer: expected the JSON of'),
+        (dict(vocab_size=7, tokenizer=TOKENIZER.to_dict()), 'vocab_size is 7, and its tokenizer has 8 tokens'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_named_in_a_line(folder, meta, reason):
+    with pytest.raises(ValueError, match=f'meta.json: {reason}') as error:
+        describe(folder, **meta)
+    assert '\n' not in str(error.value)
+
+
 META = {
     'source': 'a',
     'splits': {split: {'tokens': 1, 'sha256': ''} for split in ('train', 'val')},
@@ -295,7 +348,11 @@ META = {
         b'[]',
         b'null',
         b'3',
-        *(json.dumps({key: value for key, value in META.items() if key != left_out}).encode() for left_out in META),
+        *(
+            json.dumps({key: value for key, value in META.items() if key != left_out}).encode()
+            for left_out in META
+            if left_out != 'splits'
+        ),
         json.dumps({**META, 'splits': {'train': META['splits']['train']}}).encode(),
         json.dumps({**META, 'tokenizer': []}).encode(),
     ],

@@ -6,9 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from data import tokenizer
-from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
+from data.tokenizer import (
+    TINYSHAKESPEARE_CHARS,
+    CharTokenizer,
+    GPT2Tokenizer,
+    IdTokenizer,
+    JsonTokenizer,
+    TextStream,
+    measure_text,
+    tokenizer_from_dict,
+)
+from helpers import byte_pairs, word_pieces
 
 
 def test_characters_go_there_and_back():
@@ -77,7 +88,89 @@ def test_gpt2_bytes_of_half_a_character(gpt2):
     assert gpt2.decode(ids[:1]).startswith('\ufffd')
 
 
-@pytest.mark.parametrize('state', [{'kind': 'char', 'chars': 'ba\n'}, {'kind': 'gpt2'}])
+# a vocabulary of one's own
+
+TEXT = ' naïve 日本 🙂\n\n  and so on, and on'
+
+
+def test_a_tokenizer_of_the_library_gives_what_it_gave():
+    tokens = JsonTokenizer(byte_pairs().to_str())
+    assert tokens.encode(TEXT) == byte_pairs().encode(TEXT).ids and tokens.decode(tokens.encode(TEXT)) == TEXT
+    assert tokens.vocab_size == 290 and measure_text(tokens, tokens.encode(TEXT)) == (len(TEXT), len(TEXT.encode()))
+    with pytest.raises(ValueError, match='token id 290 is outside the vocabulary'):
+        tokens.decode([290])
+
+
+def test_a_prompt_is_neither_cut_nor_framed():
+    library = word_pieces()
+    library.enable_truncation(4)
+    library.enable_padding(length=12)
+    tokens = JsonTokenizer(library.to_str())
+    assert tokens.decode(tokens.encode('and so on and on again')) == 'and so on and on again'
+
+
+def test_ids_between_which_some_are_left_out():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'on': 0, 'and': 5}, unk_token='on'))
+    tokens = JsonTokenizer(words.to_str())
+    assert tokens.vocab_size == 6 and tokens.encode('and') == [5]
+
+
+@pytest.mark.parametrize('content', ['', '{}', 'null', '{"model": {"type": "BPE"}}', 3, None, {}], ids=str)
+def test_json_of_no_tokenizer_is_refused(content):
+    with pytest.raises(ValueError, match='expected the JSON of a tokenizer'):
+        JsonTokenizer(content)
+
+
+def test_ids_are_written_as_numbers():
+    tokens = IdTokenizer(12)
+    assert tokens.encode('3 11\n0') == [3, 11, 0] and tokens.decode([3, 11, 0]) == '3 11 0 '
+    assert measure_text(tokens, np.arange(12)) == (None, None)
+    with pytest.raises(ValueError, match='expected token ids as in "12 7 30", got \'3 x\''):
+        tokens.encode('3 x')
+    with pytest.raises(ValueError, match='token id 12 is outside'):
+        tokens.encode('12')
+
+
+STREAMED = {
+    'byte pairs': (lambda: JsonTokenizer(byte_pairs().to_str()), TEXT),
+    'word pieces': (lambda: JsonTokenizer(word_pieces().to_str()), 'and so on and on again and again'),
+    'characters': (lambda: CharTokenizer(''.join(sorted(set(TEXT)))), TEXT),
+    'ids': (lambda: IdTokenizer(99), ' '.join(map(str, range(20)))),
+}
+
+
+@pytest.mark.parametrize('name', STREAMED)
+def test_prompt_and_stream_are_the_whole_text(name):
+    make, text = STREAMED[name]
+    tokens = make()
+    ids = tokens.encode(text)
+    whole, starts = tokens.decode(ids), [n for n in range(1, len(ids)) if tokens.decode(ids[:n])[-1] != '\ufffd']
+    assert len(starts) > 5
+    for n in starts:  # a prompt is never cut within a character
+        stream = TextStream(tokens, ids[:n])
+        parts = [stream.add(token) for token in ids[n:]]
+        assert tokens.decode(ids[:n]) + ''.join(parts) == whole and stream.end() == ''
+
+
+def test_what_streams_is_what_gpt2_writes(gpt2):
+    ids = gpt2.encode('To be 日本 🙂🙂, or not')
+    stream = TextStream(gpt2, ids[:2])
+    assert gpt2.decode(ids[:2]) + ''.join(map(stream.add, ids[2:])) + stream.end() == gpt2.decode(ids)
+    cut = TextStream(gpt2, gpt2.encode('To be '))
+    emoji = gpt2.encode('🙂')
+    assert cut.add(emoji[0]) == '' and cut.end() == '\ufffd'
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        {'kind': 'char', 'chars': 'ba\n'},
+        {'kind': 'gpt2'},
+        {'kind': 'ids', 'vocab_size': 7},
+        {'kind': 'tokenizers', 'json': byte_pairs().to_str()},
+    ],
+    ids=lambda state: state['kind'],
+)
 def test_dictionary_goes_there_and_back(state, monkeypatch):
     monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self: None)
     assert tokenizer_from_dict(state).to_dict() == state
@@ -95,6 +188,12 @@ def test_dictionary_goes_there_and_back(state, monkeypatch):
         {'kind': 'char', 'chars': ''},
         {'kind': 'char', 'chars': 'aa'},
         {'kind': 'char', 'chars': ['a', 'b']},
+        {'kind': ['char'], 'chars': 'ab'},
+        {'kind': 'ids'},
+        {'kind': 'ids', 'vocab_size': 0},
+        {'kind': 'ids', 'vocab_size': True},
+        {'kind': 'tokenizers', 'json': 'tokenizer.json'},
+        {'kind': 'tokenizers', 'json': 3},
     ],
 )
 def test_dictionary_of_no_tokenizer_is_refused(state):

@@ -227,7 +227,8 @@ def test_vocabulary_by_character_is_refused(data, name):
         (data / name / 'train.txt').write_text(f'1\n{SONNET}\n')
     tokenizer = CharTokenizer('abc')
     with pytest.raises(
-        ValueError, match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of 3 char'
+        ValueError,
+        match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of a vocabulary of 3',
     ) as error:
         read_examples(name, 'train', tokenizer, 64)
     assert '\n' not in str(error.value)
