@@ -95,8 +95,9 @@ def named_layers(model):
 
 def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
-    layers = [path for path, module in named_layers(model).items() if is_linear(module) or is_conv1d(module)]
-    chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets)
+    modules = named_layers(model)
+    layers = [path for path, module in modules.items() if is_linear(module) or is_conv1d(module)]
+    chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets, modules)
     if not chosen:
         raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
     return without_tied(chosen, tied_modules(model), targets or ())
@@ -129,11 +130,16 @@ def find_absorbed(model, paths, absorb):
     return found
 
 
-def choose(paths, targets):
-    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing."""
+def choose(paths, targets, modules):
+    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing;
+    `modules`, {path: module} of all there are, says what it names in their place.
+    """
     for target in targets:
         if not any(f'.{target}.' in f'.{path}.' for path in paths):
-            raise ValueError(f'no layer to replace or adapt by the name {target!r}; there is {names_of(paths)}')
+            kinds = [type(module).__name__ for path, module in modules.items() if is_named(path, [target])]
+            what = f'{target!r} is a {kinds[0]}, which cannot be replaced or adapted' if kinds else ''
+            what = what or f'no layer to replace or adapt by the name {target!r}'
+            raise ValueError(f'{what}; there is {names_of(paths)}')
     return [path for path in paths if any(f'.{target}.' in f'.{path}.' for target in targets)]
 
 

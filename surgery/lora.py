@@ -35,6 +35,7 @@ from layers.spline import to_float64
 from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
 
 KINDS = ('lora', 'kan', 'kan_base')  # their classes: CLASSES; the layers that can have them: kinds_of
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
     ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
     ('query', 'value'),  # BERT, RoBERTa
@@ -129,13 +130,19 @@ def kinds_of(layer):
         return ('kan', 'kan_base')
     if is_linear(layer) or is_conv1d(layer):
         return ('lora', 'kan')
-    return ('lora',) if type(layer).forward is nn.Embedding.forward else ()
+    is_plain = not hasattr(layer, 'parametrizations')
+    forwards = [kind.forward for kind in (nn.Embedding, *CONVOLUTIONS)]  # a class of one's own may compute otherwise
+    return ('lora',) if is_plain and type(layer).forward in forwards and layer.weight.is_floating_point() else ()
 
 
 def weights(layer):
-    """{parameter: the (O, n) view of it that an adapter changes}; n is the number of one-hot inputs to an embedding."""
+    """{parameter: the (O, n) view of it that an adapter changes}; n is the number of one-hot inputs to an embedding, and
+    that of the numbers a kernel of a convolution sees.
+    """
     if isinstance(layer, KANLinear):
         return {'base_weight': layer.base_weight, 'spline_weight': layer.spline_weight.flatten(1)}
+    if isinstance(layer, CONVOLUTIONS):
+        return {'weight': layer.weight.flatten(1)}
     return {'weight': layer.weight.t() if is_transposed(layer) else layer.weight}
 
 
@@ -157,8 +164,22 @@ def row_scale(magnitude, lengths):
 
 def rescaled(y, layer, scale):
     """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
-    bias = getattr(layer, 'bias', None)
-    return y * scale if bias is None else y * scale + bias * (1 - scale)
+    shape = (
+        [-1] + [1] * (layer.weight.dim() - 2) if isinstance(layer, CONVOLUTIONS) else [-1]
+    )  # channels come before places
+    bias, scale = getattr(layer, 'bias', None), scale.view(shape)
+    return y * scale if bias is None else y * scale + bias.view(shape) * (1 - scale)
+
+
+def convolve(layer, x, A, B):
+    """What a convolution like that of the layer gives, with B A (O, n) for its kernels and without a bias. Each of its
+    groups of channels meets the same A.
+    """
+    size = layer.weight.shape[2:]
+    kernels = A.view(len(A), -1, *size).repeat(layer.groups, 1, *[1] * len(size))
+    h = layer._conv_forward(x, kernels, None)  # (N, groups * r, ...)
+    mix = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    return mix(h, B.view(*B.shape, *[1] * len(size)), groups=layer.groups)
 
 
 def adapter_dtype(w):
@@ -217,6 +238,8 @@ class LowRank(Adapter):
         A, B = self.lora_A['weight'], self.config.scaling * self.lora_B['weight']
         if isinstance(layer, nn.Embedding):
             update = F.linear(F.embedding(x, A.t(), layer.padding_idx), B)
+        elif isinstance(layer, CONVOLUTIONS):
+            update = convolve(layer, self.dropout(x.to(A.dtype)), A, B)
         else:
             update = F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B)
         adapted = y + update
@@ -443,9 +466,10 @@ def lora_off(model):
 
 def find_targets(model, config):
     """The paths of the layers that a config names, embeddings and those that share a weight by their own names only."""
-    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
+    modules = dict(named_base_modules(model))
+    layers = {path: module for path, module in modules.items() if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    found = choose(layers, targets)
+    found = choose(layers, targets, modules)
     chosen = [path for path in found if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     if not chosen:
         raise ValueError(f'embeddings have to be named themselves: {names_of(found)}')

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kolmg_lora import KOLMGLoRAConfig, KOLMGLoRALinear
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from helpers import ROOT, run_forked, run_group
@@ -246,6 +247,73 @@ def test_splines_of_inputs_far_outside_the_grid(squash, alive):
     assert (phi_in.spline_weight.grad[:, 0].abs().sum() > 0) == alive and phi_in.spline_weight.grad[
         :, 1
     ].abs().sum() > 0
+
+
+# convolutions
+
+CONVOLUTIONS = {
+    '1d': (lambda: nn.Conv1d(I, 4, 3, stride=2, padding=1), (2, I, 9)),
+    '2d': (lambda: nn.Conv2d(I, 4, (3, 2), padding='same', dilation=2, bias=False), (2, I, 7, 8)),
+    '3d': (lambda: nn.Conv3d(I, 4, 2, padding=1, padding_mode='circular'), (2, I, 4, 3, 5)),
+    'of groups': (lambda: nn.Conv2d(I, 4, 3, groups=2), (2, I, 6, 5)),
+    'of each channel': (lambda: nn.Conv1d(I, I, 3, groups=I), (2, I, 6)),
+    'without a batch': (lambda: nn.Conv2d(I, 4, 3), (I, 6, 5)),
+    'channels last': (lambda: nn.Conv2d(I, 4, 3).to(memory_format=torch.channels_last), (2, I, 6, 5)),
+}
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+@each_option
+def test_a_convolution_has_the_kernels_of_the_formula(name, options, tmp_path):
+    make_layer, size = CONVOLUTIONS[name]
+    model, x = nn.ModuleDict({'layer': make_layer().double()}), torch.randn(size, dtype=torch.float64)
+    base, y = copy.deepcopy(model), model.layer(x)
+    add_lora(model, LoRAConfig(rank=R, alpha=7.0, target_modules='layer', dropout=0.0, **options))
+    assert torch.allclose(model.layer(x), y, rtol=1e-12)
+    randomise(model)
+    layer, adapter = model.layer.base_layer, model.layer.adapter
+    s = 7.0 / (R**0.5 if options.get('rs_lora') else R)
+    W = layer.weight.flatten(1) + s * adapter.lora_B['weight'] @ adapter.lora_A['weight']
+    if options.get('use_dora'):
+        W = adapter.magnitude[:, None] * W / W.norm(dim=1, keepdim=True)
+    expected = layer._conv_forward(x, W.view_as(layer.weight), layer.bias)
+    found = model.layer(x)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10) and not torch.allclose(found, y, atol=0.1)
+    save_lora(model, tmp_path)
+    again = load_lora(base, tmp_path)
+    assert torch.equal(again.layer(x), found)
+    plain = remove_lora(merge_lora(model))
+    assert type(plain.layer) is type(layer) and torch.allclose(plain.layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_convolution_is_that_of_peft():
+    peft = pytest.importorskip('peft')
+    ours = nn.Sequential(nn.Conv2d(I, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    theirs = peft.LoraConfig(r=R, lora_alpha=7, target_modules=['0', '2'])
+    theirs = peft.inject_adapter_in_model(theirs, copy.deepcopy(ours))
+    add_lora(ours, LoRAConfig(rank=R, alpha=7.0, target_modules=('0', '2'), dropout=0.0))
+    randomise(ours)
+    for mine, other in (ours[0], theirs[0]), (ours[2], theirs[2]):
+        for name in 'lora_A', 'lora_B':
+            w = getattr(other, name)['default'].weight
+            w.data = getattr(mine.adapter, name)['weight'].data.view_as(w)
+    x = torch.randn(2, I, 6, 5)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_a_network_of_convolutions_learns_what_another_adapter_gives():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+    x, config = torch.randn(4, 1, 8, 8), LoRAConfig(rank=4, target_modules=('0', '3'), dropout=0.0)
+    target = randomise(add_lora(copy.deepcopy(model), config))(x).detach()
+    add_lora(model, config)
+    optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-2, weight_decay=0.0))
+    losses = []
+    for _ in range(100):
+        losses.append(F.mse_loss(model(x), target))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.3 * losses[0]
 
 
 # merging
@@ -620,7 +688,21 @@ BAD_TARGETS = [
         "no module 'classifier'; at the top there are transformer, lm_head",
     ),
     (lambda: nn.Sequential(nn.Linear(4, 4)), dict(), r'set target_modules; there is 0 \(1\)'),
-    (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), dict(target_modules=('0',)), "by the name '0'; there is none"),
+    (
+        lambda: nn.Sequential(nn.ConvTranspose2d(1, 1, 1), nn.Linear(1, 1)),
+        dict(target_modules=('0',)),
+        r"'0' is a ConvTranspose2d, which cannot be replaced or adapted; there is 1 \(1\)",
+    ),
+    (
+        lambda: nn.Sequential(weight_norm(nn.Conv1d(1, 1, 1))),
+        dict(target_modules=('0',)),
+        "'0' is a ParametrizedConv1d, which cannot be replaced or adapted; there is none",
+    ),
+    (
+        lambda: nn.Sequential(nn.Conv2d(1, 1, 1)),
+        dict(kind='kan', target_modules=('0',)),
+        "0 is a Conv2d: its adapters are of kind 'lora', not 'kan'",
+    ),
     (
         lambda: nn.TransformerEncoderLayer(8, 2),
         dict(target_modules=('out_proj',)),
@@ -676,7 +758,7 @@ class ScaledEmbedding(nn.Embedding):
 
 @pytest.mark.parametrize('layer', [ScaledEmbedding(I, O), nn.utils.parametrizations.weight_norm(nn.Linear(I, O))])
 def test_layers_that_compute_something_else_are_not_adapted(layer):
-    with pytest.raises(ValueError, match="nothing|no layer to replace or adapt by the name 'layer'; there is none"):
+    with pytest.raises(ValueError, match="'layer' is a .*, which cannot be replaced or adapted; there is none"):
         add_lora(nn.ModuleDict({'layer': layer}), LoRAConfig(target_modules='layer'))
 
 
