@@ -110,11 +110,14 @@ def read_file(path, within=()):
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a docstring
         if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
-            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{text}`')
+            advice = 'a config file is read and never run, so leave the line out'
+            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{text}`: {advice}')
         try:
             value = read_value(line.value)
         except (TypeError, ArithmeticError, RecursionError):
-            raise ConfigError(f'{where}: a value must be a number, a string, True or False, got `{text}`') from None
+            wanted = 'a value must be a number, a string, True or False'
+            advice = f'write the result, or set it in the shell by --{line.targets[0].id}="$(...)"'
+            raise ConfigError(f'{where}: {wanted}, got `{text}`: {advice}') from None
         if line.targets[0].id == 'include':
             yield from read_file(included(value, path, where, within), (*within, path))
         else:

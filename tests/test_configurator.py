@@ -47,6 +47,24 @@ def refuse(*argv):
     return str(error.value)
 
 
+NANOGPT = """# as nanoGPT's config/finetune_shakespeare.py begins
+import time
+
+out_dir = 'out-shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+"""
+
+
+def test_what_to_write_in_place_of_code(config):
+    never_run = 'only `name = value` lines are allowed, got `import time`: a config file is read and never run'
+    assert refuse(config(NANOGPT)).endswith(f'c.py:2: {never_run}, so leave the line out')
+    for value in "'ft-' + str(time.time())", "f'ft-{3}'":
+        text = NANOGPT.replace('import time\n', '').replace("'ft-' + str(time.time())", value)
+        wanted = f'a value must be a number, a string, True or False, got `wandb_run_name = {value}`'
+        advice = 'write the result, or set it in the shell by --wandb_run_name="$(...)"'
+        assert refuse(config(text)).endswith(f'c.py:4: {wanted}: {advice}')
+
+
 # order and values
 
 

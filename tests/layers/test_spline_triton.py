@@ -265,6 +265,24 @@ def test_the_layer_runs_on_them(monkeypatch, autocast):
         )
 
 
+def test_higher_derivatives_and_transforms(monkeypatch):
+    """What follows a first backward pass takes the plain formula, whatever backend the first one takes."""
+    layer, x = KANLinear(3, 2).to(DEVICE), torch.randn(5, 3, device=DEVICE)
+    outcomes = []
+    for backend, dtype in ('triton', torch.float32), ('plain', torch.float64):
+        monkeypatch.setattr(spline, 'BACKEND', backend)
+        layer.to(dtype)
+        rows = x.to(dtype).requires_grad_()
+        (slope,) = torch.autograd.grad(layer(rows).sum(), rows, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.square().sum(), rows, create_graph=True)
+        gradients = torch.autograd.grad(curvature.square().mean(), layer.parameters())
+        tangent = torch.func.jvp(layer, (rows,), (rows.cos(),))[1]
+        laplacian = torch.func.vmap(torch.func.hessian(lambda row: layer(row).sum()))(rows)
+        outcomes.append([slope, curvature, *gradients, tangent, laplacian])
+    for ours, expected in zip(*outcomes):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 # compiled ahead of time
 
 
