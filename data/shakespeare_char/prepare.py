@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from data.prepare import main
+from data.script import main
 from data.tinyshakespeare import write_text
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
 

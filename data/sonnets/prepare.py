@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from data import course
-from data.prepare import main
+from data.script import main
 
 FILES = course.read_pins("""
 https://raw.githubusercontent.com/ziyiw23/public_cs224n_gpt/116d45651c10127963837ba4bd3bb5d132d5c28e/data

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from data.loader import write_meta, write_split
-from data.prepare import main
+from data.script import main
 from data.tinyshakespeare import read_text
 from data.tokenizer import GPT2Tokenizer
 from tasks.prompts import TASKS, prepare_task

@@ -380,6 +380,12 @@ def test_name_is_a_folder_beside_the_code_and_a_path_is_itself(tmp_path, monkeyp
     )
 
 
+@pytest.mark.parametrize('dataset', ['', '.'])
+def test_the_folder_of_all_data_sets_is_none_itself(dataset):
+    with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: cfimdb, "):
+        loader.prepare_dataset(dataset)
+
+
 @pytest.mark.parametrize('dataset', ['shakespear_char', './nothing', '..'])
 def test_unknown_data_set_lists_the_known_ones(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, 'DATA', str(tmp_path))
