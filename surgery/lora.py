@@ -136,8 +136,8 @@ def kinds_of(layer):
 
 
 def weights(layer):
-    """{parameter: the (O, n) view of it that an adapter changes}; n is the number of one-hot inputs to an embedding, and
-    that of the numbers a kernel of a convolution sees.
+    """{parameter: the (O, n) view of it that an adapter changes}; n is the number of one-hot inputs to an embedding, or
+    of the numbers that a kernel of a convolution sees.
     """
     if isinstance(layer, KANLinear):
         return {'base_weight': layer.base_weight, 'spline_weight': layer.spline_weight.flatten(1)}

@@ -78,6 +78,7 @@ def count(batch, device):
 prompts.collate = count
 if 'VOCABULARY' not in os.environ:
     tokenizer.GPT2Tokenizer = loader.GPT2Tokenizer = Words
+    tokenizer.KINDS['gpt2'] = (Words, [])
 """
 
 
