@@ -373,13 +373,16 @@ def accumulate(total, a, b):
 
 
 def choose_backend(x, knots, k, activation, dtype):
-    """The fastest way that suits the input; the fused ones want uniform knots and an order from 1 to 3."""
-    if k not in FUSED_ORDERS or basis_function(knots) is not uniform_bases:
+    """The fastest way that suits the input: the fused ones want an order from 1 to 3, `compiled` uniform knots, too."""
+    if k not in FUSED_ORDERS:
+        return 'plain'
+    is_for_triton = BACKEND == 'auto' and x.is_cuda and torch.float64 not in (x.dtype, dtype)
+    if BACKEND == 'triton' or (is_for_triton and triton_works(activation, x.device, dtype)):
+        return 'triton'
+    if basis_function(knots) is not uniform_bases:
         return 'plain'
     if BACKEND != 'auto':
         return BACKEND
-    if x.is_cuda and torch.float64 not in (x.dtype, dtype) and triton_works(activation, x.device, dtype):
-        return 'triton'
     return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
 
 
