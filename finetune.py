@@ -211,9 +211,9 @@ def run_step():
             fast_model.require_backward_grad_sync = i == micro_steps - 1
         with autocast(device, dtype):
             loss = weight * task_model.sum_losses(fast_model(idx, lengths), targets) / n_targets
-        total += float(loss.detach())
+        total = total + loss.detach()
         scaler.scale(loss * session.world_size).backward()  # the gradients of processes are averaged
-    return session.update(optimizer, scaler, trained, total, grad_clip, f'step {step}')
+    return session.settle(session.update(optimizer, scaler, trained, total, grad_clip, step), 'step')
 
 
 def score_held_out():
@@ -328,8 +328,6 @@ while True:
     loss = run_step()
     train_loss = (train_loss if step % steps_per_epoch else 0.0) + loss / steps_per_epoch
     step += 1
-    if session.device_type == 'cuda':
-        torch.cuda.synchronize()
     seconds += time.perf_counter() - t0
     bar.update()
     bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)

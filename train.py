@@ -230,10 +230,10 @@ def compiled(model):
     return model
 
 
-model = raw_model
+fast_model = raw_model
 if compile and device_type == 'cuda' and not eval_only:
-    model = compiled(model)
-model = session.wrap(model)
+    fast_model = compiled(raw_model)
+model = session.wrap(fast_model)
 
 torch.manual_seed(seed + rank)
 if state:
@@ -248,7 +248,7 @@ def estimate_loss():
     raw_model.eval()
     for split, data in (('train', train_data), ('val', val_data)):
         starts = loader.fixed_starts(data, block_size, n_windows)
-        total, share = 0.0, starts[rank::world_size]
+        found, share = [], starts[rank::world_size]
         for i in range(0, math.ceil(len(starts) / world_size), batch_size):
             if session.is_stopping():
                 raw_model.train()
@@ -256,8 +256,10 @@ def estimate_loss():
             batch = share[i : i + batch_size]
             if len(batch):
                 x, y = loader.get_batch(data, block_size, batch, device)
+                same_model = fast_model if len(batch) == batch_size else raw_model  # compiled for one size
                 with autocast(device, dtype):
-                    total += raw_model(x, y)[1].item() * len(batch)
+                    found.append((same_model(x, y)[1], len(batch)))
+        total = sum(loss.item() * n for loss, n in found)  # read when all of them are under way
         losses[split] = session.all_reduce(total)[0] / len(starts)
     raw_model.train()
     return losses
@@ -331,10 +333,12 @@ bar = session.bar(max_iters, iter_num, 'iter')
 session.listen()
 peak = flops_promised(device, dtype)
 timed_from, iter_timed = seconds, iter_num
+started, stopping = None, False  # when the steps began that the device may still be at
 while True:
     # evaluate the loss on train/val sets, write checkpoints and the record
     is_last = iter_num >= max_iters
-    losses = estimate_loss() if eval_only or is_last or iter_num % eval_interval == 0 else None
+    is_due = eval_only or is_last or iter_num % eval_interval == 0
+    losses = None if stopping or not is_due else estimate_loss()
     if losses and not math.isfinite(losses['train'] + losses['val']):
         session.give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
@@ -355,11 +359,12 @@ while True:
                 save(is_best)
         session.write_record()
     finished = is_last and losses is not None
-    if finished or eval_only or session.is_stopping():
+    if finished or eval_only or stopping or (is_due and losses is None):  # told to stop
         break
 
     # forward, backward, update, with gradient accumulation to simulate larger batches
-    t0 = time.perf_counter()
+    if started is None:
+        started, first_iter = time.perf_counter(), iter_num
     for group in optimizer.param_groups:
         group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
     total_loss = 0.0
@@ -372,22 +377,23 @@ while True:
         ahead, place = divmod(micro_step + 1, micro_steps)
         X, Y = train_batch(iter_num + ahead, place)  # while the GPU works
         scaler.scale(loss).backward()
-    share = total_loss / world_size
-    lossf = session.update(optimizer, scaler, raw_model.parameters(), share, grad_clip, f'iteration {iter_num}')
+    loss = session.update(optimizer, scaler, raw_model.parameters(), total_loss / world_size, grad_clip, iter_num)
     iter_num += 1
-    if device_type == 'cuda':
-        torch.cuda.synchronize()
-    dt = time.perf_counter() - t0
-    seconds += dt
-
-    # timing and logging
     bar.update()
-    status = f'loss {lossf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s'
-    if peak:
-        status += f', mfu {raw_model.estimate_mfu(micro_steps * batch_size, dt, peak):.1%}'
-    bar.set_postfix_str(status, refresh=False)
-    if iter_num % log_interval == 0 and not session.on_terminal:
-        say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
+
+    # timing and logging, for which alone the GPU is waited for
+    stopping = session.is_stopping()
+    if stopping or iter_num >= max_iters or iter_num % log_interval == 0 or iter_num % eval_interval == 0:
+        lossf = session.settle(loss, 'iteration')
+        dt = time.perf_counter() - started
+        seconds, started = seconds + dt, None
+        dt /= iter_num - first_iter
+        status = f'loss {lossf:.4f}, {tokens_per_iter / dt:,.0f} tokens/s'
+        if peak:
+            status += f', mfu {raw_model.estimate_mfu(micro_steps * batch_size, dt, peak):.1%}'
+        bar.set_postfix_str(status, refresh=False)
+        if iter_num % log_interval == 0 and not session.on_terminal:
+            say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
 if finished:

@@ -35,6 +35,7 @@ class Session:
         self.dtype = pick_dtype(dtype, self.device)
         self.signals, self.save_failed, self.wandb_failed = [], False, False
         self.lock = None  # of the folder of the run
+        self.bad_step = None  # the first whose loss or gradient is not finite, on the device; inf where there is none
         self.on_terminal = self.master and sys.stderr.isatty()
         set_up(self.device)
 
@@ -96,20 +97,44 @@ class Session:
             n = self.world_size
             self.say(f'warning: no random state for {n} processes in the checkpoint, dropout starts from the seed')
 
-    def update(self, optimizer, scaler, parameters, loss, grad_clip, place):
-        """A step of the optimizer on gradients clipped to grad_clip (0: not at all); returns the loss, the sum of the
-        processes' shares. Where it or a gradient is not finite, the run ends here and the weights stay as they are.
+    def update(self, optimizer, scaler, parameters, loss, grad_clip, step):
+        """A step of the optimizer on gradients clipped to grad_clip (0: not at all), without waiting for the device.
+        Returns the loss, summed over the processes' shares, on the device. From the first step on whose loss or
+        gradient is not finite the weights stay as they are; `settle` then ends the run.
         """
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        loss = loss.detach().float()
+        if self.ddp:
+            dist.all_reduce(loss)
         # the scaler itself skips steps with gradients that are not finite
-        is_usable = scaler.is_enabled() or norm.isfinite()
-        loss = self.all_reduce(float(loss) if is_usable else math.nan)[0]
-        if not math.isfinite(loss):
-            self.give_up(f'the loss or its gradient is not finite at {place}')
-        scaler.step(optimizer)
-        scaler.update()
+        is_usable = loss.isfinite() if scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+        if self.bad_step is None:
+            self.bad_step = torch.full_like(loss, math.inf)
+        self.bad_step = torch.where(is_usable, self.bad_step, self.bad_step.clamp(max=step))
+        self.step_unless_bad(optimizer, scaler)
         optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def step_unless_bad(self, optimizer, scaler):
+        is_bad = self.bad_step.isfinite()
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        elif getattr(optimizer, '_step_supports_amp_scaling', False):  # fused: it asks on the device, as for a scaler
+            optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not is_bad:
+            optimizer.step()
+
+    def settle(self, loss, unit):
+        """Wait for the device, and return the loss of the last step as a number. Where a step's was not finite, or its
+        gradient, the run ends here.
+        """
+        loss, bad_step = torch.stack([loss, self.bad_step]).tolist()
+        if math.isfinite(bad_step):
+            self.give_up(f'the loss or its gradient is not finite at {unit} {bad_step:.0f}')
         return loss
 
     def leave(self):

@@ -1,13 +1,16 @@
 """What needs a GPU; skipped where there is none."""
 
 import copy
+import math
 
 import pytest
 import torch
 
-from helpers import TINY, flags, load, run
+from helpers import SHAPE, TINY, flags, load, run
 from kan import KANLinear
 from layers import spline
+from model import GPT, GPTConfig
+from run.session import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 
@@ -43,6 +46,33 @@ def test_layer_that_runs_in_triton_equals_the_one_on_the_cpu(dtype, tolerance):
     expected.sin().sum().backward()
     torch.testing.assert_close(y.float().cpu(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(twin.base_weight.grad.cpu(), layer.base_weight.grad, rtol=tolerance, atol=30 * tolerance)
+
+
+@pytest.mark.parametrize('moved', [False, True])
+def test_a_step_waits_for_nothing(monkeypatch, moved):
+    """Forward, backward and update of a KAN-GPT, its grid moved or not: the loss is read when all is under way."""
+    pytest.importorskip('triton')
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    session, scaler = Session('cuda', 'bfloat16'), torch.amp.GradScaler('cuda', enabled=False)
+    model = GPT(GPTConfig(use_kan=True, vocab_size=50, **SHAPE)).cuda()
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cuda')
+    if moved:
+        next(layer for layer in model.modules() if isinstance(layer, KANLinear)).grid[:, 3].add_(0.05)
+    idx = torch.randint(50, (2, SHAPE['block_size']), device='cuda')
+
+    def step():
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        return session.update(optimizer, scaler, model.parameters(), loss, 1.0, 0)
+
+    step()  # kernels are compiled and tried
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert math.isfinite(session.settle(loss, 'iteration'))
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])

@@ -275,6 +275,14 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, dataset):
         assert 'finished' not in record and 'is not finite at iteration' in record['failed']
 
 
+def test_a_loss_that_is_read_later_stops_at_its_iteration(tmp_path, dataset):
+    settings = {**TINY, 'dataset': dataset, 'out_dir': 'out', 'max_iters': 20, 'eval_interval': 20, 'log_interval': 10}
+    settings.update(learning_rate=1e30, decay_lr=False)
+    words = complaint(tmp_path, 'train.py', *flags(**settings))
+    assert 'the loss or its gradient is not finite at iteration 1; the checkpoints' in words
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
 def test_evaluated_loss_that_is_not_finite_stops_too(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2)
     state = load(tmp_path / 'out')

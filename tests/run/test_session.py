@@ -1,6 +1,9 @@
 """What the processes of a run agree on."""
 
+import math
+
 import pytest
+import torch
 import torch.distributed as dist
 
 from run import session
@@ -40,3 +43,51 @@ def test_single_process_agrees_with_itself(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     monkeypatch.setattr(dist, 'all_gather_object', lambda *args: pytest.fail('there is no group'))
     Session('cpu', 'float32').check_same('data set', {'train': 1})
+
+
+# steps that nobody waits for
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    alone = Session('cpu', 'float32')
+    monkeypatch.setattr(alone, 'give_up', pytest.fail)
+    return alone
+
+
+def take_steps(session, losses, gradients, fused, scaler=None):
+    """The weight, at first 0, before each step of SGD-like updates by AdamW, and after the last; the last loss."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    scaler, weights = scaler or torch.amp.GradScaler('cpu', enabled=False), []
+    for step, (loss, gradient) in enumerate(zip(losses, gradients)):
+        weights.append(weight.item())
+        scaler.scale(weight * gradient).backward()
+        found = session.update(optimizer, scaler, [weight], torch.tensor(loss), 1.0, step)
+    return [*weights, weight.item()], found
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_weights_stay_from_the_first_step_on_that_is_not_finite(alone, what, bad, fused):
+    losses, gradients = [3.0, 2.0, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0]
+    (losses if what == 'loss' else gradients)[2] = bad
+    weights, loss = take_steps(alone, losses, gradients, fused)
+    assert weights[2] == pytest.approx(-0.2, abs=0.01) and weights[2] == weights[3] == weights[4]
+    with pytest.raises(pytest.fail.Exception, match='the loss or its gradient is not finite at iteration 2'):
+        alone.settle(loss, 'iteration')
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_steps_that_are_finite_go_on(alone, fused):
+    weights, loss = take_steps(alone, [3.0, 2.0, 1.0], [1.0, 1.0, 1.0], fused)
+    assert weights[-1] == pytest.approx(-0.3, abs=0.01) and alone.settle(loss, 'iteration') == 1.0
+
+
+def test_a_scaler_skips_a_gradient_that_is_not_finite_and_goes_on(alone):
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
+    weights, loss = take_steps(alone, [3.0, 2.0, 1.0], [1.0, math.inf, 1.0], True, scaler)
+    assert weights[1] == weights[2] != weights[3] and scaler.get_scale() == 2.0
+    assert alone.settle(loss, 'iteration') == 1.0
