@@ -8,10 +8,12 @@
 
 `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
 kan-gpt its copy of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of
-a training step that finds edges. Each case has processes of its own, one per round, so that its peak memory is its own
-and the rounds interleave the cases. Prints a table, then one line of JSON with every number in it.
+a training step that finds edges. On a CPU each case has processes of its own, one per round, so that its peak memory is
+its own; a GPU counts memory by itself. The rounds interleave the cases. Prints a table, then one line of JSON with
+every number in it.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -46,6 +48,7 @@ repeats = 3  # timed repeats in each process, after an untimed one
 only = ''  # only the cases whose description this regular expression finds, e.g. 'float32 micro (vanilla|KAN)'
 dropout = -1.0  # of the models of suite step and of adapters; -1 is what their config files and LoRAConfig say
 operators = 0  # also list this many operators of each case, those that take most of the time of one more run
+compile = True  # torch.compile the models of suite step, on a GPU
 keep = True  # keep freed memory, as train.py does on a CPU; False: PyTorch as it comes
 case = ''  # what a process measures, as JSON
 # -----------------------------------------------------------------------------
@@ -56,7 +59,8 @@ PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lo
 PEER_LAYERS = {'efficient-kan': ('kan_gpt.efficient_kan.model', 'KANLinear'), 'inkan': ('inkan', 'KANLayer')}
 LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
 # GPTs, and the end of their config's name; a peer's layers take the place of ours
-MODELS = {'vanilla': '', 'vanilla, equal parameters': '_balanced', **dict.fromkeys(LAYERS[2:], '_kan')}
+MODELS = {'vanilla': '', 'vanilla, equal parameters': '_balanced', 'vanilla, 16 layers': '_boosted'}
+MODELS.update(dict.fromkeys(LAYERS[2:], '_kan'))
 SIZES = ['micro', 'nano']
 ADAPTERS = {  # settings of LoRAConfig, and who else has it
     'LoRA': (dict(), 'peft'),
@@ -94,6 +98,7 @@ def list_cases():
     precisions, cases = [pick_dtype(dtype, device) for dtype in dtypes.split(',')], []
     for wheres, names in SUITES[suite]:
         cases += [[dtype, where, name] for where in wheres for dtype in precisions for name in names]
+    cases = [case for case in cases if 'boosted' not in f'{case[1]}{MODELS.get(case[2])}' or 'micro' in case[1]]
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
     try:
@@ -150,18 +155,23 @@ def prepare_layer(dtype, where, name):
 
 
 def time_layer(layer, x, g, dtype, forward=None):
-    """Forward and backward pass on inputs x, with g the gradients of the outputs; `forward` calls the layer."""
+    """Forward and backward pass on inputs x, with g the gradients of the outputs; `forward` calls the layer. On a GPU
+    the mean of passes one after another, so that it waits for no launch.
+    """
     layer.to(device)
     x, g = x.to(device).requires_grad_(), g.to(device, getattr(torch, dtype))
-    trained = [p for p in layer.parameters() if p.requires_grad]
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    n = 20 if device.startswith('cuda') else 1
 
     def run():
         t0 = clock(device)
-        with autocast(device, dtype):
-            y = (forward or layer)(x)
+        for _ in range(n):
+            with autocast(device, dtype):
+                y = (forward or layer)(x)
         t1 = clock(device)
-        torch.autograd.grad(y, [x, *trained], g)
-        return {'forward': t1 - t0, 'backward': clock(device) - t1}
+        for i in range(n):
+            torch.autograd.grad(y, inputs, g, retain_graph=i < n - 1)
+        return {'forward': (t1 - t0) / n, 'backward': (clock(device) - t1) / n}
 
     return run
 
@@ -185,7 +195,8 @@ def prepare_step(dtype, where, name):
             )  # they take matrices only
             module.layers = nn.ModuleList(nn.Sequential(rows, other, sequences) for other in others)
     raw_model.to(device)
-    step = make_step(raw_model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype)
+    sizes = settings['batch_size'], settings['gradient_accumulation_steps']
+    step = make_step(raw_model, *sizes, device, dtype, compile)
     return lambda: {'step': step()}
 
 
@@ -241,18 +252,31 @@ def prepare_graph_step(dtype, size, edges):
     return run
 
 
-def measure():
-    """One round of one case, in a process of its own."""
-    set_up(device, keep)
-    dtype, where, name = json.loads(case)
+def measure(dtype, where, name):
+    """One round of one case."""
     spline.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
+    if device.startswith('cuda'):
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     before = peak_memory(device)
     prepare = {'step': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(suite, prepare_layer)
     run = prepare(dtype, where, name)
     run()
     seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
     return {'seconds': seconds, 'peak_bytes': peak_bytes, 'operators': profile(run) if operators else []}
+
+
+def measure_apart(*case):
+    """The same in a process of its own; ValueError with the last line it says where it fails."""
+    flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep)
+    command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+    done = subprocess.run([*command, f'--case={json.dumps(case)}'], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().split('\n')[-1] or f'ended by signal {-done.returncode}')
+    return json.loads(done.stdout.split('\n')[-2])
 
 
 def profile(run):
@@ -270,14 +294,11 @@ def run_rounds(cases):
     for row in tqdm(rows * rounds, unit='case', disable=None):
         if 'error' in row:
             continue
-        flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep)
-        flags['case'] = json.dumps([row['dtype'], row['where'], row['name']])
-        command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            row['error'] = done.stderr.strip().split('\n')[-1] or f'ended by signal {-done.returncode}'
+        try:
+            result = (measure if device.startswith('cuda') else measure_apart)(row['dtype'], row['where'], row['name'])
+        except Exception as error:  # of others' layers, too, and of a card that is too small: the other cases go on
+            row['error'] = str(error).strip().split('\n')[-1] or type(error).__name__
             continue
-        result = json.loads(done.stdout.split('\n')[-2])
         row['peak_bytes'] = max(row['peak_bytes'], result['peak_bytes'])
         row['operators'] = result['operators']
         for repeat in result['seconds']:
@@ -286,14 +307,15 @@ def run_rounds(cases):
     return rows
 
 
+set_up(device, keep)
 if case:
-    print(json.dumps(measure()))
+    print(json.dumps(measure(*json.loads(case))))
 else:
     rows = run_rounds(list_cases())
     print(make_table(rows))
     for name, count, seconds in (operator for row in rows for operator in row.get('operators', [])):
         print(f'{name:64.64} {count:6} times {seconds * 1e3:9.1f} ms')
-    about = dict(suite=suite, rounds=rounds, repeats=repeats, dropout=dropout, keep=keep)
+    about = dict(suite=suite, rounds=rounds, repeats=repeats, dropout=dropout, keep=keep, compile=compile)
     about.update(hardware=device_name(device), threads=torch.get_num_threads(), versions=versions())
     print(json.dumps({**about, 'rows': rows}))
     if all('error' in row for row in rows):
