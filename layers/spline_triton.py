@@ -12,6 +12,11 @@ x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1. In the 
 tiles of them; row, i, o are vectors of indices; t is (x - first knot) / spacing on even knots, elsewhere x.
 """
 
+import functools
+import json
+import math
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +24,10 @@ import triton.language as tl
 GELUS = ("GELU(approximate='none')", "GELU(approximate='tanh')")
 ACTIVATIONS = ('SiLU()', *GELUS, 'ReLU()', 'Tanh()', 'Sigmoid()', 'Identity()')
 
-# The tile of one program, by kernel and by the bytes of a number in w, on even knots. Guesses, not measured: a column costs about ten
-# instructions a number each time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is
-# as wide as the registers allow; dx has no such cost but needs three tiles in registers. Stages: what fits into the
-# 99 KiB of shared memory of a consumer's card.
+# The tile of one program, by kernel and by the bytes of a number in w, on even knots, for cards of which tiles.json says
+# nothing (study/tiles.py searches for better ones). Guesses: a column costs about ten instructions a number each time it
+# is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers allow; dx has
+# no such cost but needs three tiles in registers. Stages: what fits into the 99 KiB of a consumer's card.
 TILES = {
     ('forward', 2): dict(BLOCK_N=128, BLOCK_I=32, BLOCK_O=256, num_stages=4),
     ('forward', 4): dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=128, num_stages=3),
@@ -33,6 +38,7 @@ TILES = {
 }
 
 
+MEASURED = Path(__file__).with_name('tiles.json')  # {family of cards: [{kernel, bytes, I, O, tile}]}
 ANY_TILE = dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=64, num_stages=2)  # on any knots: their recursion takes registers
 PART = tl.constexpr(64)  # features that one program of evenness_kernel looks at
 
@@ -282,13 +288,35 @@ def column_product(
 
 def settings(kernel, w, k, activation, N, I, O, even):
     """The constants of a kernel: its tile, no larger than the tensors need, and how float32 is multiplied."""
-    blocks = dict(TILES[kernel, w.element_size()] if even else ANY_TILE)
+    tile = dict(tile_of(kernel, w.element_size(), I, O, card_family(w.device)) if even else ANY_TILE)
     for name, size in dict(BLOCK_N=N, BLOCK_I=I, BLOCK_O=O).items():
-        blocks[name] = min(blocks[name], max(16, triton.next_power_of_2(size)))  # tl.dot wants 16
+        tile[name] = min(tile[name], max(16, triton.next_power_of_2(size)))  # tl.dot wants 16
     precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
     parts = triton.next_power_of_2(triton.cdiv(I, PART.value))
     constants = dict(k=k, ACTIVATION=activation, PRECISION=precision, PARTS=parts, EVEN=even)
-    return dict(**constants, num_warps=8, enable_fp_fusion=True, **blocks)
+    return {**constants, 'num_warps': 8, 'enable_fp_fusion': True, **tile}
+
+
+@functools.cache
+def card_family(device):
+    """sm_90 and the like; '' for a CPU."""
+    return 'sm_{}{}'.format(*torch.cuda.get_device_capability(device)) if device.type == 'cuda' else ''
+
+
+@functools.cache
+def measured_tiles():
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+
+
+@functools.cache
+def tile_of(kernel, n_bytes, I, O, family):
+    """The tile that was the fastest on such a card at the shape nearest to this one, or else the guess."""
+    rows = [row for row in measured_tiles().get(family, ()) if (row['kernel'], row['bytes']) == (kernel, n_bytes)]
+
+    def distance(row):
+        return abs(math.log2(row['I'] / I)) + abs(math.log2(row['O'] / O))
+
+    return min(rows, key=distance)['tile'] if rows else TILES[kernel, n_bytes]
 
 
 def find_even(knots):
