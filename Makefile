@@ -1,6 +1,7 @@
 # make demo      a small KAN-GPT learns Shakespeare on this machine, then writes some
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
+# make gpu       tests, tiles and speed on a CUDA card; MINUTES=9
 # make nano, minilm, finetune, speed, pinn   a study: the runs that have no record yet, hours on two cores, then its pages
 # make clean     remove the virtual environment, not your data and runs
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test lint results nano minilm finetune speed pinn clean
+.PHONY: demo test lint results gpu nano minilm finetune speed pinn clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -28,6 +29,10 @@ results: .venv/installed-all
 	$(BIN)/python study/finetune.py --stages=
 	$(BIN)/python study/speed.py --jobs=
 	$(BIN)/python study/pinn.py --problems=
+	$(BIN)/python study/gpu.py --minutes=0
+
+gpu: .venv/installed-all
+	$(BIN)/python study/gpu.py --minutes=$(or $(MINUTES),9)
 
 # in two shells, to share the runs
 nano: .venv/installed-all

@@ -3,13 +3,13 @@ computed from x where they are needed and never reach the memory of the GPU. flo
 float32. Fastest where I and O are multiples of 16. There is no autotuning and there are no atomics: the same input on
 the same card gives the same bits. The loops are those of Triton's matrix multiplication tutorial.
 
-Knots may lie anywhere, and move between two passes. Each product is two kernels: one for even knots, by the closed form,
-and one for any others. Both are launched, and the one whose knots these are not ends at once: which it is is found on
-the card in each pass (`even`), so that the processor never waits for the answer.
+Knots may lie anywhere, and move between two passes. Each product is two kernels: one for even knots, by the closed
+form, and one for any others. Both are launched, and the one that is not wanted ends at once: whether the knots are even
+is found on the card in each pass, so that the processor never waits for the answer.
 
 Legend: I, O features in and out; K = G + k bases of order k, column K is the activation; N rows; S splits of the rows.
-x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1. In the kernels these are pointers, xs, ws and gs
-tiles of them; row, i, o are vectors of indices; t is (x - first knot) / spacing on even knots, elsewhere x.
+x (N, I), w (O, K + 1, I), grad (N, O), knots (I, P) with P = K + k + 1. In the kernels these are pointers, xs, ws and
+gs tiles of them; row, i, o are vectors of indices; t is (x - first knot) / spacing on even knots, elsewhere x.
 """
 
 import functools
@@ -24,10 +24,10 @@ import triton.language as tl
 GELUS = ("GELU(approximate='none')", "GELU(approximate='tanh')")
 ACTIVATIONS = ('SiLU()', *GELUS, 'ReLU()', 'Tanh()', 'Sigmoid()', 'Identity()')
 
-# The tile of one program, by kernel and by the bytes of a number in w, on even knots, for cards of which tiles.json says
-# nothing (study/tiles.py searches for better ones). Guesses: a column costs about ten instructions a number each time it
-# is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers allow; dx has
-# no such cost but needs three tiles in registers. Stages: what fits into the 99 KiB of a consumer's card.
+# The tile of one program, by kernel and by the bytes of a number in w, on even knots, for cards of which tiles.json
+# says nothing (study/tiles.py searches for better ones). Guesses: a column costs about ten instructions a number each
+# time it is computed, O / BLOCK_O times in the forward pass and in dw, so there BLOCK_O is as wide as the registers
+# allow; dx has no such cost but needs three tiles in registers. Stages: what fits into the 99 KiB of a consumer's card.
 TILES = {
     ('forward', 2): dict(BLOCK_N=128, BLOCK_I=32, BLOCK_O=256, num_stages=4),
     ('forward', 4): dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=128, num_stages=3),
@@ -36,8 +36,6 @@ TILES = {
     ('dw', 2): dict(BLOCK_N=32, BLOCK_I=128, BLOCK_O=256, num_stages=3),
     ('dw', 4): dict(BLOCK_N=32, BLOCK_I=64, BLOCK_O=128, num_stages=3),
 }
-
-
 MEASURED = Path(__file__).with_name('tiles.json')  # {family of cards: [{kernel, bytes, I, O, tile}]}
 ANY_TILE = dict(BLOCK_N=64, BLOCK_I=32, BLOCK_O=64, num_stages=2)  # on any knots: their recursion takes registers
 PART = tl.constexpr(64)  # features that one program of evenness_kernel looks at

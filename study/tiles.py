@@ -1,5 +1,5 @@
-"""The fastest tiles of the Triton kernels on a card: of each kernel at each shape a few dozen are tried, beside the bare
-matrix product of the same size and what the card could do at best. gpu.py calls it, and keeps what it finds.
+"""The fastest tiles of the Triton kernels on a card: of each kernel at each shape a few dozen are tried, beside the
+bare matrix product of the same size and what the card could do at best. gpu.py calls it, and keeps what it finds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from run.device import flops_promised
 KERNELS = ('forward', 'dx', 'dw')
 SHAPES = [(192, 768, 16384), (768, 192, 16384), (192, 576, 16384), (192, 192, 16384)]  # features in, out, rows
 SHAPES += [(768, 3072, 8192), (3072, 768, 8192)]
-TINY_SHAPES = [(16, 32, 32)]
+TINY_SHAPES = [(16, 16, 16)]
 K, ORDER, ACTIVATION = 8, 3, 'SiLU()'  # five intervals
 WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # that compile
 
@@ -28,7 +28,7 @@ def candidates(kernel, n_bytes, tiny=False):
     of it), and what waits in shared memory fits a card of 227 KiB. The card says which of them fit it.
     """
     if tiny:
-        return [dict(BLOCK_N=16, BLOCK_I=16, BLOCK_O=block, num_stages=2, num_warps=4) for block in (16, 32)]
+        return [dict(BLOCK_N=16, BLOCK_I=16, BLOCK_O=16, num_stages=2, num_warps=4)]
     found, shared = [], 227 << 10
     for large, other, inner, warps, stages in itertools.product(
         (64, 128, 256), (32, 64, 128, 256), (32, 64), (4, 8), (3, 4)
@@ -108,7 +108,7 @@ def compile_tile(job):
 
 
 def search(dtype, shapes, device, tiny=False):
-    """[{kernel, bytes, I, O, N, tile, us ...}] of the fastest tile of each kernel at each shape, times in microseconds."""
+    """[{kernel, bytes, I, O, N, tile, us ...}]: the fastest tile of each kernel at each shape, and its microseconds."""
     tiles = {kernel: candidates(kernel, dtype.itemsize, tiny) for kernel in KERNELS}
     if device.startswith('cuda'):
         jobs = [(kernel, dtype, tile, device) for kernel in KERNELS for tile in tiles[kernel]]

@@ -1,0 +1,366 @@
+"""Everything that wants measuring on a CUDA card, in one command: tests, tiles, speed, and the runs of the README.
+
+    python study/gpu.py --minutes=9   # in order of importance, a record of each; once more: what is missing
+    python study/gpu.py --out=FOLDER  # with the records there; copy them into results/gpu to show them
+    python study/gpu.py --minutes=0   # page, figure and the README's table from the records alone
+    TRITON_INTERPRET=1 python study/gpu.py --device=cpu --tiny=True --out=FOLDER   # all of it in miniature
+
+It needs no network where data/shakespeare_char is prepared. Time that runs out cuts a job off: its record is missing,
+training resumes. A test that fails is told and the rest goes on, as it would for a user. The tiles it finds become
+layers/tiles.json at once, so that what follows runs on them.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+import torch
+from matplotlib.figure import Figure
+
+from configurator import ROOT, configure, settings_of
+from layers import spline_triton
+from model import GPT, GPTConfig, model_settings
+from run.cost import count_flops, make_step
+from run.device import device_name, flops_promised, peak_memory, pick_device, set_up
+from run.files import write_atomically
+from run.records import commit
+from study import tiles
+from study.runner import Study, add_run, run_json, run_to_end
+from study.speed import make_table
+
+TESTS = ['tests/test_gpu.py', 'tests/layers/test_spline_triton.py']
+RUNS = ['micro_kan', 'micro', 'micro_boosted', 'micro_balanced']
+BENCH = dict(rounds=1, repeats=5, dtypes='bfloat16,float32')
+BENCHES = {  # settings of bench.py
+    'layer': dict(BENCH, suite='layer', only='(192 768|768 192) 16384|768 3072'),
+    'step': dict(BENCH, suite='step', only='micro'),
+    'step, eager': dict(BENCH, suite='step', only='micro', compile=False),
+    'sample': dict(BENCH, suite='sample', dtypes='bfloat16'),
+    'adapter': dict(BENCH, suite='adapter', dtypes='bfloat16'),
+}
+TINY_BENCHES = {'layer': dict(suite='layer', only='float32 96 384 2048 nn.Linear$', rounds=1, repeats=1)}
+TINY_RUN = dict(max_iters=2, eval_iters=1, eval_interval=2, batch_size=2, block_size=16, n_embd=12, n_layer=1)
+BEGIN, END = '<!-- study/gpu.py writes this table -->\n', '<!-- until here -->\n'  # in the README
+
+# -----------------------------------------------------------------------------
+out = ''  # where the records are; empty: results/gpu
+minutes = 9.0  # after which nothing more is begun; 0: the page alone
+device = 'auto'  # 'cuda', 'cuda:0'; 'cpu' goes with tiny
+dataset = 'shakespeare_char'  # of the runs
+tiny = False  # small sizes, for a test of this script
+# -----------------------------------------------------------------------------
+
+
+def list_jobs():
+    """{name: a function that returns its record}, in order of importance."""
+    benches, seeds = (TINY_BENCHES, [1]) if tiny else (BENCHES, [1, 2, 3])
+    jobs = {'tests': run_tests}
+    for dtype in [torch.float32] if tiny else [torch.bfloat16, torch.float32]:
+        jobs[f'tiles, {dtype}'.replace('torch.', '')] = lambda dtype=dtype: find_tiles(dtype)
+    for name, flags in benches.items():
+        jobs[f'bench, {name}'] = lambda flags=flags: run_json('study/bench.py', **flags, device=device)
+    jobs['profile, micro_kan'] = profile_steps
+    for seed in seeds:
+        for config in RUNS[:1] if tiny else RUNS:
+            jobs[f'run, {config}, seed {seed}'] = lambda config=config, seed=seed: train(config, seed)
+        if seed == seeds[0]:
+            jobs['GPT-2'] = lambda: {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
+    return jobs
+
+
+def run_all(jobs, study):
+    """Make the record of each job that has none on this card; what fails has a record of its error."""
+    signal.signal(
+        signal.SIGALRM, signal.default_int_handler
+    )  # the end of the time is a Ctrl-C, at which training saves
+    about, until = describe_machine(), time.monotonic() + 60 * minutes
+    for job, make in jobs.items():
+        name, left = f'{job} on {about["card"]}, torch {about["torch"]}', until - time.monotonic()
+        if name in study.read():
+            print(f'{job}: there is a record', flush=True)
+        elif left <= 0:
+            print(f'{job}: skipped, the time is over', flush=True)
+        else:
+            print(f'{job} ...', flush=True)
+            record = run_one(make, left)
+            if record is None:
+                print(f'{job}: cut off, the time is over; the same command goes on', flush=True)
+                continue
+            add_run(str(study.folder / 'runs.jsonl'), {'name': name, 'job': job, **about, **record})
+            print(f'{job}: {record.get("error") or "done"}, {record["took"]:.0f} s', flush=True)
+
+
+def run_one(make, seconds):
+    """The record of a job, or None where the seconds are over first."""
+    t0 = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        record = make()
+    except KeyboardInterrupt:
+        if time.monotonic() - t0 < seconds:  # by hand
+            raise
+        return None
+    except Exception as error:  # whatever a card can raise: the other jobs go on
+        record = {'error': f'{type(error).__name__}: {error}'[:2000]}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return {**record, 'took': time.monotonic() - t0}
+
+
+def describe_machine():
+    about = dict(card=device_name(device), torch=torch.__version__, triton=sys.modules['triton'].__version__)
+    about.update(commit=commit(), driver=None, python=sys.version.split()[0])
+    if shutil.which('nvidia-smi'):
+        command = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+        done = subprocess.run(command, capture_output=True, text=True)
+        about['driver'] = (done.stdout.splitlines() or [None])[0]
+    return about
+
+
+def run_tests():
+    """How many of the tests for CUDA and Triton passed, and what the others say; all of it in tests.txt."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-rf', '--tb=short', *TESTS]
+    command += ['-k', 'test_shapes and 16'] if tiny else []
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+        text, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        text, code = (error.stdout or b'').decode(), 'cut off after 150 s'
+    with write_atomically(Path(out, 'tests.txt'), 'w', encoding='utf-8') as f:
+        f.write(text)
+    counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|failed|skipped|error)', text[-400:])}
+    return {'code': code, 'counts': counts, 'failed': re.findall(r'^FAILED (.*)', text, re.MULTILINE)[:40]}
+
+
+def find_tiles(dtype):
+    rows = tiles.search(dtype, tiles.TINY_SHAPES if tiny else tiles.SHAPES, device, tiny)
+    if not tiny:
+        write_tiles(rows)
+    return {'rows': rows}
+
+
+def write_tiles(rows):
+    """Give the kernels the tiles of a search, beside those of other cards and of numbers of other sizes."""
+    family, new = spline_triton.card_family(torch.device(device)), tiles.make_table(rows)
+    known = json.loads(spline_triton.MEASURED.read_text()) if spline_triton.MEASURED.exists() else {}
+    sizes = {row['bytes'] for row in new}
+    known[family] = [row for row in known.get(family, ()) if row['bytes'] not in sizes] + new
+    with write_atomically(spline_triton.MEASURED, 'w', encoding='utf-8') as f:
+        json.dump(known, f, indent=1)
+    spline_triton.measured_tiles.cache_clear()
+    spline_triton.tile_of.cache_clear()
+
+
+def train(config, seed):
+    """A run of train.py from a config file to its end, with its evaluations and checkpoints."""
+    args = [f'{ROOT}/config/train_shakespeare_char_{config}.py', f'--seed={seed}', f'--dataset={dataset}']
+    args += [f'--{key}={value}' for key, value in {**(TINY_RUN if tiny else {}), 'device': device}.items()]
+    folder = Path(out).parent / f'out-gpu/{config}, seed {seed}'
+    resumed = (folder / 'ckpt.pt').exists()
+    run = run_to_end('train.py', args, folder)
+    return {'config': config, 'resumed': resumed, 'run': run}
+
+
+def make_model(config, **overrides):
+    """The model of a config file, and its settings."""
+    settings = {**settings_of('train.py', [f'{ROOT}/config/{config}.py']), **overrides}
+    return GPT(GPTConfig(vocab_size=50304, **model_settings(settings))).to(device), settings
+
+
+def step_gpt2(config):
+    """A micro-batch of 12 sequences of 1024 tokens, forward, backward and update, in bfloat16."""
+    small = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2) if tiny else {}
+    model, settings = make_model(config, **small)
+    step = make_step(model, settings['batch_size'], 1, device, 'bfloat16')
+    start_memory()
+    for _ in range(1 if tiny else 4):  # compiled, and warm
+        step()
+    seconds = statistics.median(step() for _ in range(1 if tiny else 10))
+    tokens_per_s = settings['batch_size'] * settings['block_size'] / seconds
+    peak, flops = flops_promised(device, 'bfloat16'), count_flops(vars(model.config))
+    about = dict(config=config, parameters=model.get_num_params(False), seconds=seconds, tokens_per_s=tokens_per_s)
+    return {**about, 'mfu': peak and flops * tokens_per_s / peak, 'peak_bytes': peak_memory(device)}
+
+
+def start_memory():
+    if device.startswith('cuda'):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def profile_steps():
+    """What a training step of micro_kan is made of: seconds, the part in which the card works, and its kernels."""
+    small = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2) if tiny else {}
+    model, settings = make_model('train_shakespeare_char_micro_kan', **small)
+    step = make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, 'bfloat16')
+    for _ in range(1 if tiny else 4):
+        step()
+    n = 1 if tiny else 5
+    with torch.profiler.profile() as profiler:
+        seconds = sum(step() for _ in range(n)) / n
+    kind = 'device' if device.startswith('cuda') else 'cpu'
+    times = {event.key: getattr(event, f'self_{kind}_time_total') / 1e6 / n for event in profiler.key_averages()}
+    longest = sorted(times.items(), key=lambda pair: -pair[1])[:25]
+    return {'seconds': seconds, 'busy': sum(times.values()), 'kernels': longest}
+
+
+# what is shown
+
+
+def make_page(study):
+    """table.md from all records, by card."""
+    runs, parts = study.read().values(), []
+    for card in sorted({run['card'] for run in runs}):
+        of_card = {run['job']: run for run in runs if run['card'] == card}
+        first = next(iter(of_card.values()))
+        about = f'driver {first["driver"]}, torch {first["torch"]}, Triton {first["triton"]}, commit {first["commit"]}'
+        sections = [f'### {job}\n\n{show_job(run)}\n' for job, run in of_card.items()]
+        parts.append(f'## {card}\n\n{about}\n\n' + '\n'.join(sections))
+    return '\n'.join(parts)
+
+
+def show_job(run):
+    if 'error' in run:
+        return f'failed: {run["error"]}'
+    if run['job'] == 'tests':
+        failed = ''.join(f'\n- {line}' for line in run['failed'])
+        return ', '.join(f'{n} {what}' for what, n in run['counts'].items()) + failed
+    kind = run['job'].partition(',')[0]
+    return {
+        'tiles': show_tiles,
+        'bench': lambda run: make_table(run['rows']),
+        'profile': show_profile,
+        'run': show_run,
+        'GPT-2': show_gpt2,
+    }[kind](run)
+
+
+def show_tiles(run):
+    lines = [
+        '| kernel | shape | tile | us | the guess | bare product | floor | error |',
+        '|---|---|---|--:|--:|--:|--:|--:|',
+    ]
+    for row in run['rows']:
+        where = f'{row["kernel"]} | {row["I"]} -> {row["O"]}, {row["N"]} rows'
+        if 'tile' not in row:
+            lines.append(f'| {where} | none works: {row["failed"][0]} | | | | | |')
+            continue
+        tile = ' '.join(map(str, row['tile'].values()))
+        times = ' | '.join(
+            f'{row[name]:.0f}' if row[name] else '' for name in ('us', 'guess_us', 'matmul_us', 'floor_us')
+        )
+        lines.append(f'| {where} | {tile} | {times} | {row["error"]:.1e} |')
+    return '\n'.join(lines)
+
+
+def show_profile(run):
+    lines = [f'{run["seconds"] * 1e3:.2f} ms a step, of which the card works {run["busy"] / run["seconds"]:.0%}', '']
+    return '\n'.join(lines + [f'- {1e3 * seconds:.3f} ms {name[:90]}' for name, seconds in run['kernels'][:15]])
+
+
+def show_run(run):
+    final, took = run['run']['final'], '' if run['resumed'] else f', {run["took"]:.0f} s in all'
+    losses = f'best validation loss {final["best_val_loss"]:.4f}, last {final["val_loss"]:.4f}'
+    return f'{losses}, {final["seconds"]:.0f} s of training{took}, {final["peak_mem"] / 2**30:.2f} GB'
+
+
+def show_gpt2(run):
+    lines = ['| config | parameters | ms | tokens/s | MFU | peak memory |', '|---|--:|--:|--:|--:|--:|']
+    for row in run['rows']:
+        cells = f'{row["parameters"] / 1e6:.1f}M | {row["seconds"] * 1e3:.1f} | {row["tokens_per_s"]:,.0f}'
+        mfu = f'{row["mfu"]:.1%}' if row['mfu'] else ''
+        lines.append(f'| `{row["config"]}` | {cells} | {mfu} | {row["peak_bytes"] / 2**30:.1f} GB |')
+    return '\n'.join(lines)
+
+
+THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
+    'micro_kan': ('KAN layers everywhere', '8.86M', '1.554, 38 min, 15.4 GB'),
+    'micro': ('the vanilla GPT of the same shape', '0.90M', '1.537, 1 min, 1.9 GB'),
+    'micro_boosted': ('vanilla, 16 layers', '7.10M', '1.463, 8 min, 5.8 GB'),
+    'micro_balanced': ('vanilla, as many parameters', '8.87M', ''),
+}
+
+
+def readme_table(runs):
+    """The runs of the newest record of each config, beside nanoGPKANT's. Cells of what was not measured are empty."""
+    cards = sorted({run['card'] for run in runs if run['job'].startswith('run,')})
+    head = f'best validation loss, seconds, memory ({", ".join(cards) or "not measured: no card was at hand"})'
+    lines = [
+        f'| `train_shakespeare_char_` ... | | parameters | {head} | nanoGPKANT on a 4090 |',
+        '|---|---|--:|---|---|',
+    ]
+    for config, (what, size, theirs) in THEIRS.items():
+        done = [run for run in runs if run.get('config') == config and 'error' not in run]
+        cell = ''
+        if done:
+            final = [run['run']['final'] for run in done]
+            loss, seconds = (
+                statistics.mean(f['best_val_loss'] for f in final),
+                statistics.mean(run['took'] for run in done),
+            )
+            memory = max(f['peak_mem'] for f in final) / 2**30
+            cell = f'{loss:.4f} ({len(done)} seed{"s" * (len(done) > 1)}), {seconds:.0f} s, {memory:.2f} GB'
+        lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
+    return '\n'.join(lines) + '\n'
+
+
+def fill_readme(table, path=Path(ROOT, 'README.md')):
+    """Put the table between its marks."""
+    text = path.read_text(encoding='utf-8')
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    with write_atomically(path, 'w', encoding='utf-8') as f:
+        f.write(before + BEGIN + table + END + after)
+
+
+def draw_runs(runs, path):
+    """Validation loss over the seconds of training, a line for each run of the first seed."""
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    panel = figure.subplots()
+    for run in runs:
+        log = run['run']['log']
+        panel.plot(
+            [line['seconds'] for line in log], [line['val_loss'] for line in log], label=run['config'], marker='.'
+        )
+    panel.set(xlabel=f'seconds of training on {runs[0]["card"]}', ylabel='validation loss, nats per character')
+    panel.set(xscale='symlog', title='Validation loss by seconds: Shakespeare by character, 5000 iterations')
+    panel.legend()
+    figure.savefig(path, dpi=130)
+
+
+def show(study):
+    """Page, figure, and where the records are the repository's own, the README's table."""
+    runs = list(study.read().values())
+    if runs:
+        study.show(make_page(study))
+    drawn = [run for run in runs if run['job'].endswith(', seed 1') and 'error' not in run]
+    if drawn:
+        draw_runs(drawn, study.folder / 'curves.png')
+    if study.folder == Study('gpu').folder:
+        fill_readme(readme_table(runs))
+
+
+if __name__ == '__main__':
+    configure(globals())
+    study = Study('gpu')
+    study.folder = Path(out).resolve() if out else study.folder
+    out = str(study.folder)
+    if minutes > 0:
+        os.makedirs(out, exist_ok=True)
+        device = pick_device(device)
+        if not device.startswith('cuda') and not tiny:
+            raise ValueError(
+                f'device={device!r}: it wants a CUDA card; --device=cpu --tiny=True tries the script itself'
+            )
+        set_up(device)
+        run_all(list_jobs(), study)
+    show(study)

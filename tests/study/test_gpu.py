@@ -1,0 +1,172 @@
+"""The study of a GPU: all of it in miniature, its clock, its table of tiles, and what it shows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from helpers import ROOT, write_dataset
+from study.runner import Study, add_run
+
+with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as in test_spline_triton.py
+    if not torch.cuda.is_available():
+        patch.setenv('TRITON_INTERPRET', '1')
+    pytest.importorskip('triton')
+    from layers import spline_triton
+    from study import gpu, tiles
+
+ABOUT = dict(card='Abacus', torch='2', triton='3', driver='1', commit='abc', python='3')
+FINAL = dict(best_val_loss=1.5, val_loss=1.6, seconds=30.0, peak_mem=2**30)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    study = Study('gpu', tmp_path)
+    monkeypatch.setattr(gpu, 'out', str(study.folder))
+    monkeypatch.setattr(gpu, 'device', 'cpu')
+    monkeypatch.setattr(gpu, 'minutes', 1.0)
+    monkeypatch.setattr(gpu, 'describe_machine', lambda: ABOUT)
+    return study
+
+
+def test_all_of_it_in_miniature_and_once_more(tmp_path):
+    flags = ['--device=cpu', '--tiny=True', f'--out={tmp_path}/gpu', f'--dataset={write_dataset(tmp_path / "data")}']
+    env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
+    outputs = []
+    for minutes in 9, 1:
+        command = [sys.executable, ROOT / 'study/gpu.py', *flags, f'--minutes={minutes}']
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    records = [json.loads(line) for line in (tmp_path / 'gpu/runs.jsonl').read_text().splitlines()]
+    assert [record for record in records if 'error' in record] == []
+    jobs = [line.removesuffix(' ...') for line in outputs[0].splitlines() if line.endswith(' ...')]
+    assert jobs[:2] == ['tests', 'tiles, float32'] and sorted(jobs) == sorted(record['job'] for record in records)
+    assert outputs[1].count(': there is a record') == len(jobs) and ' ...' not in outputs[1]
+    by_job = {record['job']: record for record in records}
+    assert by_job['tests']['counts']['passed'] == 1 and '1 passed' in (tmp_path / 'gpu/tests.txt').read_text()
+    assert by_job['run, micro_kan, seed 1']['run']['final']['iter'] == 2
+    rows = by_job['tiles, float32']['rows']
+    assert [row['kernel'] for row in rows] == ['forward', 'dx', 'dw'] and all(row['error'] < 1e-5 for row in rows)
+    page = (tmp_path / 'gpu/table.md').read_text()
+    assert all(f'### {job}\n' in page for job in jobs) and (tmp_path / 'gpu/curves.png').stat().st_size > 1e4
+
+
+def test_a_gpu_is_asked_for(tmp_path):
+    command = [sys.executable, ROOT / 'study/gpu.py', '--device=cpu', f'--out={tmp_path}/gpu']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: device='cpu': it wants a CUDA card")
+
+
+def test_time_that_is_over_cuts_off_one_job_and_skips_the_next(study, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, 'minutes', 0.5 / 60)
+    jobs = {'fast': lambda: {'x': 1}, 'slow': lambda: time.sleep(20), 'never': lambda: pytest.fail('it had no time')}
+    t0 = time.monotonic()
+    gpu.run_all(jobs, study)
+    assert time.monotonic() - t0 < 10
+    assert [run['job'] for run in study.read().values()] == ['fast']
+    printed = capsys.readouterr().out
+    assert 'slow: cut off, the time is over' in printed and 'never: skipped, the time is over' in printed
+
+
+def test_a_job_that_fails_has_a_record_and_the_others_go_on(study):
+    gpu.run_all({'bad': lambda: 1 / 0, 'good': lambda: {'x': 1}}, study)
+    runs = {run['job']: run for run in study.read().values()}
+    assert runs['bad']['error'] == 'ZeroDivisionError: division by zero' and runs['good']['x'] == 1
+    gpu.run_all({'good': None, 'bad': None}, study)  # neither is tried again
+
+
+def test_ctrl_c_is_none_of_the_clock(study):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_all({'one': interrupt}, study)
+    assert study.read() == {}
+
+
+# tiles
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """An empty table of tiles."""
+    monkeypatch.setattr(spline_triton, 'MEASURED', tmp_path / 'tiles.json')
+    for function in spline_triton.measured_tiles, spline_triton.tile_of:
+        function.cache_clear()
+    yield spline_triton.MEASURED
+    for function in spline_triton.measured_tiles, spline_triton.tile_of:
+        function.cache_clear()
+
+
+def row(I, O, n_bytes=2, error=1e-3, **tile):
+    return dict(kernel='dx', bytes=n_bytes, I=I, O=O, N=8, error=error, us=1.0, tile=tile)
+
+
+def test_kernels_take_the_tile_of_the_nearest_shape_on_such_a_card(study, table, monkeypatch):
+    assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_90') == spline_triton.TILES['dx', 2]
+    monkeypatch.setattr(spline_triton, 'card_family', lambda device: 'sm_90')
+    gpu.write_tiles([row(192, 768, BLOCK_N=1), row(3072, 768, BLOCK_N=2), row(190, 760, error=0.5, BLOCK_N=3)])
+    gpu.write_tiles([row(192, 768, n_bytes=4, BLOCK_N=4)])
+    assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_90') == dict(BLOCK_N=1)  # what is wrong is no candidate
+    assert spline_triton.tile_of('dx', 2, 2000, 700, 'sm_90') == dict(BLOCK_N=2)
+    assert spline_triton.tile_of('dx', 4, 2000, 700, 'sm_90') == dict(BLOCK_N=4)
+    assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_80') == spline_triton.TILES['dx', 2]
+    assert spline_triton.tile_of('dw', 2, 200, 700, 'sm_90') == spline_triton.TILES['dw', 2]
+    gpu.write_tiles([row(192, 768, BLOCK_N=5)])  # a second search of the same numbers takes the place of the first
+    assert spline_triton.tile_of('dx', 2, 2000, 700, 'sm_90') == dict(BLOCK_N=5)
+    assert spline_triton.tile_of('dx', 4, 2000, 700, 'sm_90') == dict(BLOCK_N=4)
+
+
+@pytest.mark.parametrize('n_bytes', [2, 4])
+@pytest.mark.parametrize('kernel', tiles.KERNELS)
+def test_a_few_dozen_tiles_that_a_card_can_hold(kernel, n_bytes):
+    found = tiles.candidates(kernel, n_bytes)
+    assert 24 <= len(found) <= 48 and len({str(tile) for tile in found}) == len(found)
+    assert all(tile.keys() == found[0].keys() for tile in found)
+
+
+def test_a_tile_that_fails_is_told_and_the_others_are_measured(monkeypatch):
+    monkeypatch.setattr(tiles, 'microseconds', lambda run, device: run() and 1.0)
+    monkeypatch.setattr(tiles, 'launch', lambda kernel, *arguments: lambda: 1 / 0)
+    found = tiles.find_fastest('dx', torch.float32, (16, 16, 16), [dict(BLOCK_N=16)], 'cpu')
+    assert len(found['failed']) == 2 and 'division by zero' in found['failed'][1] and 'tile' not in found
+
+
+# what is shown
+
+
+def make_runs(study):
+    path = str(study.folder / 'runs.jsonl')
+    for seed in 1, 2:
+        log = [dict(seconds=n, val_loss=2.0 - n / 9) for n in range(3)]
+        run = dict(config='micro_kan', resumed=seed == 2, took=40.0, run=dict(final=FINAL, log=log))
+        add_run(path, {'name': f'{seed}', 'job': f'run, micro_kan, seed {seed}', **ABOUT, **run})
+    add_run(path, {'name': 't', 'job': 'tests', **ABOUT, 'code': 1, 'counts': {'failed': 1}, 'failed': ['a.py::b']})
+    add_run(path, {'name': 'e', 'job': 'bench, step', **ABOUT, 'error': 'ValueError: no', 'took': 1.0})
+
+
+def test_page_and_readme_say_what_the_records_say(study, tmp_path, capsys):
+    make_runs(study)
+    gpu.show(study)
+    page = (study.folder / 'table.md').read_text()
+    assert page == capsys.readouterr().out and page.startswith('## Abacus\n\ndriver 1, torch 2, Triton 3, commit abc\n')
+    assert 'last 1.6000, 30 s of training, 40 s in all, 1.00 GB' in page
+    assert 'last 1.6000, 30 s of training, 1.00 GB' in page  # a run that was resumed took longer than that
+    assert '1 failed\n- a.py::b' in page and 'failed: ValueError: no' in page
+    table = gpu.readme_table(list(study.read().values()))
+    assert '(Abacus)' in table and '| 8.86M | 1.5000 (2 seeds), 40 s, 1.00 GB | 1.554, 38 min' in table
+    path = tmp_path / 'README.md'
+    path.write_text(f'a\n{gpu.BEGIN}old\n{gpu.END}b\n')
+    for _ in range(2):
+        gpu.fill_readme(table, path)
+        assert path.read_text() == f'a\n{gpu.BEGIN}{table}{gpu.END}b\n'
+
+
+def test_table_of_the_readme_is_that_of_the_records():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert gpu.BEGIN + gpu.readme_table(list(Study('gpu').read().values())) + gpu.END in text
