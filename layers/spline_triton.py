@@ -319,9 +319,9 @@ def tile_of(kernel, n_bytes, I, O, family):
 
 def find_even(knots):
     """For each part of the features whether their knots (I, P) are even, int32, on the card."""
-    (I, P), eps = knots.shape, max(torch.finfo(knots.dtype).eps, torch.finfo(torch.float32).eps)
+    (I, P), tolerance = knots.shape, 2 * (torch.finfo(knots.dtype).eps + torch.finfo(torch.float32).eps)
     even = torch.empty(triton.cdiv(I, PART.value), dtype=torch.int32, device=knots.device)
-    evenness_kernel[(len(even),)](knots, even, I, P, TOLERANCE=4 * eps, num_warps=2)
+    evenness_kernel[(len(even),)](knots, even, I, P, TOLERANCE=tolerance, num_warps=2)
     return even
 
 

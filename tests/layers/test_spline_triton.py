@@ -1,7 +1,7 @@
 """
 The Triton kernels against float64 autograd: on a GPU where there is one, else in Triton's interpreter, on the CPU.
 
-    PYTHONPATH=.:tests python tests/layers/test_spline_triton.py sm_90 sm_100:even   what each kernel takes on such cards
+    PYTHONPATH=.:tests python tests/layers/test_spline_triton.py 'sm_90|sm_100 even'   what kernels take on such cards
 """
 
 import itertools
@@ -34,6 +34,7 @@ with pytest.MonkeyPatch.context() as patch:  # read when triton is imported; not
 TILES, SPLITS = spline_triton.TILES, spline_triton.splits
 MODULES = [nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.Identity()]
 SHAPE = dict(N=20, I=17, O=5)  # more than one tile of 16 rows and of features, and no multiple of it
+ONE_TILE = dict(N=9, I=7, O=5)  # for what does not depend on tiles: the interpreter takes its time
 SHARED_MEMORY = {
     'sm_80': 163 << 10,
     'sm_89': 99 << 10,
@@ -158,13 +159,12 @@ def test_knots_that_are_not_even(k):
     check(*make_arguments(**SHAPE, k=k, G=3, uneven=range(SHAPE['I'])))
 
 
-@pytest.mark.parametrize('feature', [0, 63, 64, 69])
-def test_one_feature_whose_knots_are_not_even(feature):
-    check(*make_arguments(2, 70, 1, k=2, uneven=[feature]))
+def test_one_feature_whose_knots_are_not_even():
+    check(*make_arguments(2, 70, 1, k=1, uneven=[69]))
 
 
 def test_knots_that_coincide():
-    x, w, knots, *others = make_arguments(**SHAPE, G=4)
+    x, w, knots, *others = make_arguments(**ONE_TILE, G=4)
     knots[0, 4:7] = knots[0, 4]
     knots[1] = knots[1, 0]
     check(x, w, knots, *others)
@@ -172,7 +172,7 @@ def test_knots_that_coincide():
 
 def test_whether_knots_are_even():
     for dtype in torch.float32, torch.bfloat16:
-        for uneven in (), [69]:
+        for uneven in (), [0], [63], [64], [69]:
             knots = make_arguments(1, 70, 1, G=5, uneven=uneven)[2].to(dtype)
             assert spline.are_uniform(knots) == (not uneven) == bool(spline_triton.find_even(knots).all())
     knots = KANLinear(3, 1, grid_size=100, grid_range=(1e3, 1e3 + 1)).grid.to(DEVICE)  # spacings of few roundings
@@ -196,7 +196,7 @@ def test_a_moved_grid_is_noticed_on_the_card():
 @pytest.mark.parametrize('activation', MODULES, ids=str)
 def test_activations(activation):
     assert spline.name_of(activation) in spline_triton.ACTIVATIONS
-    check(*make_arguments(**SHAPE, activation=activation))
+    check(*make_arguments(**ONE_TILE, activation=activation))
 
 
 @pytest.mark.filterwarnings('ignore:overflow encountered in exp')
@@ -210,7 +210,7 @@ def test_activations_far_from_zero():
 @pytest.mark.parametrize('x_dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype, x_dtype):
-    check(*make_arguments(**SHAPE, dtype=dtype, x_dtype=x_dtype))
+    check(*make_arguments(**ONE_TILE, dtype=dtype, x_dtype=x_dtype))
 
 
 @pytest.mark.parametrize(
@@ -367,24 +367,21 @@ def resources(compiled):
 
 
 def test_kernels_compile_and_fit_their_card():
-    command = [sys.executable, __file__, 'sm_80:even', 'sm_90:any']  # all of them take minutes
+    some = 'sm_80 even .* (bf16 fp32|fp32 fp32 tf32)|sm_90 any .* bf16 fp32'  # all of them take minutes
     paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
     environment = {**os.environ, 'PYTHONPATH': paths, 'TRITON_INTERPRET': '0'}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, some], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     usages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(usages) == 24
+    assert len(usages) == 9
     for usage in usages:
-        assert usage['SHARED'] <= SHARED_MEMORY[usage['arch']], usage
+        assert usage['SHARED'] <= SHARED_MEMORY[usage['kernel'].split()[0]], usage
         assert usage.get('STACK', 0) == usage.get('LOCAL', 0) == 0, usage
 
 
 if __name__ == '__main__':
     cases = ('bf16', 'bf16', 'ieee'), ('bf16', 'fp32', 'ieee'), ('fp32', 'fp32', 'ieee'), ('fp32', 'fp32', 'tf32')
-    for wanted in sys.argv[1:]:
-        arch, _, knots = wanted.partition(':')
-        for case, name, which in itertools.product(
-            cases, ('forward', 'dx', 'dw'), [knots] if knots else ['even', 'any']
-        ):
-            usage = resources(compile_kernel(name, arch, *case, which == 'even'))
-            print(json.dumps({'kernel': name, 'knots': which, 'arch': arch, 'w, x, precision': case, **usage}))
+    for arch, knots, name, case in itertools.product(SHARED_MEMORY, ('even', 'any'), ('forward', 'dx', 'dw'), cases):
+        about = ' '.join([arch, knots, name, *case])  # of w, of x, and how float32 is multiplied
+        if re.search(sys.argv[1], about):
+            print(json.dumps({'kernel': about, **resources(compile_kernel(name, arch, *case, knots == 'even'))}))
