@@ -57,7 +57,8 @@ device = pick_device(device)
 
 PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lora': 'kolmg_lora'}  # and their packages
 PEER_LAYERS = {'efficient-kan': ('kan_gpt.efficient_kan.model', 'KANLinear'), 'inkan': ('inkan', 'KANLayer')}
-LAYERS = ['floor', 'nn.Linear', 'KANLinear', 'KANLinear, plain passes', 'efficient-kan', 'inkan']
+PASSES = {'KANLinear, compiled passes': 'compiled', 'KANLinear, plain passes': 'plain'}  # backends of spline.py
+LAYERS = ['floor', 'nn.Linear', 'KANLinear', *PASSES, 'efficient-kan', 'inkan']
 # GPTs, and the end of their config's name; a peer's layers take the place of ours
 MODELS = {'vanilla': '', 'vanilla, equal parameters': '_balanced', 'vanilla, 16 layers': '_boosted'}
 MODELS.update(dict.fromkeys(LAYERS[2:], '_kan'))
@@ -98,6 +99,8 @@ def list_cases():
     precisions, cases = [pick_dtype(dtype, device) for dtype in dtypes.split(',')], []
     for wheres, names in SUITES[suite]:
         cases += [[dtype, where, name] for where in wheres for dtype in precisions for name in names]
+    if not device.startswith('cuda'):
+        cases = [case for case in cases if not case[2].endswith('compiled passes')]  # KANLinear itself takes them
     cases = [case for case in cases if 'boosted' not in f'{case[1]}{MODELS.get(case[2])}' or 'micro' in case[1]]
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]
@@ -254,7 +257,7 @@ def prepare_graph_step(dtype, size, edges):
 
 def measure(dtype, where, name):
     """One round of one case."""
-    spline.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
+    spline.BACKEND = PASSES.get(name, 'auto')
     torch.manual_seed(0)
     if device.startswith('cuda'):
         gc.collect()
