@@ -1125,7 +1125,7 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(kind, layer, use_dora, tmp_p
     assert equal_states(base_state(model), before) and not torch.equal(model.layer(x), y)
     if kind != 'kan':
         y = model.layer(x)
-        assert torch.allclose(merge_lora(model).layer(x), y, rtol=0.05, atol=0.05)
+        assert (merge_lora(model).layer(x) - y).norm() < 0.05 * y.norm()
         unmerge_lora(model)
     save_lora(model, tmp_path)
 
