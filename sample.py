@@ -13,7 +13,7 @@ import torch
 
 from configurator import configure
 from data.loader import load_tokenizer
-from data.tokenizer import TextStream
+from data.tokenizer import IdTokenizer, TextStream
 from layers.generation import stream
 from model import GPT
 from run.checkpoint import build_model, load_checkpoint
@@ -100,7 +100,8 @@ if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
 prompt = tokenizer.encode(read_prompt())
 if not prompt:
-    raise ValueError("start is empty: a sample needs at least one token to go on from, e.g. --start=$'\\n'")
+    example = '"12 7 30"' if isinstance(tokenizer, IdTokenizer) else "$'\\n' or a word"
+    raise ValueError(f'start has no token of this vocabulary to go on from: give one, e.g. --start={example}')
 model.eval()
 model.to(device)
 if compile:

@@ -221,8 +221,12 @@ def compiled(model):
         fast_model = torch.compile(model)
         with autocast(device, dtype):
             fast_model(x, y)[1].backward()
+            with torch.no_grad():  # the pass that evaluates is another one
+                model.eval()
+                fast_model(x, y)
     except Exception as error:  # whatever a compiler can raise: the eager model does the same work
         failure = f'{type(error).__name__}: {error}'.splitlines()[0]
+    model.train()
     model.zero_grad(set_to_none=True)
     if session.all_reduce(failure is not None)[0] == 0:
         return fast_model
@@ -256,9 +260,9 @@ def estimate_loss():
             batch = share[i : i + batch_size]
             if len(batch):
                 x, y = loader.get_batch(data, block_size, batch, device)
-                same_model = fast_model if len(batch) == batch_size else raw_model  # compiled for one size
+                evaluated = fast_model if len(batch) == batch_size else raw_model  # compiled for one size
                 with autocast(device, dtype):
-                    found.append((same_model(x, y)[1], len(batch)))
+                    found.append((evaluated(x, y)[1], len(batch)))
         total = sum(loss.item() * n for loss, n in found)  # read when all of them are under way
         losses[split] = session.all_reduce(total)[0] / len(starts)
     raw_model.train()
@@ -381,7 +385,7 @@ while True:
     iter_num += 1
     bar.update()
 
-    # timing and logging, for which alone the GPU is waited for
+    # timing and logging, for which alone a single process waits for its GPU
     stopping = session.is_stopping()
     if stopping or iter_num >= max_iters or iter_num % log_interval == 0 or iter_num % eval_interval == 0:
         lossf = session.settle(loss, 'iteration')

@@ -120,13 +120,14 @@ def complete_meta(folder, meta):
     n = meta['vocab_size']
     if type(n) is not int or not 1 <= n <= 2**16:
         raise ValueError(f'{folder}/meta.json: vocab_size must be a number from 1 to {2**16}, got {n!r}')
-    try:
-        tokenizer = tokenizer_from_dict(meta.get('tokenizer', {'kind': 'ids', 'vocab_size': n}))
+    state = meta.get('tokenizer', {'kind': 'ids', 'vocab_size': n})
+    try:  # GPT-2's is not made here: its files may have to be fetched
+        known = GPT2Tokenizer.vocab_size if state == {'kind': 'gpt2'} else tokenizer_from_dict(state).vocab_size
     except ValueError as error:
         raise ValueError(f'{folder}/meta.json: tokenizer: {error}') from None
-    if tokenizer.vocab_size > n:
-        raise ValueError(f'{folder}/meta.json: vocab_size is {n}, and its tokenizer has {tokenizer.vocab_size} tokens')
-    return with_splits({'source': 'files of your own', **meta, 'tokenizer': tokenizer.to_dict()}, folder)
+    if known > n or (state == {'kind': 'gpt2'} and n > known):
+        raise ValueError(f'{folder}/meta.json: vocab_size is {n}, and its tokenizer has {known} tokens')
+    return with_splits({'source': 'files of your own', **meta, 'tokenizer': state}, folder)
 
 
 class PlainUnpickler(pickle.Unpickler):

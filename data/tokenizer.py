@@ -145,7 +145,9 @@ class TextStream:
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer = tokenizer
-        self.ids, self.before = list(prompt[-8:]), tokenizer.decode(prompt[-8:])  # the last tokens, and their text
+        self.ids = list(prompt)  # from a place between two characters on
+        self.shown = len(prompt)  # how many of them are told
+        self.before = tokenizer.decode(prompt)  # the text of these
 
     def add(self, token):
         self.ids.append(token)
@@ -156,9 +158,10 @@ class TextStream:
         return self.take(self.tokenizer.decode(self.ids))
 
     def take(self, text):
+        """What is new in the text. The tokens told now are kept, for those that follow; those before them no longer."""
         new = text[len(self.before) :]
-        self.ids = self.ids[-8:]
-        self.before = self.tokenizer.decode(self.ids)
+        self.ids = self.ids[self.shown :] or self.ids
+        self.shown, self.before = len(self.ids), self.tokenizer.decode(self.ids)
         return new
 
 

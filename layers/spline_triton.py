@@ -286,11 +286,13 @@ def column_product(
 
 def settings(kernel, w, k, activation, N, I, O, even):
     """The constants of a kernel: its tile, no larger than the tensors need, and how float32 is multiplied."""
-    tile = dict(tile_of(kernel, w.element_size(), I, O, card_family(w.device)) if even else ANY_TILE)
+    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    is_measured = w.element_size() == 2 or precision == 'tf32'  # others take far more registers and shared memory
+    family = card_family(w.device) if is_measured else ''
+    tile = dict(tile_of(kernel, w.element_size(), I, O, family) if even else ANY_TILE)
     for name, size in dict(BLOCK_N=N, BLOCK_I=I, BLOCK_O=O).items():
         tile[name] = min(tile[name], max(16, triton.next_power_of_2(size)))  # tl.dot wants 16
-    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
-    parts = triton.next_power_of_2(triton.cdiv(I, PART.value))
+    parts = max(64, triton.next_power_of_2(triton.cdiv(I, PART.value)))  # one kernel for all I up to 4096
     constants = dict(k=k, ACTIVATION=activation, PRECISION=precision, PARTS=parts, EVEN=even)
     return {**constants, 'num_warps': 8, 'enable_fp_fusion': True, **tile}
 

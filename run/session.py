@@ -100,7 +100,8 @@ class Session:
     def update(self, optimizer, scaler, parameters, loss, grad_clip, step):
         """A step of the optimizer on gradients clipped to grad_clip (0: not at all), without waiting for the device.
         Returns the loss, summed over the processes' shares, on the device. From the first step on whose loss or
-        gradient is not finite the weights stay as they are; `settle` then ends the run.
+        gradient is not finite the weights stay as they are (in float16 the scaler skips that one step alone), and
+        `settle` then ends the run.
         """
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)

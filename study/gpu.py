@@ -10,6 +10,7 @@ training resumes. A test that fails is told and the rest goes on, as it would fo
 layers/tiles.json at once, so that what follows runs on them.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -27,33 +28,36 @@ import torch
 from matplotlib.figure import Figure
 
 from configurator import ROOT, configure, settings_of
-from layers import spline_triton
+from data.loader import is_prepared
 from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, make_step
-from run.device import device_name, flops_promised, peak_memory, pick_device, set_up
+from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
 from run.files import write_atomically
 from run.records import commit
-from study import tiles
 from study.runner import Study, add_run, run_json, run_to_end
 from study.speed import make_table
 
-TESTS = ['tests/test_gpu.py', 'tests/layers/test_spline_triton.py']
+TESTS = ['tests/layers/test_spline_triton.py', 'tests/test_gpu.py']
 RUNS = ['micro_kan', 'micro', 'micro_boosted', 'micro_balanced']
-BENCH = dict(rounds=1, repeats=5, dtypes='bfloat16,float32')
+BENCH = dict(rounds=1, repeats=5, dtypes='bfloat16')
 BENCHES = {  # settings of bench.py
     'layer': dict(BENCH, suite='layer', only='(192 768|768 192) 16384|768 3072'),
-    'step': dict(BENCH, suite='step', only='micro'),
-    'step, eager': dict(BENCH, suite='step', only='micro', compile=False),
-    'sample': dict(BENCH, suite='sample', dtypes='bfloat16'),
-    'adapter': dict(BENCH, suite='adapter', dtypes='bfloat16'),
+    'step': dict(BENCH, suite='step', only='micro (vanilla, 16|KANLinear$|efficient)'),
+    'step, eager': dict(BENCH, suite='step', only='micro (vanilla, 16|KANLinear$|efficient)', compile=False),
+    'step, other models': dict(BENCH, suite='step', only='micro (vanilla$|vanilla, eq|KANLinear, |inkan)'),
+    'sample': dict(BENCH, suite='sample'),
+    'adapter': dict(BENCH, suite='adapter'),
+    'layer, float32': dict(BENCH, suite='layer', only='(192 768|768 192) 16384|768 3072', dtypes='float32'),
+    'step, float32': dict(BENCH, suite='step', only='micro (vanilla, 16|KANLinear$|efficient)', dtypes='float32'),
 }
 TINY_BENCHES = {'layer': dict(suite='layer', only='float32 96 384 2048 nn.Linear$', rounds=1, repeats=1)}
 TINY_RUN = dict(max_iters=2, eval_iters=1, eval_interval=2, batch_size=2, block_size=16, n_embd=12, n_layer=1)
+TEST_SECONDS = 120
 BEGIN, END = '<!-- study/gpu.py writes this table -->\n', '<!-- until here -->\n'  # in the README
 
 # -----------------------------------------------------------------------------
 out = ''  # where the records are; empty: results/gpu
-minutes = 9.0  # after which nothing more is begun; 0: the page alone
+minutes = 9.0  # after which it stops; 0: the page alone
 device = 'auto'  # 'cuda', 'cuda:0'; 'cpu' goes with tiny
 dataset = 'shakespeare_char'  # of the runs
 tiny = False  # small sizes, for a test of this script
@@ -62,30 +66,43 @@ tiny = False  # small sizes, for a test of this script
 
 def list_jobs():
     """{name: a function that returns its record}, in order of importance."""
-    benches, seeds = (TINY_BENCHES, [1]) if tiny else (BENCHES, [1, 2, 3])
+    benches = TINY_BENCHES if tiny else BENCHES
     jobs = {'tests': run_tests}
-    for dtype in [torch.float32] if tiny else [torch.bfloat16, torch.float32]:
-        jobs[f'tiles, {dtype}'.replace('torch.', '')] = lambda dtype=dtype: find_tiles(dtype)
-    for name, flags in benches.items():
-        jobs[f'bench, {name}'] = lambda flags=flags: run_json('study/bench.py', **flags, device=device)
+    if not tiny:
+        jobs['tiles, bfloat16'] = lambda: find_tiles(torch.bfloat16)
+    jobs |= {f'run, {config}, seed 1': make_train(config, 1) for config in RUNS[: 1 if tiny else 2]}
+    measured = {f'bench, {name}': make_bench(flags) for name, flags in benches.items()}
+    first = list(measured)[:2]
+    jobs |= {name: measured[name] for name in first}
     jobs['profile, micro_kan'] = profile_steps
-    for seed in seeds:
-        for config in RUNS[:1] if tiny else RUNS:
-            jobs[f'run, {config}, seed {seed}'] = lambda config=config, seed=seed: train(config, seed)
-        if seed == seeds[0]:
-            jobs['GPT-2'] = lambda: {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
+    jobs['tiles, float32'] = lambda: find_tiles(torch.float32)
+    jobs['GPT-2'] = lambda: {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
+    if not tiny:
+        jobs |= {f'run, {config}, seed 1': make_train(config, 1) for config in RUNS[2:]}
+    jobs |= {name: measured[name] for name in measured if name not in first}
+    if not tiny:
+        jobs['tests of train.py'] = lambda: run_tests('resumes')
+        jobs |= {f'run, {config}, seed {seed}': make_train(config, seed) for seed in (2, 3) for config in RUNS}
     return jobs
 
 
+def make_train(config, seed):
+    return lambda: train(config, seed)
+
+
+def make_bench(flags):
+    return lambda: run_json('study/bench.py', **flags, device=device)
+
+
 def run_all(jobs, study):
-    """Make the record of each job that has none on this card; what fails has a record of its error."""
+    """Make the record of each job that has none on this card, or one of an error."""
     signal.signal(
         signal.SIGALRM, signal.default_int_handler
     )  # the end of the time is a Ctrl-C, at which training saves
     about, until = describe_machine(), time.monotonic() + 60 * minutes
     for job, make in jobs.items():
         name, left = f'{job} on {about["card"]}, torch {about["torch"]}', until - time.monotonic()
-        if name in study.read():
+        if 'error' not in study.read().get(name, {'error': 'no record'}):
             print(f'{job}: there is a record', flush=True)
         elif left <= 0:
             print(f'{job}: skipped, the time is over', flush=True)
@@ -96,7 +113,8 @@ def run_all(jobs, study):
                 print(f'{job}: cut off, the time is over; the same command goes on', flush=True)
                 continue
             add_run(str(study.folder / 'runs.jsonl'), {'name': name, 'job': job, **about, **record})
-            print(f'{job}: {record.get("error") or "done"}, {record["took"]:.0f} s', flush=True)
+            said = record.get('error') or record.get('counts') or 'done'
+            print(f'{job}: {said}, {record["took"]:.0f} s', flush=True)
 
 
 def run_one(make, seconds):
@@ -113,11 +131,14 @@ def run_one(make, seconds):
         record = {'error': f'{type(error).__name__}: {error}'[:2000]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # a NaN is no JSON
     return {**record, 'took': time.monotonic() - t0}
 
 
 def describe_machine():
-    about = dict(card=device_name(device), torch=torch.__version__, triton=sys.modules['triton'].__version__)
+    import triton
+
+    about = dict(card=device_name(device), family=card_family(), torch=torch.__version__, triton=triton.__version__)
     about.update(commit=commit(), driver=None, python=sys.version.split()[0])
     if shutil.which('nvidia-smi'):
         command = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
@@ -126,36 +147,55 @@ def describe_machine():
     return about
 
 
-def run_tests():
+def card_family():
+    from layers import spline_triton
+
+    return spline_triton.card_family(torch.device(device))
+
+
+def run_tests(which='not resumes'):
     """How many of the tests for CUDA and Triton passed, and what the others say; all of it in tests.txt."""
     command = [sys.executable, '-m', 'pytest', '-q', '-rf', '--tb=short', *TESTS]
-    command += ['-k', 'test_shapes and 16'] if tiny else []
+    command += ['-k', 'test_shapes and 16' if tiny else which]
+    if importlib.util.find_spec('xdist') and not tiny:
+        command += ['-n', '8']
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
-        text, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        text, code = (error.stdout or b'').decode(), 'cut off after 150 s'
-    with write_atomically(Path(out, 'tests.txt'), 'w', encoding='utf-8') as f:
+        text, code = process.communicate(timeout=TEST_SECONDS)[0], process.returncode
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGKILL)
+        text, code = process.communicate()[0], f'cut off after {TEST_SECONDS} s'
+    with write_atomically(Path(out, f'{which.replace(" ", "-")}.txt'), 'w', encoding='utf-8') as f:
         f.write(text)
-    counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|failed|skipped|error)', text[-400:])}
-    return {'code': code, 'counts': counts, 'failed': re.findall(r'^FAILED (.*)', text, re.MULTILINE)[:40]}
+    counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|failed|skipped|errors?)', text[-400:])}
+    failed = re.findall(r'^(?:FAILED|ERROR) (.*)', text, re.MULTILINE)[:40]
+    return {'code': code, 'counts': counts, 'failed': failed}
 
 
 def find_tiles(dtype):
+    from study import tiles
+
     rows = tiles.search(dtype, tiles.TINY_SHAPES if tiny else tiles.SHAPES, device, tiny)
     if not tiny:
-        write_tiles(rows)
+        use_tiles([{'family': card_family(), 'rows': rows}])
     return {'rows': rows}
 
 
-def write_tiles(rows):
-    """Give the kernels the tiles of a search, beside those of other cards and of numbers of other sizes."""
-    family, new = spline_triton.card_family(torch.device(device)), tiles.make_table(rows)
+def use_tiles(runs):
+    """Write layers/tiles.json from the records of searches: for each family of cards and size of number the last."""
+    from layers import spline_triton
+    from study.tiles import make_table
+
     known = json.loads(spline_triton.MEASURED.read_text()) if spline_triton.MEASURED.exists() else {}
-    sizes = {row['bytes'] for row in new}
-    known[family] = [row for row in known.get(family, ()) if row['bytes'] not in sizes] + new
-    with write_atomically(spline_triton.MEASURED, 'w', encoding='utf-8') as f:
-        json.dump(known, f, indent=1)
+    for run in runs:
+        family, new = run['family'], make_table(run['rows'])
+        sizes = {row['bytes'] for row in new}
+        known[family] = [row for row in known.get(family, ()) if row['bytes'] not in sizes] + new
+    if known:
+        with write_atomically(spline_triton.MEASURED, 'w', encoding='utf-8') as f:
+            json.dump(known, f, indent=1)
     spline_triton.measured_tiles.cache_clear()
     spline_triton.tile_of.cache_clear()
 
@@ -164,26 +204,32 @@ def train(config, seed):
     """A run of train.py from a config file to its end, with its evaluations and checkpoints."""
     args = [f'{ROOT}/config/train_shakespeare_char_{config}.py', f'--seed={seed}', f'--dataset={dataset}']
     args += [f'--{key}={value}' for key, value in {**(TINY_RUN if tiny else {}), 'device': device}.items()]
-    folder = Path(out).parent / f'out-gpu/{config}, seed {seed}'
+    folder = Path(ROOT, 'out-gpu', f'{config}_{seed}')
     resumed = (folder / 'ckpt.pt').exists()
     run = run_to_end('train.py', args, folder)
-    return {'config': config, 'resumed': resumed, 'run': run}
+    if 'final' not in run:
+        raise ValueError(run['failed'])
+    shutil.rmtree(folder, ignore_errors=True)
+    return {'config': config, 'seed': seed, 'resumed': resumed, 'run': run}
 
 
-def make_model(config, **overrides):
-    """The model of a config file, and its settings."""
-    settings = {**settings_of('train.py', [f'{ROOT}/config/{config}.py']), **overrides}
-    return GPT(GPTConfig(vocab_size=50304, **model_settings(settings))).to(device), settings
+def prepare_step(config, vocab_size, micro_steps):
+    """The model of a config file, its settings, and a function that takes a training step in bfloat16, warm."""
+    settings = settings_of('train.py', [f'{ROOT}/config/{config}.py'])
+    settings.update(dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2) if tiny else {})
+    if device.startswith('cuda'):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = GPT(GPTConfig(vocab_size=vocab_size, **model_settings(settings))).to(device)
+    step = make_step(model, settings['batch_size'], micro_steps, device, 'bfloat16')
+    for _ in range(1 if tiny else 4):
+        step()
+    return model, settings, step
 
 
 def step_gpt2(config):
-    """A micro-batch of 12 sequences of 1024 tokens, forward, backward and update, in bfloat16."""
-    small = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2) if tiny else {}
-    model, settings = make_model(config, **small)
-    step = make_step(model, settings['batch_size'], 1, device, 'bfloat16')
-    start_memory()
-    for _ in range(1 if tiny else 4):  # compiled, and warm
-        step()
+    """A micro-batch of 12 sequences of 1024 tokens, forward, backward and update."""
+    model, settings, step = prepare_step(config, 50304, 1)
     seconds = statistics.median(step() for _ in range(1 if tiny else 10))
     tokens_per_s = settings['batch_size'] * settings['block_size'] / seconds
     peak, flops = flops_promised(device, 'bfloat16'), count_flops(vars(model.config))
@@ -191,26 +237,13 @@ def step_gpt2(config):
     return {**about, 'mfu': peak and flops * tokens_per_s / peak, 'peak_bytes': peak_memory(device)}
 
 
-def start_memory():
-    if device.startswith('cuda'):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def profile_steps():
     """What a training step of micro_kan is made of: seconds, the part in which the card works, and its kernels."""
-    small = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2) if tiny else {}
-    model, settings = make_model('train_shakespeare_char_micro_kan', **small)
-    step = make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, 'bfloat16')
-    for _ in range(1 if tiny else 4):
-        step()
+    _, _, step = prepare_step('train_shakespeare_char_micro_kan', 65, 1)
     n = 1 if tiny else 5
-    with torch.profiler.profile() as profiler:
-        seconds = sum(step() for _ in range(n)) / n
-    kind = 'device' if device.startswith('cuda') else 'cpu'
-    times = {event.key: getattr(event, f'self_{kind}_time_total') / 1e6 / n for event in profiler.key_averages()}
-    longest = sorted(times.items(), key=lambda pair: -pair[1])[:25]
-    return {'seconds': seconds, 'busy': sum(times.values()), 'kernels': longest}
+    seconds = statistics.median(step() for _ in range(n))  # without the profiler
+    kernels = [[name, count, total / n] for name, count, total in profile(lambda: [step() for _ in range(n)], device)]
+    return {'seconds': seconds, 'busy': sum(total for *_, total in kernels), 'kernels': kernels[:25]}
 
 
 # what is shown
@@ -231,9 +264,9 @@ def make_page(study):
 def show_job(run):
     if 'error' in run:
         return f'failed: {run["error"]}'
-    if run['job'] == 'tests':
+    if run['job'].startswith('tests'):
         failed = ''.join(f'\n- {line}' for line in run['failed'])
-        return ', '.join(f'{n} {what}' for what, n in run['counts'].items()) + failed
+        return ', '.join([*(f'{n} {what}' for what, n in run['counts'].items()), f'exit status {run["code"]}']) + failed
     kind = run['job'].partition(',')[0]
     return {
         'tiles': show_tiles,
@@ -264,7 +297,7 @@ def show_tiles(run):
 
 def show_profile(run):
     lines = [f'{run["seconds"] * 1e3:.2f} ms a step, of which the card works {run["busy"] / run["seconds"]:.0%}', '']
-    return '\n'.join(lines + [f'- {1e3 * seconds:.3f} ms {name[:90]}' for name, seconds in run['kernels'][:15]])
+    return '\n'.join(lines + [f'- {1e3 * total:.3f} ms {name[:90]}' for name, _, total in run['kernels'][:15]])
 
 
 def show_run(run):
@@ -291,24 +324,22 @@ THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
 
 
 def readme_table(runs):
-    """The runs of the newest record of each config, beside nanoGPKANT's. Cells of what was not measured are empty."""
-    cards = sorted({run['card'] for run in runs if run['job'].startswith('run,')})
-    head = f'best validation loss, seconds, memory ({", ".join(cards) or "not measured: no card was at hand"})'
+    """The runs of one card, that of the newest record, beside nanoGPKANT's. What was not measured is empty."""
+    done = [run for run in runs if 'config' in run and 'error' not in run]
+    card = max(done, key=lambda run: run['run']['finished'])['card'] if done else 'not measured: no card was at hand'
+    head = f'best validation loss, seconds of training, memory ({card})'
     lines = [
         f'| `train_shakespeare_char_` ... | | parameters | {head} | nanoGPKANT on a 4090 |',
         '|---|---|--:|---|---|',
     ]
     for config, (what, size, theirs) in THEIRS.items():
-        done = [run for run in runs if run.get('config') == config and 'error' not in run]
+        of_config = [run for run in done if (run['card'], run['config']) == (card, config)]
+        final = list({run['seed']: run['run']['final'] for run in of_config}.values())
         cell = ''
-        if done:
-            final = [run['run']['final'] for run in done]
-            loss, seconds = (
-                statistics.mean(f['best_val_loss'] for f in final),
-                statistics.mean(run['took'] for run in done),
-            )
-            memory = max(f['peak_mem'] for f in final) / 2**30
-            cell = f'{loss:.4f} ({len(done)} seed{"s" * (len(done) > 1)}), {seconds:.0f} s, {memory:.2f} GB'
+        if final:
+            loss, seconds = (statistics.mean(f[key] for f in final) for key in ('best_val_loss', 'seconds'))
+            memory, seeds = max(f['peak_mem'] for f in final) / 2**30, f'{len(final)} seed{"s" * (len(final) > 1)}'
+            cell = f'{loss:.4f} ({seeds}), {seconds:.0f} s, {memory:.2f} GB'
         lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
     return '\n'.join(lines) + '\n'
 
@@ -316,6 +347,8 @@ def readme_table(runs):
 def fill_readme(table, path=Path(ROOT, 'README.md')):
     """Put the table between its marks."""
     text = path.read_text(encoding='utf-8')
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f'{path} wants {BEGIN.strip()} and {END.strip()} once each, on lines of their own')
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     with write_atomically(path, 'w', encoding='utf-8') as f:
@@ -345,6 +378,8 @@ def show(study):
     drawn = [run for run in runs if run['job'].endswith(', seed 1') and 'error' not in run]
     if drawn:
         draw_runs(drawn, study.folder / 'curves.png')
+    if runs and study.folder == Study('gpu').folder:
+        use_tiles([run for run in runs if run['job'].startswith('tiles') and 'error' not in run])
     if study.folder == Study('gpu').folder:
         fill_readme(readme_table(runs))
 
@@ -361,6 +396,10 @@ if __name__ == '__main__':
             raise ValueError(
                 f'device={device!r}: it wants a CUDA card; --device=cpu --tiny=True tries the script itself'
             )
+        if not is_prepared(dataset):
+            raise ValueError(f'data set {dataset!r} is not prepared: python data/{dataset}/prepare.py')
         set_up(device)
+        if study.read():  # what was found before, on another machine
+            use_tiles([run for run in study.read().values() if run['job'].startswith('tiles') and 'error' not in run])
         run_all(list_jobs(), study)
     show(study)

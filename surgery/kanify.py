@@ -74,8 +74,14 @@ def to_kan(layer, init, activation, settings):
 
 def is_linear(layer):
     """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
-    plain = type(layer).forward is nn.Linear.forward and not hasattr(layer, 'parametrizations')
-    return plain and layer.weight.is_floating_point()
+    return type(layer).forward is nn.Linear.forward and has_plain_weight(layer)
+
+
+def has_plain_weight(layer):
+    """Whether its weight is a parameter of numbers, and not computed from others, as by weight_norm, or still to come."""
+    weight = layer._parameters.get('weight')
+    is_there = weight is not None and not isinstance(weight, nn.UninitializedParameter)
+    return is_there and weight.is_floating_point() and not hasattr(layer, 'parametrizations')
 
 
 def is_conv1d(layer):

@@ -32,7 +32,17 @@ from torch.nn import functional as F
 
 from kan import KANLinear, least_squares
 from layers.spline import to_float64
-from surgery.kanify import choose, is_conv1d, is_linear, is_named, named_layers, names_of, tied_modules, without_tied
+from surgery.kanify import (
+    choose,
+    has_plain_weight,
+    is_conv1d,
+    is_linear,
+    is_named,
+    named_layers,
+    names_of,
+    tied_modules,
+    without_tied,
+)
 
 KINDS = ('lora', 'kan', 'kan_base')  # their classes: CLASSES; the layers that can have them: kinds_of
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -130,9 +140,8 @@ def kinds_of(layer):
         return ('kan', 'kan_base')
     if is_linear(layer) or is_conv1d(layer):
         return ('lora', 'kan')
-    is_plain = not hasattr(layer, 'parametrizations')
     forwards = [kind.forward for kind in (nn.Embedding, *CONVOLUTIONS)]  # a class of one's own may compute otherwise
-    return ('lora',) if is_plain and type(layer).forward in forwards and layer.weight.is_floating_point() else ()
+    return ('lora',) if type(layer).forward in forwards and has_plain_weight(layer) else ()
 
 
 def weights(layer):
@@ -164,9 +173,8 @@ def row_scale(magnitude, lengths):
 
 def rescaled(y, layer, scale):
     """What becomes of y = W x + bias when the rows of W are multiplied by scale (O,)."""
-    shape = (
-        [-1] + [1] * (layer.weight.dim() - 2) if isinstance(layer, CONVOLUTIONS) else [-1]
-    )  # channels come before places
+    n_places = layer.weight.dim() - 2 if isinstance(layer, CONVOLUTIONS) else 0  # dimensions after the channels
+    shape = [-1] + [1] * n_places
     bias, scale = getattr(layer, 'bias', None), scale.view(shape)
     return y * scale if bias is None else y * scale + bias.view(shape) * (1 - scale)
 

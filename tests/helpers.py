@@ -106,6 +106,17 @@ def byte_pairs():
     return tokenizer
 
 
+def byte_fallback():
+    """Another one, as Llama's: its tokens are letters, and bytes of what it has no letter for."""
+    vocabulary = [f'<0x{i:02X}>' for i in range(256)] + [*'abc\u2581', '<unk>']
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], byte_fallback=True, unk_token='<unk>'))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(' ', '\u2581')
+    steps = tokenizers.decoders.Replace('\u2581', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()
+    tokenizer.decoder = tokenizers.decoders.Sequence(list(steps))
+    return tokenizer
+
+
 def word_pieces():
     """Another one, as BERT's: it frames a text, and writes a space between words that is in no token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token='[UNK]'))

@@ -152,7 +152,7 @@ def test_text_arrives_while_it_is_generated(trained):
     'settings, words',
     [
         (dict(start='what? 1'), "character '?' at position 4"),
-        (dict(start=''), 'start is empty'),
+        (dict(start=''), 'start has no token of this vocabulary'),
         (dict(start='FILE:nowhere.txt'), 'nowhere.txt'),
         (dict(out_dir='nowhere'), "no checkpoint in 'nowhere'"),
         (dict(temperature=-1), 'temperature'),

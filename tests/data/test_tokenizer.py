@@ -19,7 +19,7 @@ from data.tokenizer import (
     measure_text,
     tokenizer_from_dict,
 )
-from helpers import byte_pairs, word_pieces
+from helpers import byte_fallback, byte_pairs, word_pieces
 
 
 def test_characters_go_there_and_back():
@@ -133,6 +133,7 @@ def test_ids_are_written_as_numbers():
 
 STREAMED = {
     'byte pairs': (lambda: JsonTokenizer(byte_pairs().to_str()), TEXT),
+    'bytes': (lambda: JsonTokenizer(byte_fallback().to_str()), 'abc 日本語日本語日本語 abc'),
     'word pieces': (lambda: JsonTokenizer(word_pieces().to_str()), 'and so on and on again and again'),
     'characters': (lambda: CharTokenizer(''.join(sorted(set(TEXT)))), TEXT),
     'ids': (lambda: IdTokenizer(99), ' '.join(map(str, range(20)))),

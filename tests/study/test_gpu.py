@@ -1,6 +1,7 @@
 """The study of a GPU: all of it in miniature, its clock, its table of tiles, and what it shows."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ count_with_any_numpy(pytest.MonkeyPatch())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-ABOUT = dict(card='Abacus', torch='2', triton='3', driver='1', commit='abc', python='3')
+ABOUT = dict(card='Abacus', family='sm_90', torch='2', triton='3', driver='1', commit='abc', python='3')
 FINAL = dict(best_val_loss=1.5, val_loss=1.6, seconds=30.0, peak_mem=2**30)
 
 
@@ -56,10 +57,12 @@ def test_all_of_it_in_miniature_and_once_more(tmp_path):
     records = [json.loads(line) for line in (tmp_path / 'gpu/runs.jsonl').read_text().splitlines()]
     assert [record for record in records if 'error' in record] == []
     jobs = [line.removesuffix(' ...') for line in outputs[0].splitlines() if line.endswith(' ...')]
-    assert jobs[:2] == ['tests', 'tiles, float32'] and sorted(jobs) == sorted(record['job'] for record in records)
+    assert jobs[:2] == ['tests', 'run, micro_kan, seed 1'] and sorted(jobs) == sorted(
+        record['job'] for record in records
+    )
     assert outputs[1].count(': there is a record') == len(jobs) and ' ...' not in outputs[1]
     by_job = {record['job']: record for record in records}
-    assert by_job['tests']['counts']['passed'] == 1 and '1 passed' in (tmp_path / 'gpu/tests.txt').read_text()
+    assert by_job['tests']['counts']['passed'] == 1 and '1 passed' in (tmp_path / 'gpu/not-resumes.txt').read_text()
     assert by_job['run, micro_kan, seed 1']['run']['final']['iter'] == 2
     rows = by_job['tiles, float32']['rows']
     assert [row['kernel'] for row in rows] == ['forward', 'dx', 'dw'] and all(row['error'] < 1e-5 for row in rows)
@@ -84,11 +87,19 @@ def test_time_that_is_over_cuts_off_one_job_and_skips_the_next(study, monkeypatc
     assert 'slow: cut off, the time is over' in printed and 'never: skipped, the time is over' in printed
 
 
-def test_a_job_that_fails_has_a_record_and_the_others_go_on(study):
-    gpu.run_all({'bad': lambda: 1 / 0, 'good': lambda: {'x': 1}}, study)
+def test_a_job_that_fails_has_a_record_and_is_tried_again(study):
+    gpu.run_all({'bad': lambda: 1 / 0, 'good': lambda: {'x': [math.nan, 1]}}, study)
     runs = {run['job']: run for run in study.read().values()}
-    assert runs['bad']['error'] == 'ZeroDivisionError: division by zero' and runs['good']['x'] == 1
-    gpu.run_all({'good': None, 'bad': None}, study)  # neither is tried again
+    assert runs['bad']['error'] == 'ZeroDivisionError: division by zero' and runs['good']['x'] == [None, 1]
+    gpu.run_all({'good': None, 'bad': lambda: {'x': 2}}, study)
+    assert [run['x'] for run in study.read().values()] == [2, [None, 1]]
+
+
+def test_a_run_that_diverged_has_no_figures(study, monkeypatch):
+    monkeypatch.setattr(gpu, 'run_to_end', lambda *args: {'failed': 'the loss is not finite'})
+    gpu.run_all({'run, micro, seed 1': gpu.make_train('micro', 1)}, study)
+    assert [run['error'] for run in study.read().values()] == ['ValueError: the loss is not finite']
+    gpu.show(study)
 
 
 def test_ctrl_c_is_none_of_the_clock(study):
@@ -120,15 +131,19 @@ def row(I, O, n_bytes=2, error=1e-3, **tile):
 
 def test_kernels_take_the_tile_of_the_nearest_shape_on_such_a_card(study, table, monkeypatch):
     assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_90') == spline_triton.TILES['dx', 2]
-    monkeypatch.setattr(spline_triton, 'card_family', lambda device: 'sm_90')
-    gpu.write_tiles([row(192, 768, BLOCK_N=1), row(3072, 768, BLOCK_N=2), row(190, 760, error=0.5, BLOCK_N=3)])
-    gpu.write_tiles([row(192, 768, n_bytes=4, BLOCK_N=4)])
+
+    def use(*rows):
+        gpu.use_tiles([{'family': 'sm_90', 'rows': rows}])
+
+    wrong = [row(190, 760, error=error, BLOCK_N=3) for error in (0.5, math.nan, None)]
+    use(row(192, 768, BLOCK_N=1), row(3072, 768, BLOCK_N=2), *wrong, dict(kernel='dx', bytes=2, failed=['no']))
+    use(row(192, 768, n_bytes=4, BLOCK_N=4))
     assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_90') == dict(BLOCK_N=1)  # what is wrong is no candidate
     assert spline_triton.tile_of('dx', 2, 2000, 700, 'sm_90') == dict(BLOCK_N=2)
     assert spline_triton.tile_of('dx', 4, 2000, 700, 'sm_90') == dict(BLOCK_N=4)
     assert spline_triton.tile_of('dx', 2, 200, 700, 'sm_80') == spline_triton.TILES['dx', 2]
     assert spline_triton.tile_of('dw', 2, 200, 700, 'sm_90') == spline_triton.TILES['dw', 2]
-    gpu.write_tiles([row(192, 768, BLOCK_N=5)])  # a second search of the same numbers takes the place of the first
+    use(row(192, 768, BLOCK_N=5))  # a second search of the same numbers takes the place of the first
     assert spline_triton.tile_of('dx', 2, 2000, 700, 'sm_90') == dict(BLOCK_N=5)
     assert spline_triton.tile_of('dx', 4, 2000, 700, 'sm_90') == dict(BLOCK_N=4)
 
@@ -155,7 +170,8 @@ def make_runs(study):
     path = str(study.folder / 'runs.jsonl')
     for seed in 1, 2:
         log = [dict(seconds=n, val_loss=2.0 - n / 9) for n in range(3)]
-        run = dict(config='micro_kan', resumed=seed == 2, took=40.0, run=dict(final=FINAL, log=log))
+        run = dict(config='micro_kan', seed=seed, resumed=seed == 2, took=20.0 * seed)
+        run.update(run=dict(final=dict(FINAL, seconds=30.0 * seed), log=log, finished=f'2026-0{seed}'))
         add_run(path, {'name': f'{seed}', 'job': f'run, micro_kan, seed {seed}', **ABOUT, **run})
     add_run(path, {'name': 't', 'job': 'tests', **ABOUT, 'code': 1, 'counts': {'failed': 1}, 'failed': ['a.py::b']})
     add_run(path, {'name': 'e', 'job': 'bench, step', **ABOUT, 'error': 'ValueError: no', 'took': 1.0})
@@ -166,16 +182,27 @@ def test_page_and_readme_say_what_the_records_say(study, tmp_path, capsys):
     gpu.show(study)
     page = (study.folder / 'table.md').read_text()
     assert page == capsys.readouterr().out and page.startswith('## Abacus\n\ndriver 1, torch 2, Triton 3, commit abc\n')
-    assert 'last 1.6000, 30 s of training, 40 s in all, 1.00 GB' in page
-    assert 'last 1.6000, 30 s of training, 1.00 GB' in page  # a run that was resumed took longer than that
-    assert '1 failed\n- a.py::b' in page and 'failed: ValueError: no' in page
+    assert 'last 1.6000, 30 s of training, 20 s in all, 1.00 GB' in page
+    assert 'last 1.6000, 60 s of training, 1.00 GB' in page  # a run that was resumed took longer than its last part
+    assert '1 failed, exit status 1\n- a.py::b' in page and 'failed: ValueError: no' in page
     table = gpu.readme_table(list(study.read().values()))
-    assert '(Abacus)' in table and '| 8.86M | 1.5000 (2 seeds), 40 s, 1.00 GB | 1.554, 38 min' in table
+    assert '(Abacus)' in table and '| 8.86M | 1.5000 (2 seeds), 45 s, 1.00 GB | 1.554, 38 min' in table
     path = tmp_path / 'README.md'
     path.write_text(f'a\n{gpu.BEGIN}old\n{gpu.END}b\n')
     for _ in range(2):
         gpu.fill_readme(table, path)
         assert path.read_text() == f'a\n{gpu.BEGIN}{table}{gpu.END}b\n'
+    path.write_text(f'a\n{gpu.BEGIN}old\nb\n')
+    with pytest.raises(ValueError, match='README.md wants <!-- study/gpu.py writes this table --> and'):
+        gpu.fill_readme(table, path)
+    assert path.read_text() == f'a\n{gpu.BEGIN}old\nb\n'
+
+
+def test_readme_has_the_runs_of_one_card(study):
+    make_runs(study)
+    runs = list(study.read().values())
+    older = [{**run, 'card': 'Slide rule', 'run': {**run['run'], 'finished': '2025'}} for run in runs if 'run' in run]
+    assert gpu.readme_table(runs + older) == gpu.readme_table(runs)
 
 
 def test_table_of_the_readme_is_that_of_the_records():
