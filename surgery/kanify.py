@@ -78,7 +78,7 @@ def is_linear(layer):
 
 
 def has_plain_weight(layer):
-    """Whether its weight is a parameter of numbers, and not computed from others, as by weight_norm, or still to come."""
+    """Whether its weight is a parameter, and neither computed from others, as by weight_norm, nor still to come."""
     weight = layer._parameters.get('weight')
     is_there = weight is not None and not isinstance(weight, nn.UninitializedParameter)
     return is_there and weight.is_floating_point() and not hasattr(layer, 'parametrizations')

@@ -756,7 +756,12 @@ class ScaledEmbedding(nn.Embedding):
         return 8 * super().forward(x)
 
 
-@pytest.mark.parametrize('layer', [ScaledEmbedding(I, O), nn.utils.parametrizations.weight_norm(nn.Linear(I, O))])
+OTHERS = [ScaledEmbedding(I, O), nn.utils.parametrizations.weight_norm(nn.Linear(I, O)), nn.LazyConv1d(O, 1)]
+OTHERS += [nn.utils.weight_norm(layer) for layer in (nn.Linear(I, O), nn.Conv1d(I, O, 1))]
+
+
+@pytest.mark.filterwarnings('ignore:`torch.nn.utils.weight_norm` is deprecated')
+@pytest.mark.parametrize('layer', OTHERS, ids=lambda layer: type(layer).__name__)
 def test_layers_that_compute_something_else_are_not_adapted(layer):
     with pytest.raises(ValueError, match="'layer' is a .*, which cannot be replaced or adapted; there is none"):
         add_lora(nn.ModuleDict({'layer': layer}), LoRAConfig(target_modules='layer'))
