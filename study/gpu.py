@@ -191,6 +191,8 @@ def use_tiles(runs):
     known = json.loads(spline_triton.MEASURED.read_text()) if spline_triton.MEASURED.exists() else {}
     for run in runs:
         family, new = run['family'], make_table(run['rows'])
+        if not family:  # of no card, but of the interpreter
+            continue
         sizes = {row['bytes'] for row in new}
         known[family] = [row for row in known.get(family, ()) if row['bytes'] not in sizes] + new
     if known:
