@@ -183,6 +183,11 @@ def find_tiles(dtype):
     return {'rows': rows}
 
 
+def searches(runs):
+    """Those of the records that are of a search for tiles which came to its end."""
+    return [run for run in runs if run['job'].startswith('tiles') and 'error' not in run]
+
+
 def use_tiles(runs):
     """Write layers/tiles.json from the records of searches: for each family of cards and size of number the last."""
     from layers import spline_triton
@@ -380,9 +385,8 @@ def show(study):
     drawn = [run for run in runs if run['job'].endswith(', seed 1') and 'error' not in run]
     if drawn:
         draw_runs(drawn, study.folder / 'curves.png')
-    if runs and study.folder == Study('gpu').folder:
-        use_tiles([run for run in runs if run['job'].startswith('tiles') and 'error' not in run])
     if study.folder == Study('gpu').folder:
+        use_tiles(searches(runs))
         fill_readme(readme_table(runs))
 
 
@@ -401,7 +405,6 @@ if __name__ == '__main__':
         if not is_prepared(dataset):
             raise ValueError(f'data set {dataset!r} is not prepared: python data/{dataset}/prepare.py')
         set_up(device)
-        if study.read():  # what was found before, on another machine
-            use_tiles([run for run in study.read().values() if run['job'].startswith('tiles') and 'error' not in run])
+        use_tiles(searches(study.read().values()))  # what was found before, maybe on another machine
         run_all(list_jobs(), study)
     show(study)
