@@ -33,6 +33,7 @@ log_interval = 1
 eval_iters = 200  # batches of fixed validation windows; at most the whole split is used
 eval_only = False  # if True, script exits right after the first eval
 always_save_checkpoint = True  # if False, save only when the validation loss improves, on interruption and at the end
+keep_history = False  # keep the weights of every evaluation in out_dir/history, for interpret.py
 init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*', the folder of another run, or of a GPT-2 of transformers
 # wandb logging
 wandb_log = False  # disabled by default
@@ -300,6 +301,12 @@ def save(is_best=False):
     session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
+def save_weights():
+    """Keep the weights of this moment, whatever is saved later."""
+    weights = {'model': raw_model.state_dict(), 'model_args': asdict(raw_model.config), 'iter_num': iter_num}
+    session.save_weights(out_dir, weights, f'iteration {iter_num}')
+
+
 def train_batch(iteration, micro_step):
     starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
     return loader.get_batch(train_data, block_size, starts, device)
@@ -356,6 +363,8 @@ while True:
         session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
         if wandb_log:
             session.log_to_wandb(line, project=wandb_project, name=wandb_run_name or out_dir, config=config)
+        if keep_history and not eval_only:
+            save_weights()
         if not eval_only and (iter_num > 0 or is_last):
             is_best = losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])

@@ -4,6 +4,7 @@
     ckpt_prev.pt   the state saved before it
     best.pt        the state with the lowest validation loss, what sample.py reads
     run.json, log.jsonl   what records.py writes
+    history/       the weights of every evaluation, a file each by iteration, where keep_history asks for them
     metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
 Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run or becomes a path.
@@ -24,21 +25,33 @@ from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
-LEFT = (*STATES, 'run.json', 'log.jsonl', 'metrics.json', 'predictions', 'adapter')  # all that a run leaves behind
+LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'metrics.json', 'predictions', 'adapter')  # of one run
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):
     """Write ckpt.pt and keep the one before it; the best is best.pt, too. OSError leaves the older files whole."""
     latest, previous, best = (os.path.join(out_dir, name) for name in STATES)
-    try:
-        with write_atomically(best if is_best else latest) as f:
-            torch.save(checkpoint, f)
-            if os.path.exists(latest):
-                link(latest, previous)
-    except RuntimeError as error:  # how torch reports a failed write
-        raise OSError(f'cannot write {latest}: {error}'.splitlines()[0]) from None
+    with write_atomically(best if is_best else latest) as f:
+        write_state(checkpoint, f)
+        if os.path.exists(latest):
+            link(latest, previous)
     if is_best:  # after best.pt: with a crash in between, the run goes on from the state before and gets here again
         link(best, latest)
+
+
+def save_weights(out_dir, weights):
+    """Write the weights of an iteration into history/, beside those of the others."""
+    folder = os.path.join(out_dir, 'history')
+    os.makedirs(folder, exist_ok=True)
+    with write_atomically(os.path.join(folder, f'{weights["iter_num"]:08d}.pt')) as f:
+        write_state(weights, f)
+
+
+def write_state(state, f):
+    try:
+        torch.save(state, f)
+    except RuntimeError as error:  # how torch reports a failed write
+        raise OSError(f'cannot write {f.name.removesuffix(".tmp")}: {error}'.splitlines()[0]) from None
 
 
 def link(path, name):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from run import records
-from run.checkpoint import save_checkpoint, set_aside, versions
+from run.checkpoint import save_checkpoint, save_weights, set_aside, versions
 from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, set_up
 
 
@@ -181,6 +181,15 @@ class Session:
         except OSError as error:
             self.save_failed = True
             self.say(f'warning: {name} is not saved, the checkpoint before it stays: {error}')
+
+    def save_weights(self, out_dir, weights, name):
+        if not self.master:
+            return
+        try:
+            save_weights(out_dir, weights)
+        except OSError as error:
+            self.save_failed = True
+            self.say(f'warning: the weights of {name} are not kept in {out_dir}/history: {error}')
 
     def begin(self, out_dir, log, resumed_at, config, **fields):
         """Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far.
