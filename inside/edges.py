@@ -1,0 +1,224 @@
+"""What the edges of a KAN layer do to the inputs that it sees, without sampling one of them.
+
+An edge is a function of one number, g(x) = c . phi(x), where phi(x) = [B_0(x) ... B_{K-1}(x), act(x)] holds what all
+edges of a feature share. The mean and the covariance of phi over the data give every edge its variance, its best
+straight line and what it has in common with any other function, by small matrix products.
+
+    seen = watch(model, lambda: model(tokens))   # {name: Seen} of every KAN layer
+    edges = measure(seen['h.0.mlp.0'])           # Edges
+
+Legend: I, O features in and out; K bases of a spline, P = K + 1 with the activation; N rows of data; Q nodes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kan import KANLinear
+from layers.spline import basis_function, columns, no_autocast
+
+NODES = 256  # half of them quantiles of a feature's inputs, half evenly spaced: between them a candidate is a line
+CHUNK = 1024  # rows at a time
+CURVE = 129  # even points of a domain on which roughness is measured
+
+
+@dataclass
+class Seen:
+    """A KAN layer, the first rows of its inputs, and the weights that acted, which an adapter may have changed."""
+
+    layer: KANLinear
+    x: Tensor  # (N, I) float32
+    weights: Tensor  # (O, P, I) float32
+
+
+def kan_layers(model):
+    """{name: KANLinear}, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KANLinear)}
+
+
+@torch.no_grad()
+def watch(model, run, names=None, rows=16384):
+    """{name: Seen} of the KAN layers, or of those named, while run() has the model read data. A layer that was not
+    called is left out. ValueError where an input is not finite.
+    """
+    layers = kan_layers(model)
+    parts, weights, handles = {}, {}, []
+
+    def remember(name, layer, x, base_weight=None, spline_weight=None):
+        layer.check_input(x)
+        left = rows - sum(map(len, parts.setdefault(name, [])))
+        parts[name].append(x.reshape(-1, layer.in_features)[:left].float().clone())
+        if name not in weights:
+            weights[name] = (
+                layer.packed_weight(base_weight, spline_weight).float().unflatten(1, (-1, layer.in_features))
+            )
+
+    for name in layers if names is None else names:
+        # bound now: the loop goes on
+        hook = lambda layer, args, kwargs, name=name: remember(name, layer, *args, **kwargs)  # noqa: E731
+        handles.append(layers[name].register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = {name: Seen(layers[name], torch.cat(parts[name]), weights[name]) for name in layers if name in parts}
+    for name, found in seen.items():
+        if len(found.x) < 2:
+            raise ValueError(f'{name} saw {len(found.x)} rows of data, and statistics want two at least')
+        bad = ~found.x.isfinite()
+        if bad.any():
+            feature = bad.any(0).nonzero()[0].item()
+            raise ValueError(f'{name}: {bad.sum()} inputs are NaN or infinite, the first in feature {feature}')
+    return seen
+
+
+def columns_of(layer, x, features=slice(None)):
+    """phi of the features, or of some of them, (n, I) -> (n, P, I) float32."""
+    grid = layer.grid[features].float()
+    with no_autocast(x):
+        bases = basis_function(grid)
+        return columns(x[:, features], grid, layer.spline_order, layer.base_activation, bases, torch.float32)
+
+
+@dataclass
+class Edges:
+    """The statistics of a layer. Of each feature:"""
+
+    low: Tensor  # (I,) the domain: the least and the greatest input
+    high: Tensor
+    sd: Tensor  # (I,) of the inputs
+    outside: Tensor  # (I,) share of inputs outside the grid
+    nodes: Tensor  # (I, Q) places from low to high; hat_q is 1 at node q, 0 at all others, and a line between
+    mass: Tensor  # (I, Q) mean of hat_q
+    overlap: Tensor  # (2, I, Q) mean of hat_q hat_q and of hat_q hat_{q+1}
+    cross: Tensor  # (I, Q, P) covariance of hat_q and phi
+    means: Tensor  # (I, P) of phi
+    # Of each edge, (O, I):
+    mean: Tensor  # of what it adds to its output
+    activity: Tensor  # standard deviation of that
+    share: Tensor  # covariance with its output over the variance of that: these sum to 1 over the features
+    affine_r2: Tensor  # share of its variance that its best straight line has; NaN where it has no variance
+    roughness: Tensor  # root mean square of its second derivative, in domains and activities: 0 for a line, 39 for a
+    # period of a sine
+
+    @property
+    def alive(self):
+        """(O, I) whether the edge varies at all, beyond the rounding of float32."""
+        return self.activity > 1e-6 * self.activity.max().clamp_min(1e-30)
+
+
+@torch.no_grad()
+def measure(seen):
+    """The Edges of a layer."""
+    layer, x, weights = seen.layer, seen.x, seen.weights
+    N, I = x.shape
+    by_feature = weights.permute(2, 0, 1)  # (I, O, P)
+    nodes = place_nodes(x)
+    means = sum(columns_of(layer, rows).double().sum(0) for rows in x.split(CHUNK)) / N  # (P, I)
+    centred = x - x.double().mean(0).float()
+    sums = Sums(nodes, *weights.shape)
+    for rows, apart in zip(x.split(CHUNK), centred.split(CHUNK)):
+        sums.add(rows, apart, columns_of(layer, rows) - means.float(), weights)
+    cov, with_x = sums.cov / N, sums.with_x / N  # (I, P, P), (I, P)
+    variance = (by_feature.double() @ cov * by_feature).sum(-1).clamp_min(0)  # (I, O)
+    output = sums.output / N  # (O,) variances
+    share = (weights * (sums.with_output / N).permute(2, 0, 1)).sum(1) / output.clamp_min(1e-30).unsqueeze(1)
+    slope = (by_feature.double() @ with_x.unsqueeze(-1)).squeeze(-1)  # (I, O) covariance with x
+    var_x = centred.double().square().mean(0)  # (I,)
+    explained = slope.square() / var_x.clamp_min(1e-30).unsqueeze(1)
+    activity = variance.sqrt().t().float()
+    grid, k = layer.grid.float(), layer.spline_order
+    edges = Edges(
+        low=nodes[:, 0],
+        high=nodes[:, -1],
+        sd=var_x.sqrt().float(),
+        outside=((x < grid[:, k]) | (x > grid[:, grid.size(1) - 1 - k])).float().mean(0),
+        nodes=nodes,
+        mass=(sums.mass / N).float(),
+        overlap=(sums.overlap / N).float(),
+        cross=(sums.cross / N).float(),
+        means=means.t().float(),
+        mean=(by_feature.double() @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
+        activity=activity,
+        share=share,
+        affine_r2=(explained / variance.clamp_min(1e-30)).clamp(max=1).t().float(),
+        roughness=bend(layer, nodes, by_feature).t() / activity.clamp_min(1e-30),
+    )
+    edges.affine_r2[~edges.alive] = torch.nan
+    return edges
+
+
+def place_nodes(x):
+    """(I, Q), in order: quantiles of the inputs x (N, I), and as many places evenly between the ends."""
+    half = NODES // 2
+    ordered = x.t().contiguous().sort(1).values
+    quantiles = ordered[:, torch.linspace(0, len(x) - 1, half, device=x.device).long()]  # (I, Q / 2)
+    shares = torch.linspace(0, 1, NODES - half, device=x.device)
+    even = torch.lerp(ordered[:, :1], ordered[:, -1:], shares)
+    return torch.cat([quantiles, even], 1).sort(1).values
+
+
+class Sums:
+    """Sums over the rows, from which the means of Edges follow."""
+
+    def __init__(self, nodes, O, P, I):
+        self.nodes, make = nodes, nodes.new_zeros
+        self.cov = make(I, P, P, dtype=torch.float64)
+        self.with_x = make(I, P, dtype=torch.float64)
+        self.with_output = make(P, I, O)
+        self.output = make(O)
+        self.mass, self.overlap, self.cross = make(I, NODES), make(2, I, NODES), make(I, NODES, P)
+
+    def add(self, x, centred, phi, weights):
+        """x and its distance from the mean (n, I), phi less its mean (n, P, I), weights (O, P, I)"""
+        per_feature = phi.permute(2, 0, 1).contiguous()  # (I, n, P)
+        self.cov += per_feature.mT @ per_feature
+        self.with_x += (per_feature.mT @ centred.t().unsqueeze(-1)).squeeze(-1)
+        y = phi.flatten(1) @ weights.flatten(1).t()  # (n, O), less its mean
+        self.with_output += (phi.flatten(1).t() @ y).view_as(self.with_output)
+        self.output += y.square().sum(0)
+        x = x.t().contiguous()  # (I, n)
+        left = torch.searchsorted(self.nodes, x, right=True).clamp(1, NODES - 1) - 1
+        below, above = self.nodes.gather(1, left), self.nodes.gather(1, left + 1)
+        second = ((x - below) / (above - below).clamp_min(1e-30)).clamp(0, 1)  # what hat_{q+1} gives
+        first = 1 - second
+        place = (left + NODES * torch.arange(len(x), device=x.device).unsqueeze(1)).flatten()
+        for offset, hat in (0, first), (1, second):
+            self.mass.view(-1).index_add_(0, place + offset, hat.flatten())
+            self.overlap[0].view(-1).index_add_(0, place + offset, hat.square().flatten())
+            self.cross.view(-1, phi.size(1)).index_add_(
+                0, place + offset, (per_feature * hat.unsqueeze(-1)).flatten(0, 1)
+            )
+        self.overlap[1].view(-1).index_add_(0, place, (first * second).flatten())
+
+
+def bend(layer, nodes, by_feature):
+    """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
+    shares = torch.linspace(0, 1, CURVE, device=nodes.device).unsqueeze(1)
+    phi = columns_of(layer, torch.lerp(nodes[:, 0], nodes[:, -1], shares))  # (CURVE, P, I)
+    second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]) * (CURVE - 1) ** 2
+    gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
+    return (by_feature @ gram * by_feature).sum(-1).clamp_min(0).sqrt()
+
+
+def curves(seen, edges, pairs, n=64):
+    """Of edges (output, feature) over their domains: x, g(x) and its part by the activation, (len(pairs), n) each."""
+    outputs, features = indices(seen, pairs)
+    shares = torch.linspace(0, 1, n, device=seen.x.device).unsqueeze(1)
+    x = torch.lerp(edges.low, edges.high, shares)  # (n, I)
+    terms = columns_of(seen.layer, x, features) * seen.weights[outputs, :, features].t()  # (n, P, pairs)
+    return x[:, features].t(), terms.sum(1).t(), terms[:, -1].t()
+
+
+def values(seen, pairs):
+    """What edges (output, feature) add for each row of the data, (N, len(pairs))."""
+    outputs, features = indices(seen, pairs)
+    weights = seen.weights[outputs, :, features].t()  # (P, pairs)
+    return torch.cat([(columns_of(seen.layer, x, features) * weights).sum(1) for x in seen.x.split(CHUNK)])
+
+
+def indices(seen, pairs):
+    """The outputs and the features of pairs, as two tensors."""
+    return torch.tensor(pairs, device=seen.x.device).unbind(1)

@@ -1,0 +1,341 @@
+"""A formula for every edge of a KAN layer: the function c f(a x + b) + d that comes nearest to it over the data.
+
+For given a and b the best c and d follow from covariances, and these from what inside/edges.py has measured: the R2 of
+all edges of a feature against thousands of candidates f(a x + b) is one matrix product. `search` does that for every
+edge of a layer; `refine` then moves a and b of the edges that matter and measures their R2 on the data themselves.
+
+R2 is the share of the variance of an edge over the data that a formula has. A sigmoid is a tanh here:
+sigmoid(z) = (1 + tanh(z / 2)) / 2.
+
+Legend: I, O features in and out; P functions of a feature; N rows; Q nodes; H candidates of a family; E edges.
+The place of an input in its domain is t = (x - low) / (high - low), and a candidate f(alpha t + beta).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from inside.edges import indices, values
+
+MARGIN = 0.01  # a formula is called affine unless its R2 is more than that above the best straight line's
+TIE = 1e-4  # of formulas whose R2 are within that of the best, the simplest is taken
+BLOCK = 512  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
+ROUNDS, SHRINK = 20, 0.7  # refine looks around the best place so far that often, each time that much closer
+
+
+@dataclass
+class Family:
+    """A function f, and what alpha and beta may be: `kind` says how they follow from u and v, the sign of alpha is one
+    of `signs`, and 1 alone where the other gives the same functions. f(r z) = r^power f(z) for r > 0, where it has one.
+    """
+
+    f: object
+    kind: str
+    signs: tuple = (1,)
+    power: float = 0.0
+
+
+# the simplest first
+FAMILIES = {
+    'x^2': Family(torch.square, 'placed', power=2),
+    'x^3': Family(lambda z: z**3, 'placed', power=3),
+    'x^4': Family(lambda z: z**4, 'placed', power=4),
+    'abs': Family(torch.abs, 'placed', power=1),
+    'relu': Family(torch.relu, 'placed', (1, -1), power=1),
+    'sqrt': Family(torch.sqrt, 'bounded', (1, -1), power=0.5),
+    '1/x': Family(torch.reciprocal, 'bounded', (1, -1), power=-1),
+    'log': Family(torch.log, 'bounded', (1, -1)),
+    'exp': Family(torch.exp, 'rate', (1, -1)),
+    'sin': Family(torch.sin, 'wave'),
+    'tanh': Family(torch.tanh, 'scaled'),
+    'gaussian': Family(lambda z: torch.exp(-z * z), 'scaled'),
+    'silu': Family(F.silu, 'scaled', (1, -1)),
+}
+NAMES = tuple(FAMILIES)
+
+
+def line_of(kind, sign, u, v):
+    """(alpha, beta) of candidates"""
+    if kind == 'placed':  # zero at v
+        return sign + 0 * v, -sign * v
+    if kind == 'scaled':
+        return sign * u.exp(), -sign * u.exp() * v
+    if kind == 'wave':  # v is the phase
+        return u.exp(), -math.pi * v
+    if kind == 'rate':  # f takes beta out as a factor: 0 at the end where f is greatest
+        return sign * u.exp(), -u.exp() if sign > 0 else 0 * u
+    return sign + 0 * u, u.exp() + (sign < 0)  # bounded: positive in the domain, e^u at the nearer end
+
+
+def lattice(kind, t):
+    """The candidates (u, v) of a kind, (H,) each, for a feature with nodes at t (Q,)."""
+    if kind == 'placed':
+        beside = torch.linspace(0.02, 1, 32, device=t.device)
+        v = torch.cat([-beside, t[::2], 1 + beside])
+        return 0 * v, v
+    if kind in ('scaled', 'wave'):  # from a tenth of a wave in the domain to 20
+        u = torch.linspace(math.log(0.3), math.log(120), 32, device=t.device)
+        v = t[::4] if kind == 'scaled' else torch.linspace(0, 1, 65, device=t.device)[:-1]
+        return torch.cartesian_prod(u, v).unbind(1)
+    first, last = (0.05, 60) if kind == 'rate' else (1e-3, 10)
+    u = torch.linspace(math.log(first), math.log(last), 96, device=t.device)
+    return u, 0 * u
+
+
+def candidates(family, t):
+    """(alpha, beta) of all candidates of a family, (H,) each."""
+    u, v = lattice(family.kind, t)
+    return tuple(map(torch.cat, zip(*(line_of(family.kind, sign, u, v) for sign in family.signs))))
+
+
+def moments(h, mass, overlap):
+    """Of functions by their values h (..., H, Q) at the nodes of a feature, mass (..., Q), overlap (2, ..., Q): h less
+    its mean over the data, that mean, and the variance (..., H), 0 where rounding leaves nothing of it.
+    """
+    mean = (h @ mass.unsqueeze(-1)).squeeze(-1)
+    apart = h - mean.unsqueeze(-1)
+    variance = (apart.square() @ overlap[0].unsqueeze(-1)).squeeze(-1)
+    variance += 2 * ((apart[..., :-1] * apart[..., 1:]) @ overlap[1][..., :-1].unsqueeze(-1)).squeeze(-1)
+    return apart, mean, torch.where(variance > 1e-9 * mean.square(), variance, 0.0)
+
+
+def correlate(h, mass, overlap, cross):
+    """h (H, Q) -> (H, P), whose product with the weights of an edge is its covariance with h, over the standard
+    deviation of h; and the mean and the standard deviation of h, (H,) each.
+    """
+    apart, mean, variance = moments(h, mass, overlap)
+    sd = variance.sqrt()
+    weight = torch.where(sd > 0, 1 / sd, 0.0)
+    return (apart @ cross) * weight.unsqueeze(1), mean, sd.clamp_min(1e-30)
+
+
+@dataclass
+class Found:
+    """The best candidate of each edge, (O, I) each; its family is an index into NAMES."""
+
+    r2: torch.Tensor  # (F, O, I) of each family's best
+    family: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    d: torch.Tensor
+
+    @property
+    def best(self):
+        """(O, I) R2"""
+        return self.r2.gather(0, self.family.unsqueeze(0)).squeeze(0)
+
+
+@torch.no_grad()
+def search(seen, edges, progress=lambda: None):
+    """The best of some 12,000 candidates for every edge of a layer. Edges without variance have R2 0."""
+    O, P, I = seen.weights.shape
+    make = functools.partial(seen.weights.new_zeros, I, O)
+    r2, family = seen.weights.new_zeros(len(NAMES), I, O), make(dtype=torch.long)
+    a, b, c, d = (make() for _ in range(4))
+    for i in range(I):
+        progress()
+        width = edges.high[i] - edges.low[i]
+        if width <= 0:
+            continue
+        t = (edges.nodes[i] - edges.low[i]) / width
+        weights = seen.weights[:, :, i].t().contiguous()  # (P, O)
+        sd = edges.activity[:, i].clamp_min(1e-30)
+        tried = []
+        for n, name in enumerate(NAMES):
+            alpha, beta = candidates(FAMILIES[name], t)
+            h = FAMILIES[name].f(torch.addcmul(beta.unsqueeze(1), alpha.unsqueeze(1), t))
+            vectors, mean, spread = correlate(h, edges.mass[i], edges.overlap[:, i], edges.cross[i])
+            highest = [(block @ weights).abs_().amax(0) for block in vectors.split(BLOCK)]
+            r2[n, i] = (torch.stack(highest).amax(0) / sd).square().clamp(max=1)
+            tried.append((vectors, alpha, beta, mean, spread))
+        r2[:, i, ~edges.alive[:, i]] = 0
+        family[i] = simplest(r2[:, i])
+        for n in family[i].unique().tolist():
+            vectors, alpha, beta, mean, spread = tried[n]
+            at = (family[i] == n).nonzero().squeeze(1)
+            products = weights[:, at].t() @ vectors.t()  # (E, H)
+            best = products.abs().argmax(1)
+            a[i, at], b[i, at] = alpha[best] / width, beta[best] - alpha[best] * edges.low[i] / width
+            c[i, at] = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[best]
+            d[i, at] = edges.mean[at, i] - c[i, at] * mean[best]
+    return Found(r2.mT, *(tensor.t() for tensor in (family, a, b, c, d)))
+
+
+def simplest(r2):
+    """The first of the families whose R2 (F, ...) is within TIE of the best."""
+    order = torch.arange(len(r2), device=r2.device).view(-1, *[1] * (r2.dim() - 1))
+    return torch.where(r2 >= r2.amax(0) - TIE, order, len(r2)).amin(0)
+
+
+@dataclass
+class Formula:
+    """c f(a x + b) + d, with f of FAMILIES; or of the family 'affine' c x + d, or of 'constant' d."""
+
+    family: str
+    a: float
+    b: float
+    c: float
+    d: float
+    r2: float  # NaN of a constant
+    affine_r2: float
+    others: tuple  # (family, R2) of those next to it
+
+
+@torch.no_grad()
+def refine(seen, edges, found, pairs, n_families=3):
+    """A Formula for each of the edges (output, feature) in `pairs`, the best of n_families with a and b moved to where
+    R2 is highest.
+    """
+    formulas = []
+    for part in (pairs[i : i + 16] for i in range(0, len(pairs), 16)):
+        formulas += refine_some(seen, edges, found, part, n_families)
+    return formulas
+
+
+def refine_some(seen, edges, found, pairs, n_families):
+    outputs, features = indices(seen, pairs)
+    g = values(seen, pairs).double()
+    known = found.r2[:, outputs, features]  # (F, E)
+    tried = known.argsort(0, descending=True)[:n_families]
+    r2, lines = torch.full_like(known, -1.0), known.new_zeros(len(NAMES), 4, len(pairs))
+    for n in tried.unique().tolist():
+        at = (tried == n).any(0).nonzero().squeeze(1)
+        alpha, beta = climb(seen, edges, FAMILIES[NAMES[n]], outputs[at], features[at])
+        r2[n, at], lines[n][:, at] = fit(seen, edges, FAMILIES[NAMES[n]].f, alpha, beta, features[at], g[:, at])
+    chosen = simplest(r2)
+    formulas = []
+    for e, (o, i) in enumerate(pairs):
+        n = chosen[e].item()
+        ranked = r2[:, e].argsort(descending=True).tolist()
+        others = tuple((NAMES[m], r2[m, e].item()) for m in ranked if m != n and r2[m, e] >= 0)
+        straight = edges.affine_r2[o, i].item()
+        best = r2[n, e].item()
+        if not edges.alive[o, i]:
+            formulas.append(Formula('constant', 0.0, 0.0, 0.0, edges.mean[o, i].item(), math.nan, math.nan, ()))
+        elif best - straight <= MARGIN:
+            slope, offset = line(seen, edges, o, i)
+            others = ((NAMES[n], best), *others)[:n_families]
+            formulas.append(Formula('affine', 1.0, 0.0, slope, offset, straight, straight, others))
+        else:
+            plain = plainest(NAMES[n], *lines[n][:, e].tolist())
+            formulas.append(Formula(NAMES[n], *plain, best, straight, others))
+    return formulas
+
+
+def line(seen, edges, o, i):
+    """Slope and offset of the best straight line of an edge."""
+    nodes = edges.nodes[i].double()
+    covariance = edges.cross[i].double().t() @ nodes @ seen.weights[o, :, i].double()
+    slope = (covariance / edges.sd[i].double() ** 2).item()
+    return slope, edges.mean[o, i].item() - slope * (edges.mass[i].double() @ nodes).item()
+
+
+def climb(seen, edges, family, outputs, features):
+    """(alpha, beta) where the R2 of a family is highest, (E,) each: the best of its lattice, then of ever nearer
+    surroundings.
+    """
+    low, high = edges.low[features].unsqueeze(1), edges.high[features].unsqueeze(1)
+    t = (edges.nodes[features] - low) / (high - low).clamp_min(1e-30)  # (E, Q)
+    mass, overlap = edges.mass[features], edges.overlap[:, features]
+    target = edges.cross[features] @ seen.weights[outputs, :, features].unsqueeze(2)  # (E, Q, 1)
+
+    def score(sign, u, v):
+        """R2 of candidates, (E, H), but for a factor that is the same for all of an edge"""
+        alpha, beta = line_of(family.kind, sign, u.unsqueeze(2), v.unsqueeze(2))
+        apart, _, variance = moments(family.f(alpha * t.unsqueeze(1) + beta), mass, overlap)
+        covariance = (apart @ target).squeeze(2)
+        return torch.where(variance > 0, covariance.square() / variance.clamp_min(1e-30), -1.0)
+
+    tops = [climb_from(functools.partial(score, sign), *starts(family.kind, t)) for sign in family.signs]
+    lines = [line_of(family.kind, sign, u, v) for sign, (_, u, v) in zip(family.signs, tops)]
+    best = torch.stack([top for top, _, _ in tops]).argmax(0, keepdim=True)
+    return tuple(torch.stack(numbers).gather(0, best).squeeze(0) for numbers in zip(*lines))
+
+
+def starts(kind, t):
+    """A quarter of the lattices of features with nodes at t (E, Q): u and v, (E, H / 4) each."""
+    return tuple(map(torch.stack, zip(*([numbers[::4] for numbers in lattice(kind, places)] for places in t))))
+
+
+def climb_from(score, u, v):
+    """The highest score near the best of the places u, v (E, H): (score, u, v), (E,) each."""
+    reach_u, reach_v = 0.4, 0.05
+    around = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, device=u.device)] * 2)
+    for _ in range(ROUNDS):
+        top, at = score(u, v).max(1, keepdim=True)
+        best_u, best_v = u.gather(1, at), v.gather(1, at)
+        u, v = (best_u + reach_u * around[:, 0]).clamp(-9, 9), best_v + reach_v * around[:, 1]
+        reach_u, reach_v = reach_u * SHRINK, reach_v * SHRINK
+    return top.squeeze(1), best_u.squeeze(1), best_v.squeeze(1)
+
+
+def fit(seen, edges, f, alpha, beta, features, g):
+    """R2 of f(alpha t + beta) for edges whose values are g (N, E), measured on the data, (E,), and a, b, c, d (4, E)."""
+    width = edges.high[features] - edges.low[features]
+    a = alpha / width
+    b = beta - a * edges.low[features]
+    t = (seen.x[:, features] - edges.low[features]) / width
+    h = f(alpha * t + beta).double()
+    g_apart, h_apart = g - g.mean(0), h - h.mean(0)
+    covariance, variance = (g_apart * h_apart).mean(0), h_apart.square().mean(0).clamp_min(1e-30)
+    c = covariance / variance
+    r2 = covariance * c / g_apart.square().mean(0).clamp_min(1e-30)
+    return r2.float(), torch.stack([a, b, c.float(), (g.mean(0) - c * h.mean(0)).float()])
+
+
+def plainest(name, a, b, c, d):
+    """The same function with a = 1 or -1 where f can give the size of a away, without b in an exponential, and with the
+    phase of a sine near zero.
+    """
+    size = abs(a)
+    if FAMILIES[name].power:
+        return math.copysign(1, a), b / size, c * size ** FAMILIES[name].power, d
+    if name == 'log':
+        return math.copysign(1, a), b / size, c, d + c * math.log(size)
+    if name == 'exp' and abs(b) < 30:
+        return a, 0.0, c * math.exp(b), d
+    if name == 'sin':
+        turns = round(b / math.pi)  # half turns, each of which changes the sign
+        return a, b - turns * math.pi, c * (-1) ** turns, d
+    return a, b, c, d
+
+
+def function_of(formula):
+    """The function of x (a tensor) that a formula stands for."""
+    if formula.family in ('affine', 'constant'):
+        return lambda x: formula.c * x + formula.d
+    f = FAMILIES[formula.family].f
+    return lambda x: formula.c * f(formula.a * x + formula.b) + formula.d
+
+
+def expression(formula, digits=3, symbol='x'):
+    """A formula as an expression of sympy, its numbers rounded."""
+    import sympy
+
+    a, b, c, d = (sympy.Float(number, digits) for number in (formula.a, formula.b, formula.c, formula.d))
+    x = sympy.Symbol(symbol)
+    one = {1.0: x, -1.0: -x}
+    z = one.get(formula.a, a * x) + (b if formula.b else 0)
+    if formula.family == 'constant':
+        return d
+    functions = {
+        'affine': lambda z: z,
+        'x^2': lambda z: z**2,
+        'x^3': lambda z: z**3,
+        'x^4': lambda z: z**4,
+        'abs': sympy.Abs,
+        'relu': sympy.Function('relu'),
+        'sqrt': sympy.sqrt,
+        '1/x': lambda z: 1 / z,
+        'log': sympy.log,
+        'exp': sympy.exp,
+        'sin': sympy.sin,
+        'tanh': sympy.tanh,
+        'gaussian': lambda z: sympy.exp(-(z**2)),
+        'silu': sympy.Function('silu'),
+    }
+    return c * functions[formula.family](z) + d
