@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.realpath(__file__))
 PATHS = ('out_dir', 'init_from', 'dataset', 'source', 'adapter', 'root', 'out')  # settings in which ~ is the home
 PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
-INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval')
+INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'keep_history')
 INCIDENTAL += ('wandb_log', 'wandb_project', 'wandb_run_name')
 
 

@@ -79,9 +79,10 @@ def takes_nothing(function):
 
 class KANLinear(nn.Module):
     """A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
-    Arguments, parameters and state dict are efficient-kan's; `bias` is an addition. scale_base and scale_spline
-    multiply the initial weights, while in efficient-kan a larger one makes them smaller. Outside the extended knots the
-    splines vanish and the base path alone acts.
+    Arguments, parameters and state dict are efficient-kan's; `bias` and `mask` are additions. scale_base and
+    scale_spline multiply the initial weights, while in efficient-kan a larger one makes them smaller. Outside the
+    extended knots the splines vanish and the base path alone acts. With `mask` the layer has a buffer (O, I) of that
+    name, and an edge acts and trains where it is True: see surgery/prune.py.
     """
 
     _packed = None  # see layers.generation.packed_weights
@@ -91,6 +92,7 @@ class KANLinear(nn.Module):
     def __init__(
         self, in_features, out_features, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,
         enable_standalone_scale_spline=True, base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False,
+        mask=False,
     ):  # fmt: skip
         super().__init__()
         if grid_size < 1 or spline_order < 0:
@@ -115,6 +117,7 @@ class KANLinear(nn.Module):
         if enable_standalone_scale_spline:
             self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer('mask', torch.ones(out_features, in_features, dtype=torch.bool) if mask else None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -162,6 +165,8 @@ class KANLinear(nn.Module):
         """(O, (K + 1) * I), basis-major, so that loops over columns run over neighbouring features; base last."""
         base = self.base_weight if base_weight is None else base_weight
         splines = self.scale_splines(self.spline_weight if spline_weight is None else spline_weight)
+        if self.mask is not None:
+            base, splines = base * self.mask, splines * self.mask.unsqueeze(-1)
         return torch.cat([splines.transpose(1, 2), base.unsqueeze(1)], 1).flatten(1)
 
     def check_input(self, x):
@@ -275,13 +280,13 @@ class KAN(nn.Module):
 
     def __init__(
         self, layers_hidden, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,
-        base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False,
+        base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False, mask=False,
     ):  # fmt: skip
         super().__init__()
         self.grid_size, self.spline_order = grid_size, spline_order
         settings = dict(grid_size=grid_size, spline_order=spline_order, grid_range=grid_range, grid_eps=grid_eps)
         settings.update(scale_noise=scale_noise, scale_base=scale_base, scale_spline=scale_spline)
-        settings.update(base_activation=base_activation, bias=bias)
+        settings.update(base_activation=base_activation, bias=bias, mask=mask)
         self.layers = nn.ModuleList(KANLinear(I, O, **settings) for I, O in zip(layers_hidden, layers_hidden[1:]))
 
     def forward(self, x, update_grid=False):

@@ -29,7 +29,7 @@ class GPTConfig:
     mlp: str = 'mlp'  # or 'swiglu'
     mlp_hidden: float = 4.0  # width of the MLP's hidden layer, by n_embd; 8 / 3 gives SwiGLU as many parameters
     init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
-    use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets; they never have a bias
+    use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
     kan_hidden: float = 4.0  # width of a KAN MLP's hidden layer, in multiples of n_embd
     kan_norm: bool = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
@@ -37,6 +37,8 @@ class GPTConfig:
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
+    kan_bias: bool = False  # what pruning leaves: a bias of KAN layers for what was cut off gave on average,
+    kan_mask: bool = False  # and a mask of their edges
     use_graph: bool = False  # graph attention by layers/graph.py; needs torch-geometric
     graph_kind: str = 'gat'  # or 'gatv2'
     graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas
@@ -81,7 +83,8 @@ def model_settings(settings):
 
 
 def make_kan(config, *widths):
-    return KAN(widths, config.grid_size, config.spline_order, grid_range=(config.grid_min, config.grid_max))
+    settings = dict(grid_range=(config.grid_min, config.grid_max), bias=config.kan_bias, mask=config.kan_mask)
+    return KAN(widths, config.grid_size, config.spline_order, **settings)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -18,7 +18,7 @@ from torch import Tensor
 from kan import KANLinear
 from layers.spline import basis_function, columns, no_autocast
 
-NODES = 256  # half of them quantiles of a feature's inputs, half evenly spaced: between them a candidate is a line
+NODES = 512  # even places in the domain of a feature, between which a candidate is taken for a line
 CHUNK = 1024  # rows at a time
 CURVE = 129  # even points of a domain on which roughness is measured
 
@@ -88,18 +88,20 @@ class Edges:
 
     low: Tensor  # (I,) the domain: the least and the greatest input
     high: Tensor
-    sd: Tensor  # (I,) of the inputs
+    centre: Tensor  # (I,) mean and standard deviation of the inputs
+    sd: Tensor
     outside: Tensor  # (I,) share of inputs outside the grid
-    nodes: Tensor  # (I, Q) places from low to high; hat_q is 1 at node q, 0 at all others, and a line between
-    mass: Tensor  # (I, Q) mean of hat_q
-    overlap: Tensor  # (2, I, Q) mean of hat_q hat_q and of hat_q hat_{q+1}
+    mass: Tensor  # (I, Q) float64, mean of hat_q, which is 1 at node q, 0 at all others, and a line between
+    overlap: Tensor  # (2, I, Q) float64, mean of hat_q hat_q and of hat_q hat_{q+1}
     cross: Tensor  # (I, Q, P) covariance of hat_q and phi
     means: Tensor  # (I, P) of phi
+    output_sd: Tensor  # (O,) standard deviation of the outputs
     # Of each edge, (O, I):
     mean: Tensor  # of what it adds to its output
     activity: Tensor  # standard deviation of that
     share: Tensor  # covariance with its output over the variance of that: these sum to 1 over the features
-    affine_r2: Tensor  # share of its variance that its best straight line has; NaN where it has no variance
+    slope: Tensor  # of its best straight line
+    affine_r2: Tensor  # share of its variance that that line has; NaN where it has no variance
     roughness: Tensor  # root mean square of its second derivative, in domains and activities: 0 for a line, 39 for a
     # period of a sine
 
@@ -115,61 +117,56 @@ def measure(seen):
     layer, x, weights = seen.layer, seen.x, seen.weights
     N, I = x.shape
     by_feature = weights.permute(2, 0, 1)  # (I, O, P)
-    nodes = place_nodes(x)
+    low, high = x.amin(0), x.amax(0)
     means = sum(columns_of(layer, rows).double().sum(0) for rows in x.split(CHUNK)) / N  # (P, I)
-    centred = x - x.double().mean(0).float()
-    sums = Sums(nodes, *weights.shape)
+    centre = x.double().mean(0)
+    centred = x - centre.float()
+    sums = Sums(low, high, *weights.shape)
     for rows, apart in zip(x.split(CHUNK), centred.split(CHUNK)):
         sums.add(rows, apart, columns_of(layer, rows) - means.float(), weights)
     cov, with_x = sums.cov / N, sums.with_x / N  # (I, P, P), (I, P)
     variance = (by_feature.double() @ cov * by_feature).sum(-1).clamp_min(0)  # (I, O)
     output = sums.output / N  # (O,) variances
     share = (weights * (sums.with_output / N).permute(2, 0, 1)).sum(1) / output.clamp_min(1e-30).unsqueeze(1)
-    slope = (by_feature.double() @ with_x.unsqueeze(-1)).squeeze(-1)  # (I, O) covariance with x
+    covariance = (by_feature.double() @ with_x.unsqueeze(-1)).squeeze(-1)  # (I, O) with x
     var_x = centred.double().square().mean(0)  # (I,)
-    explained = slope.square() / var_x.clamp_min(1e-30).unsqueeze(1)
+    slope = covariance / var_x.clamp_min(1e-30).unsqueeze(1)
     activity = variance.sqrt().t().float()
     grid, k = layer.grid.float(), layer.spline_order
     edges = Edges(
-        low=nodes[:, 0],
-        high=nodes[:, -1],
+        low=low,
+        high=high,
+        centre=centre.float(),
         sd=var_x.sqrt().float(),
         outside=((x < grid[:, k]) | (x > grid[:, grid.size(1) - 1 - k])).float().mean(0),
-        nodes=nodes,
-        mass=(sums.mass / N).float(),
-        overlap=(sums.overlap / N).float(),
+        mass=sums.mass / N,
+        overlap=sums.overlap / N,
         cross=(sums.cross / N).float(),
         means=means.t().float(),
+        output_sd=output.sqrt(),
         mean=(by_feature.double() @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
         activity=activity,
         share=share,
-        affine_r2=(explained / variance.clamp_min(1e-30)).clamp(max=1).t().float(),
-        roughness=bend(layer, nodes, by_feature).t() / activity.clamp_min(1e-30),
+        slope=slope.t().float(),
+        affine_r2=(slope * covariance / variance.clamp_min(1e-30)).clamp(max=1).t().float(),
+        roughness=bend(layer, low, high, by_feature).t() / activity.clamp_min(1e-30),
     )
     edges.affine_r2[~edges.alive] = torch.nan
     return edges
 
 
-def place_nodes(x):
-    """(I, Q), in order: quantiles of the inputs x (N, I), and as many places evenly between the ends."""
-    half = NODES // 2
-    ordered = x.t().contiguous().sort(1).values
-    quantiles = ordered[:, torch.linspace(0, len(x) - 1, half, device=x.device).long()]  # (I, Q / 2)
-    shares = torch.linspace(0, 1, NODES - half, device=x.device)
-    even = torch.lerp(ordered[:, :1], ordered[:, -1:], shares)
-    return torch.cat([quantiles, even], 1).sort(1).values
-
-
 class Sums:
     """Sums over the rows, from which the means of Edges follow."""
 
-    def __init__(self, nodes, O, P, I):
-        self.nodes, make = nodes, nodes.new_zeros
+    def __init__(self, low, high, O, P, I):
+        self.low, make = low, low.new_zeros
+        self.per_node = (NODES - 1) / (high - low).clamp_min(1e-30)
         self.cov = make(I, P, P, dtype=torch.float64)
         self.with_x = make(I, P, dtype=torch.float64)
         self.with_output = make(P, I, O)
         self.output = make(O)
-        self.mass, self.overlap, self.cross = make(I, NODES), make(2, I, NODES), make(I, NODES, P)
+        self.mass, self.overlap = (make(*shape, NODES, dtype=torch.float64) for shape in ((I,), (2, I)))
+        self.cross = make(I, NODES, P)
 
     def add(self, x, centred, phi, weights):
         """x and its distance from the mean (n, I), phi less its mean (n, P, I), weights (O, P, I)"""
@@ -179,25 +176,24 @@ class Sums:
         y = phi.flatten(1) @ weights.flatten(1).t()  # (n, O), less its mean
         self.with_output += (phi.flatten(1).t() @ y).view_as(self.with_output)
         self.output += y.square().sum(0)
-        x = x.t().contiguous()  # (I, n)
-        left = torch.searchsorted(self.nodes, x, right=True).clamp(1, NODES - 1) - 1
-        below, above = self.nodes.gather(1, left), self.nodes.gather(1, left + 1)
-        second = ((x - below) / (above - below).clamp_min(1e-30)).clamp(0, 1)  # what hat_{q+1} gives
+        at = ((x - self.low) * self.per_node).t()  # (I, n)
+        left = at.floor().clamp(0, NODES - 2)
+        second = (at - left).clamp(0, 1).double()  # what hat_{q+1} gives
         first = 1 - second
-        place = (left + NODES * torch.arange(len(x), device=x.device).unsqueeze(1)).flatten()
+        place = (left.long() + NODES * torch.arange(len(at), device=x.device).unsqueeze(1)).flatten()
         for offset, hat in (0, first), (1, second):
             self.mass.view(-1).index_add_(0, place + offset, hat.flatten())
             self.overlap[0].view(-1).index_add_(0, place + offset, hat.square().flatten())
             self.cross.view(-1, phi.size(1)).index_add_(
-                0, place + offset, (per_feature * hat.unsqueeze(-1)).flatten(0, 1)
+                0, place + offset, (per_feature * hat.float().unsqueeze(-1)).flatten(0, 1)
             )
         self.overlap[1].view(-1).index_add_(0, place, (first * second).flatten())
 
 
-def bend(layer, nodes, by_feature):
+def bend(layer, low, high, by_feature):
     """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
-    shares = torch.linspace(0, 1, CURVE, device=nodes.device).unsqueeze(1)
-    phi = columns_of(layer, torch.lerp(nodes[:, 0], nodes[:, -1], shares))  # (CURVE, P, I)
+    shares = torch.linspace(0, 1, CURVE, device=low.device).unsqueeze(1)
+    phi = columns_of(layer, torch.lerp(low, high, shares))  # (CURVE, P, I)
     second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]) * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
     return (by_feature @ gram * by_feature).sum(-1).clamp_min(0).sqrt()

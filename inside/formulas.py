@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from inside.edges import indices, values
+from inside.edges import NODES, indices, values
 
 MARGIN = 0.01  # a formula is called affine unless its R2 is more than that above the best straight line's
 TIE = 1e-4  # of formulas whose R2 are within that of the best, the simplest is taken
-BLOCK = 512  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
+BLOCK = 256  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
 ROUNDS, SHRINK = 20, 0.7  # refine looks around the best place so far that often, each time that much closer
 
 
@@ -66,50 +66,47 @@ def line_of(kind, sign, u, v):
     if kind == 'wave':  # v is the phase
         return u.exp(), -math.pi * v
     if kind == 'rate':  # f takes beta out as a factor: 0 at the end where f is greatest
-        return sign * u.exp(), -u.exp() if sign > 0 else 0 * u
+        return sign * u.exp(), -u.exp() * (sign > 0)
     return sign + 0 * u, u.exp() + (sign < 0)  # bounded: positive in the domain, e^u at the nearer end
 
 
-def lattice(kind, t):
-    """The candidates (u, v) of a kind, (H,) each, for a feature with nodes at t (Q,)."""
-    if kind == 'placed':
-        beside = torch.linspace(0.02, 1, 32, device=t.device)
-        v = torch.cat([-beside, t[::2], 1 + beside])
+def lattice(kind):
+    """The candidates (u, v) of a kind, (H,) each."""
+    if kind == 'placed':  # in the domain and on both sides of it
+        v = torch.linspace(-1, 2, 193)
         return 0 * v, v
     if kind in ('scaled', 'wave'):  # from a tenth of a wave in the domain to 20
-        u = torch.linspace(math.log(0.3), math.log(120), 32, device=t.device)
-        v = t[::4] if kind == 'scaled' else torch.linspace(0, 1, 65, device=t.device)[:-1]
-        return torch.cartesian_prod(u, v).unbind(1)
+        u = torch.linspace(math.log(0.3), math.log(120), 32)
+        return torch.cartesian_prod(u, torch.linspace(0, 1, 65)[:-1]).unbind(1)
     first, last = (0.05, 60) if kind == 'rate' else (1e-3, 10)
-    u = torch.linspace(math.log(first), math.log(last), 96, device=t.device)
+    u = torch.linspace(math.log(first), math.log(last), 96)
     return u, 0 * u
 
 
-def candidates(family, t):
-    """(alpha, beta) of all candidates of a family, (H,) each."""
-    u, v = lattice(family.kind, t)
-    return tuple(map(torch.cat, zip(*(line_of(family.kind, sign, u, v) for sign in family.signs))))
+@functools.cache
+def candidates(name, device):
+    """All candidates of a family: their sign, u and v (H,), what they give at the nodes (H, Q), and in float64 that, its
+    square and its product with its neighbour, whose last column meets an overlap of 0.
+    """
+    family = FAMILIES[name]
+    sign = torch.tensor(family.signs, dtype=torch.float32)
+    u, v = (numbers.repeat(len(sign)) for numbers in lattice(family.kind))
+    places = tuple(numbers.to(device) for numbers in (sign.repeat_interleave(len(u) // len(sign)), u, v))
+    alpha, beta = (numbers.unsqueeze(1) for numbers in line_of(family.kind, *places))
+    h = family.f(alpha * torch.linspace(0, 1, NODES, device=device) + beta)
+    wide = h.double()
+    return places, h, (wide, wide.square(), wide * wide.roll(-1, 1))
 
 
 def moments(h, mass, overlap):
     """Of functions by their values h (..., H, Q) at the nodes of a feature, mass (..., Q), overlap (2, ..., Q): h less
-    its mean over the data, that mean, and the variance (..., H), 0 where rounding leaves nothing of it.
+    its mean over the data, and its variance (..., H), 0 where rounding leaves nothing of it.
     """
-    mean = (h @ mass.unsqueeze(-1)).squeeze(-1)
-    apart = h - mean.unsqueeze(-1)
-    variance = (apart.square() @ overlap[0].unsqueeze(-1)).squeeze(-1)
-    variance += 2 * ((apart[..., :-1] * apart[..., 1:]) @ overlap[1][..., :-1].unsqueeze(-1)).squeeze(-1)
-    return apart, mean, torch.where(variance > 1e-9 * mean.square(), variance, 0.0)
-
-
-def correlate(h, mass, overlap, cross):
-    """h (H, Q) -> (H, P), whose product with the weights of an edge is its covariance with h, over the standard
-    deviation of h; and the mean and the standard deviation of h, (H,) each.
-    """
-    apart, mean, variance = moments(h, mass, overlap)
-    sd = variance.sqrt()
-    weight = torch.where(sd > 0, 1 / sd, 0.0)
-    return (apart @ cross) * weight.unsqueeze(1), mean, sd.clamp_min(1e-30)
+    mean = h @ mass.unsqueeze(-1)
+    apart = h - mean
+    variance = apart.square() @ overlap[0].unsqueeze(-1)
+    variance = variance + 2 * ((apart[..., :-1] * apart[..., 1:]) @ overlap[1][..., :-1].unsqueeze(-1))
+    return apart, torch.where(variance > 1e-9 * mean.square() + 1e-30, variance, 0.0).squeeze(-1)
 
 
 @dataclass
@@ -136,33 +133,45 @@ def search(seen, edges, progress=lambda: None):
     make = functools.partial(seen.weights.new_zeros, I, O)
     r2, family = seen.weights.new_zeros(len(NAMES), I, O), make(dtype=torch.long)
     a, b, c, d = (make() for _ in range(4))
-    for i in range(I):
-        progress()
-        width = edges.high[i] - edges.low[i]
-        if width <= 0:
-            continue
-        t = (edges.nodes[i] - edges.low[i]) / width
-        weights = seen.weights[:, :, i].t().contiguous()  # (P, O)
-        sd = edges.activity[:, i].clamp_min(1e-30)
-        tried = []
-        for n, name in enumerate(NAMES):
-            alpha, beta = candidates(FAMILIES[name], t)
-            h = FAMILIES[name].f(torch.addcmul(beta.unsqueeze(1), alpha.unsqueeze(1), t))
-            vectors, mean, spread = correlate(h, edges.mass[i], edges.overlap[:, i], edges.cross[i])
-            highest = [(block @ weights).abs_().amax(0) for block in vectors.split(BLOCK)]
-            r2[n, i] = (torch.stack(highest).amax(0) / sd).square().clamp(max=1)
-            tried.append((vectors, alpha, beta, mean, spread))
-        r2[:, i, ~edges.alive[:, i]] = 0
-        family[i] = simplest(r2[:, i])
-        for n in family[i].unique().tolist():
-            vectors, alpha, beta, mean, spread = tried[n]
-            at = (family[i] == n).nonzero().squeeze(1)
-            products = weights[:, at].t() @ vectors.t()  # (E, H)
-            best = products.abs().argmax(1)
-            a[i, at], b[i, at] = alpha[best] / width, beta[best] - alpha[best] * edges.low[i] / width
-            c[i, at] = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[best]
-            d[i, at] = edges.mean[at, i] - c[i, at] * mean[best]
+    for group in torch.arange(I, device=a.device).split(64):  # features at a time, as wider products are faster
+        tried = [correlate(name, edges, group) for name in NAMES]
+        for at, i in enumerate(group.tolist()):
+            progress()
+            weights = seen.weights[:, :, i].t().contiguous()  # (P, O)
+            sd = edges.activity[:, i].clamp_min(1e-30)
+            for n, (vectors, _, _) in enumerate(tried):
+                highest = [(block @ weights).abs_().amax(0) for block in vectors[at].split(BLOCK)]
+                r2[n, i] = (torch.stack(highest).amax(0) / sd).square().clamp(max=1)
+            r2[:, i, ~edges.alive[:, i]] = 0
+            family[i] = simplest(r2[:, i])
+            width, low = (edges.high[i] - edges.low[i]).clamp_min(1e-30), edges.low[i]
+            for n in family[i].unique().tolist():
+                vectors, mean, spread = tried[n]
+                alpha, beta = line_of(FAMILIES[NAMES[n]].kind, *candidates(NAMES[n], a.device)[0])
+                outputs = (family[i] == n).nonzero().squeeze(1)
+                products = weights[:, outputs].t() @ vectors[at].t()  # (E, H)
+                best = products.abs().argmax(1)
+                a[i, outputs], b[i, outputs] = alpha[best] / width, beta[best] - alpha[best] * low / width
+                c[i, outputs] = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[at, best]
+                d[i, outputs] = edges.mean[outputs, i] - c[i, outputs] * mean[at, best]
     return Found(r2.mT, *(tensor.t() for tensor in (family, a, b, c, d)))
+
+
+def correlate(name, edges, group):
+    """Of all candidates of a family for a group of g features: vectors (g, H, P), whose products with the weights of an
+    edge are its covariances with them over their standard deviations; their means and standard deviations, (g, H).
+    """
+    _, h, (values, squares, neighbours) = candidates(name, edges.mass.device)
+    mean = edges.mass[group] @ values.t()
+    first, second = edges.overlap[:, group]
+    square = first @ squares.t() + 2 * second @ neighbours.t()
+    variance = square - mean.square()
+    spread = (
+        torch.where(variance > 1e-9 * square + 1e-30, variance, torch.inf).sqrt().float()
+    )  # inf where rounding leaves none
+    vectors = h @ edges.cross[group].permute(1, 0, 2).flatten(1)  # (H, g * P)
+    vectors = vectors.view(len(h), len(group), -1).transpose(0, 1) / spread.unsqueeze(2)
+    return vectors.contiguous(), mean.float(), spread
 
 
 def simplest(r2):
@@ -191,7 +200,7 @@ def refine(seen, edges, found, pairs, n_families=3):
     R2 is highest.
     """
     formulas = []
-    for part in (pairs[i : i + 16] for i in range(0, len(pairs), 16)):
+    for part in (pairs[i : i + 64] for i in range(0, len(pairs), 64)):
         formulas += refine_some(seen, edges, found, part, n_families)
     return formulas
 
@@ -204,7 +213,7 @@ def refine_some(seen, edges, found, pairs, n_families):
     r2, lines = torch.full_like(known, -1.0), known.new_zeros(len(NAMES), 4, len(pairs))
     for n in tried.unique().tolist():
         at = (tried == n).any(0).nonzero().squeeze(1)
-        alpha, beta = climb(seen, edges, FAMILIES[NAMES[n]], outputs[at], features[at])
+        alpha, beta = climb(seen, edges, NAMES[n], outputs[at], features[at])
         r2[n, at], lines[n][:, at] = fit(seen, edges, FAMILIES[NAMES[n]].f, alpha, beta, features[at], g[:, at])
     chosen = simplest(r2)
     formulas = []
@@ -217,7 +226,8 @@ def refine_some(seen, edges, found, pairs, n_families):
         if not edges.alive[o, i]:
             formulas.append(Formula('constant', 0.0, 0.0, 0.0, edges.mean[o, i].item(), math.nan, math.nan, ()))
         elif best - straight <= MARGIN:
-            slope, offset = line(seen, edges, o, i)
+            slope = edges.slope[o, i].item()
+            offset = edges.mean[o, i].item() - slope * edges.centre[i].item()
             others = ((NAMES[n], best), *others)[:n_families]
             formulas.append(Formula('affine', 1.0, 0.0, slope, offset, straight, straight, others))
         else:
@@ -226,51 +236,27 @@ def refine_some(seen, edges, found, pairs, n_families):
     return formulas
 
 
-def line(seen, edges, o, i):
-    """Slope and offset of the best straight line of an edge."""
-    nodes = edges.nodes[i].double()
-    covariance = edges.cross[i].double().t() @ nodes @ seen.weights[o, :, i].double()
-    slope = (covariance / edges.sd[i].double() ** 2).item()
-    return slope, edges.mean[o, i].item() - slope * (edges.mass[i].double() @ nodes).item()
-
-
-def climb(seen, edges, family, outputs, features):
-    """(alpha, beta) where the R2 of a family is highest, (E,) each: the best of its lattice, then of ever nearer
-    surroundings.
+def climb(seen, edges, name, outputs, features):
+    """(alpha, beta) where the R2 of a family is highest for edges, (E,) each: the best of its lattice, then of ever
+    nearer surroundings.
     """
-    low, high = edges.low[features].unsqueeze(1), edges.high[features].unsqueeze(1)
-    t = (edges.nodes[features] - low) / (high - low).clamp_min(1e-30)  # (E, Q)
-    mass, overlap = edges.mass[features], edges.overlap[:, features]
-    target = edges.cross[features] @ seen.weights[outputs, :, features].unsqueeze(2)  # (E, Q, 1)
-
-    def score(sign, u, v):
-        """R2 of candidates, (E, H), but for a factor that is the same for all of an edge"""
-        alpha, beta = line_of(family.kind, sign, u.unsqueeze(2), v.unsqueeze(2))
-        apart, _, variance = moments(family.f(alpha * t.unsqueeze(1) + beta), mass, overlap)
+    family, weights = FAMILIES[name], seen.weights[outputs, :, features].unsqueeze(2)  # (E, P, 1)
+    at = (correlate(name, edges, features)[0] @ weights).abs().argmax(1)  # (E, 1)
+    sign, u, v = (numbers[at] for numbers in candidates(name, weights.device)[0])  # (E, 1)
+    mass, overlap = edges.mass[features].float(), edges.overlap[:, features].float()
+    target = edges.cross[features] @ weights  # (E, Q, 1)
+    t = torch.linspace(0, 1, NODES, device=target.device)
+    around = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, device=t.device)] * 2)  # (9, 2)
+    reach = 0.2 * around[:, 0], 0.02 * around[:, 1]
+    for n in range(ROUNDS):
+        us, vs = (u + SHRINK**n * reach[0]).clamp(-9, 9), v + SHRINK**n * reach[1]  # (E, 9)
+        alpha, beta = (numbers.unsqueeze(2) for numbers in line_of(family.kind, sign, us, vs))
+        apart, variance = moments(family.f(alpha * t + beta), mass, overlap)
         covariance = (apart @ target).squeeze(2)
-        return torch.where(variance > 0, covariance.square() / variance.clamp_min(1e-30), -1.0)
-
-    tops = [climb_from(functools.partial(score, sign), *starts(family.kind, t)) for sign in family.signs]
-    lines = [line_of(family.kind, sign, u, v) for sign, (_, u, v) in zip(family.signs, tops)]
-    best = torch.stack([top for top, _, _ in tops]).argmax(0, keepdim=True)
-    return tuple(torch.stack(numbers).gather(0, best).squeeze(0) for numbers in zip(*lines))
-
-
-def starts(kind, t):
-    """A quarter of the lattices of features with nodes at t (E, Q): u and v, (E, H / 4) each."""
-    return tuple(map(torch.stack, zip(*([numbers[::4] for numbers in lattice(kind, places)] for places in t))))
-
-
-def climb_from(score, u, v):
-    """The highest score near the best of the places u, v (E, H): (score, u, v), (E,) each."""
-    reach_u, reach_v = 0.4, 0.05
-    around = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, device=u.device)] * 2)
-    for _ in range(ROUNDS):
-        top, at = score(u, v).max(1, keepdim=True)
-        best_u, best_v = u.gather(1, at), v.gather(1, at)
-        u, v = (best_u + reach_u * around[:, 0]).clamp(-9, 9), best_v + reach_v * around[:, 1]
-        reach_u, reach_v = reach_u * SHRINK, reach_v * SHRINK
-    return top.squeeze(1), best_u.squeeze(1), best_v.squeeze(1)
+        score = torch.where(variance > 0, covariance.square() / variance.clamp_min(1e-30), -1.0)
+        at = score.argmax(1, keepdim=True)
+        u, v = us.gather(1, at), vs.gather(1, at)
+    return tuple(numbers.squeeze(1) for numbers in line_of(family.kind, sign, u, v))
 
 
 def fit(seen, edges, f, alpha, beta, features, g):

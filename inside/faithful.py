@@ -1,0 +1,172 @@
+"""What a model loses when edges of its KAN layers are cut, or do what their formulas say.
+
+    with edited([(layer.seen, without(layer, keep))]):
+        loss = ...
+
+An Edit takes the place of a layer's output while the context lasts; the model itself stays as it is.
+"""
+
+import contextlib
+import functools
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from inside.edges import CHUNK
+from inside.formulas import FAMILIES, NAMES
+from layers.spline import no_autocast, spline_linear
+from surgery.prune import strongest
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the edges of every layer that are cut
+REPLACED = (0.01, 0.1, 1.0)  # of the strongest edges that get their formulas
+LEVELS = (0.99,)  # of R2 above which all edges get theirs
+
+
+@dataclass
+class Edit:
+    """What a layer gives instead: its edges by `weights` (O, P, I), straight lines `slopes` (O, I), formulas
+    (output, feature, family, a, b, c), and a constant (O,).
+    """
+
+    weights: torch.Tensor
+    constant: torch.Tensor
+    slopes: torch.Tensor | None = None
+    domain: tuple = ()  # (low, high) of the features, (I,) each, beyond which formulas stay what they are at its ends
+    formulas: list = field(default_factory=list)  # (f, outputs, features, a, b, c) of each family, (E,) each
+
+    def output(self, layer, x):
+        """(n, I) -> (n, O) float32"""
+        with no_autocast(x):
+            arguments = layer.grid, layer.spline_order, layer.base_activation, torch.float32
+            y = spline_linear(x, self.weights.flatten(1), *arguments) + self.constant
+            if self.slopes is not None:
+                y = y + x @ self.slopes.t()
+            if self.formulas:
+                y = y + self.sum_formulas(x.clamp(*self.domain).t().contiguous()).t()
+        return y
+
+    def sum_formulas(self, x):
+        """(I, n) -> (O, n)"""
+        total = x.new_zeros(len(self.weights), x.size(1))
+        for f, outputs, features, *numbers in self.formulas:
+            for part in torch.arange(len(outputs), device=x.device).split(1024):
+                a, b, c = (tensor[part].unsqueeze(1) for tensor in numbers)
+                total.index_add_(0, outputs[part], f(x[features[part]] * a + b) * c)
+        return total
+
+
+@contextlib.contextmanager
+def edited(edits):
+    """The layers of (Seen, Edit) pairs give what the edits say, whatever weights they are called with."""
+    for seen, edit in edits:
+        seen.layer.forward = functools.partial(forward, seen.layer, edit)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for seen, _ in edits:
+            del seen.layer.forward
+
+
+def forward(layer, edit, x, *weights, **named_weights):
+    """What stands for KANLinear.forward, (..., I) -> (..., O)."""
+    rows = x.reshape(-1, layer.in_features).float()
+    y = torch.cat([edit.output(layer, part) for part in rows.split(CHUNK)])
+    if layer.bias is not None:
+        y += layer.bias.float()
+    return y.view(*x.shape[:-1], layer.out_features).to(layer.compute_dtype())
+
+
+def lost(layer, keep):
+    """(O,) what the edges that are not kept gave on average."""
+    return (layer.edges.mean * ~keep).sum(1)
+
+
+def without(layer, keep):
+    """A Layer of report.py without the edges where keep (O, I) is False, but for their means."""
+    return Edit(layer.seen.weights * keep.unsqueeze(1), lost(layer, keep))
+
+
+def by_formula(layer, chosen):
+    """The layer with the chosen edges (O, I) as the search found them: straight lines where nothing is better."""
+    edges, found = layer.edges, layer.found
+    curved = chosen & edges.alive & ~layer.affine
+    straight = chosen & ~curved
+    slopes = torch.where(straight & edges.alive, edges.slope, 0.0)
+    offsets = torch.where(straight, edges.mean - slopes * edges.centre, 0.0) + torch.where(curved, found.d, 0.0)
+    formulas = []
+    for n in found.family[curved].unique().tolist():
+        outputs, features = (curved & (found.family == n)).nonzero(as_tuple=True)
+        numbers = (tensor[outputs, features] for tensor in (found.a, found.b, found.c))
+        formulas.append((FAMILIES[NAMES[n]].f, outputs, features, *numbers))
+    return Edit(layer.seen.weights * ~chosen.unsqueeze(1), offsets.sum(1), slopes, (edges.low, edges.high), formulas)
+
+
+# what stays, by a function of a layer and the share to keep
+
+
+def most_active(layer, kept):
+    return strongest(layer.edges.activity, kept)
+
+
+def at_random(draw):
+    generator = torch.Generator().manual_seed(draw)
+    return lambda layer, kept: strongest(torch.rand(layer.edges.activity.shape, generator=generator), kept)
+
+
+# losses; `loss` is a function without arguments
+
+
+def prune_curve(layers, loss, keep):
+    """The loss with each of SHARES of every layer cut."""
+    losses = []
+    for cut in SHARES:
+        edits = [(layer.seen, without(layer, keep(layer, 1 - cut).to(layer.seen.x.device))) for layer in layers]
+        with edited(edits):
+            losses.append(loss())
+    return losses
+
+
+def formula_losses(layers, loss):
+    """[(which edges, their share of all, the loss with their formulas in their place)]"""
+    kinds = [(f'the strongest {kept:.0%}', lambda layer, n=kept: most_active(layer, n)) for kept in REPLACED]
+    kinds += [(f'R² above {level}', lambda layer, r2=level: layer.r2 > r2) for level in LEVELS]
+    found = []
+    for name, choose in kinds:
+        masks = [choose(layer) for layer in layers]
+        with edited([(layer.seen, by_formula(layer, mask)) for layer, mask in zip(layers, masks)]):
+            part = sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+            found.append((name, part, loss()))
+    return found
+
+
+def measure_losses(layers, loss, draws=2):
+    """All of these, in a dict; without draws none at random."""
+    found = dict(full=loss(), shares=list(SHARES), by_activity=prune_curve(layers, loss, most_active))
+    found['formulas'] = formula_losses(layers, loss)
+    if draws:
+        random = [prune_curve(layers, loss, at_random(draw)) for draw in range(draws)]
+        found['at_random'] = [statistics.mean(losses) for losses in zip(*random)]
+        found['at_random_std'] = [statistics.stdev(losses) for losses in zip(*random)]
+    return found
+
+
+def table(now, before):
+    """What measure_losses found as markdown, of a model and of the one with random initial weights, if any."""
+
+    def beside(text, old):
+        return f'{text} (random weights: {old})' if before else text
+
+    old = before or now
+    lines = ['| edges cut | the least active | drawn at random |', '|---|---|---|']
+    full = beside(f'{now["full"]:.4f}', f'{old["full"]:.3f}')
+    lines.append(f'| none | {full} | |')
+    for i, cut in enumerate(now['shares']):
+        active = beside(f'{now["by_activity"][i]:.4f}', f'{old["by_activity"][i]:.3f}')
+        lines.append(f'| {cut:.0%} | {active} | {now["at_random"][i]:.4f} |')
+    lines += ['', '| edges replaced by their formulas | share of all | loss |', '|---|---|---|']
+    for (name, part, loss), (_, old_part, old_loss) in zip(now['formulas'], old['formulas']):
+        cells = beside(f'{part:.1%}', f'{old_part:.1%}'), beside(f'{loss:.4f}', f'{old_loss:.3f}')
+        lines.append(f'| {name} | {cells[0]} | {cells[1]} |')
+    return '\n'.join(lines) + '\n'

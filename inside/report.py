@@ -1,0 +1,383 @@
+"""What interpret.py says of a model: its KAN layers looked into, as numbers, as text and as files."""
+
+import csv
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from inside import figures
+from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch
+from inside.formulas import MARGIN, Formula, Found, expression, function_of, refine, search
+from run.files import write_atomically
+
+BINS = 40  # of a histogram of inputs
+CLOSE = 0.99  # an R2 that is called close
+
+
+@dataclass
+class Layer:
+    """A KAN layer looked into; `pairs` are its strongest edges (output, feature), with a formula each."""
+
+    name: str
+    seen: Seen
+    edges: Edges
+    found: Found | None
+    pairs: list
+    formulas: list[Formula]
+
+    @property
+    def affine(self):
+        """(O, I) whether an edge is called affine; of one without variance False."""
+        return self.edges.alive & (self.found.best - self.edges.affine_r2 <= MARGIN)
+
+    @property
+    def r2(self):
+        """(O, I) of the best formula, straight lines among them; 0 without variance."""
+        return self.found.best.maximum(self.edges.affine_r2.nan_to_num())
+
+
+def look(model, read, names=None, rows=16384, n_edges=200):
+    """Look into the KAN layers of a model, or into those named, while read() has it read data: a list of Layer. The
+    n_edges strongest edges of each layer get refined formulas; with 0 there are statistics alone.
+    """
+    layers = []
+    seen = watch(model, read, names, rows)
+    bar = tqdm(total=sum(found.layer.in_features for found in seen.values()), unit='feature', leave=False, disable=None)
+    for name, one in seen.items():
+        edges = measure(one)
+        if not n_edges:
+            layers.append(Layer(short(name), one, edges, None, [], []))
+            continue
+        found = search(one, edges, bar.update)
+        O, I = edges.activity.shape
+        strongest = edges.activity.flatten().argsort(descending=True)[:n_edges].tolist()
+        pairs = [divmod(place, I) for place in strongest]
+        layers.append(Layer(short(name), one, edges, found, pairs, refine(one, edges, found, pairs)))
+    bar.close()
+    return layers
+
+
+def short(name):
+    """transformer.h.0.mlp.kan.layers.1 is h.0.mlp.1"""
+    return re.sub(r'\b(gpt|transformer|kan|layers|adapters)\.', '', name)
+
+
+def share(condition, among=None):
+    """The share of True, among those of a mask; NaN of none."""
+    chosen = condition if among is None else condition[among]
+    return chosen.float().mean().item() if chosen.numel() else math.nan
+
+
+def summarize(layer):
+    """The headline figures of a layer, as a dict of numbers."""
+    edges, alive = layer.edges, layer.edges.alive
+    variance = edges.activity.double().square()
+    curved = variance * (1 - edges.affine_r2.nan_to_num(1.0))
+    return dict(
+        edges=edges.activity.numel(),
+        dead=1 - share(alive),
+        outside=edges.outside.mean().item(),
+        straight=share(edges.affine_r2 > CLOSE, alive),
+        affine=share(layer.affine, alive),
+        close=share(layer.r2 > CLOSE, alive),
+        curved_variance=(curved.sum() / variance.sum().clamp_min(1e-30)).item(),
+        activity=edges.activity.mean().item(),
+    )
+
+
+def total_of(layers):
+    """`summarize` of all layers together: means by the number of edges."""
+    summaries = [summarize(layer) for layer in layers]
+    n = sum(summary['edges'] for summary in summaries)
+    mean = {key: sum(s[key] * s['edges'] for s in summaries) / n for key in summaries[0]}
+    return {**mean, 'edges': n}
+
+
+def table(layers, fresh):
+    """A markdown table of the layers, each figure beside that of the same layer with random initial weights."""
+    heads = ['layer', 'edges', f'straight lines (R² > {CLOSE})', f'formulas (R² > {CLOSE})', 'variance that is no line']
+    heads += ['inputs outside the grid']
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+    before = [summarize(layer) for layer in fresh] if fresh else [None] * len(layers)
+    rows = [(layer.name, summarize(layer), old) for layer, old in zip(layers, before)]
+    rows.append(('all', total_of(layers), total_of(fresh) if fresh else None))
+    for name, now, old in rows:
+        cells = [name, f'{now["edges"]:,}']
+        for key in ('straight', 'close', 'curved_variance', 'outside'):
+            cells.append(percent(now[key]) + (f' (random: {percent(old[key])})' if old else ''))
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def percent(value):
+    return '–' if math.isnan(value) else f'{100 * value:.1f} %'
+
+
+def neurons(layer, n_neurons=8, n_terms=6):
+    """Of the output neurons whose edges add most: the sum of their strongest edges, with the share of the variance of
+    the output that the first of them explain together: [{output, terms: [(feature, share explained so far)]}].
+    """
+    seen, edges = layer.seen, layer.edges
+    found = []
+    for o in edges.output_sd.argsort(descending=True)[:n_neurons].tolist():
+        features = edges.activity[o].argsort(descending=True)[:n_terms].tolist()
+        added = values(seen, [(o, i) for i in range(len(edges.low))])  # (N, I)
+        output = added.sum(1)
+        left = output.unsqueeze(1) - added[:, features].cumsum(1)
+        explained = 1 - left.var(0) / output.var().clamp_min(1e-30)
+        found.append(dict(output=o, terms=list(zip(features, explained.tolist()))))
+    return found
+
+
+# pieces of the page and the figures
+
+
+def inputs_of(layer, i):
+    """What the inputs of a feature look like."""
+    edges, kan = layer.edges, layer.seen.layer
+    low, high = edges.low[i].item(), edges.high[i].item()
+    counts = torch.histc(layer.seen.x[:, i], BINS, low, high) if high > low else torch.zeros(BINS)
+    knots, k = kan.grid[i].float().tolist(), kan.spline_order
+    return dict(low=low, high=high, knots=knots, grid=[knots[k], knots[-1 - k]], counts=counts.int().tolist())
+
+
+def edges_of(layer, n=None):
+    """The strongest edges of a layer, with all that is known of each: a list of dicts."""
+    pairs, formulas = layer.pairs[:n], layer.formulas[:n]
+    x, total, base = curves(layer.seen, layer.edges, pairs)
+    edges, found = layer.edges, []
+    for e, ((o, i), formula) in enumerate(zip(pairs, formulas)):
+        about = dict(i=i, o=o, **numbers_of(edges, o, i))
+        about.update(r2=formula.r2, family=formula.family, formula=str(expression(formula)), others=formula.others)
+        fit = function_of(formula)(x[e]).tolist()
+        found.append(dict(about, x=x[e].tolist(), total=total[e].tolist(), base=base[e].tolist(), fit=fit))
+    return found
+
+
+def numbers_of(edges, o, i):
+    names = ('activity', 'share', 'affine_r2', 'roughness')
+    return {name: getattr(edges, name)[o, i].item() for name in names}
+
+
+def page_layer(layer, fresh):
+    """A layer as inside/page.py wants it."""
+    kan, summary = layer.seen.layer, summarize(layer)
+    shown = [{key: rounded(value) for key, value in edge.items() if key != 'x'} for edge in edges_of(layer)]
+    headline = dict(affine=summary['affine'], outside=summary['outside'])
+    if fresh:
+        headline['random_affine'] = summarize(fresh)['affine']
+    return dict(
+        name=layer.name,
+        features=kan.in_features,
+        outputs=kan.out_features,
+        edges_total=summary['edges'],
+        grid_size=kan.grid_size,
+        spline_order=kan.spline_order,
+        activation=str(kan.base_activation),
+        summary=headline,
+        inputs={str(i): rounded(inputs_of(layer, i)) for i in sorted({i for _, i in layer.pairs})},
+        edges=shown,
+    )
+
+
+def rounded(value):
+    """Numbers with five digits, in lists and dicts too."""
+    if isinstance(value, float):
+        return float(f'{value:.5g}')
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def page(model, about, layers, fresh):
+    """The report that inside/page.py wants."""
+    pairs = zip(layers, fresh or [None] * len(layers))
+    return dict(model=model, about=about, layers=[page_layer(*pair) for pair in pairs])
+
+
+def facts(layers, fresh):
+    """`summarize` of each layer and of all, with that of random initial weights: a list of dicts."""
+    before = [summarize(layer) for layer in fresh] + [total_of(fresh)] if fresh else [None] * (len(layers) + 1)
+    rows = [(layer.name, summarize(layer)) for layer in layers] + [('all', total_of(layers))]
+    return [dict(layer=name, trained=now, random=old) for (name, now), old in zip(rows, before)]
+
+
+def draw(layers, fresh, topk, history):
+    """(name, figure) of all figures of the layers: `history` holds (iteration, model) of the training."""
+    for layer in layers:
+        edges = [arrays({**edge, **inputs_of(layer, edge['i'])}) for edge in edges_of(layer, topk)]
+        title = f'{layer.name}: the {len(edges)} strongest of {layer.edges.activity.numel():,} edges'
+        yield f'edges-{layer.name}', figures.draw_edges(title, edges)
+    for place in range(0, len(layers), 12):
+        maps = [(layer.name, layer.edges.activity.cpu().numpy()) for layer in layers[place : place + 12]]
+        yield 'activity' + (f'-{place // 12 + 1}' if len(layers) > 12 else ''), figures.draw_maps(maps)
+    yield 'r2', figures.draw_r2(r2_groups(layers, fresh))
+    if len(history) > 1:
+        layer = next((layer for layer in layers if layer.name.endswith('mlp.0')), layers[0])
+        title = f'{layer.name}: how its strongest curved edges grew'
+        yield 'growth', figures.draw_growth(title, growth_of(layer, history))
+
+
+def arrays(edge):
+    """The curves and counts of an edge as arrays, which the figures want."""
+    names = ('x', 'total', 'base', 'fit', 'counts', 'knots', 'curves')
+    return {key: np.array(value) if key in names else value for key, value in edge.items()}
+
+
+def draw_losses(found):
+    """The figure of what faithful.measure_losses found."""
+    shares = [0.0, *found['shares']]
+    active, random = ([found['full'], *found[key]] for key in ('by_activity', 'at_random'))
+    spread = [0.0, *found['at_random_std']]
+    shares, active, random, spread = map(np.array, (shares, active, random, spread))
+    curves = [('the least active first', shares, active, None), ('at random', shares, random, spread)]
+    return figures.draw_pruning(curves, found['full'])
+
+
+def r2_groups(layers, fresh):
+    """R2 of lines and of formulas by the place in a block, for the four places with the most edges."""
+    groups = {}
+    for layer, before in zip(layers, fresh or [None] * len(layers)):
+        groups.setdefault(re.sub(r'\bh\.\d+\.', '', layer.name), []).append((layer, before))
+    largest = sorted(groups, key=lambda name: -sum(layer.edges.activity.numel() for layer, _ in groups[name]))[:4]
+    return [(name, *r2_of(groups[name])) for name in groups if name in largest]
+
+
+def r2_of(pairs):
+    """R2 of lines, trained and random, then of formulas: (n,) each, None for random where there is none."""
+    found = []
+    for read in (
+        lambda layer: layer.edges.affine_r2,
+        lambda layer: torch.where(layer.edges.alive, layer.r2, torch.nan),
+    ):
+        for layers in zip(*pairs):
+            has = layers[0] is not None
+            found.append(torch.cat([read(layer).flatten() for layer in layers]).cpu().numpy() if has else None)
+    return found
+
+
+def growth_of(layer, history, n=8):
+    """The strongest edges that are no straight lines, at each point of the history: what figures.draw_growth wants."""
+    curved = [
+        pair for pair, formula in zip(layer.pairs, layer.formulas) if formula.family not in ('affine', 'constant')
+    ]
+    pairs, found = (curved or layer.pairs)[:n], []
+    at = [
+        next(module for name, module in kan_layers(model).items() if short(name) == layer.name) for _, model in history
+    ]
+    then = [Seen(module, layer.seen.x, module.packed_weight().detach().view_as(layer.seen.weights)) for module in at]
+    x = curves(layer.seen, layer.edges, pairs)[0]
+    totals = torch.stack([curves(seen, layer.edges, pairs)[1] for seen in then], 1)  # (pairs, m, n)
+    for e, (o, i) in enumerate(pairs):
+        about = dict(i=i, o=o, iterations=[iteration for iteration, _ in history], counts=inputs_of(layer, i)['counts'])
+        found.append(arrays(dict(about, x=x[e].tolist(), curves=totals[e].tolist())))
+    return found
+
+
+# what a prompt drives
+
+
+def drive(known, met, n=6):
+    """Of each token of a prompt the n edges that move their outputs most, against what they give on average: `known`
+    {name: Seen} on data, `met` on the prompt alone. A dict each: layer, output o, feature i, its input x, its distance
+    from its mean in its own standard deviations z, and in those of its output, `share`.
+    """
+    found = [[] for _ in next(iter(met.values())).x]
+    for name, one in met.items():
+        edges = measure(known[name])
+        for t, row in enumerate(one.x):
+            phi = columns_of(one.layer, row.unsqueeze(0))[0]  # (P, I)
+            apart = (one.weights * phi).sum(1) - edges.mean  # (O, I)
+            share = apart / edges.output_sd.clamp_min(1e-30).unsqueeze(1)
+            z = apart / edges.activity.clamp_min(1e-30)
+            for place in share.abs().flatten().topk(min(n, share.numel())).indices.tolist():
+                o, i = divmod(place, share.size(1))
+                numbers = dict(x=row[i].item(), z=z[o, i].item(), share=share[o, i].item())
+                found[t].append(dict(layer=short(name), o=o, i=i, **numbers))
+    return [sorted(edges, key=lambda edge: -abs(edge['share'])) for edges in found]
+
+
+def most_driven(known, met, driven, n):
+    """[(label, z of each token)] of the n edges that any token drives most."""
+    best = {}
+    for edge in (edge for edges in driven for edge in edges):
+        key = edge['layer'], edge['o'], edge['i']
+        best[key] = max(best.get(key, 0.0), abs(edge['share']))
+    chosen, rows = sorted(best, key=best.get, reverse=True)[:n], []
+    for name, one in met.items():
+        pairs = [(o, i) for layer, o, i in chosen if layer == short(name)]
+        if pairs:
+            outputs, features = indices(one, pairs)
+            edges = measure(known[name])
+            z = (values(one, pairs) - edges.mean[outputs, features]) / edges.activity[outputs, features].clamp_min(
+                1e-30
+            )
+            rows += [(f'{short(name)} {i} -> {o}', z[:, e].cpu().numpy()) for e, (o, i) in enumerate(pairs)]
+    return rows
+
+
+# files
+
+
+def write_formulas(folder, layers):
+    """formulas.txt and formulas.tex for people, edges.csv and formulas.json for programs: the strongest edges."""
+    import sympy
+
+    rows, text, tex, data = [], [], [], []
+    for layer in layers:
+        text.append(f'\n{layer.name}\n')
+        for (o, i), formula in zip(layer.pairs, layer.formulas):
+            written = expression(formula)
+            latex = sympy.latex(expression(formula, symbol=f'x_{{{i}}}'))
+            about = dict(layer=layer.name, output=o, feature=i, low=layer.edges.low[i].item())
+            about.update(high=layer.edges.high[i].item(), outside=layer.edges.outside[i].item())
+            about.update(numbers_of(layer.edges, o, i), family=formula.family, formula=str(written), r2=formula.r2)
+            about.update(a=formula.a, b=formula.b, c=formula.c, d=formula.d)
+            rows.append(about)
+            data.append({**rounded(about), 'latex': latex, 'others': rounded(formula.others)})
+            text.append(f'  {i:>5} -> {o:<5} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {written}\n')
+            tex.append(f'g_{{{o},{i}}} &= {latex} && R^2 = {formula.r2:.4f} \\\\\n')
+        text += sums(layer)
+    write_text(folder, 'formulas.txt', ''.join(text).lstrip())
+    write_text(folder, 'formulas.tex', '\\begin{align*}\n' + ''.join(tex) + '\\end{align*}\n')
+    write_text(folder, 'formulas.json', json.dumps(plain(data), indent=0, allow_nan=False))
+    with write_atomically(os.path.join(folder, 'edges.csv'), 'w', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sums(layer):
+    """The strongest output neurons of a layer, each with the sum of its strongest edges."""
+    lines = []
+    for neuron in neurons(layer):
+        terms = ', '.join(f'{i} ({100 * explained:.0f} %)' for i, explained in neuron['terms'])
+        lines.append(f'  neuron {neuron["output"]}: features (variance explained so far) {terms}\n')
+    return lines
+
+
+def plain(value):
+    """What JSON can hold: None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(folder, name, text):
+    with write_atomically(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+        f.write(text)
+
+
+def write_figure(figure, folder, name):
+    """A figure as PNG and as SVG."""
+    for suffix in ('png', 'svg'):
+        with write_atomically(os.path.join(folder, f'{name}.{suffix}')) as f:
+            figure.savefig(f, format=suffix, dpi=150)

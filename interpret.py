@@ -1,0 +1,282 @@
+"""Look inside a trained KAN-GPT: draw its functions, write them down, cut off what does little.
+
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.0 --topk=24
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --prompt="ROMEO:"
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.2 --save=out-pruned --tune=200
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.5 --prune_by=neurons --save=out-smaller
+    python interpret.py --out_dir=out-finetune-sst-kan-lora   # KAN adapters, on the examples of their task
+
+Into out_dir/interpret go interpret.html, formulas.txt, .tex and .json, edges.csv, table.md, report.json and figures.
+Every figure stands beside that of the same model with random initial weights. Checkpoints of nanoGPKANT work too; a run
+of train.py with --keep_history=True also shows how its functions grew. docs/interpret.md explains what is measured.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from configurator import ROOT, check_ranges, configure, settings_of
+from inside import faithful, figures, report
+from inside.edges import kan_layers, watch
+from inside.page import write_page
+from inside.reading import Examples, Text
+from run import checkpoint as ckpt
+from run.device import device_name, pick_device
+from surgery import prune as surgery
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # the run to look into
+dataset = ''  # by default the one it was trained on
+split = 'val'
+folder = ''  # where the files go; empty: out_dir/interpret
+layer = -1  # the layers of one block alone; -1: of all
+module = ''  # layers with this in their name alone, e.g. mlp.0, the first one of the MLP
+topk = 24  # strongest edges of a layer in its figure
+n_edges = 200  # strongest edges of a layer in the files and on the page, with refined formulas
+rows = 16384  # tokens for the statistics
+loss_rows = 4096  # other tokens for losses
+random_too = True  # the same figures for random initial weights
+losses = True  # with edges cut, and with formulas in their place
+prompt = ''  # which edges this text drives, token by token, and nothing else
+prune = -1.0  # share of the edges or of the hidden neurons of the MLPs to cut off, the least active first
+prune_by = 'edges'  # or 'neurons'
+save = ''  # the folder for the pruned model
+tune = 0  # iterations of train.py with it, into a folder of that name with -tuned; 0: none
+tune_lr_scale = 0.25  # learning rate of these, in multiples of that of the run
+device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+# -----------------------------------------------------------------------------
+config = configure(globals())
+check_ranges(config, at_least_one='topk n_edges rows loss_rows', not_negative='tune tune_lr_scale')
+if split not in ('train', 'val') or prune_by not in ('edges', 'neurons'):
+    raise ValueError(f'expected split train or val, prune_by edges or neurons, got {split!r} and {prune_by!r}')
+if prune != -1 and not 0 <= prune <= 1:
+    raise ValueError(f'prune is the share to cut off, between 0 and 1, got {prune}')
+if topk > 24:
+    raise ValueError(f'topk={topk}: a figure shows 24 edges at most; n_edges is how many the page has')
+if (prune >= 0) != bool(save) or (tune and not save):
+    raise ValueError(
+        'prune, the share to cut off, and save, a folder for the pruned model, belong together; tune wants both'
+    )
+device = pick_device(device)
+folder = folder or os.path.join(out_dir, 'interpret')
+started = time.perf_counter()
+
+
+def say(text):
+    print(f'[{time.perf_counter() - started:5.1f} s] {text}', flush=True)
+
+
+def choose(model):
+    """The full names of the KAN layers that layer and module name."""
+    names = {name: report.short(name) for name in kan_layers(model)}
+    if not names:
+        raise ValueError(f'{out_dir} holds a model without KAN layers: there are no learned functions to look into')
+    found = [name for name in names if layer < 0 or f'.h.{layer}.' in f'.{name}.']
+    found = [
+        name for name in found if not module or f'.{module}.' in f'.{names[name]}.' or f'.{module}.' in f'.{name}.'
+    ]
+    if not found:
+        raise ValueError(f'layer={layer}, module={module!r}: no KAN layer; there are {", ".join(names.values())}')
+    return found
+
+
+def look(model, n_edges=n_edges):
+    return report.look(model, lambda: source.read(model), choose(model), rows, n_edges)
+
+
+def explain_prompt():
+    """Which edges a text drives, token by token, on the screen, in prompt.json and in a figure."""
+    ids = source.tokenizer.encode(prompt)
+    gpt = getattr(source.model, 'gpt', source.model)
+    if not 1 <= len(ids) <= gpt.config.block_size:
+        raise ValueError(f'the prompt has {len(ids)} tokens, expected 1 to {gpt.config.block_size}')
+    tokens, names = [source.tokenizer.decode([token]) for token in ids], choose(source.model)
+    known = watch(source.model, lambda: source.read(source.model), names, rows)
+    x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
+    met = watch(source.model, lambda: gpt(x, x), names, len(ids))
+    driven = report.drive(known, met)
+    for token, edges in zip(tokens, driven):
+        print(repr(token))
+        for edge in edges[:5]:
+            print(
+                '    {layer} {i} -> {o}: x = {x:.3g}, {z:+.1f} standard deviations from its mean, '
+                'which moves its output by {share:+.2f} of its own'.format(**edge)
+            )
+    shown = report.most_driven(known, met, driven, topk)
+    report.write_text(
+        folder, 'prompt.json', json.dumps([dict(token=t, edges=e) for t, e in zip(tokens, driven)], indent=1)
+    )
+    title = f'The edges that {prompt[:40]!r} drives most'
+    report.write_figure(
+        figures.draw_prompt(title, tokens[-40:], [(name, z[-40:]) for name, z in shown]), folder, 'prompt'
+    )
+    say(f'{folder}/prompt.png and prompt.json')
+
+
+def explain():
+    """All files but those of a prompt."""
+    layers = look(source.model)
+    say(f'{sum(one.edges.activity.numel() for one in layers):,} edges of {len(layers)} layers, on {source.about}')
+    fresh_model = source.fresh() if random_too else None
+    fresh = look(fresh_model, n_edges=1) if random_too else None
+    if random_too:
+        say('the same with random initial weights')
+    page = report.table(layers, fresh)
+    result = dict(model=out_dir, data=source.about, device=device_name(device), layers=report.facts(layers, fresh))
+    if losses:
+        now = faithful.measure_losses(layers, lambda: source.loss(source.model))
+        before = faithful.measure_losses(fresh, lambda: source.loss(fresh_model), draws=0) if random_too else None
+        page += '\n' + faithful.table(now, before)
+        result.update(losses=now, random_losses=before)
+        report.write_figure(report.draw_losses(now), folder, 'pruning')
+        say('losses with edges cut and replaced')
+    print(page)
+    report.write_text(folder, 'table.md', page)
+    report.write_text(folder, 'report.json', json.dumps(report.plain(result), indent=1, allow_nan=False))
+    report.write_formulas(folder, layers)
+    write_page(os.path.join(folder, 'interpret.html'), report.page(out_dir, about(), layers, fresh))
+    for name, figure in report.draw(layers, fresh, topk, history()):
+        report.write_figure(figure, folder, name)
+    say(f'{folder}/interpret.html, formulas.txt and figures')
+
+
+def about():
+    trained = (
+        f'{sum(p.numel() for p in source.model.parameters()):,} parameters, iteration {checkpoint.get("iter_num")}'
+    )
+    return f'{trained}, {source.about}'
+
+
+def history():
+    """The models of the evaluations of the run, six at most, the first and the last among them: [(iteration, model)]"""
+    kept = os.path.join(out_dir, 'history')
+    names = sorted(os.listdir(kept)) if os.path.isdir(kept) else []
+    names = [name for name in names if name.endswith('.pt')]
+    picked = dict.fromkeys(names[round(i * (len(names) - 1) / 5)] for i in range(6)) if names else ()
+    states = (ckpt.load_checkpoint(kept, [name]) for name in picked)
+    return [(state['iter_num'], ckpt.build_model(state, dropout=0.0).to(device).eval()) for state in states]
+
+
+# pruning
+
+
+def prune_model():
+    """Write the pruned model into the folder `save`, and say what it costs and what it loses."""
+    if 'finetune' in checkpoint:
+        raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be saved pruned')
+    costs = [('as trained', cost(source.model))]
+    args = vars(source.model.config) | (cut_edges() if prune_by == 'edges' else cut_neurons())
+    args.update(kan_bias=True, kan_mask=surgery.complete(list(kan_layers(source.model).values())))
+    kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
+    state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
+    costs.append((f'{prune:.0%} of the {prune_by} cut', cost(ckpt.build_model(state).to(device))))
+    os.makedirs(save, exist_ok=True)
+    ckpt.save_checkpoint(save, state, is_best=True)
+    say(f'saved {save}/best.pt, for sample.py and for train.py --init_from={save}')
+    if tune:
+        costs.append((f'and tuned for {tune} iterations', cost(tuned())))
+    print(
+        '| model | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|---|---|---|---|', sep='\n'
+    )
+    for name, (loss, n, size, ms) in costs:
+        print(f'| {name} | {loss:.4f} | {n:,} | {size / 1e6:.2f} | {ms:.1f} |')
+
+
+def statistics_of(names):
+    """{layer: its Layer of report.py}, without formulas"""
+    found = report.look(source.model, lambda: source.read(source.model), names, rows, n_edges=0)
+    return {one.seen.layer: one for one in found}
+
+
+def cut_edges():
+    """Mask the least active edges of each layer."""
+    for kan, one in statistics_of(choose(source.model)).items():
+        keep = surgery.strongest(one.edges.activity, 1 - prune)
+        surgery.mask_edges(kan, keep, faithful.lost(one, keep))
+    return {}
+
+
+def cut_neurons():
+    """Remove the hidden neurons of the KAN MLPs whose edges add least, as many from each; what changes in its args."""
+    config = source.model.config
+    if layer >= 0 or module or not config.is_kan('mlp'):
+        raise ValueError('prune_by=neurons cuts those of all KAN MLPs: it wants a model with some, no layer, no module')
+    known = statistics_of(None)
+    for block in source.model.transformer.h:
+        first, second = block.mlp.kan.layers
+        activity = known[second].edges.activity.square().sum(0)  # (hidden,)
+        keep = surgery.strongest(activity, max(1 - prune, 1 / len(activity)))
+        surgery.remove_outputs(first, keep)
+        surgery.remove_inputs(second, keep, faithful.lost(known[second], keep))
+    return dict(kan_hidden=second.in_features / config.n_embd)
+
+
+def cost(model):
+    """Loss, parameters in use, bytes of the weights, median milliseconds of a forward pass of 1024 tokens."""
+    model.eval()
+    masks = [one for one in kan_layers(model).values() if one.mask is not None]
+    cut = sum((~one.mask).sum().item() * (one.spline_weight.size(-1) + 2) for one in masks)  # with base and scaler
+    n = sum(p.numel() for p in model.parameters()) - cut
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    T = min(1024, model.config.block_size)
+    x = torch.randint(model.config.vocab_size, (max(1, 1024 // T), T), device=device)
+    return source.loss(model), n, size, 1000 * median_seconds(lambda: model(x, x))
+
+
+@torch.no_grad()
+def median_seconds(run, n=15):
+    seconds = []
+    for _ in range(n):
+        start = time.perf_counter()
+        run()
+        if device.startswith('cuda'):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def tuned():
+    """The pruned model after `tune` iterations of train.py with the settings of its run."""
+    settings, known = checkpoint.get('config'), settings_of('train.py', [])
+    if not settings:
+        raise ValueError(f'{out_dir} does not say how it was trained: tune it by train.py --init_from={save}')
+    rate = settings['learning_rate'] * tune_lr_scale
+    changed = dict(
+        init_from=save, out_dir=f'{save}-tuned', max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10
+    )
+    changed.update(
+        learning_rate=rate, min_lr=rate / 20, eval_interval=tune, keep_history=False, wandb_log=False, device=device
+    )
+    settings = {name: value for name, value in (settings | changed).items() if name in known}
+    command = [
+        sys.executable,
+        os.path.join(ROOT, 'train.py'),
+        *(f'--{name}={value}' for name, value in settings.items()),
+    ]
+    say(f'python train.py --init_from={save} --out_dir={save}-tuned --max_iters={tune} ..., its log in train.log there')
+    subprocess.run(command, check=True)
+    return ckpt.build_model(ckpt.load_checkpoint(f'{save}-tuned')).to(device)
+
+
+checkpoint = ckpt.load_checkpoint(out_dir)
+is_task = 'finetune' in checkpoint
+source = (
+    Examples(checkpoint, rows, loss_rows, device)
+    if is_task
+    else Text(checkpoint, dataset, split, rows, loss_rows, device)
+)
+choose(source.model)
+if not save:
+    os.makedirs(folder, exist_ok=True)
+if save:
+    prune_model()
+elif prompt:
+    explain_prompt()
+else:
+    explain()
