@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from helpers import ROOT, write_dataset
+from helpers import ROOT, complaint, run_forked, write_dataset
 from study.runner import Study, add_run
 
 with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as in test_spline_triton.py
@@ -20,15 +17,17 @@ with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as 
     from layers import spline_triton
     from study import gpu, tiles
 
-# Triton 3.6's interpreter wants to be taught what numpy has changed
-TAUGHT = """
-import runpy, sys
+# a fork has imported Triton as it is without the interpreter, which Triton 3.6 wants to be taught what numpy has changed
+TAUGHT = f"""
+import sys
 import pytest
+
+for name in [name for name in sys.modules if f'{{name}}.'.startswith('triton.') and not name.startswith('triton._C')]:
+    del sys.modules[name]
+sys.path.append({str(ROOT / 'tests/layers')!r})
 from test_spline_triton import count_with_any_numpy
 
 count_with_any_numpy(pytest.MonkeyPatch())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 ABOUT = dict(card='Abacus', family='sm_90', torch='2', triton='3', driver='1', commit='abc', python='3')
 FINAL = dict(best_val_loss=1.5, val_loss=1.6, seconds=30.0, peak_mem=2**30)
@@ -46,12 +45,11 @@ def study(tmp_path, monkeypatch):
 
 def test_all_of_it_in_miniature_and_once_more(tmp_path):
     flags = ['--device=cpu', '--tiny=True', f'--out={tmp_path}/gpu', f'--dataset={write_dataset(tmp_path / "data")}']
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ('.', 'tests', 'tests/layers'))
-    env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': paths}
+    (tmp_path / 'taught.py').write_text(TAUGHT)
+    how = dict(env={'TRITON_INTERPRET': '1'}, modules=str(tmp_path), prelude='taught')
     outputs = []
     for minutes in 9, 1:
-        command = [sys.executable, '-c', TAUGHT, ROOT / 'study/gpu.py', *flags, f'--minutes={minutes}']
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = run_forked(tmp_path, 'study/gpu.py', *flags, f'--minutes={minutes}', **how)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     records = [json.loads(line) for line in (tmp_path / 'gpu/runs.jsonl').read_text().splitlines()]
@@ -72,9 +70,8 @@ def test_all_of_it_in_miniature_and_once_more(tmp_path):
 
 
 def test_a_gpu_is_asked_for(tmp_path):
-    command = [sys.executable, ROOT / 'study/gpu.py', '--device=cpu', f'--out={tmp_path}/gpu']
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: device='cpu': it wants a CUDA card")
+    words = complaint(tmp_path, 'study/gpu.py', '--device=cpu', f'--out={tmp_path}/gpu')
+    assert words.startswith("error: device='cpu': it wants a CUDA card")
 
 
 def test_time_that_is_over_cuts_off_one_job_and_skips_the_next(study, monkeypatch, capsys):
