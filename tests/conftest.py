@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.tokenizer import GPT2Tokenizer
-from forked import end_what_was_started, popen_or_fork
+from forked import end_what_was_started, popen_or_fork, share_fork_server
 from helpers import write_dataset
 
 if not torch.cuda.is_available():
@@ -18,6 +18,11 @@ if not torch.cuda.is_available():
 # as in the background of a shell; what the tests start would inherit it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    share_fork_server()
 
 
 @pytest.fixture(scope='session')

@@ -21,17 +21,36 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
 popen, lock = subprocess.Popen, threading.Lock()
 STARTED = []  # by the test that runs
+SHARED = 'KAN_GPT_FORK_SERVER'  # in the environment: the address of the server of all processes of tests
 
 
 def fork_server():
     """The process without threads that has imported warm.py, and of which the scripts are forks."""
     context = multiprocessing.get_context('forkserver')
+    if SHARED in os.environ:
+        join_fork_server(os.environ[SHARED])
+        return context
     context.set_forkserver_preload(['warm'])
     with lock, pytest.MonkeyPatch.context() as patch:
         patch.setenv('HF_HUB_OFFLINE', '1')  # read on import
         patch.setenv('PYTHONPATH', str(ROOT / 'tests'))  # a server of Python 3.11 imports from no other path
         forkserver.ensure_running()
     return context
+
+
+def share_fork_server():
+    """The processes of tests that this one starts have its fork server, which ends with this one."""
+    fork_server()
+    os.environ[SHARED] = forkserver._forkserver._forkserver_address
+
+
+def join_fork_server(address):
+    """multiprocessing has no name for it: another process has started the server, and looks after it."""
+    server = forkserver._forkserver
+    if server._forkserver_address is None:
+        server._forkserver_address = address
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # in place of what keeps the server alive
+        server.ensure_running = lambda: None
 
 
 class Forked:
