@@ -22,7 +22,7 @@ from helpers import (
     make_checkpoint,
     run,
     run_forked,
-    start,
+    start_forked,
     together,
     write_dataset,
 )
@@ -135,7 +135,7 @@ def test_stop_ends_each_of_several_samples(trained):
 
 
 def test_text_arrives_while_it_is_generated(trained):
-    process = start(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'max_new_tokens': 10**6}))
+    process = start_forked(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'max_new_tokens': 10**6}))
     try:
         assert process.stdout.read(50).startswith('ROMEO:')
         time.sleep(0.2)

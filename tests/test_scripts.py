@@ -162,13 +162,7 @@ def test_model_knows_nothing_of_what_acts_on_it():
     assert not re.search('lora|task|plot', (ROOT / 'model.py').read_text(encoding='utf-8'), re.IGNORECASE)
 
 
-def run_python(source, *args):
-    return subprocess.run(
-        [sys.executable, '-c', source, *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60
-    )
-
-
-def test_kan_needs_torch_alone():
+def test_kan_needs_torch_alone(tmp_path):
     others = (ABOVE.keys() | COMMANDS) - {'kan', 'layers'}
     source = f"""
 import sys
@@ -183,7 +177,8 @@ import torch
 from kan import KAN
 print(KAN([4, 3, 2])(torch.zeros(5, 4)).shape)
 """
-    done = run_python(source)
+    (tmp_path / 'script.py').write_text(source)
+    done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT))
     assert done.stdout == 'torch.Size([5, 2])\n', done.stderr
 
 
@@ -197,7 +192,8 @@ atexit.register(lambda: print('IMPORTED', *sorted(sys.modules)))
 sys.argv = [{script!r}, *sys.argv[1:], '--help']
 runpy.run_path({script!r}, run_name='__main__')
 """
-    done = run_python(source, *config, '--seed=7')
+    command = [sys.executable, '-c', source, *config, '--seed=7']
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     shown, _, modules = done.stdout.partition('IMPORTED ')
     settings = settings_of(script, [*config, '--seed=7'])
@@ -247,14 +243,14 @@ SMALL = {
 
 def test_micro_kan_trains_and_goes_on(clone):
     micro = 'python train.py config/train_shakespeare_char_micro_kan.py'
-    printed = enter(clone, f'{micro} --max_iters=100 --device=cpu --batch_size=8', **SMALL)
+    printed = enter(clone, f'{micro} --max_iters=20 --device=cpu --batch_size=8', **SMALL)
     assert printed.count('preparing it: python data/shakespeare_char/prepare.py') == 1
-    assert 'step 0: train loss' in printed and 'step 100: train loss' in printed
-    printed = enter(clone, f'{micro} --init_from=resume', **SMALL, device='cpu', batch_size=8, max_iters=102)
+    assert 'step 0: train loss' in printed and 'step 20: train loss' in printed
+    printed = enter(clone, f'{micro} --init_from=resume', **SMALL, device='cpu', batch_size=8, max_iters=22)
     assert 'preparing' not in printed
     out = clone / settings_of('train.py', [str(clone / 'config' / 'train_shakespeare_char_micro_kan.py')])['out_dir']
-    assert load(out)['iter_num'] == 102 and load(out)['model_args']['use_kan']
-    assert [line['iter'] for line in read_log(out)][-1] == 102
+    assert load(out)['iter_num'] == 22 and load(out)['model_args']['use_kan']
+    assert [line['iter'] for line in read_log(out)][-1] == 22
 
 
 def test_nano_kan_trains_on_two_processes_and_samples(clone):
