@@ -1,4 +1,4 @@
-# make demo      a small KAN-GPT learns Shakespeare on this machine, then writes some
+# make demo      a small KAN-GPT learns Shakespeare on this machine, writes some, and shows its functions
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
 # make gpu       tests, tiles and speed on a CUDA card; MINUTES=9
@@ -14,6 +14,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
 	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=2 --seed=1
+	$(BIN)/python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.1 --random_too=False --losses=False
 
 # two processes of one thread each, which take over each other's tests when they run out of their own
 test: lint

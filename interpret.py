@@ -9,10 +9,10 @@
 
 Into out_dir/interpret go interpret.html, formulas.txt, .tex and .json, edges.csv, table.md, report.json and figures.
 Every figure stands beside that of the same model with random initial weights. Checkpoints of nanoGPKANT work too; a run
-of train.py with --keep_history=True also shows how its functions grew. docs/interpret.md explains what is measured.
+of train.py with --keep_history=True also shows how its functions grew. The last line that is printed is JSON.
+docs/interpret.md explains what is measured.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -91,7 +91,7 @@ def look(model, n_edges=n_edges):
 
 
 def explain_prompt():
-    """Which edges a text drives, token by token, on the screen, in prompt.json and in a figure."""
+    """Which edges a text drives, token by token, on the screen and in a figure; returns it in a dict, too."""
     ids = source.tokenizer.encode(prompt)
     gpt = getattr(source.model, 'gpt', source.model)
     if not 1 <= len(ids) <= gpt.config.block_size:
@@ -101,49 +101,47 @@ def explain_prompt():
     x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
     met = watch(source.model, lambda: gpt(x, x), names, len(ids))
     driven = report.drive(known, met)
+    print('of each token the edges that are farthest from their means, in standard deviations (sd) over the data')
     for token, edges in zip(tokens, driven):
         print(repr(token))
         for edge in edges[:5]:
-            print(
-                '    {layer} {i} -> {o}: x = {x:.3g}, {z:+.1f} standard deviations from its mean, '
-                'which moves its output by {share:+.2f} of its own'.format(**edge)
-            )
+            numbers = '{i} -> {o}: x = {x:.3g}, {z:+.1f} sd, which moves its output by {share:+.2f} sd'
+            print(f'    {edge["layer"]} {numbers.format(**edge)}')
     shown = report.most_driven(known, met, driven, topk)
-    report.write_text(
-        folder, 'prompt.json', json.dumps([dict(token=t, edges=e) for t, e in zip(tokens, driven)], indent=1)
-    )
     title = f'The edges that {prompt[:40]!r} drives most'
     report.write_figure(
         figures.draw_prompt(title, tokens[-40:], [(name, z[-40:]) for name, z in shown]), folder, 'prompt'
     )
-    say(f'{folder}/prompt.png and prompt.json')
+    say(f'in {folder}: prompt.png')
+    return dict(tokens=[dict(token=token, edges=edges) for token, edges in zip(tokens, driven)])
 
 
 def explain():
-    """All files but those of a prompt."""
+    """All files but those of a prompt; returns what the page says, in a dict."""
     layers = look(source.model)
     say(f'{sum(one.edges.activity.numel() for one in layers):,} edges of {len(layers)} layers, on {source.about}')
     fresh_model = source.fresh() if random_too else None
     fresh = look(fresh_model, n_edges=1) if random_too else None
+    page, result = report.table(layers, fresh), dict(layers=report.facts(layers, fresh))
     if random_too:
         say('the same with random initial weights')
-    page = report.table(layers, fresh)
-    result = dict(model=out_dir, data=source.about, device=device_name(device), layers=report.facts(layers, fresh))
+    drawn = dict(report.draw(layers, fresh, topk, history()))
     if losses:
         now = faithful.measure_losses(layers, lambda: source.loss(source.model))
-        before = faithful.measure_losses(fresh, lambda: source.loss(fresh_model), draws=0) if random_too else None
+        before = random_too and faithful.measure_losses(fresh, lambda: source.loss(fresh_model), draws=0)
         page += '\n' + faithful.table(now, before)
-        result.update(losses=now, random_losses=before)
-        report.write_figure(report.draw_losses(now), folder, 'pruning')
+        result.update(losses=now, random_losses=before or None)
+        drawn['pruning'] = report.draw_losses(now)
         say('losses with edges cut and replaced')
-    print(page)
+    print('', page, sep='\n')
     report.write_text(folder, 'table.md', page)
-    report.write_text(folder, 'report.json', json.dumps(report.plain(result), indent=1, allow_nan=False))
     report.write_formulas(folder, layers)
     write_page(os.path.join(folder, 'interpret.html'), report.page(out_dir, about(), layers, fresh))
-    for name, figure in report.draw(layers, fresh, topk, history()):
+    for name, figure in drawn.items():
         report.write_figure(figure, folder, name)
-    say(f'{folder}/interpret.html, formulas.txt and figures')
+    shown = [f'{name}.png' for name in drawn if name.startswith('edges')]
+    say(f'in {folder}: interpret.html, formulas.txt, {shown[0]}' + (' and figures of all layers' if shown[1:] else ''))
+    return result
 
 
 def about():
@@ -271,12 +269,12 @@ source = (
     if is_task
     else Text(checkpoint, dataset, split, rows, loss_rows, device)
 )
-choose(source.model)
-if not save:
-    os.makedirs(folder, exist_ok=True)
+choose(source.model)  # says so at once where there are none
 if save:
-    prune_model()
-elif prompt:
-    explain_prompt()
+    result = prune_model()
 else:
-    explain()
+    os.makedirs(folder, exist_ok=True)
+    result = explain_prompt() if prompt else explain()
+facts = dict(model=out_dir, data=source.about, device=device_name(device), seconds=time.perf_counter() - started)
+report.write_text(save or folder, 'report.json', report.as_json({**facts, **result}))
+print(report.as_json({**facts, **result}))

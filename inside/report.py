@@ -346,7 +346,7 @@ def write_formulas(folder, layers):
         text += sums(layer)
     write_text(folder, 'formulas.txt', ''.join(text).lstrip())
     write_text(folder, 'formulas.tex', '\\begin{align*}\n' + ''.join(tex) + '\\end{align*}\n')
-    write_text(folder, 'formulas.json', json.dumps(plain(data), indent=0, allow_nan=False))
+    write_text(folder, 'formulas.json', as_json(data))
     with write_atomically(os.path.join(folder, 'edges.csv'), 'w', encoding='utf-8') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
         writer.writeheader()
@@ -369,6 +369,10 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_json(value):
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def write_text(folder, name, text):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ('layers', 'surgery', 'run', 'data', 'tasks', 'study')
+ROOMS = ('layers', 'surgery', 'inside', 'run', 'data', 'tasks', 'study')
 popen, lock = subprocess.Popen, threading.Lock()
 STARTED = []  # by the test that runs
 SHARED = 'KAN_GPT_FORK_SERVER'  # in the environment: the address of the server of all processes of tests

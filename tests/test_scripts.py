@@ -28,8 +28,9 @@ ABOVE = {  # what a module of the root or of a room may import from, besides its
     'run': {'configurator', 'layers', 'kan', 'model', 'surgery'},
     'data': {'configurator', 'run'},
     'tasks': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data'},
+    'inside': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data', 'tasks'},
 }
-COMMANDS = {'train', 'sample', 'finetune', 'eval', 'study'}  # they may import from all of these
+COMMANDS = {'train', 'sample', 'finetune', 'eval', 'interpret', 'study'}  # they may import from all of these
 HEAVY = set(
     'matplotlib wandb transformers peft torch_geometric tiktoken datasets scipy pytest plotly sklearn sacrebleu'.split()
 )

@@ -1,0 +1,121 @@
+"""What KAN-GPTs have learned, and what can be cut off them: the figures of docs/interpret.md.
+
+    OMP_NUM_THREADS=2 python study/interpret.py   # trains and looks into what has no record; make interpret does the same
+    python study/interpret.py --jobs=             # the page from the records alone
+
+Two KAN-GPTs in nano size are trained, with the weights of every evaluation kept. `interpret.py` looks into them and
+prunes the first one, by edges and by neurons. The figures are those that it draws.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+from configurator import ROOT, configure
+from run.checkpoint import versions
+from run.records import commit
+from study.runner import Study, choose, run_json, run_script
+
+STUDY = Study('interpret')
+MODELS = {
+    'nano_kan': 'grid -1 to 1, attention and MLP',
+    'nano_kan_mlp': 'grid -3 to 3, MLP alone, its hidden layer normalised',
+}
+FIGURES = {'edges-h.0.mlp.1': 'edges', 'growth': 'growth', 'r2': 'r2', 'pruning': 'pruning'}  # of the first model
+JOBS = {name: dict() for name in MODELS}
+JOBS |= {f'cut {share:.0%} of edges': dict(prune=share, prune_by='edges', tune=200) for share in (0.2, 0.4, 0.6, 0.8)}
+JOBS |= {f'cut {share:.0%} of neurons': dict(prune=share, prune_by='neurons', tune=200) for share in (0.25, 0.5)}
+
+# -----------------------------------------------------------------------------
+jobs = ','.join(JOBS)
+# -----------------------------------------------------------------------------
+
+
+def trained(model):
+    """The folder of a trained model, with its history."""
+    folder = STUDY.work / 'models' / model
+    config = f'{ROOT}/config/train_shakespeare_char_{model}.py'
+    run_script('train.py', [config, '--keep_history=True', '--eval_interval=100'], str(folder))
+    return folder
+
+
+def make(name, flags, folder):
+    model = name if name in MODELS else 'nano_kan'
+    place = trained(model)
+    if flags:
+        flags = dict(flags, save=folder / 'pruned')
+    found = run_json('interpret.py', out_dir=place, **flags)
+    if name == 'nano_kan':
+        STUDY.folder.mkdir(exist_ok=True)
+        for drawn, shown in FIGURES.items():
+            shutil.copy(place / 'interpret' / f'{drawn}.png', STUDY.folder / f'{shown}.png')
+    return {
+        **found,
+        'model': model,
+        'commit': commit(),
+        'versions': versions(),
+        'threads': os.environ.get('OMP_NUM_THREADS'),
+    }
+
+
+def percent(value):
+    return '–' if value is None else f'{100 * value:.1f} %'
+
+
+def layer_table(run):
+    """What interpret.py found in the layers of a model, each figure with that of random initial weights behind it."""
+    keys = {'straight lines': 'straight', 'formulas': 'close', 'variance that is no line': 'curved_variance'}
+    keys |= {'inputs outside the grid': 'outside'}
+    lines = [
+        '| layer | edges | ' + ' | '.join(f'{key}, random' for key in keys) + ' |',
+        '|---|--:' + '|--:' * len(keys) + '|',
+    ]
+    for row in run['layers']:
+        cells = [f'{percent(row["trained"][key])}, {percent(row["random"][key])}' for key in keys.values()]
+        lines.append(f'| `{row["layer"]}` | {row["trained"]["edges"]:,} | {" | ".join(cells)} |')
+    return lines
+
+
+def loss_table(run):
+    found, lines = run['losses'], ['| edges of each layer cut | the least active | drawn at random |', '|--:|--:|--:|']
+    lines.append(f'| none | {found["full"]:.4f} | {found["full"]:.4f} |')
+    for share, active, random in zip(found['shares'], found['by_activity'], found['at_random']):
+        lines.append(f'| {share:.0%} | {active:.4f} | {random:.4f} |')
+    lines += ['', '| edges replaced by their formulas | share of all | loss |', '|---|--:|--:|']
+    lines += [f'| {name} | {part:.1%} | {loss:.4f} |' for name, part, loss in found['formulas']]
+    return lines
+
+
+def prune_table(runs):
+    """A line for the model as trained, and of each job one for the cut and one for the tuned model."""
+    lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
+    for name, run in runs.items():
+        for state, cost in run['costs'].items():
+            label = name if 'cut' in state else f'{name}, tuned' if 'tuned' in state else 'as trained'
+            row = f'| {cost["loss"]:.4f} | {cost["parameters"]:,} | {cost["bytes"] / 1e6:.2f} | {cost["ms"]:.1f} |'
+            if label != 'as trained' or len(lines) == 2:
+                lines.append(f'| {label} {row}')
+    return lines
+
+
+def table(records):
+    parts = []
+    for model, about in MODELS.items():
+        if model in records:
+            run = records[model]
+            parts += [f'## `{model}`: {about}', '', f'{run["data"]}; {run["device"]}.', '']
+            parts += [*layer_table(run), '', *loss_table(run), '']
+    pruned = {name: records[name] for name in JOBS if name in records and name not in MODELS}
+    if pruned:
+        parts += ['## `nano_kan` pruned', '', *prune_table(pruned), '']
+    return '\n'.join(parts)
+
+
+if __name__ == '__main__':
+    configure(globals())
+    STUDY.run_all({name: JOBS[name] for name in choose('jobs', jobs, JOBS)}, make)
+    if STUDY.read():
+        STUDY.show(table(STUDY.read()))
