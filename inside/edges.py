@@ -65,6 +65,8 @@ def watch(model, run, names=None, rows=16384):
             handle.remove()
     seen = {name: Seen(layers[name], torch.cat(parts[name]), weights[name]) for name in layers if name in parts}
     for name, found in seen.items():
+        if not found.weights.isfinite().all():
+            raise ValueError(f'{name} holds weights that are NaN or infinite')
         if len(found.x) < 2:
             raise ValueError(f'{name} saw {len(found.x)} rows of data, and statistics want two at least')
         bad = ~found.x.isfinite()

@@ -85,7 +85,7 @@ def lattice(kind):
 
 @functools.cache
 def candidates(name, device):
-    """All candidates of a family: their sign, u and v (H,), what they give at the nodes (H, Q), and in float64 that, its
+    """All candidates of a family: their sign, u and v (H,); what they give at the nodes (H, Q); in float64 that, its
     square and its product with its neighbour, whose last column meets an overlap of 0.
     """
     family = FAMILIES[name]
@@ -260,7 +260,7 @@ def climb(seen, edges, name, outputs, features):
 
 
 def fit(seen, edges, f, alpha, beta, features, g):
-    """R2 of f(alpha t + beta) for edges whose values are g (N, E), measured on the data, (E,), and a, b, c, d (4, E)."""
+    """R2 on the data of f(alpha t + beta) for edges whose values are g (N, E): (E,), and a, b, c, d (4, E)."""
     width = edges.high[features] - edges.low[features]
     a = alpha / width
     b = beta - a * edges.low[features]

@@ -1,6 +1,6 @@
 """What KAN-GPTs have learned, and what can be cut off them: the figures of docs/interpret.md.
 
-    OMP_NUM_THREADS=2 python study/interpret.py   # trains and looks into what has no record; make interpret does the same
+    python study/interpret.py   # trains and looks into what has no record; make interpret does the same
     python study/interpret.py --jobs=             # the page from the records alone
 
 Two KAN-GPTs in nano size are trained, with the weights of every evaluation kept. `interpret.py` looks into them and
@@ -25,7 +25,7 @@ MODELS = {
     'nano_kan_mlp': 'grid -3 to 3, MLP alone, its hidden layer normalised',
 }
 FIGURES = {'edges-h.0.mlp.1': 'edges', 'growth': 'growth', 'r2': 'r2', 'pruning': 'pruning'}  # of the first model
-JOBS = {name: dict() for name in MODELS}
+JOBS = {name: dict(topk=12) for name in MODELS}
 JOBS |= {f'cut {share:.0%} of edges': dict(prune=share, prune_by='edges', tune=200) for share in (0.2, 0.4, 0.6, 0.8)}
 JOBS |= {f'cut {share:.0%} of neurons': dict(prune=share, prune_by='neurons', tune=200) for share in (0.25, 0.5)}
 
@@ -45,7 +45,7 @@ def trained(model):
 def make(name, flags, folder):
     model = name if name in MODELS else 'nano_kan'
     place = trained(model)
-    if flags:
+    if 'prune' in flags:
         flags = dict(flags, save=folder / 'pruned')
     found = run_json('interpret.py', out_dir=place, **flags)
     if name == 'nano_kan':
