@@ -61,8 +61,10 @@ if topk > 24:
     raise ValueError(f'topk={topk}: a figure shows 24 edges at most; n_edges is how many the page has')
 if (prune >= 0) != bool(save) or (tune and not save):
     raise ValueError(
-        'prune, the share to cut off, and save, a folder for the pruned model, belong together; tune wants both'
+        'prune is the share to cut off and save the folder for the pruned model: both or none; tune wants both'
     )
+if save and any(os.path.exists(os.path.join(save, name)) for name in ckpt.STATES):
+    raise ValueError(f'save={save!r} holds a run already: name another folder')
 device = pick_device(device)
 folder = folder or os.path.join(out_dir, 'interpret')
 started = time.perf_counter()
@@ -78,9 +80,8 @@ def choose(model):
     if not names:
         raise ValueError(f'{out_dir} holds a model without KAN layers: there are no learned functions to look into')
     found = [name for name in names if layer < 0 or f'.h.{layer}.' in f'.{name}.']
-    found = [
-        name for name in found if not module or f'.{module}.' in f'.{names[name]}.' or f'.{module}.' in f'.{name}.'
-    ]
+    if module:
+        found = [name for name in found if any(f'.{module}.' in f'.{known}.' for known in (name, names[name]))]
     if not found:
         raise ValueError(f'layer={layer}, module={module!r}: no KAN layer; there are {", ".join(names.values())}')
     return found
@@ -107,11 +108,9 @@ def explain_prompt():
         for edge in edges[:5]:
             numbers = '{i} -> {o}: x = {x:.3g}, {z:+.1f} sd, which moves its output by {share:+.2f} sd'
             print(f'    {edge["layer"]} {numbers.format(**edge)}')
-    shown = report.most_driven(known, met, driven, topk)
-    title = f'The edges that {prompt[:40]!r} drives most'
-    report.write_figure(
-        figures.draw_prompt(title, tokens[-40:], [(name, z[-40:]) for name, z in shown]), folder, 'prompt'
-    )
+    shown = [(name, z[-40:]) for name, z in report.most_driven(known, met, driven, topk)]
+    figure = figures.draw_prompt(f'The edges that {prompt[:40]!r} drives most', tokens[-40:], shown)
+    report.write_figure(figure, folder, 'prompt')
     say(f'in {folder}: prompt.png')
     return dict(tokens=[dict(token=token, edges=edges) for token, edges in zip(tokens, driven)])
 
@@ -145,10 +144,8 @@ def explain():
 
 
 def about():
-    trained = (
-        f'{sum(p.numel() for p in source.model.parameters()):,} parameters, iteration {checkpoint.get("iter_num")}'
-    )
-    return f'{trained}, {source.about}'
+    n = sum(p.numel() for p in source.model.parameters())
+    return f'{n:,} parameters, iteration {checkpoint.get("iter_num")}, {source.about}'
 
 
 def history():
@@ -180,10 +177,15 @@ def prune_model():
     if tune:
         costs.append((f'and tuned for {tune} iterations', cost(tuned())))
     print(
-        '| model | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|---|---|---|---|', sep='\n'
+        '',
+        '| model | loss | parameters in use | MB of weights | ms for 1024 tokens |',
+        '|---|---|---|---|---|',
+        sep='\n',
     )
-    for name, (loss, n, size, ms) in costs:
-        print(f'| {name} | {loss:.4f} | {n:,} | {size / 1e6:.2f} | {ms:.1f} |')
+    for name, found in costs:
+        print('| {} | {loss:.4f} | {parameters:,} | {mb:.2f} | {ms:.1f} |'.format(name, **found))
+    print()
+    return dict(costs=dict(costs))
 
 
 def statistics_of(names):
@@ -216,15 +218,15 @@ def cut_neurons():
 
 
 def cost(model):
-    """Loss, parameters in use, bytes of the weights, median milliseconds of a forward pass of 1024 tokens."""
+    """Loss, parameters in use, megabytes of weights, median milliseconds of a forward pass of 1024 tokens."""
     model.eval()
     masks = [one for one in kan_layers(model).values() if one.mask is not None]
     cut = sum((~one.mask).sum().item() * (one.spline_weight.size(-1) + 2) for one in masks)  # with base and scaler
-    n = sum(p.numel() for p in model.parameters()) - cut
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    parameters = sum(p.numel() for p in model.parameters()) - cut
+    mb = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
     T = min(1024, model.config.block_size)
     x = torch.randint(model.config.vocab_size, (max(1, 1024 // T), T), device=device)
-    return source.loss(model), n, size, 1000 * median_seconds(lambda: model(x, x))
+    return dict(loss=source.loss(model), parameters=parameters, mb=mb, ms=1000 * median_seconds(lambda: model(x, x)))
 
 
 @torch.no_grad()
@@ -244,31 +246,21 @@ def tuned():
     settings, known = checkpoint.get('config'), settings_of('train.py', [])
     if not settings:
         raise ValueError(f'{out_dir} does not say how it was trained: tune it by train.py --init_from={save}')
-    rate = settings['learning_rate'] * tune_lr_scale
-    changed = dict(
-        init_from=save, out_dir=f'{save}-tuned', max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10
-    )
-    changed.update(
-        learning_rate=rate, min_lr=rate / 20, eval_interval=tune, keep_history=False, wandb_log=False, device=device
-    )
-    settings = {name: value for name, value in (settings | changed).items() if name in known}
-    command = [
-        sys.executable,
-        os.path.join(ROOT, 'train.py'),
-        *(f'--{name}={value}' for name, value in settings.items()),
-    ]
-    say(f'python train.py --init_from={save} --out_dir={save}-tuned --max_iters={tune} ..., its log in train.log there')
-    subprocess.run(command, check=True)
-    return ckpt.build_model(ckpt.load_checkpoint(f'{save}-tuned')).to(device)
+    rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{save}-tuned'
+    changed = dict(init_from=save, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10)
+    changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device, wandb_log=False)
+    settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
+    flags = [f'--{name}={value}' for name, value in settings.items()]
+    say(f'python train.py --init_from={save} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
+    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *flags], check=True)
+    return ckpt.build_model(ckpt.load_checkpoint(tuned_dir)).to(device)
 
 
 checkpoint = ckpt.load_checkpoint(out_dir)
-is_task = 'finetune' in checkpoint
-source = (
-    Examples(checkpoint, rows, loss_rows, device)
-    if is_task
-    else Text(checkpoint, dataset, split, rows, loss_rows, device)
-)
+if 'finetune' in checkpoint:
+    source = Examples(checkpoint, rows, loss_rows, device)
+else:
+    source = Text(checkpoint, dataset, split, rows, loss_rows, device)
 choose(source.model)  # says so at once where there are none
 if save:
     result = prune_model()

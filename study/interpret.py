@@ -95,7 +95,7 @@ def prune_table(runs):
     for name, run in runs.items():
         for state, cost in run['costs'].items():
             label = name if 'cut' in state else f'{name}, tuned' if 'tuned' in state else 'as trained'
-            row = f'| {cost["loss"]:.4f} | {cost["parameters"]:,} | {cost["bytes"] / 1e6:.2f} | {cost["ms"]:.1f} |'
+            row = f'| {cost["loss"]:.4f} | {cost["parameters"]:,} | {cost["mb"]:.2f} | {cost["ms"]:.1f} |'
             if label != 'as trained' or len(lines) == 2:
                 lines.append(f'| {label} {row}')
     return lines
