@@ -120,8 +120,8 @@ def percent(value):
 
 
 def neurons(layer, n_neurons=8, n_terms=6):
-    """Of the output neurons whose edges add most: the sum of their strongest edges, with the share of the variance of
-    the output that the first of them explain together: [{output, terms: [(feature, share explained so far)]}].
+    """Of the output neurons that vary most the sum of their strongest edges: [(output, [(formula, share)])], where the
+    share of the output's variance is what the edges up to this one explain together.
     """
     seen, edges = layer.seen, layer.edges
     found = []
@@ -131,7 +131,9 @@ def neurons(layer, n_neurons=8, n_terms=6):
         output = added.sum(1)
         left = output.unsqueeze(1) - added[:, features].cumsum(1)
         explained = 1 - left.var(0) / output.var().clamp_min(1e-30)
-        found.append(dict(output=o, terms=list(zip(features, explained.tolist()))))
+        formulas = refine(seen, edges, layer.found, [(o, i) for i in features])
+        written = [expression(formula, symbol=f'x_{i}') for i, formula in zip(features, formulas)]
+        found.append((o, list(zip(written, explained.tolist()))))
     return found
 
 
@@ -354,11 +356,11 @@ def write_formulas(folder, layers):
 
 
 def sums(layer):
-    """The strongest output neurons of a layer, each with the sum of its strongest edges."""
-    lines = []
-    for neuron in neurons(layer):
-        terms = ', '.join(f'{i} ({100 * explained:.0f} %)' for i, explained in neuron['terms'])
-        lines.append(f'  neuron {neuron["output"]}: features (variance explained so far) {terms}\n')
+    """The output neurons that vary most, as sums of their strongest edges."""
+    lines = ['  sums of edges, with the share of the variance of the output that they explain so far\n']
+    for o, terms in neurons(layer):
+        lines.append(f'    y_{o} =\n')
+        lines += [f'      {100 * explained:4.0f} %  + {written}\n' for written, explained in terms]
     return lines
 
 
