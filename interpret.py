@@ -100,7 +100,9 @@ def explain_prompt():
     tokens, names = [source.tokenizer.decode([token]) for token in ids], choose(source.model)
     known = watch(source.model, lambda: source.read(source.model), names, rows)
     x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
-    met = watch(source.model, lambda: gpt(x, x), names, len(ids))
+    met = watch(source.model, lambda: gpt(x, x), names, 2 * len(ids))
+    for one in met.values():
+        one.x = one.x[: len(ids)]
     driven = report.drive(known, met)
     print('of each token the edges that are farthest from their means, in standard deviations (sd) over the data')
     for token, edges in zip(tokens, driven):
@@ -207,6 +209,8 @@ def cut_neurons():
     config = source.model.config
     if layer >= 0 or module or not config.is_kan('mlp'):
         raise ValueError('prune_by=neurons cuts those of all KAN MLPs: it wants a model with some, no layer, no module')
+    if config.kan_norm:
+        say('the hidden layer is normalised (kan_norm), from here on over fewer numbers: tune the model')
     known = statistics_of(None)
     for block in source.model.transformer.h:
         first, second = block.mlp.kan.layers
@@ -268,5 +272,7 @@ else:
     os.makedirs(folder, exist_ok=True)
     result = explain_prompt() if prompt else explain()
 facts = dict(model=out_dir, data=source.about, device=device_name(device), seconds=time.perf_counter() - started)
-report.write_text(save or folder, 'report.json', report.as_json({**facts, **result}))
+report.write_text(
+    save or folder, 'prompt.json' if prompt and not save else 'report.json', report.as_json({**facts, **result})
+)
 print(report.as_json({**facts, **result}))

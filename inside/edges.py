@@ -196,9 +196,9 @@ def bend(layer, low, high, by_feature):
     """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
     shares = torch.linspace(0, 1, CURVE, device=low.device).unsqueeze(1)
     phi = columns_of(layer, torch.lerp(low, high, shares))  # (CURVE, P, I)
-    second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]) * (CURVE - 1) ** 2
+    second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]).double() * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
-    return (by_feature @ gram * by_feature).sum(-1).clamp_min(0).sqrt()
+    return (by_feature.double() @ gram * by_feature).sum(-1).clamp_min(0).sqrt().float()
 
 
 def curves(seen, edges, pairs, n=64):

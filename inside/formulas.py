@@ -63,8 +63,8 @@ def line_of(kind, sign, u, v):
         return sign + 0 * v, -sign * v
     if kind == 'scaled':
         return sign * u.exp(), -sign * u.exp() * v
-    if kind == 'wave':  # v is the phase
-        return u.exp(), -math.pi * v
+    if kind == 'wave':  # v is the phase in the middle of the domain, so that a change of u alone turns about it
+        return u.exp(), -math.pi * v - u.exp() / 2
     if kind == 'rate':  # f takes beta out as a factor: 0 at the end where f is greatest
         return sign * u.exp(), -u.exp() * (sign > 0)
     return sign + 0 * u, u.exp() + (sign < 0)  # bounded: positive in the domain, e^u at the nearer end
@@ -77,7 +77,8 @@ def lattice(kind):
         return 0 * v, v
     if kind in ('scaled', 'wave'):  # from a tenth of a wave in the domain to 20
         u = torch.linspace(math.log(0.3), math.log(120), 32)
-        return torch.cartesian_prod(u, torch.linspace(0, 1, 65)[:-1]).unbind(1)
+        v = torch.linspace(-0.25, 1.25, 73) if kind == 'scaled' else torch.linspace(0, 1, 65)[:-1]
+        return torch.cartesian_prod(u, v).unbind(1)
     first, last = (0.05, 60) if kind == 'rate' else (1e-3, 10)
     u = torch.linspace(math.log(first), math.log(last), 96)
     return u, 0 * u
@@ -261,7 +262,7 @@ def climb(seen, edges, name, outputs, features):
 
 def fit(seen, edges, f, alpha, beta, features, g):
     """R2 on the data of f(alpha t + beta) for edges whose values are g (N, E): (E,), and a, b, c, d (4, E)."""
-    width = edges.high[features] - edges.low[features]
+    width = (edges.high[features] - edges.low[features]).clamp_min(1e-30)
     a = alpha / width
     b = beta - a * edges.low[features]
     t = (seen.x[:, features] - edges.low[features]) / width

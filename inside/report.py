@@ -92,11 +92,14 @@ def summarize(layer):
 
 
 def total_of(layers):
-    """`summarize` of all layers together: means by the number of edges."""
-    summaries = [summarize(layer) for layer in layers]
-    n = sum(summary['edges'] for summary in summaries)
-    mean = {key: sum(s[key] * s['edges'] for s in summaries) / n for key in summaries[0]}
-    return {**mean, 'edges': n}
+    """`summarize` of all layers together: means over edges, of shares among edges that vary over these."""
+    summaries, total = [summarize(layer) for layer in layers], {}
+    for key in summaries[0]:
+        known = [summary for summary in summaries if not math.isnan(summary[key])]
+        alive = key in ('straight', 'affine', 'close')
+        n = [summary['edges'] * (1 - summary['dead'] if alive else 1) for summary in known]
+        total[key] = sum(summary[key] * count for summary, count in zip(known, n)) / sum(n) if known else math.nan
+    return {**total, 'edges': sum(summary['edges'] for summary in summaries)}
 
 
 def table(layers, fresh):
@@ -344,7 +347,8 @@ def write_formulas(folder, layers):
             rows.append(about)
             data.append({**rounded(about), 'latex': latex, 'others': rounded(formula.others)})
             text.append(f'  {i:>5} -> {o:<5} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {written}\n')
-            tex.append(f'g_{{{o},{i}}} &= {latex} && R^2 = {formula.r2:.4f} \\\\\n')
+            known = '' if math.isnan(formula.r2) else f' && R^2 = {formula.r2:.4f}'
+            tex.append(f'g_{{{o},{i}}} &= {latex}{known} \\\\\n')
         text += sums(layer)
     write_text(folder, 'formulas.txt', ''.join(text).lstrip())
     write_text(folder, 'formulas.tex', '\\begin{align*}\n' + ''.join(tex) + '\\end{align*}\n')

@@ -557,6 +557,36 @@ def test_weights_of_gpt2_are_tuned_and_cropped(tmp_path, dataset):
     train(tmp_path, dataset, init_from='resume', max_iters=5)
 
 
+# the weights of every evaluation
+
+
+def test_a_run_keeps_the_weights_of_every_evaluation(tmp_path, dataset):
+    """Also when it is resumed; they change nothing, and the next run puts them aside with the others."""
+    together(
+        lambda: train(tmp_path, dataset, 'parts', max_iters=4, keep_history=True, **KAN),
+        lambda: train(tmp_path, dataset, 'straight', max_iters=6, **KAN),
+    )
+    history = tmp_path / 'parts' / 'history'
+    first = {name: load(history, name) for name in os.listdir(history)}
+    assert sorted(first) == ['00000000.pt', '00000002.pt', '00000004.pt']
+    train(tmp_path, dataset, 'parts', max_iters=6, init_from='resume', keep_history=True, **KAN)
+    assert same_run(tmp_path / 'straight', tmp_path / 'parts')
+    for name, weights in first.items():
+        again = load(history, name)['model']
+        assert all(torch.equal(tensor, again[key]) for key, tensor in weights['model'].items())
+    last, latest = load(history, '00000006.pt'), load(tmp_path / 'parts')
+    assert last.keys() == {'model', 'model_args', 'iter_num'} and last['iter_num'] == 6
+    assert all(torch.equal(tensor, latest['model'][name]) for name, tensor in last['model'].items())
+    begun = ckpt.build_model(load(history, '00000000.pt')).state_dict()
+    assert not any(torch.equal(tensor, begun[name]) for name, tensor in last['model'].items() if 'spline' in name)
+    assert not (tmp_path / 'straight' / 'history').exists()
+    train(tmp_path, dataset, 'parts', max_iters=2, **KAN)
+    assert not history.exists() and set(contents(tmp_path / 'parts' / 'earlier-1' / 'history')) == {
+        *first,
+        '00000006.pt',
+    }
+
+
 # bad input: one line that says what is wrong
 
 

@@ -1,0 +1,410 @@
+"""Formulas of edges: planted ones come back, and what is said of a fit is what the data say."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import sympy
+import torch
+import torch.nn as nn
+
+from inside.edges import Edges, measure, values, watch
+from inside.formulas import (
+    FAMILIES,
+    MARGIN,
+    NAMES,
+    TIE,
+    Formula,
+    expression,
+    function_of,
+    plainest,
+    refine,
+    search,
+    simplest,
+)
+from inside.report import look
+from kan import KANLinear
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
+
+FUNCTIONS = {  # by numpy, in float64
+    'x^2': lambda z: z**2,
+    'x^3': lambda z: z**3,
+    'x^4': lambda z: z**4,
+    'abs': np.abs,
+    'relu': lambda z: np.maximum(z, 0),
+    'sqrt': np.sqrt,
+    '1/x': lambda z: 1 / z,
+    'log': np.log,
+    'exp': np.exp,
+    'sin': np.sin,
+    'tanh': np.tanh,
+    'gaussian': lambda z: np.exp(-z * z),
+    'silu': lambda z: z / (1 + np.exp(-z)),
+    'affine': lambda z: z,
+}
+PLANTED = {  # (a, b, c, d) over inputs from -1 to 1, in the plainest form
+    'x^2': (1.0, -0.2, 1.5, 0.4),
+    'x^3': (1.0, 0.1, -0.7, -0.2),
+    'x^4': (1.0, 0.3, 0.8, 1.0),
+    'abs': (1.0, 0.4, -1.1, 0.3),
+    'relu': (-1.0, 0.2, 2.0, -0.5),
+    'sqrt': (1.0, 1.05, -1.3, 0.6),
+    '1/x': (-1.0, 1.3, 0.4, -0.1),
+    'log': (1.0, 1.1, 0.9, 0.2),
+    'exp': (-3.0, 0.0, 0.2, 0.7),
+    'sin': (5.0, 0.7, -0.6, 0.1),
+    'tanh': (4.0, -1.0, 0.5, -0.3),
+    'gaussian': (2.5, 0.8, -0.9, 0.2),
+    'silu': (-6.0, 1.5, 0.3, 0.4),
+}
+
+
+def study(layer, x):
+    (seen,) = watch(layer, lambda: layer(x)).values()
+    edges = measure(seen)
+    return seen, edges, search(seen, edges)
+
+
+def read(layer, x, pairs):
+    seen, edges, found = study(layer, x)
+    return refine(seen, edges, found, pairs)
+
+
+def r2_of(fit, g):
+    return 1 - np.square(g - fit).mean() / g.var()
+
+
+@functools.cache
+def edges_of_noise():
+    """(seen, edges, found) of a layer of wild edges over inputs of a bell, some of them outside its uneven grid."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layer, x = KANLinear(6, 8), 0.6 * torch.randn(600, 6)
+        with torch.no_grad():
+            layer.spline_weight.normal_(std=0.5)
+        layer.update_grid(x)
+        return study(layer, x)
+
+
+PAIRS = [(o, i) for o in range(8) for i in range(6)]
+
+
+def curve_of(seen, edges, o, i):
+    """The places t in the domain and the values of an edge over the data, in float64."""
+    t = (seen.x[:, i] - edges.low[i]) / (edges.high[i] - edges.low[i])
+    return t.double().numpy(), values(seen, [(o, i)])[:, 0].double().numpy()
+
+
+# planted functions
+
+
+@torch.no_grad()
+def plant(*functions, grid_size=100, grid_range=(-1.0, 1.0)):
+    """A layer of one feature with an output for each function: the spline nearest to it over the grid, and no base."""
+    layer = KANLinear(1, len(functions), grid_size, grid_range=grid_range, enable_standalone_scale_spline=False)
+    x = torch.linspace(*grid_range, 1501)[:-1].unsqueeze(1)
+    layer.spline_weight.copy_(layer.curve2coeff(x, torch.stack([y(x) for y in functions], 2)))
+    nn.init.zeros_(layer.base_weight)
+    return layer
+
+
+def planted_layer(noise=0.0):
+    """An output for each family."""
+    layer = plant(
+        *(
+            lambda x, f=FAMILIES[name].f, a=a, b=b, c=c, d=d: c * f(a * x + b) + d
+            for name, (a, b, c, d) in PLANTED.items()
+        )
+    )
+    with torch.no_grad():
+        layer.spline_weight += noise * torch.randn_like(layer.spline_weight)
+    return layer
+
+
+def even_inputs(n=2000, low=-0.999, high=0.999):
+    return torch.linspace(low, high, n).unsqueeze(1)
+
+
+@functools.cache
+def planted_formulas(noise, bell):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        x = (0.35 * torch.randn(2000, 1)).clamp(-0.999, 0.999) if bell else even_inputs()
+        return dict(zip(PLANTED, read(planted_layer(noise), x, [(o, 0) for o in range(len(PLANTED))])))
+
+
+def same_number(found, expected, tolerance):
+    return found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize('bell', [False, True], ids=['even', 'bell'])
+@pytest.mark.parametrize('name', PLANTED)
+def test_a_planted_function_is_found(name, bell):
+    formula = planted_formulas(0.0, bell)[name]
+    assert formula.family == name and formula.r2 > 0.999
+    numbers = formula.a, formula.b, formula.c, formula.d
+    if name in ('tanh', 'gaussian') and formula.a * PLANTED[name][0] < 0:  # one odd, the other even
+        numbers = -formula.a, -formula.b, formula.c * (-1 if name == 'tanh' else 1), formula.d
+    assert all(same_number(*pair, 0.03) for pair in zip(numbers, PLANTED[name])), formula
+
+
+@pytest.mark.parametrize('name', PLANTED)
+def test_a_planted_function_is_found_under_noise(name):
+    """Its curve, as that of its rivals may come as near to the data."""
+    formula = planted_formulas(0.02, False)[name]
+    a, b, c, d = PLANTED[name]
+    x = np.linspace(-0.98, 0.98, 300)
+    true = c * FUNCTIONS[name](a * x + b) + d
+    assert dict([(formula.family, formula.r2), *formula.others])[name] > formula.r2 - 0.002
+    assert r2_of(function_of(formula)(torch.tensor(x)).numpy(), true) > 0.99
+    assert formula.r2 < 0.99999
+
+
+def test_a_sigmoid_is_a_tanh():
+    layer = plant(lambda x: 3 * torch.sigmoid(6 * x + 1) - 1)
+    (formula,) = read(layer, even_inputs(), [(0, 0)])
+    sign = math.copysign(1, formula.a)
+    numbers = sign * formula.a, sign * formula.b, sign * formula.c, formula.d
+    assert formula.family == 'tanh' and numbers == pytest.approx((3.0, 0.5, 1.5, 0.5), abs=0.03)
+
+
+def test_a_planted_function_far_from_zero():
+    """The place and the width of the domain change nothing but a and b."""
+    layer = plant(lambda x: 0.5 * torch.tanh(16 * (x - 20.25) - 1) - 0.3, grid_range=(20.0, 20.5))
+    (formula,) = read(layer, even_inputs(low=20.001, high=20.499), [(0, 0)])
+    sign = math.copysign(1, formula.a)
+    assert formula.family == 'tanh' and formula.r2 > 0.999
+    assert (sign * formula.a, -formula.b / formula.a) == pytest.approx((16, 20.25 + 1 / 16), rel=0.01)
+    assert (sign * formula.c, formula.d) == pytest.approx((0.5, -0.3), abs=0.01)
+
+
+def test_the_simplest_of_equals_is_named():
+    """A silu under a base weight alone is a silu, and what is nearly a parabola is one, though a sine fits, too."""
+    layer = plant(lambda x: 0 * x, lambda x: torch.cos(0.3 * x))
+    with torch.no_grad():
+        layer.base_weight[0, 0] = -2.0
+    (silu,) = read(layer, even_inputs(low=-2, high=2), [(0, 0)])
+    (parabola,) = read(layer, even_inputs(), [(1, 0)])
+    assert silu.family == 'silu' and (silu.a, silu.b, silu.c, silu.d) == pytest.approx((1, 0, -2, 0), abs=0.05)
+    assert parabola.family == 'x^2' and parabola.c == pytest.approx(-0.045, rel=0.02)
+
+
+def test_ties_go_to_the_first():
+    r2 = torch.tensor([[0.5, 0.9, 0.2], [0.5 + TIE / 2, 0.9 + 2 * TIE, 0.1], [0.4, 0.2, 0.2]])
+    assert simplest(r2).tolist() == [0, 1, 0]
+
+
+# affine and constant edges
+
+
+def test_affine_edges_are_called_affine():
+    layer = KANLinear(2, 3, base_activation=nn.Identity)
+    with torch.no_grad():
+        layer.spline_weight *= 0
+        layer.spline_weight[2] += 0.05 * torch.randn(2, 8)  # a bend of which a formula makes little
+    x = torch.randn(500, 2) + 3
+    seen, edges, found = study(layer, x)
+    formulas = refine(seen, edges, found, [(o, i) for o in range(2) for i in range(2)])
+    for formula, weight in zip(formulas, layer.base_weight[:2].flatten().tolist()):
+        assert formula.family == 'affine' and formula.r2 == pytest.approx(1, abs=1e-5)
+        assert formula.c == pytest.approx(weight, abs=1e-4) and formula.d == pytest.approx(0, abs=1e-3)
+        assert function_of(formula)(torch.tensor(2.0)) == pytest.approx(2 * weight, abs=1e-3)
+    assert (found.best[:2] <= 1).all() and (found.best - edges.affine_r2)[:2].max() <= MARGIN
+    for formula in refine(seen, edges, found, [(2, 0), (2, 1)]):
+        others = dict(formula.others)
+        best = max(others.values())
+        assert (formula.family == 'affine') == (best - formula.affine_r2 <= MARGIN)
+
+
+def test_a_bend_that_is_worth_little_is_affine_and_one_that_is_worth_more_is_not():
+    """On either side of the margin: a parabola beside a line, by the share of the variance that it has."""
+    bends = [math.sqrt(share / (1 - share) * (1 / 3) / (4 / 45)) for share in (0.8 * MARGIN, 1.3 * MARGIN)]
+    layer = plant(*(lambda x, bend=bend: x + bend * x.square() for bend in bends))
+    below, above = read(layer, even_inputs(), [(0, 0), (1, 0)])
+    assert below.family == 'affine' and below.r2 == below.affine_r2 == pytest.approx(1 - 0.8 * MARGIN, abs=5e-4)
+    assert above.family == 'x^2' and above.affine_r2 == pytest.approx(1 - 1.3 * MARGIN, abs=5e-4) and above.r2 > 0.9999
+    assert (below.c, above.affine_r2 < above.r2) == (pytest.approx(1, abs=0.01), True)
+
+
+def test_a_dead_feature_is_a_constant():
+    layer, x = KANLinear(3, 2), torch.randn(300, 3)
+    x[:, 1] = 0.7
+    (found,) = look(layer, lambda: layer(x), n_edges=6)
+    formulas = dict(zip(found.pairs, found.formulas))
+    for o in range(2):
+        formula = formulas[o, 1]
+        assert formula.family == 'constant' and math.isnan(formula.r2) and formula.others == ()
+        alone = layer(torch.tensor([0.0, 0.7, 0.0])) - layer(torch.zeros(3))  # and what feature 1 gives at zero
+        with torch.no_grad():
+            at_zero = (layer.scaled_spline_weight[o, 1] * layer.b_splines(torch.zeros(3))[1]).sum()
+        assert function_of(formula)(torch.tensor(5.0)) == pytest.approx((alone[o] + at_zero).item(), abs=1e-5)
+        assert formulas[o, 0].family != 'constant' and not found.affine[o, 1] and found.r2[o, 1] == 0
+
+
+def test_a_zero_edge_is_a_constant():
+    layer, x = KANLinear(3, 2), torch.randn(300, 3)
+    with torch.no_grad():
+        layer.base_weight[1, 2] = 0
+        layer.spline_weight[1, 2] = 0
+    formula = read(layer, x, [(1, 2)])[0]
+    assert formula.family == 'constant' and (formula.c, formula.d) == (0, 0) and math.isnan(formula.r2)
+
+
+def test_a_layer_of_zeros():
+    """As an adapter before it has learned."""
+    layer = KANLinear(2, 2)
+    nn.init.zeros_(layer.base_weight)
+    nn.init.zeros_(layer.spline_weight)
+    (found,) = look(layer, lambda: layer(torch.randn(50, 2)), n_edges=4)
+    assert {formula.family for formula in found.formulas} == {'constant'} and not found.affine.any()
+
+
+# what is said of the fit
+
+
+def test_r2_of_a_formula_is_exact():
+    """Of families of every kind: c f(a x + b) + d by numpy, on the data."""
+    seen, edges, found = edges_of_noise()
+    formulas, kinds = refine(seen, edges, found, PAIRS), set()
+    for (o, i), formula in zip(PAIRS, formulas):
+        x, g = seen.x[:, i].double().numpy(), curve_of(seen, edges, o, i)[1]
+        fit = formula.c * FUNCTIONS[formula.family](formula.a * x + formula.b) + formula.d
+        assert r2_of(fit, g) == pytest.approx(formula.r2, abs=1e-4), formula
+        assert function_of(formula)(seen.x[:, i]).numpy() == pytest.approx(fit, abs=1e-4)
+        line = np.polyval(np.polyfit(x, g, 1), x)
+        assert r2_of(line, g) == pytest.approx(formula.affine_r2, abs=1e-4)
+        assert all(r2 <= formula.r2 + TIE for _, r2 in formula.others) and len(formula.others) == 2
+        kinds.add(formula.family)
+    assert len(kinds) >= 4
+
+
+def test_r2_of_the_search_is_that_of_its_numbers():
+    """It comes from nodes, between which a candidate is taken for a line."""
+    seen, edges, found = edges_of_noise()
+    for o, i in PAIRS:
+        x, g = seen.x[:, i].double().numpy(), curve_of(seen, edges, o, i)[1]
+        a, b, c, d = (getattr(found, name)[o, i].item() for name in 'abcd')
+        fit = c * FUNCTIONS[NAMES[found.family[o, i]]](a * x + b) + d
+        assert r2_of(fit, g) == pytest.approx(found.best[o, i].item(), abs=2e-3)
+
+
+def test_refining_never_makes_worse():
+    seen, edges, found = edges_of_noise()
+    for (o, i), formula in zip(PAIRS, refine(seen, edges, found, PAIRS)):
+        assert formula.r2 > found.best[o, i] - 2e-3
+
+
+STARTS = {
+    'placed': [(sign, -sign * v) for sign in (1, -1) for v in np.linspace(-0.5, 1.5, 7)],
+    'scaled': [(s * w, -s * w * v) for s in (1, -1) for w in (3, 10, 30) for v in np.linspace(-0.1, 1.1, 7)],
+    'wave': [(w, phase) for w in (2, 4, 7, 10, 14, 19, 25) for phase in (0, 1.5)],
+    'rate': [(sign * w, 0) for sign in (1, -1) for w in (0.5, 3, 10)],
+    'bounded': [(sign, v + (sign < 0)) for sign in (1, -1) for v in (0.01, 0.1, 1)],
+}
+
+
+def brute_force(name, t, g):
+    """The R2 of a family by least squares from many starts: alpha and beta by these, c and d exactly for each."""
+
+    def left(numbers):
+        z = numbers[0] * t + numbers[1]
+        if is_bounded and z.min() <= 0:
+            return 10 * apart  # no function of the whole domain
+        h = FUNCTIONS[name](z.clip(-300, 300))
+        h = h - h.mean()
+        return apart - (h @ apart) / max(h @ h, 1e-12) * h
+
+    apart, is_bounded = g - g.mean(), FAMILIES[name].kind == 'bounded'
+    least = min(np.square(left(start)).sum() for start in STARTS[FAMILIES[name].kind])
+    ranked = sorted(STARTS[FAMILIES[name].kind], key=lambda start: np.square(left(start)).sum())
+    for start in ranked[:4]:
+        least = min(least, 2 * scipy.optimize.least_squares(left, start, max_nfev=60).cost)
+    return 1 - least / (apart @ apart)
+
+
+@pytest.mark.parametrize('o, i', PAIRS[1::4])
+def test_no_formula_is_missed_that_brute_force_finds(o, i):
+    seen, edges, found = edges_of_noise()
+    (formula,) = refine(seen, edges, found, [(o, i)])
+    t, g = curve_of(seen, edges, o, i)
+    best = {name: brute_force(name, t, g) for name in NAMES}
+    name = max(best, key=best.get)
+    assert formula.r2 > best[name] - 1e-3, (name, best[name], formula)
+
+
+# forms
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_plainest_form_is_the_same_function(name):
+    for a, b, c, d in (2.5, 3.0, -0.4, 0.3), (-0.6, 2.0, 1.5, -1.0), (0.1, 1.5, 7.0, 0.0):
+        x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+        plain = plainest(name, a, b, c, d)
+        before, after = (function_of(Formula(name, *numbers, 1.0, 0.5, ()))(x) for numbers in ((a, b, c, d), plain))
+        assert torch.allclose(before, after, rtol=1e-9, atol=1e-9)
+        if FAMILIES[name].power or name == 'log':
+            assert plain[0] == math.copysign(1, a)
+        if name == 'exp':
+            assert plain[1] == 0
+        if name == 'sin':
+            assert abs(plain[1]) <= math.pi / 2 + 1e-9
+
+
+def test_the_phase_of_a_sine_comes_near_zero_by_half_turns():
+    assert plainest('sin', 2.0, 7 * math.pi + 0.1, 3.0, 1.0) == pytest.approx((2.0, 0.1, -3.0, 1.0))
+    assert plainest('sin', 2.0, -6 * math.pi - 0.1, 3.0, 1.0) == pytest.approx((2.0, -0.1, 3.0, 1.0))
+
+
+OURS = {'relu': lambda z: np.maximum(z, 0), 'silu': FUNCTIONS['silu']}
+
+
+def evaluate(text, x):
+    """A formula as text, over numbers."""
+    names = {name: sympy.Function(name) for name in OURS}
+    return sympy.lambdify('x', sympy.sympify(text, locals=names), [OURS, 'numpy'])(x) + 0 * x
+
+
+def test_what_is_written_is_the_function():
+    """To three digits of each number."""
+    x = np.linspace(-0.9, 0.9, 50)
+    for name, (a, b, c, d) in PLANTED.items():
+        formula = Formula(name, a, b, c, d, 1.0, 0.5, ())
+        assert evaluate(str(expression(formula)), x) == pytest.approx(c * FUNCTIONS[name](a * x + b) + d, abs=1e-6)
+    seen, edges, found = edges_of_noise()
+    for (_, i), formula in zip(PAIRS[:16], refine(seen, edges, found, PAIRS[:16])):
+        x = seen.x[:, i].double().numpy()
+        true = formula.c * FUNCTIONS[formula.family](formula.a * x + formula.b) + formula.d
+        assert r2_of(evaluate(str(expression(formula)), x), true) > 0.999, formula
+        assert evaluate(str(expression(formula, digits=9)), x) == pytest.approx(true, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    'formula, text',
+    [
+        (('affine', 1.0, 0.0, -2.0, 0.5), '0.5 - 2.0*x'),
+        (('constant', 0.0, 0.0, 0.0, 0.25), '0.250'),
+        (('x^2', 1.0, 0.0, 2.0, 1.0), '2.0*x**2 + 1.0'),
+        (('tanh', -3.0, 0.123456, 2.0, 1.0), '1.0 - 2.0*tanh(3.0*x - 0.123)'),
+        (('relu', -1.0, 0.5, 2.0, 1.0), '2.0*relu(0.5 - x) + 1.0'),
+        (('gaussian', 2.0, 0.5, 2.0, 1.0), '1.0 + 2.0*exp(-(2.0*x + 0.5)**2)'),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else '',
+)
+def test_formulas_as_text(formula, text):
+    assert str(expression(Formula(*formula, 0.9, 0.5, ()))).replace(' ', '') == text.replace(' ', '')
+
+
+def test_a_symbol_of_ones_own():
+    assert sympy.latex(expression(Formula('abs', 1.0, 0.5, 2.0, 1.0, 0.9, 0.5, ()), symbol='x_{3}')) == (
+        r'2.0 \left|{x_{3} + 0.5}\right| + 1.0'
+    )
+
+
+def test_every_kind_of_statistic_is_on_the_device_of_the_data():
+    """As search and refine index one by the other."""
+    _, edges, found = edges_of_noise()
+    assert isinstance(edges, Edges) and {tensor.device.type for tensor in vars(found).values()} == {'cpu'}
+    assert found.r2.shape == (len(NAMES), 8, 6) and (found.r2 >= 0).all() and (found.r2 <= 1).all()
