@@ -231,7 +231,7 @@ def test_layers_are_chosen(trained, settings, names):
 def test_what_a_prompt_drives(trained, explained, prompt):
     folder = f'prompt-{len(prompt)}'
     printed, result = interpret(trained, prompt=prompt, folder=folder)
-    assert {path.name for path in (trained / folder).iterdir()} == {'prompt.png', 'prompt.svg', 'report.json'}
+    assert {path.name for path in (trained / folder).iterdir()} == {'prompt.png', 'prompt.svg', 'prompt.json'}
     assert [line['token'] for line in result['tokens']] == list(prompt)
     model = ckpt.build_model(load(trained / 'out', 'best.pt'), dropout=0.0).eval()
     met = {}
