@@ -7,17 +7,23 @@ Two KAN-GPTs in nano size are trained, with the weights of every evaluation kept
 prunes the first one, by edges and by neurons. The figures are those that it draws.
 """
 
-import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
+import torch
+
 from configurator import ROOT, configure
+from inside.formulas import NAMES, candidates
+from inside.report import look
+from kan import KANLinear
 from run.checkpoint import versions
+from run.device import device_name, peak_memory
 from run.records import commit
-from study.runner import Study, choose, run_json, run_script
+from study.runner import Study, choose, read_run, run_json, run_script
 
 STUDY = Study('interpret')
 MODELS = {
@@ -28,6 +34,8 @@ FIGURES = {'edges-h.0.mlp.1': 'edges', 'growth': 'growth', 'r2': 'r2', 'pruning'
 JOBS = {name: dict(topk=12) for name in MODELS}
 JOBS |= {f'cut {share:.0%} of edges': dict(prune=share, prune_by='edges', tune=100) for share in (0.2, 0.6)}
 JOBS |= {f'cut {share:.0%} of neurons': dict(prune=share, prune_by='neurons', tune=100) for share in (0.25, 0.5)}
+TIMED = '192 -> 768'  # a layer with random weights: seconds and memory of statistics and search
+JOBS[TIMED] = dict(features=192, outputs=768, rows=16384)
 
 # -----------------------------------------------------------------------------
 jobs = ','.join(JOBS)
@@ -38,11 +46,29 @@ def trained(model):
     """The folder of a trained model, with its history."""
     folder = STUDY.work / 'models' / model
     config = f'{ROOT}/config/train_shakespeare_char_{model}.py'
-    run_script('train.py', [config, '--keep_history=True', '--eval_interval=100'], str(folder))
+    if 'finished' not in read_run(folder):
+        run_script('train.py', [config, '--keep_history=True', '--eval_interval=100'], str(folder))
     return folder
 
 
+def time_layer(features, outputs, rows):
+    """Seconds and the peak of memory of looking at all edges of a layer."""
+    torch.manual_seed(0)
+    layer, x = KANLinear(features, outputs), torch.randn(rows, features)
+    started = time.perf_counter()
+    (found,) = look(layer, lambda: layer(x), rows=rows, n_edges=1)
+    seconds = time.perf_counter() - started
+    return dict(seconds=seconds, edges=found.found.best.numel(), candidates=count_candidates(), peak=peak_memory('cpu'))
+
+
+def count_candidates():
+    return sum(len(candidates(name, torch.device('cpu'))[1]) for name in NAMES)
+
+
 def make(name, flags, folder):
+    about = dict(commit=commit(), versions=versions(), device=device_name('cpu'))
+    if name == TIMED:
+        return {**time_layer(**flags), **about}
     model = name if name in MODELS else 'nano_kan'
     place = trained(model)
     if 'prune' in flags:
@@ -52,13 +78,7 @@ def make(name, flags, folder):
         STUDY.folder.mkdir(exist_ok=True)
         for drawn, shown in FIGURES.items():
             shutil.copy(place / 'interpret' / f'{drawn}.png', STUDY.folder / f'{shown}.png')
-    return {
-        **found,
-        'model': model,
-        'commit': commit(),
-        'versions': versions(),
-        'threads': os.environ.get('OMP_NUM_THREADS'),
-    }
+    return {**about, **found, 'model': model}
 
 
 def percent(value):
@@ -108,9 +128,19 @@ def table(records):
             run = records[model]
             parts += [f'## `{model}`: {about}', '', f'{run["data"]}; {run["device"]}.', '']
             parts += [*layer_table(run), '', *loss_table(run), '']
-    pruned = {name: records[name] for name in JOBS if name in records and name not in MODELS}
+    pruned = {name: records[name] for name in JOBS if 'costs' in records.get(name, {})}
     if pruned:
         parts += ['## `nano_kan` pruned', '', *prune_table(pruned), '']
+    if TIMED in records:
+        run = records[TIMED]
+        what = f'All {run["edges"]:,} edges of a layer of 192 x 768 against {run["candidates"]:,} candidates'
+        parts += [
+            '## Time',
+            '',
+            f'{what}, with statistics of 16,384 rows: {run["seconds"]:.1f} s, {run["peak"] / 1e9:.2f} GB',
+        ]
+        parts[-1] += f' for the whole process; {run["device"]}.'
+        parts.append('')
     return '\n'.join(parts)
 
 
