@@ -2,14 +2,14 @@
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
 # make gpu       tests, tiles and speed on a CUDA card; MINUTES=9
-# make nano, minilm, finetune, speed, pinn, interpret   a study: the runs that have no record yet, hours on two cores, then its pages
+# make nano, minilm, finetune, speed, pinn, interpret, symbolic   a study: the runs that have no record yet, hours on two cores, then its pages
 # make clean     remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test lint results gpu nano minilm finetune speed pinn interpret clean
+.PHONY: demo test lint results gpu nano minilm finetune speed pinn interpret symbolic clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
@@ -31,6 +31,7 @@ results: .venv/installed-all
 	$(BIN)/python study/speed.py --jobs=
 	$(BIN)/python study/pinn.py --problems=
 	$(BIN)/python study/interpret.py --jobs=
+	$(BIN)/python study/symbolic.py --functions=
 	$(BIN)/python study/gpu.py --minutes=0
 
 gpu: .venv/installed-all
@@ -59,6 +60,10 @@ pinn: .venv/installed-all
 
 interpret: .venv/installed-all
 	$(BIN)/python study/interpret.py
+
+# PYKAN=FOLDER has pykan 0.2.8; without it our part alone
+symbolic: .venv/installed-all
+	PYTHONPATH=$(PYKAN) $(ONE_THREAD) study/symbolic.py
 
 clean:
 	rm -rf .venv

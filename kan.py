@@ -234,7 +234,7 @@ class KANLinear(nn.Module):
         cross = torch.einsum('nai,nbi->iab', after, before)
         coefficients, scaled = to_float64(self.spline_weight), to_float64(self.scaled_spline_weight)
         refit = torch.einsum('iab,oib->oia', least_squares(gram, cross), coefficients).to(self.spline_weight)
-        self.spline_weight = nn.Parameter(refit, requires_grad=self.spline_weight.requires_grad)
+        self.spline_weight = nn.Parameter(refit.contiguous(), requires_grad=self.spline_weight.requires_grad)
         self.grid, self.grid_size = new.to(self.grid), grid_size
         rescaled, difference = to_float64(self.scaled_spline_weight), 0.0
         for ours, theirs in zip(after, before):  # at each point
