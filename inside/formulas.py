@@ -129,7 +129,7 @@ class Found:
 
 @torch.no_grad()
 def search(seen, edges, progress=lambda: None):
-    """The best of some 12,000 candidates for every edge of a layer. Edges without variance have R2 0."""
+    """The best of some 13,000 candidates for every edge of a layer. Edges without variance have R2 0."""
     O, P, I = seen.weights.shape
     make = functools.partial(seen.weights.new_zeros, I, O)
     r2, family = seen.weights.new_zeros(len(NAMES), I, O), make(dtype=torch.long)
