@@ -59,7 +59,7 @@ pinn: .venv/installed-all
 	$(ONE_THREAD) study/pinn.py
 
 interpret: .venv/installed-all
-	$(BIN)/python study/interpret.py
+	$(ONE_THREAD) study/interpret.py
 
 # PYKAN=FOLDER has pykan 0.2.8; without it our part alone
 symbolic: .venv/installed-all

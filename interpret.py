@@ -34,7 +34,7 @@ from surgery import prune as surgery
 out_dir = 'out'  # the run to look into
 dataset = ''  # by default the one it was trained on
 split = 'val'
-folder = ''  # where the files go; empty: out_dir/interpret
+folder = ''  # where the files go; empty: out_dir/interpret, of some layers out_dir/interpret/part
 layer = -1  # the layers of one block alone; -1: of all
 module = ''  # layers with this in their name alone, e.g. mlp.0, the first one of the MLP
 topk = 24  # strongest edges of a layer in its figure
@@ -49,7 +49,7 @@ prune_by = 'edges'  # or 'neurons'
 save = ''  # the folder for the pruned model
 tune = 0  # iterations of train.py with it, into a folder of that name with -tuned; 0: none
 tune_lr_scale = 0.25  # learning rate of these, in multiples of that of the run
-device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
+device = 'auto'  # 'cuda', 'cuda:0', 'cpu'; auto takes the first there is
 # -----------------------------------------------------------------------------
 config = configure(globals())
 check_ranges(config, at_least_one='topk n_edges rows loss_rows', not_negative='tune tune_lr_scale')
@@ -57,6 +57,8 @@ if split not in ('train', 'val') or prune_by not in ('edges', 'neurons'):
     raise ValueError(f'expected split train or val, prune_by edges or neurons, got {split!r} and {prune_by!r}')
 if prune != -1 and not 0 <= prune <= 1:
     raise ValueError(f'prune is the share to cut off, between 0 and 1, got {prune}')
+if prompt and save:
+    raise ValueError('prompt and save are two commands: name one of them')
 if topk > 24:
     raise ValueError(f'topk={topk}: a figure shows 24 edges at most; n_edges is how many the page has')
 if (prune >= 0) != bool(save) or (tune and not save):
@@ -66,7 +68,10 @@ if (prune >= 0) != bool(save) or (tune and not save):
 if save and any(os.path.exists(os.path.join(save, name)) for name in ckpt.STATES):
     raise ValueError(f'save={save!r} holds a run already: name another folder')
 device = pick_device(device)
-folder = folder or os.path.join(out_dir, 'interpret')
+if device.startswith('mps'):  # it has no float64
+    device = 'cpu'
+is_part = layer >= 0 or module != ''
+folder = folder or os.path.join(out_dir, 'interpret', *(['part'] if is_part else []))
 started = time.perf_counter()
 
 
@@ -167,6 +172,8 @@ def prune_model():
     """Write the pruned model into the folder `save`, and say what it costs and what it loses."""
     if 'finetune' in checkpoint:
         raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be saved pruned')
+    if tune and not checkpoint.get('config'):
+        raise ValueError(f'{out_dir} does not say how it was trained: leave tune out, and tune it by train.py')
     costs = [('as trained', cost(source.model))]
     args = vars(source.model.config) | (cut_edges() if prune_by == 'edges' else cut_neurons())
     args.update(kan_bias=True, kan_mask=surgery.complete(list(kan_layers(source.model).values())))
@@ -175,7 +182,7 @@ def prune_model():
     costs.append((f'{prune:.0%} of the {prune_by} cut', cost(ckpt.build_model(state).to(device))))
     os.makedirs(save, exist_ok=True)
     ckpt.save_checkpoint(save, state, is_best=True)
-    say(f'saved {save}/best.pt, for sample.py and for train.py --init_from={save}')
+    say(f'saved {save}/best.pt, for sample.py and for train.py CONFIG --init_from={save} --out_dir=...')
     if tune:
         costs.append((f'and tuned for {tune} iterations', cost(tuned())))
     print(
@@ -247,16 +254,15 @@ def median_seconds(run, n=15):
 
 def tuned():
     """The pruned model after `tune` iterations of train.py with the settings of its run."""
-    settings, known = checkpoint.get('config'), settings_of('train.py', [])
-    if not settings:
-        raise ValueError(f'{out_dir} does not say how it was trained: tune it by train.py --init_from={save}')
-    rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{save}-tuned'
+    settings, known = checkpoint['config'], settings_of('train.py', [])
+    rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{os.path.normpath(save)}-tuned'
     changed = dict(init_from=save, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10)
     changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device, wandb_log=False)
     settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
     flags = [f'--{name}={value}' for name, value in settings.items()]
     say(f'python train.py --init_from={save} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
-    subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *flags], check=True)
+    if subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *flags]).returncode:
+        raise ValueError(f'tuning failed, see above; {save} holds the pruned model')
     return ckpt.build_model(ckpt.load_checkpoint(tuned_dir)).to(device)
 
 

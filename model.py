@@ -37,8 +37,8 @@ class GPTConfig:
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
-    kan_bias: bool = False  # what pruning leaves: a bias of KAN layers for what was cut off gave on average,
-    kan_mask: bool = False  # and a mask of their edges
+    kan_bias: bool = False  # of pruned models: a bias of KAN layers, for the mean of what was cut off
+    kan_mask: bool = False  # of pruned models: a mask of their edges
     use_graph: bool = False  # graph attention by layers/graph.py; needs torch-geometric
     graph_kind: str = 'gat'  # or 'gatv2'
     graph_edges: str = 'causal'  # from a token to any of causal, window, topk, same, joined by commas

@@ -25,8 +25,8 @@ LEVELS = (0.99,)  # of R2 above which all edges get theirs
 
 @dataclass
 class Edit:
-    """What a layer gives instead: its edges by `weights` (O, P, I), straight lines `slopes` (O, I), formulas
-    (output, feature, family, a, b, c), and a constant (O,).
+    """What a layer gives instead: its edges by `weights` (O, P, I), straight lines `slopes` (O, I), formulas, and
+    a constant (O,).
     """
 
     weights: torch.Tensor

@@ -124,7 +124,7 @@ def percent(value):
 
 def neurons(layer, n_neurons=8, n_terms=6):
     """Of the output neurons that vary most the sum of their strongest edges: [(output, [(formula, share)])], where the
-    share of the output's variance is what the edges up to this one explain together.
+    share of the output's variance is what the formulas up to this one explain together.
     """
     seen, edges = layer.seen, layer.edges
     found = []
@@ -132,9 +132,10 @@ def neurons(layer, n_neurons=8, n_terms=6):
         features = edges.activity[o].argsort(descending=True)[:n_terms].tolist()
         added = values(seen, [(o, i) for i in range(len(edges.low))])  # (N, I)
         output = added.sum(1)
-        left = output.unsqueeze(1) - added[:, features].cumsum(1)
-        explained = 1 - left.var(0) / output.var().clamp_min(1e-30)
         formulas = refine(seen, edges, layer.found, [(o, i) for i in features])
+        fits = torch.stack([function_of(formula)(seen.x[:, i]) for i, formula in zip(features, formulas)], 1)
+        left = output.unsqueeze(1) - fits.cumsum(1)
+        explained = 1 - left.var(0) / output.var().clamp_min(1e-30)
         written = [expression(formula, symbol=f'x_{i}') for i, formula in zip(features, formulas)]
         found.append((o, list(zip(written, explained.tolist()))))
     return found
@@ -337,6 +338,7 @@ def write_formulas(folder, layers):
     rows, text, tex, data = [], [], [], []
     for layer in layers:
         text.append(f'\n{layer.name}\n')
+        tex.append('\\intertext{\\texttt{' + layer.name.replace('_', '\\_') + '}}\n')
         for (o, i), formula in zip(layer.pairs, layer.formulas):
             written = expression(formula)
             latex = sympy.latex(expression(formula, symbol=f'x_{{{i}}}'))

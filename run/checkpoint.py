@@ -5,6 +5,7 @@
     best.pt        the state with the lowest validation loss, what sample.py reads
     run.json, log.jsonl   what records.py writes
     history/       the weights of every evaluation, a file each by iteration, where keep_history asks for them
+    interpret/     what interpret.py writes
     metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
 Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run or becomes a path.
@@ -25,7 +26,8 @@ from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
-LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'metrics.json', 'predictions', 'adapter')  # of one run
+LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a run leaves behind
+LEFT += ('metrics.json', 'predictions', 'adapter')
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):

@@ -23,7 +23,7 @@ from kan import KANLinear
 from run.checkpoint import versions
 from run.device import device_name, peak_memory
 from run.records import commit
-from study.runner import Study, choose, read_run, run_json, run_script
+from study.runner import Study, choose, read_run, run_json, run_to_end
 
 STUDY = Study('interpret')
 MODELS = {
@@ -47,7 +47,7 @@ def trained(model):
     folder = STUDY.work / 'models' / model
     config = f'{ROOT}/config/train_shakespeare_char_{model}.py'
     if 'finished' not in read_run(folder):
-        run_script('train.py', [config, '--keep_history=True', '--eval_interval=100'], str(folder))
+        run_to_end('train.py', [config, '--keep_history=True', '--eval_interval=100'], folder)
     return folder
 
 
@@ -72,6 +72,7 @@ def make(name, flags, folder):
     model = name if name in MODELS else 'nano_kan'
     place = trained(model)
     if 'prune' in flags:
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off
         flags = dict(flags, save=folder / 'pruned')
     found = run_json('interpret.py', out_dir=place, **flags)
     if name == 'nano_kan':
