@@ -268,7 +268,9 @@ def draw_prompt(title, tokens, rows):
 def visible(character):
     """The character, or '·' for a space and an escape for what the font does not have."""
     drawn = character.isprintable() and get_font(findfont(FontProperties())).get_char_index(ord(character))
-    return '·' if character == ' ' else character if drawn else ascii(character)[1:-1]
+    if character == ' ':
+        return '·'
+    return character if drawn else ascii(character)[1:-1]
 
 
 def check(items, what, most):

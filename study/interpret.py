@@ -115,7 +115,9 @@ def prune_table(runs):
     lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
     for name, run in runs.items():
         for state, cost in run['costs'].items():
-            label = name if 'cut' in state else f'{name}, tuned' if 'tuned' in state else 'as trained'
+            label = f'{name}, tuned' if 'tuned' in state else name
+            if state == 'as trained':
+                label = state
             row = f'| {cost["loss"]:.4f} | {cost["parameters"]:,} | {cost["mb"]:.2f} | {cost["ms"]:.1f} |'
             if label != 'as trained' or len(lines) == 2:
                 lines.append(f'| {label} {row}')

@@ -489,6 +489,7 @@ def test_utilisation_counts_flops_per_second():
 # the scripts' settings of models
 
 ELSEWHERE = {'vocab_size': 50304, 'gelu': 'none'}  # of GPTConfig: from the data set, and from GPT-2's weights
+ELSEWHERE |= {'kan_bias': False, 'kan_mask': False}  # from pruning
 DIFFERENT = {'bias': (True, False)}  # GPT-2 has it, training from scratch does without
 UNSET = {'modules_to_save', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash'}  # of LoRAConfig
 
