@@ -80,17 +80,7 @@ def evaluate_text(checkpoint):
         model = build_model(checkpoint, dropout=0.0)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=0.0))
-    name = dataset or checkpoint.get('config', {}).get('dataset', '')
-    if not name:
-        raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
-    if split == 'dev':
-        raise ValueError(f'data set {name!r} has the splits train and val; dev is one of tasks')
-    loader.prepare_dataset(name)
-    meta = loader.read_meta(name)
-    if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
-        raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
-    tokenizer = loader.load_tokenizer(checkpoint, model.config.vocab_size, name if meta else '')
-    data = loader.open_split(name, split)
+    name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
     loader.check_dataset(name, 1, model.config.vocab_size)

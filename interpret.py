@@ -23,11 +23,11 @@ import torch
 
 from configurator import ROOT, check_ranges, configure, settings_of
 from inside import faithful, figures, report
-from inside.edges import kan_layers, watch
+from inside.edges import kan_layers, measure, watch
 from inside.page import write_page
 from inside.reading import Examples, Text
 from run import checkpoint as ckpt
-from run.device import device_name, pick_device
+from run.device import clock, device_name, pick_device
 from surgery import prune as surgery
 
 # -----------------------------------------------------------------------------
@@ -103,7 +103,8 @@ def explain_prompt():
     if not 1 <= len(ids) <= gpt.config.block_size:
         raise ValueError(f'the prompt has {len(ids)} tokens, expected 1 to {gpt.config.block_size}')
     tokens, names = [source.tokenizer.decode([token]) for token in ids], choose(source.model)
-    known = watch(source.model, lambda: source.read(source.model), names, rows)
+    seen = watch(source.model, lambda: source.read(source.model), names, rows)
+    known = {name: measure(one) for name, one in seen.items()}
     x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
     met = watch(source.model, lambda: gpt(x, x), names, 2 * len(ids))
     for one in met.values():
@@ -244,11 +245,9 @@ def cost(model):
 def median_seconds(run, n=15):
     seconds = []
     for _ in range(n):
-        start = time.perf_counter()
+        start = clock(device)
         run()
-        if device.startswith('cuda'):
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(device) - start)
     return statistics.median(seconds)
 
 
@@ -278,7 +277,6 @@ else:
     os.makedirs(folder, exist_ok=True)
     result = explain_prompt() if prompt else explain()
 facts = dict(model=out_dir, data=source.about, device=device_name(device), seconds=time.perf_counter() - started)
-report.write_text(
-    save or folder, 'prompt.json' if prompt and not save else 'report.json', report.as_json({**facts, **result})
-)
-print(report.as_json({**facts, **result}))
+found = report.as_json({**facts, **result})
+report.write_text(save or folder, 'prompt.json' if prompt else 'report.json', found)
+print(found)

@@ -200,6 +200,23 @@ def load_tokenizer_of(dataset, vocab_size):
     return tokenizer
 
 
+def open_text(checkpoint, dataset, split, vocab_size):
+    """(name, meta, tokenizer, tokens) of a split of `dataset`, by default that of the checkpoint, for its model with
+    vocab_size rows; prepared where it is missing. ValueError where there is none, or one of another vocabulary.
+    """
+    name = dataset or checkpoint.get('config', {}).get('dataset', '')
+    if not name:
+        raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
+    if split not in ('train', 'val'):
+        raise ValueError(f'data set {name!r} has the splits train and val; {split} is one of tasks')
+    prepare_dataset(name)
+    meta = read_meta(name)
+    if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
+        raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
+    tokenizer = load_tokenizer(checkpoint, vocab_size, name if meta else '')
+    return name, meta, tokenizer, open_split(name, split)
+
+
 def open_split(dataset, split):
     """The tokens of a split, (n,) uint16, mapped from disk."""
     path = os.path.join(dataset_folder(dataset), f'{split}.bin')

@@ -10,6 +10,7 @@ straight line and what it has in common with any other function, by small matrix
 Legend: I, O features in and out; K bases of a spline, P = K + 1 with the activation; N rows of data; Q nodes.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +51,15 @@ def watch(model, run, names=None, rows=16384):
         left = rows - sum(map(len, parts.setdefault(name, [])))
         parts[name].append(x.reshape(-1, layer.in_features)[:left].float().clone())
         if name not in weights:
-            weights[name] = (
-                layer.packed_weight(base_weight, spline_weight).float().unflatten(1, (-1, layer.in_features))
-            )
+            packed = layer.packed_weight(base_weight, spline_weight)
+            weights[name] = packed.float().unflatten(1, (-1, layer.in_features))
+
+    def hook(name, layer, args, kwargs):
+        remember(name, layer, *args, **kwargs)
 
     for name in layers if names is None else names:
-        # bound now: the loop goes on
-        hook = lambda layer, args, kwargs, name=name: remember(name, layer, *args, **kwargs)  # noqa: E731
-        handles.append(layers[name].register_forward_pre_hook(hook, with_kwargs=True))
+        bound = functools.partial(hook, name)
+        handles.append(layers[name].register_forward_pre_hook(bound, with_kwargs=True))
     try:
         run()
     finally:
@@ -96,7 +98,6 @@ class Edges:
     mass: Tensor  # (I, Q) float64, mean of hat_q, which is 1 at node q, 0 at all others, and a line between
     overlap: Tensor  # (2, I, Q) float64, mean of hat_q hat_q and of hat_q hat_{q+1}
     cross: Tensor  # (I, Q, P) covariance of hat_q and phi
-    means: Tensor  # (I, P) of phi
     output_sd: Tensor  # (O,) standard deviation of the outputs
     # Of each edge, (O, I):
     mean: Tensor  # of what it adds to its output
@@ -144,7 +145,6 @@ def measure(seen):
         mass=sums.mass / N,
         overlap=sums.overlap / N,
         cross=(sums.cross / N).float(),
-        means=means.t().float(),
         output_sd=output.sqrt(),
         mean=(by_feature.double() @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
         activity=activity,

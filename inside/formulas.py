@@ -167,9 +167,8 @@ def correlate(name, edges, group):
     first, second = edges.overlap[:, group]
     square = first @ squares.t() + 2 * second @ neighbours.t()
     variance = square - mean.square()
-    spread = (
-        torch.where(variance > 1e-9 * square + 1e-30, variance, torch.inf).sqrt().float()
-    )  # inf where rounding leaves none
+    kept = variance > 1e-9 * square + 1e-30  # beyond the rounding
+    spread = torch.where(kept, variance, torch.inf).sqrt().float()
     vectors = h @ edges.cross[group].permute(1, 0, 2).flatten(1)  # (H, g * P)
     vectors = vectors.view(len(h), len(group), -1).transpose(0, 1) / spread.unsqueeze(2)
     return vectors.contiguous(), mean.float(), spread

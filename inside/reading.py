@@ -20,16 +20,9 @@ class Text:
     def __init__(self, checkpoint, dataset, split, rows, loss_rows, device):
         self.checkpoint, self.device = checkpoint, device
         self.model = build_model(checkpoint, dropout=0.0).to(device).eval()
-        name = dataset or checkpoint.get('config', {}).get('dataset', '')
-        if not name:
-            raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
-        loader.prepare_dataset(name)
-        meta, T = loader.read_meta(name), self.model.config.block_size
-        if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
-            raise ValueError(f'data set {name!r} has another vocabulary than the model')
-        loader.check_dataset(name, T, self.model.config.vocab_size)
-        self.tokenizer = loader.load_tokenizer(checkpoint, self.model.config.vocab_size, name if meta else '')
-        self.data = loader.open_split(name, split)
+        T, vocab_size = self.model.config.block_size, self.model.config.vocab_size
+        name, _, self.tokenizer, self.data = loader.open_text(checkpoint, dataset, split, vocab_size)
+        loader.check_dataset(name, T, vocab_size)
         starts = loader.fixed_starts(self.data, T, 2 * math.ceil(max(rows, loss_rows) / T))
         if len(starts) < 2:
             raise ValueError(f'{split} of {name!r} holds one window of {T} tokens: statistics and losses want one each')

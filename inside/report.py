@@ -258,10 +258,11 @@ def r2_groups(layers, fresh):
 def r2_of(pairs):
     """R2 of lines, trained and random, then of formulas: (n,) each, None for random where there is none."""
     found = []
-    for read in (
-        lambda layer: layer.edges.affine_r2,
-        lambda layer: torch.where(layer.edges.alive, layer.r2, torch.nan),
-    ):
+    lines, formulas = (
+        (lambda layer: layer.edges.affine_r2),
+        (lambda layer: layer.r2.where(layer.edges.alive, torch.nan)),
+    )
+    for read in lines, formulas:
         for layers in zip(*pairs):
             has = layers[0] is not None
             found.append(torch.cat([read(layer).flatten() for layer in layers]).cpu().numpy() if has else None)
@@ -291,12 +292,12 @@ def growth_of(layer, history, n=8):
 
 def drive(known, met, n=6):
     """Of each token of a prompt the n edges that move their outputs most, against what they give on average: `known`
-    {name: Seen} on data, `met` on the prompt alone. A dict each: layer, output o, feature i, its input x, its distance
+    {name: Edges} on data, `met` {name: Seen} on the prompt alone. A dict each: layer, output o, feature i, its input x, its distance
     from its mean in its own standard deviations z, and in those of its output, `share`.
     """
     found = [[] for _ in next(iter(met.values())).x]
     for name, one in met.items():
-        edges = measure(known[name])
+        edges = known[name]
         for t, row in enumerate(one.x):
             phi = columns_of(one.layer, row.unsqueeze(0))[0]  # (P, I)
             apart = (one.weights * phi).sum(1) - edges.mean  # (O, I)
@@ -320,10 +321,8 @@ def most_driven(known, met, driven, n):
         pairs = [(o, i) for layer, o, i in chosen if layer == short(name)]
         if pairs:
             outputs, features = indices(one, pairs)
-            edges = measure(known[name])
-            z = (values(one, pairs) - edges.mean[outputs, features]) / edges.activity[outputs, features].clamp_min(
-                1e-30
-            )
+            apart = values(one, pairs) - known[name].mean[outputs, features]
+            z = apart / known[name].activity[outputs, features].clamp_min(1e-30)
             rows += [(f'{short(name)} {i} -> {o}', z[:, e].cpu().numpy()) for e, (o, i) in enumerate(pairs)]
     return rows
 

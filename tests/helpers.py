@@ -69,6 +69,24 @@ class Words:
         return {'kind': 'gpt2'}
 
 
+FUNCTIONS = {  # the families of inside/formulas.py, by numpy in float64
+    'x^2': lambda z: z**2,
+    'x^3': lambda z: z**3,
+    'x^4': lambda z: z**4,
+    'abs': np.abs,
+    'relu': lambda z: np.maximum(z, 0),
+    'sqrt': np.sqrt,
+    '1/x': lambda z: 1 / z,
+    'log': np.log,
+    'exp': np.exp,
+    'sin': np.sin,
+    'tanh': np.tanh,
+    'gaussian': lambda z: np.exp(-z * z),
+    'silu': lambda z: z / (1 + np.exp(-z)),
+    'affine': lambda z: z,
+}
+
+
 def copy_code(folder):
     """The code of the repository, without data, configs, results and tests, in another folder."""
     folder.mkdir(exist_ok=True)

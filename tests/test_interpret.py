@@ -264,7 +264,7 @@ def test_the_share_of_a_driven_edge_is_of_its_output(trained):
     met = watch(source.model, lambda: source.model(ids, ids), names, 4)
     (seen,), (one,) = known.values(), met.values()
     y, edges = seen.layer(seen.x), measure(seen)
-    for t, driven in enumerate(drive(known, met, n=5)):
+    for t, driven in enumerate(drive(dict.fromkeys(known, edges), met, n=5)):
         for edge in driven:
             pair = [(edge['o'], edge['i'])]
             apart = values(one, pair)[t, 0] - values(seen, pair).mean()

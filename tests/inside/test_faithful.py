@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from helpers import FUNCTIONS
 from inside import faithful
 from inside.edges import CHUNK, values, watch
 from inside.faithful import at_random, by_formula, edited, measure_losses, most_active, table, without
@@ -21,21 +22,6 @@ from surgery.prune import mask_edges
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
 I, O = 4, 6
-FUNCTIONS = {
-    'x^2': lambda z: z**2,
-    'x^3': lambda z: z**3,
-    'x^4': lambda z: z**4,
-    'abs': np.abs,
-    'relu': lambda z: np.maximum(z, 0),
-    'sqrt': np.sqrt,
-    '1/x': lambda z: 1 / z,
-    'log': np.log,
-    'exp': np.exp,
-    'sin': np.sin,
-    'tanh': np.tanh,
-    'gaussian': lambda z: np.exp(-z * z),
-    'silu': lambda z: z / (1 + np.exp(-z)),
-}
 
 
 def make_layer(**settings):

@@ -10,6 +10,7 @@ import sympy
 import torch
 import torch.nn as nn
 
+from helpers import FUNCTIONS
 from inside.edges import Edges, measure, values, watch
 from inside.formulas import (
     FAMILIES,
@@ -29,22 +30,6 @@ from kan import KANLinear
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
-FUNCTIONS = {  # by numpy, in float64
-    'x^2': lambda z: z**2,
-    'x^3': lambda z: z**3,
-    'x^4': lambda z: z**4,
-    'abs': np.abs,
-    'relu': lambda z: np.maximum(z, 0),
-    'sqrt': np.sqrt,
-    '1/x': lambda z: 1 / z,
-    'log': np.log,
-    'exp': np.exp,
-    'sin': np.sin,
-    'tanh': np.tanh,
-    'gaussian': lambda z: np.exp(-z * z),
-    'silu': lambda z: z / (1 + np.exp(-z)),
-    'affine': lambda z: z,
-}
 PLANTED = {  # (a, b, c, d) over inputs from -1 to 1, in the plainest form
     'x^2': (1.0, -0.2, 1.5, 0.4),
     'x^3': (1.0, 0.1, -0.7, -0.2),
