@@ -257,12 +257,12 @@ def r2_groups(layers, fresh):
 
 def r2_of(pairs):
     """R2 of lines, trained and random, then of formulas: (n,) each, None for random where there is none."""
+
+    def of_formulas(layer):
+        return torch.where(layer.edges.alive, layer.r2, torch.nan)
+
     found = []
-    lines, formulas = (
-        (lambda layer: layer.edges.affine_r2),
-        (lambda layer: layer.r2.where(layer.edges.alive, torch.nan)),
-    )
-    for read in lines, formulas:
+    for read in (lambda layer: layer.edges.affine_r2), of_formulas:
         for layers in zip(*pairs):
             has = layers[0] is not None
             found.append(torch.cat([read(layer).flatten() for layer in layers]).cpu().numpy() if has else None)
@@ -292,8 +292,8 @@ def growth_of(layer, history, n=8):
 
 def drive(known, met, n=6):
     """Of each token of a prompt the n edges that move their outputs most, against what they give on average: `known`
-    {name: Edges} on data, `met` {name: Seen} on the prompt alone. A dict each: layer, output o, feature i, its input x, its distance
-    from its mean in its own standard deviations z, and in those of its output, `share`.
+    {name: Edges} on data, `met` {name: Seen} on the prompt alone. A dict each: layer, output o, feature i, its input x,
+    its distance from its mean in its own standard deviations z, and in those of its output, `share`.
     """
     found = [[] for _ in next(iter(met.values())).x]
     for name, one in met.items():
