@@ -129,7 +129,8 @@ def explain():
     say(f'{sum(one.edges.activity.numel() for one in layers):,} edges of {len(layers)} layers, on {source.about}')
     fresh_model = source.fresh() if random_too else None
     fresh = look(fresh_model, n_edges=1) if random_too else None
-    page, result = report.table(layers, fresh), dict(layers=report.facts(layers, fresh))
+    result = dict(layers=report.facts(layers, fresh))
+    page = report.table(result['layers'])
     if random_too:
         say('the same with random initial weights')
     drawn = dict(report.draw(layers, fresh, topk, history()))

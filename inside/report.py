@@ -102,16 +102,14 @@ def total_of(layers):
     return {**total, 'edges': sum(summary['edges'] for summary in summaries)}
 
 
-def table(layers, fresh):
-    """A markdown table of the layers, each figure beside that of the same layer with random initial weights."""
+def table(rows):
+    """What `facts` found as markdown, each figure beside that of the same layer with random initial weights, if any."""
     heads = ['layer', 'edges', f'straight lines (R² > {CLOSE})', f'formulas (R² > {CLOSE})', 'variance that is no line']
     heads += ['inputs outside the grid']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-    before = [summarize(layer) for layer in fresh] if fresh else [None] * len(layers)
-    rows = [(layer.name, summarize(layer), old) for layer, old in zip(layers, before)]
-    rows.append(('all', total_of(layers), total_of(fresh) if fresh else None))
-    for name, now, old in rows:
-        cells = [name, f'{now["edges"]:,}']
+    for row in rows:
+        now, old = row['trained'], row['random']
+        cells = [row['layer'], f'{now["edges"]:,}']
         for key in ('straight', 'close', 'curved_variance', 'outside'):
             cells.append(percent(now[key]) + (f' (random: {percent(old[key])})' if old else ''))
         lines.append('| ' + ' | '.join(cells) + ' |')
@@ -119,7 +117,8 @@ def table(layers, fresh):
 
 
 def percent(value):
-    return '–' if math.isnan(value) else f'{100 * value:.1f} %'
+    """A share as text; of none, NaN or from JSON None, a dash."""
+    return '–' if value is None or math.isnan(value) else f'{100 * value:.1f} %'
 
 
 def neurons(layer, n_neurons=8, n_terms=6):

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 import torch
 
 from configurator import ROOT, configure
+from inside import faithful, report
 from inside.formulas import NAMES, candidates
-from inside.report import look
 from kan import KANLinear
 from run.checkpoint import versions
 from run.device import device_name, peak_memory
@@ -56,7 +56,7 @@ def time_layer(features, outputs, rows):
     torch.manual_seed(0)
     layer, x = KANLinear(features, outputs), torch.randn(rows, features)
     started = time.perf_counter()
-    (found,) = look(layer, lambda: layer(x), rows=rows, n_edges=1)
+    (found,) = report.look(layer, lambda: layer(x), rows=rows, n_edges=1)
     seconds = time.perf_counter() - started
     return dict(seconds=seconds, edges=found.found.best.numel(), candidates=count_candidates(), peak=peak_memory('cpu'))
 
@@ -82,34 +82,6 @@ def make(name, flags, folder):
     return {**about, **found, 'model': model}
 
 
-def percent(value):
-    return '–' if value is None else f'{100 * value:.1f} %'
-
-
-def layer_table(run):
-    """What interpret.py found in the layers of a model, each figure with that of random initial weights behind it."""
-    keys = {'straight lines': 'straight', 'formulas': 'close', 'variance that is no line': 'curved_variance'}
-    keys |= {'inputs outside the grid': 'outside'}
-    lines = [
-        '| layer | edges | ' + ' | '.join(f'{key}, random' for key in keys) + ' |',
-        '|---|--:' + '|--:' * len(keys) + '|',
-    ]
-    for row in run['layers']:
-        cells = [f'{percent(row["trained"][key])}, {percent(row["random"][key])}' for key in keys.values()]
-        lines.append(f'| `{row["layer"]}` | {row["trained"]["edges"]:,} | {" | ".join(cells)} |')
-    return lines
-
-
-def loss_table(run):
-    found, lines = run['losses'], ['| edges of each layer cut | the least active | drawn at random |', '|--:|--:|--:|']
-    lines.append(f'| none | {found["full"]:.4f} | {found["full"]:.4f} |')
-    for share, active, random in zip(found['shares'], found['by_activity'], found['at_random']):
-        lines.append(f'| {share:.0%} | {active:.4f} | {random:.4f} |')
-    lines += ['', '| edges replaced by their formulas | share of all | loss |', '|---|--:|--:|']
-    lines += [f'| {name} | {part:.1%} | {loss:.4f} |' for name, part, loss in found['formulas']]
-    return lines
-
-
 def prune_table(runs):
     """A line for the model as trained, and of each job one for the cut and one for the tuned model."""
     lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
@@ -130,7 +102,7 @@ def table(records):
         if model in records:
             run = records[model]
             parts += [f'## `{model}`: {about}', '', f'{run["data"]}; {run["device"]}.', '']
-            parts += [*layer_table(run), '', *loss_table(run), '']
+            parts += [report.table(run['layers']), faithful.table(run['losses'], run['random_losses'])]
     pruned = {name: records[name] for name in JOBS if 'costs' in records.get(name, {})}
     if pruned:
         parts += ['## `nano_kan` pruned', '', *prune_table(pruned), '']

@@ -480,7 +480,7 @@ def test_an_adapter_that_has_not_learned():
     assert {formula.family for formula in second.formulas} == {'constant'}
     whole = total_of(layers)
     assert whole['close'] == pytest.approx(summarize(first)['close'])
-    assert '| – |' in table(layers, None) and facts(layers, layers)[-1]['layer'] == 'all'
+    assert '| – |' in table(facts(layers, None)) and facts(layers, layers)[-1]['layer'] == 'all'
 
 
 @pytest.mark.usefixtures('seed')
