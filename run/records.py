@@ -58,6 +58,12 @@ def write_log(out_dir, lines):
         f.writelines(json.dumps(line, allow_nan=False) + '\n' for line in lines)
 
 
+def write_run(out_dir, record, log):
+    """Both files, the log first: a run that is `finished` has all of it."""
+    write_log(out_dir, log)
+    write_record(out_dir, record)
+
+
 def perplexity(loss):
     """exp of a loss in nats per token, inf beyond the largest float."""
     return math.exp(loss) if loss < 709 else math.inf

@@ -173,23 +173,24 @@ class Session:
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
 
     def save(self, out_dir, checkpoint, is_best, name):
-        if not self.master:
-            return
-        try:
-            save_checkpoint(out_dir, checkpoint, is_best)
+        lost = f'{name} is not saved, the checkpoint before it stays'
+        if self.write(lost, save_checkpoint, out_dir, checkpoint, is_best):
             self.say(f'saved {out_dir}/ckpt.pt at {name}')
-        except OSError as error:
-            self.save_failed = True
-            self.say(f'warning: {name} is not saved, the checkpoint before it stays: {error}')
 
     def save_weights(self, out_dir, weights, name):
+        self.write(f'the weights of {name} are not kept in {out_dir}/history', save_weights, out_dir, weights)
+
+    def write(self, lost, function, *args):
+        """Have the first process write something; returns whether it did. What is `lost` where it fails is a warning."""
         if not self.master:
-            return
+            return False
         try:
-            save_weights(out_dir, weights)
+            function(*args)
+            return True
         except OSError as error:
             self.save_failed = True
-            self.say(f'warning: the weights of {name} are not kept in {out_dir}/history: {error}')
+            self.say(f'warning: {lost}: {error}')
+            return False
 
     def begin(self, out_dir, log, resumed_at, config, **fields):
         """Start the record of a run: run.json and log.jsonl in out_dir (None: nowhere), with the lines of `log` so far.
@@ -233,16 +234,10 @@ class Session:
         sys.exit(f'error: {reason}; the checkpoints are untouched')
 
     def write_record(self, **fields):
-        """Bring the files of the record up to date, the log first: a run that is `finished` has all of it."""
+        """Bring the files of the record up to date."""
         self.record.update(fields)
-        if not self.master or self.out_dir is None:
-            return
-        try:
-            records.write_log(self.out_dir, self.log)
-            records.write_record(self.out_dir, self.record)
-        except OSError as error:
-            self.save_failed = True
-            self.say(f'warning: the run record is not saved: {error}')
+        if self.out_dir is not None:
+            self.write('the run record is not saved', records.write_run, self.out_dir, self.record, self.log)
 
     def log_to_wandb(self, line, **run):
         """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
