@@ -181,7 +181,7 @@ class Session:
         self.write(f'the weights of {name} are not kept in {out_dir}/history', save_weights, out_dir, weights)
 
     def write(self, lost, function, *args):
-        """Have the first process write something; returns whether it did. What is `lost` where it fails is a warning."""
+        """Have the first process write something; returns whether it did. What is `lost` by a failure is a warning."""
         if not self.master:
             return False
         try:
