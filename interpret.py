@@ -176,27 +176,19 @@ def prune_model():
         raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be saved pruned')
     if tune and not checkpoint.get('config'):
         raise ValueError(f'{out_dir} does not say how it was trained: leave tune out, and tune it by train.py')
-    costs = [('as trained', cost(source.model))]
+    costs = {'as trained': cost(source.model)}
     args = vars(source.model.config) | (cut_edges() if prune_by == 'edges' else cut_neurons())
     args.update(kan_bias=True, kan_mask=surgery.complete(list(kan_layers(source.model).values())))
     kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
     state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
-    costs.append((f'{prune:.0%} of the {prune_by} cut', cost(ckpt.build_model(state).to(device))))
+    costs[f'{prune:.0%} of the {prune_by} cut'] = cost(ckpt.build_model(state).to(device))
     os.makedirs(save, exist_ok=True)
     ckpt.save_checkpoint(save, state, is_best=True)
     say(f'saved {save}/best.pt, for sample.py and for train.py CONFIG --init_from={save} --out_dir=...')
     if tune:
-        costs.append((f'and tuned for {tune} iterations', cost(tuned())))
-    print(
-        '',
-        '| model | loss | parameters in use | MB of weights | ms for 1024 tokens |',
-        '|---|---|---|---|---|',
-        sep='\n',
-    )
-    for name, found in costs:
-        print('| {} | {loss:.4f} | {parameters:,} | {mb:.2f} | {ms:.1f} |'.format(name, **found))
-    print()
-    return dict(costs=dict(costs))
+        costs[f'{prune:.0%} of the {prune_by} cut, tuned for {tune} iterations'] = cost(tuned())
+    print('', report.cost_table(costs), sep='\n')
+    return dict(costs=costs)
 
 
 def statistics_of(names):
@@ -236,7 +228,8 @@ def cost(model):
     masks = [one for one in kan_layers(model).values() if one.mask is not None]
     cut = sum((~one.mask).sum().item() * (one.spline_weight.size(-1) + 2) for one in masks)  # with base and scaler
     parameters = sum(p.numel() for p in model.parameters()) - cut
-    mb = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied ones once
+    mb = sum(sizes.values()) / 1e6
     T = min(1024, model.config.block_size)
     x = torch.randint(model.config.vocab_size, (max(1, 1024 // T), T), device=device)
     return dict(loss=source.loss(model), parameters=parameters, mb=mb, ms=1000 * median_seconds(lambda: model(x, x)))

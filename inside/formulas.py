@@ -20,8 +20,6 @@ from torch.nn import functional as F
 
 from inside.edges import NODES, indices, values
 
-MARGIN = 0.01  # a formula is called affine unless its R2 is more than that above the best straight line's
-TIE = 1e-4  # of formulas whose R2 are within that of the best, the simplest is taken
 BLOCK = 256  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
 ROUNDS, SHRINK = 20, 0.7  # refine looks around the best place so far that often, each time that much closer
 
@@ -47,10 +45,12 @@ FAMILIES = {
     'relu': Family(torch.relu, 'placed', (1, -1), power=1),
     'sqrt': Family(torch.sqrt, 'bounded', (1, -1), power=0.5),
     '1/x': Family(torch.reciprocal, 'bounded', (1, -1), power=-1),
+    '1/x^2': Family(lambda z: z**-2, 'bounded', (1, -1), power=-2),
     'log': Family(torch.log, 'bounded', (1, -1)),
     'exp': Family(torch.exp, 'rate', (1, -1)),
     'sin': Family(torch.sin, 'wave'),
     'tanh': Family(torch.tanh, 'scaled'),
+    'atanh': Family(torch.atanh, 'within'),
     'gaussian': Family(lambda z: torch.exp(-z * z), 'scaled'),
     'silu': Family(F.silu, 'scaled', (1, -1)),
 }
@@ -67,6 +67,9 @@ def line_of(kind, sign, u, v):
         return u.exp(), -math.pi * v - u.exp() / 2
     if kind == 'rate':  # f takes beta out as a factor: 0 at the end where f is greatest
         return sign * u.exp(), -u.exp() * (sign > 0)
+    if kind == 'within':  # between -1 and 1 in the domain, where atanh goes from v - e^u to v + e^u
+        first, last = (v - u.exp()).clamp_min(-4).tanh(), (v + u.exp()).clamp_max(4).tanh()
+        return last - first, first
     return sign + 0 * u, u.exp() + (sign < 0)  # bounded: positive in the domain, e^u at the nearer end
 
 
@@ -79,6 +82,8 @@ def lattice(kind):
         u = torch.linspace(math.log(0.3), math.log(120), 32)
         v = torch.linspace(-0.25, 1.25, 73) if kind == 'scaled' else torch.linspace(0, 1, 65)[:-1]
         return torch.cartesian_prod(u, v).unbind(1)
+    if kind == 'within':
+        return torch.cartesian_prod(torch.linspace(math.log(0.2), math.log(4), 16), torch.linspace(-3, 3, 61)).unbind(1)
     first, last = (0.05, 60) if kind == 'rate' else (1e-3, 10)
     u = torch.linspace(math.log(first), math.log(last), 96)
     return u, 0 * u
@@ -120,6 +125,8 @@ class Found:
     b: torch.Tensor
     c: torch.Tensor
     d: torch.Tensor
+    margin: float  # a formula is called affine unless its R2 is more than that above the best straight line's
+    tie: float  # of formulas whose R2 are within that of the best, the simplest is taken
 
     @property
     def best(self):
@@ -128,8 +135,10 @@ class Found:
 
 
 @torch.no_grad()
-def search(seen, edges, progress=lambda: None):
-    """The best of some 13,000 candidates for every edge of a layer. Edges without variance have R2 0."""
+def search(seen, edges, progress=lambda: None, margin=0.01, tie=1e-4):
+    """The best of some 14,000 candidates for every edge of a layer. Edges without variance have R2 0. The margin and the
+    tie are for edges that learned from noisy data: an accurate KAN can do with less.
+    """
     O, P, I = seen.weights.shape
     make = functools.partial(seen.weights.new_zeros, I, O)
     r2, family = seen.weights.new_zeros(len(NAMES), I, O), make(dtype=torch.long)
@@ -144,7 +153,7 @@ def search(seen, edges, progress=lambda: None):
                 highest = [(block @ weights).abs_().amax(0) for block in vectors[at].split(BLOCK)]
                 r2[n, i] = (torch.stack(highest).amax(0) / sd).square().clamp(max=1)
             r2[:, i, ~edges.alive[:, i]] = 0
-            family[i] = simplest(r2[:, i])
+            family[i] = simplest(r2[:, i], tie)
             width, low = (edges.high[i] - edges.low[i]).clamp_min(1e-30), edges.low[i]
             for n in family[i].unique().tolist():
                 vectors, mean, spread = tried[n]
@@ -155,7 +164,7 @@ def search(seen, edges, progress=lambda: None):
                 a[i, outputs], b[i, outputs] = alpha[best] / width, beta[best] - alpha[best] * low / width
                 c[i, outputs] = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[at, best]
                 d[i, outputs] = edges.mean[outputs, i] - c[i, outputs] * mean[at, best]
-    return Found(r2.mT, *(tensor.t() for tensor in (family, a, b, c, d)))
+    return Found(r2.mT, *(tensor.t() for tensor in (family, a, b, c, d)), margin, tie)
 
 
 def correlate(name, edges, group):
@@ -174,10 +183,10 @@ def correlate(name, edges, group):
     return vectors.contiguous(), mean.float(), spread
 
 
-def simplest(r2):
-    """The first of the families whose R2 (F, ...) is within TIE of the best."""
+def simplest(r2, tie):
+    """The first of the families whose R2 (F, ...) is within `tie` of the best."""
     order = torch.arange(len(r2), device=r2.device).view(-1, *[1] * (r2.dim() - 1))
-    return torch.where(r2 >= r2.amax(0) - TIE, order, len(r2)).amin(0)
+    return torch.where(r2 >= r2.amax(0) - tie, order, len(r2)).amin(0)
 
 
 @dataclass
@@ -215,7 +224,7 @@ def refine_some(seen, edges, found, pairs, n_families):
         at = (tried == n).any(0).nonzero().squeeze(1)
         alpha, beta = climb(seen, edges, NAMES[n], outputs[at], features[at])
         r2[n, at], lines[n][:, at] = fit(seen, edges, FAMILIES[NAMES[n]].f, alpha, beta, features[at], g[:, at])
-    chosen = simplest(r2)
+    chosen = simplest(r2, found.tie)
     formulas = []
     for e, (o, i) in enumerate(pairs):
         n = chosen[e].item()
@@ -225,7 +234,7 @@ def refine_some(seen, edges, found, pairs, n_families):
         best = r2[n, e].item()
         if not edges.alive[o, i]:
             formulas.append(Formula('constant', 0.0, 0.0, 0.0, edges.mean[o, i].item(), math.nan, math.nan, ()))
-        elif best - straight <= MARGIN:
+        elif best - straight <= found.margin:
             slope = edges.slope[o, i].item()
             offset = edges.mean[o, i].item() - slope * edges.centre[i].item()
             others = ((NAMES[n], best), *others)[:n_families]
@@ -317,10 +326,12 @@ def expression(formula, digits=3, symbol='x'):
         'relu': sympy.Function('relu'),
         'sqrt': sympy.sqrt,
         '1/x': lambda z: 1 / z,
+        '1/x^2': lambda z: 1 / z**2,
         'log': sympy.log,
         'exp': sympy.exp,
         'sin': sympy.sin,
         'tanh': sympy.tanh,
+        'atanh': sympy.atanh,
         'gaussian': lambda z: sympy.exp(-(z**2)),
         'silu': sympy.Function('silu'),
     }

@@ -26,7 +26,7 @@ class Text:
         starts = loader.fixed_starts(self.data, T, 2 * math.ceil(max(rows, loss_rows) / T))
         if len(starts) < 2:
             raise ValueError(f'{split} of {name!r} holds one window of {T} tokens: statistics and losses want one each')
-        self.halves = starts[::2][: math.ceil(rows / T)], starts[1::2][: math.ceil(loss_rows / T)]
+        self.halves = spread(starts[::2], math.ceil(rows / T)), spread(starts[1::2], math.ceil(loss_rows / T))
         self.about = f'{len(self.halves[0]) * T:,} tokens of {split} of {name}'
 
     def fresh(self):
@@ -83,6 +83,11 @@ class Examples:
 
     def loss(self, model):
         return self.mean_loss(model, self.halves[1])
+
+
+def spread(starts, n):
+    """n of the starts, from all over the split; all where there are fewer."""
+    return starts[np.linspace(0, len(starts) - 1, min(n, len(starts))).round().astype(int)]
 
 
 def first(examples, n_tokens):

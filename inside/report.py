@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from inside import figures
 from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch
-from inside.formulas import MARGIN, Formula, Found, expression, function_of, refine, search
+from inside.formulas import Formula, Found, expression, function_of, refine, search
 from run.files import write_atomically
 
 BINS = 40  # of a histogram of inputs
@@ -34,7 +34,7 @@ class Layer:
     @property
     def affine(self):
         """(O, I) whether an edge is called affine; of one without variance False."""
-        return self.edges.alive & (self.found.best - self.edges.affine_r2 <= MARGIN)
+        return self.edges.alive & (self.found.best - self.edges.affine_r2 <= self.found.margin)
 
     @property
     def r2(self):
@@ -42,9 +42,10 @@ class Layer:
         return self.found.best.maximum(self.edges.affine_r2.nan_to_num())
 
 
-def look(model, read, names=None, rows=16384, n_edges=200):
+def look(model, read, names=None, rows=16384, n_edges=200, **thresholds):
     """Look into the KAN layers of a model, or into those named, while read() has it read data: a list of Layer. The
-    n_edges strongest edges of each layer get refined formulas; with 0 there are statistics alone.
+    n_edges strongest edges of each layer get refined formulas; with 0 there are statistics alone. The thresholds are
+    `margin` and `tie` of inside.formulas.search.
     """
     layers = []
     seen = watch(model, read, names, rows)
@@ -54,7 +55,7 @@ def look(model, read, names=None, rows=16384, n_edges=200):
         if not n_edges:
             layers.append(Layer(short(name), one, edges, None, [], []))
             continue
-        found = search(one, edges, bar.update)
+        found = search(one, edges, bar.update, **thresholds)
         O, I = edges.activity.shape
         strongest = edges.activity.flatten().argsort(descending=True)[:n_edges].tolist()
         pairs = [divmod(place, I) for place in strongest]
@@ -66,6 +67,14 @@ def look(model, read, names=None, rows=16384, n_edges=200):
 def short(name):
     """transformer.h.0.mlp.kan.layers.1 is h.0.mlp.1"""
     return re.sub(r'\b(gpt|transformer|kan|layers|adapters)\.', '', name)
+
+
+def cost_table(costs):
+    """What interpret.py's `cost` found of models as markdown; `costs` are {label: numbers}."""
+    lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
+    for label, cost in costs.items():
+        lines.append('| {} | {loss:.4f} | {parameters:,} | {mb:.2f} | {ms:.1f} |'.format(label, **cost))
+    return '\n'.join(lines) + '\n'
 
 
 def share(condition, among=None):
@@ -351,7 +360,7 @@ def write_formulas(folder, layers):
             tex.append(f'g_{{{o},{i}}} &= {latex}{known} \\\\\n')
         text += sums(layer)
     write_text(folder, 'formulas.txt', ''.join(text).lstrip())
-    write_text(folder, 'formulas.tex', '\\begin{align*}\n' + ''.join(tex) + '\\end{align*}\n')
+    write_text(folder, 'formulas.tex', '{\\allowdisplaybreaks\n\\begin{align*}\n' + ''.join(tex) + '\\end{align*}}\n')
     write_text(folder, 'formulas.json', as_json(data))
     with write_atomically(os.path.join(folder, 'edges.csv'), 'w', encoding='utf-8') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')

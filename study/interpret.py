@@ -4,7 +4,8 @@
     python study/interpret.py --jobs=             # the page from the records alone
 
 Two KAN-GPTs in nano size are trained, with the weights of every evaluation kept. `interpret.py` looks into them and
-prunes the first one, by edges and by neurons. The figures are those that it draws.
+prunes the first one, by edges and by neurons. The figures are those that it draws. Brute force looks for better
+formulas of some edges of the first model.
 """
 
 import shutil
@@ -14,13 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
+import numpy as np
+import scipy.optimize
 import torch
 
 from configurator import ROOT, configure
 from inside import faithful, report
-from inside.formulas import NAMES, candidates
+from inside.edges import values
+from inside.formulas import FAMILIES, NAMES, candidates, refine
+from inside.reading import Text
 from kan import KANLinear
-from run.checkpoint import versions
+from run.checkpoint import load_checkpoint, versions
 from run.device import device_name, peak_memory
 from run.records import commit
 from study.runner import Study, choose, read_run, run_json, run_to_end
@@ -36,6 +41,16 @@ JOBS |= {f'cut {share:.0%} of edges': dict(prune=share, prune_by='edges', tune=1
 JOBS |= {f'cut {share:.0%} of neurons': dict(prune=share, prune_by='neurons', tune=100) for share in (0.5,)}
 TIMED = '192 -> 768'  # a layer with random weights: seconds and memory of statistics and search
 JOBS[TIMED] = dict(features=192, outputs=768, rows=16384)
+CHECKED = 'brute force'  # least squares from many starts, for edges drawn from all layers of the first model
+JOBS[CHECKED] = dict(n_edges=200, rows=2048)
+STARTS = {  # of alpha and beta, by the kind of a family
+    'placed': [(sign, -sign * v) for sign in (1, -1) for v in np.linspace(-0.5, 1.5, 7)],
+    'scaled': [(s * w, -s * w * v) for s in (1, -1) for w in (3, 10, 30) for v in np.linspace(-0.1, 1.1, 7)],
+    'wave': [(w, phase) for w in (2, 4, 7, 10, 14, 19, 25) for phase in (0, 1.5)],
+    'rate': [(sign * w, 0) for sign in (1, -1) for w in (0.5, 3, 10)],
+    'bounded': [(sign, v + (sign < 0)) for sign in (1, -1) for v in (0.01, 0.1, 1)],
+    'within': [(last - first, first) for first in (-0.99, -0.7, 0.0) for last in (0.1, 0.7, 0.99)],
+}
 
 # -----------------------------------------------------------------------------
 jobs = ','.join(JOBS)
@@ -65,10 +80,56 @@ def count_candidates():
     return sum(len(candidates(name, torch.device('cpu'))[1]) for name in NAMES)
 
 
+def brute_force(family, t, g):
+    """The highest R2 of c f(alpha t + beta) + d for the values g of an edge, both (N,) float64 arrays, that least
+    squares find from many starts.
+    """
+    f, kind, apart = FAMILIES[family].f, FAMILIES[family].kind, g - g.mean()
+
+    def left(numbers):
+        z = numbers[0] * t + numbers[1]
+        if (kind == 'bounded' and z.min() <= 0) or (kind == 'within' and np.abs(z).max() >= 1):
+            return 10 * apart  # no function of the whole domain
+        h = f(torch.from_numpy(z.clip(-300, 300))).numpy()
+        h = h - h.mean()
+        return apart - (h @ apart) / max(h @ h, 1e-12) * h
+
+    ranked = sorted(STARTS[kind], key=lambda start: np.square(left(start)).sum())
+    least = np.square(left(ranked[0])).sum()
+    for start in ranked[:4]:
+        least = min(least, 2 * scipy.optimize.least_squares(left, start, max_nfev=60).cost)
+    return 1 - least / (apart @ apart)
+
+
+def check(folder, n_edges, rows):
+    """The R2 of refined formulas beside the best of brute force, for edges drawn at random from all layers."""
+    source = Text(load_checkpoint(folder), '', 'val', rows, rows, 'cpu')
+    layers = report.look(source.model, lambda: source.read(source.model), rows=rows, n_edges=1)
+    known = torch.tensor([layer.edges.activity.numel() for layer in layers])
+    ends = known.cumsum(0)
+    drawn = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(1))[:n_edges]
+    found = []
+    for n, layer in enumerate(layers):
+        seen, edges = layer.seen, layer.edges
+        here = drawn[(drawn < ends[n]) & (drawn >= ends[n] - known[n])] - (ends[n] - known[n])
+        pairs = [divmod(place, len(edges.low)) for place in here.tolist()]
+        g = values(seen, pairs).double().numpy()
+        for e, ((o, i), formula) in enumerate(zip(pairs, refine(seen, edges, layer.found, pairs))):
+            t = ((seen.x[:, i] - edges.low[i]) / (edges.high[i] - edges.low[i])).double().numpy()
+            best = {family: brute_force(family, t, g[:, e]) for family in NAMES}
+            family = max(best, key=best.get)
+            found.append(dict(layer=layer.name, output=o, feature=i, family=formula.family, r2=formula.r2))
+            found[-1].update(brute_family=family, brute_r2=best[family], affine_r2=formula.affine_r2)
+            print(found[-1], flush=True)
+    return dict(edges=found)
+
+
 def make(name, flags, folder):
     about = dict(commit=commit(), versions=versions(), device=device_name('cpu'))
     if name == TIMED:
         return {**time_layer(**flags), **about}
+    if name == CHECKED:
+        return {**check(trained('nano_kan'), **flags), **about}
     model = name if name in MODELS else 'nano_kan'
     place = trained(model)
     if 'prune' in flags:
@@ -82,20 +143,6 @@ def make(name, flags, folder):
     return {**about, **found, 'model': model}
 
 
-def prune_table(runs):
-    """A line for the model as trained, and of each job one for the cut and one for the tuned model."""
-    lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
-    for name, run in runs.items():
-        for state, cost in run['costs'].items():
-            label = f'{name}, tuned' if 'tuned' in state else name
-            if state == 'as trained':
-                label = state
-            row = f'| {cost["loss"]:.4f} | {cost["parameters"]:,} | {cost["mb"]:.2f} | {cost["ms"]:.1f} |'
-            if label != 'as trained' or len(lines) == 2:
-                lines.append(f'| {label} {row}')
-    return lines
-
-
 def table(records):
     parts = []
     for model, about in MODELS.items():
@@ -103,9 +150,11 @@ def table(records):
             run = records[model]
             parts += [f'## `{model}`: {about}', '', f'{run["data"]}; {run["device"]}.', '']
             parts += [report.table(run['layers']), faithful.table(run['losses'], run['random_losses'])]
-    pruned = {name: records[name] for name in JOBS if 'costs' in records.get(name, {})}
-    if pruned:
-        parts += ['## `nano_kan` pruned', '', *prune_table(pruned), '']
+    costs = {}
+    for name in JOBS:
+        costs = records.get(name, {}).get('costs', {}) | costs  # the model as trained is that of the first job
+    if costs:
+        parts += ['## `nano_kan` pruned', '', report.cost_table(costs)]
     if TIMED in records:
         run = records[TIMED]
         what = f'All {run["edges"]:,} edges of a layer of 192 x 768 against {run["candidates"]:,} candidates'
