@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn as nn
 
+from layers.channel import channel_spline
 from layers.spline import name_of, recursive_bases, spline_linear, to_float64, to_working_dtype
 
 
@@ -77,7 +78,134 @@ def takes_nothing(function):
         return False
 
 
-class KANLinear(nn.Module):
+class Splines(nn.Module):
+    """What layers of splines share: a grid for each of I features, and spline_weight (..., I, K)."""
+
+    scaled_spline_weight = property(lambda self: self.scale_splines(self.spline_weight))  # what acts
+
+    def __init__(self, in_features, grid_size, spline_order, base_activation, grid_eps, grid_range):
+        super().__init__()
+        if grid_size < 1 or spline_order < 0:
+            wanted = 'grid_size must be at least 1 and spline_order at least 0'
+            raise ValueError(f'{wanted}, got {grid_size} and {spline_order}')
+        low, high = grid_range
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
+        self.in_features, self.grid_size, self.spline_order = in_features, grid_size, spline_order
+        self.grid_eps = grid_eps
+        self.base_activation = make_activation(base_activation)
+        name_of(self.base_activation)  # known before a compiler traces `forward`
+        spacing = (high - low) / grid_size
+        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * spacing + low
+        self.register_buffer('grid', knots.repeat(in_features, 1))  # (I, G + 2k + 1)
+
+    def scale_splines(self, spline_weight):
+        return spline_weight
+
+    def check_input(self, x):
+        if x.size(-1) != self.in_features:
+            raise ValueError(f'expected {self.in_features} features in the last dimension, got shape {tuple(x.shape)}')
+
+    def b_splines(self, x):
+        """The bases of each feature, (..., I) -> (..., I, K). Differentiable in x."""
+        self.check_input(x)
+        rows, knots = to_working_dtype(x.reshape(-1, self.in_features), self.grid)
+        bases = recursive_bases(rows, knots, self.spline_order).transpose(1, 2)
+        return bases.to(x.dtype).reshape(*x.shape, -1)
+
+    def curve2coeff(self, x, y):
+        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K)."""
+        self.check_input(x)
+        x, y, knots = (to_float64(tensor) for tensor in (x, y, self.grid))
+        bases = recursive_bases(x, knots, self.spline_order)  # (N, K, I)
+        gram = torch.einsum('nai,nbi->iab', bases, bases)
+        moments = torch.einsum('nai,nio->iao', bases, y)
+        return least_squares(gram, moments).permute(2, 0, 1).to(self.spline_weight)
+
+    @torch.no_grad()
+    def update_grid(self, x, margin=0.01):
+        """Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu
+        et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x.
+        Coefficients of bases that saw no data, and features whose grid stays, keep their values. Memory is
+        proportional to N * I.
+        """
+        self.check_input(x)
+        x = to_float64(x.reshape(-1, self.in_features))
+        if x.size(0) == 0:
+            raise ValueError('update_grid needs at least one row of inputs')
+        if not x.isfinite().all():
+            n_nan, n_inf = x.isnan().sum().item(), x.isinf().sum().item()
+            raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
+        old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
+        gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
+        for rows in x.split(256):  # what a cache holds: three times as fast as 4096
+            before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
+            gram = gram + torch.einsum('nai,nbi->iab', after, after)
+            cross = cross + torch.einsum('nai,nbi->iab', after, before)
+        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It
+        # is linear in the coefficients c of a spline, so it acts on spline_weight, and a scaler stays.
+        refit = to_float64(self.spline_weight)
+        refit = refit + torch.einsum('iab,...ib->...ia', least_squares(gram, cross - gram), refit)
+        self.spline_weight.copy_(refit)
+        self.grid.copy_(new)
+
+    @torch.no_grad()
+    def refine_grid(self, grid_size):
+        """Give the layer grid_size intervals in place of those it has (grid extension, Liu et al. 2024, section 2.4);
+        returns the largest difference that this makes to the spline of an edge. A multiple of the present number makes
+        none: each interval is divided evenly, and all knots stay. With another number the splines are the nearest, by
+        least squares. The knots outside the grid stay in any case, so that it is no longer uniform. spline_weight is a
+        new parameter: make the optimizer anew.
+        """
+        if grid_size < 1:
+            raise ValueError(f'grid_size must be at least 1, got {grid_size}')
+        old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
+        shares = torch.linspace(0, 1, 2 * self.spline_order + 4, dtype=new.dtype, device=new.device)[1:-1]
+        x = torch.lerp(new[:, :-1, None], new[:, 1:, None], shares).flatten(1).t()  # points within each interval
+        before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
+        gram = torch.einsum('nai,nbi->iab', after, after)
+        cross = torch.einsum('nai,nbi->iab', after, before)
+        coefficients, scaled = to_float64(self.spline_weight), to_float64(self.scaled_spline_weight)
+        refit = torch.einsum('iab,...ib->...ia', least_squares(gram, cross), coefficients).to(self.spline_weight)
+        self.spline_weight = nn.Parameter(refit.contiguous(), requires_grad=self.spline_weight.requires_grad)
+        self.grid, self.grid_size = new.to(self.grid), grid_size
+        rescaled, difference = to_float64(self.scaled_spline_weight), 0.0
+        for ours, theirs in zip(after, before):  # at each point
+            change = torch.einsum('ai,...ia->...i', ours, rescaled) - torch.einsum('ai,...ia->...i', theirs, scaled)
+            difference = max(difference, change.abs().max().item())
+        return difference
+
+    def refined_knots(self, grid_size):
+        """(I, grid_size + 2k + 1): evenly between the old ones, and the old ones outside the grid."""
+        G, k, old = self.grid_size, self.spline_order, to_float64(self.grid)
+        place = torch.linspace(0, G, grid_size + 1, dtype=old.dtype, device=old.device)
+        first = place.long().clamp(max=G - 1)  # the interval in which each new knot lies
+        inner = torch.lerp(old[:, k + first], old[:, k + first + 1], place - first)
+        return torch.cat([old[:, :k], inner, old[:, k + G + 1 :]], 1)
+
+    def fitted_knots(self, x, margin):
+        """(N, I) -> (I, G + 2k + 1)"""
+        G, k = self.grid_size, self.spline_order
+        x = x.sort(0).values
+        quantiles = x[torch.linspace(0, x.size(0) - 1, G + 1, device=x.device).long()]  # (G + 1, I)
+        spacing = (x[-1] - x[0] + 2 * margin) / G  # (I,)
+        steps = torch.arange(-k, G + k + 1, dtype=x.dtype, device=x.device).unsqueeze(1)  # (G + 2k + 1, 1)
+        even = x[0] - margin + spacing * steps[k : k + G + 1]
+        inner = self.grid_eps * even + (1 - self.grid_eps) * quantiles
+        below, above = inner[0] + spacing * steps[:k], inner[-1] + spacing * (steps[k + G + 1 :] - G)
+        return torch.cat([below, inner, above]).t()
+
+    def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
+        """L1 of the spline weights and entropy of the shares of the splines: Liu et al. eq. 2.20 as in efficient-kan."""
+        tiny = torch.finfo(self.spline_weight.dtype).tiny
+        strength = self.spline_weight.abs().mean(-1)  # of each spline
+        total = strength.sum()
+        share = strength / total.clamp_min(tiny**0.5)
+        entropy = -(share * share.clamp_min(tiny).log()).sum()
+        return regularize_activation * total + regularize_entropy * entropy
+
+
+class KANLinear(Splines):
     """A layer of O x I learned functions, in place of nn.Linear(I, O): (..., I) -> (..., O).
     Arguments, parameters and state dict are efficient-kan's; `bias` and `mask` are additions. scale_base and
     scale_spline multiply the initial weights, while in efficient-kan a larger one makes them smaller. Outside the
@@ -87,31 +215,16 @@ class KANLinear(nn.Module):
 
     _packed = None  # see layers.generation.packed_weights
     weight = property(lambda self: self.base_weight)  # for code that looks at the dtype or device of a linear layer
-    scaled_spline_weight = property(lambda self: self.scale_splines(self.spline_weight))  # (O, I, K), what acts
 
     def __init__(
         self, in_features, out_features, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,
         enable_standalone_scale_spline=True, base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False,
         mask=False,
     ):  # fmt: skip
-        super().__init__()
-        if grid_size < 1 or spline_order < 0:
-            wanted = 'grid_size must be at least 1 and spline_order at least 0'
-            raise ValueError(f'{wanted}, got {grid_size} and {spline_order}')
-        low, high = grid_range
-        if not (low < high and math.isfinite(high - low)):
-            raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
-        self.in_features, self.out_features = in_features, out_features
-        self.grid_size, self.spline_order = grid_size, spline_order
+        super().__init__(in_features, grid_size, spline_order, base_activation, grid_eps, grid_range)
+        self.out_features = out_features
         self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
         self.enable_standalone_scale_spline = enable_standalone_scale_spline
-        self.grid_eps = grid_eps
-        self.base_activation = make_activation(base_activation)
-        name_of(self.base_activation)  # known before a compiler traces `forward`
-
-        spacing = (high - low) / grid_size
-        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * spacing + low
-        self.register_buffer('grid', knots.repeat(in_features, 1))  # (I, G + 2k + 1)
         self.base_weight = nn.Parameter(torch.empty(out_features, in_features))
         self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order))
         if enable_standalone_scale_spline:
@@ -169,110 +282,38 @@ class KANLinear(nn.Module):
             base, splines = base * self.mask, splines * self.mask.unsqueeze(-1)
         return torch.cat([splines.transpose(1, 2), base.unsqueeze(1)], 1).flatten(1)
 
-    def check_input(self, x):
-        if x.size(-1) != self.in_features:
-            raise ValueError(f'expected {self.in_features} features in the last dimension, got shape {tuple(x.shape)}')
-
-    def b_splines(self, x):
-        """The bases of each feature, (..., I) -> (..., I, K). Differentiable in x."""
-        self.check_input(x)
-        rows, knots = to_working_dtype(x.reshape(-1, self.in_features), self.grid)
-        bases = recursive_bases(rows, knots, self.spline_order).transpose(1, 2)
-        return bases.to(x.dtype).reshape(*x.shape, -1)
-
-    def curve2coeff(self, x, y):
-        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K)."""
-        self.check_input(x)
-        x, y, knots = (to_float64(tensor) for tensor in (x, y, self.grid))
-        bases = recursive_bases(x, knots, self.spline_order)  # (N, K, I)
-        gram = torch.einsum('nai,nbi->iab', bases, bases)
-        moments = torch.einsum('nai,nio->iao', bases, y)
-        return least_squares(gram, moments).permute(2, 0, 1).to(self.spline_weight)
-
-    @torch.no_grad()
-    def update_grid(self, x, margin=0.01):
-        """Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu
-        et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x.
-        Coefficients of bases that saw no data, and features whose grid stays, keep their values. Memory is
-        proportional to N * I.
-        """
-        self.check_input(x)
-        x = to_float64(x.reshape(-1, self.in_features))
-        if x.size(0) == 0:
-            raise ValueError('update_grid needs at least one row of inputs')
-        if not x.isfinite().all():
-            n_nan, n_inf = x.isnan().sum().item(), x.isinf().sum().item()
-            raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
-        old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
-        gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
-        for rows in x.split(256):  # what a cache holds: three times as fast as 4096
-            before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
-            gram = gram + torch.einsum('nai,nbi->iab', after, after)
-            cross = cross + torch.einsum('nai,nbi->iab', after, before)
-        # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It
-        # is linear in the coefficients c of an edge, so it acts on spline_weight, and spline_scaler stays.
-        refit = to_float64(self.spline_weight)
-        refit = refit + torch.einsum('iab,oib->oia', least_squares(gram, cross - gram), refit)
-        self.spline_weight.copy_(refit)
-        self.grid.copy_(new)
-
-    @torch.no_grad()
-    def refine_grid(self, grid_size):
-        """Give the layer grid_size intervals in place of those it has (grid extension, Liu et al. 2024, section 2.4);
-        returns the largest difference that this makes to the spline of an edge. A multiple of the present number makes
-        none: each interval is divided evenly, and all knots stay. With another number the splines are the nearest, by
-        least squares. The knots outside the grid stay in any case, so that it is no longer uniform. spline_weight is a
-        new parameter: make the optimizer anew.
-        """
-        if grid_size < 1:
-            raise ValueError(f'grid_size must be at least 1, got {grid_size}')
-        old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
-        shares = torch.linspace(0, 1, 2 * self.spline_order + 4, dtype=new.dtype, device=new.device)[1:-1]
-        x = torch.lerp(new[:, :-1, None], new[:, 1:, None], shares).flatten(1).t()  # points within each interval
-        before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
-        gram = torch.einsum('nai,nbi->iab', after, after)
-        cross = torch.einsum('nai,nbi->iab', after, before)
-        coefficients, scaled = to_float64(self.spline_weight), to_float64(self.scaled_spline_weight)
-        refit = torch.einsum('iab,oib->oia', least_squares(gram, cross), coefficients).to(self.spline_weight)
-        self.spline_weight = nn.Parameter(refit.contiguous(), requires_grad=self.spline_weight.requires_grad)
-        self.grid, self.grid_size = new.to(self.grid), grid_size
-        rescaled, difference = to_float64(self.scaled_spline_weight), 0.0
-        for ours, theirs in zip(after, before):  # at each point
-            change = torch.einsum('ai,oia->oi', ours, rescaled) - torch.einsum('ai,oia->oi', theirs, scaled)
-            difference = max(difference, change.abs().max().item())
-        return difference
-
-    def refined_knots(self, grid_size):
-        """(I, grid_size + 2k + 1): evenly between the old ones, and the old ones outside the grid."""
-        G, k, old = self.grid_size, self.spline_order, to_float64(self.grid)
-        place = torch.linspace(0, G, grid_size + 1, dtype=old.dtype, device=old.device)
-        first = place.long().clamp(max=G - 1)  # the interval in which each new knot lies
-        inner = torch.lerp(old[:, k + first], old[:, k + first + 1], place - first)
-        return torch.cat([old[:, :k], inner, old[:, k + G + 1 :]], 1)
-
-    def fitted_knots(self, x, margin):
-        """(N, I) -> (I, G + 2k + 1)"""
-        G, k = self.grid_size, self.spline_order
-        x = x.sort(0).values
-        quantiles = x[torch.linspace(0, x.size(0) - 1, G + 1, device=x.device).long()]  # (G + 1, I)
-        spacing = (x[-1] - x[0] + 2 * margin) / G  # (I,)
-        steps = torch.arange(-k, G + k + 1, dtype=x.dtype, device=x.device).unsqueeze(1)  # (G + 2k + 1, 1)
-        even = x[0] - margin + spacing * steps[k : k + G + 1]
-        inner = self.grid_eps * even + (1 - self.grid_eps) * quantiles
-        below, above = inner[0] + spacing * steps[:k], inner[-1] + spacing * (steps[k + G + 1 :] - G)
-        return torch.cat([below, inner, above]).t()
-
-    def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
-        """L1 of the spline weights and entropy of their shares by edge: Liu et al. eq. 2.20 as in efficient-kan."""
-        tiny = torch.finfo(self.spline_weight.dtype).tiny
-        strength = self.spline_weight.abs().mean(-1)  # (O, I)
-        total = strength.sum()
-        share = strength / total.clamp_min(tiny**0.5)
-        entropy = -(share * share.clamp_min(tiny).log()).sum()
-        return regularize_activation * total + regularize_entropy * entropy
-
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
+
+
+class ChannelSpline(Splines):
+    """A learned activation, one function a channel: phi_i(x) = act(x) + sum_m spline_weight[i, m] * B_m(x), the plain
+    activation at first. (..., I) -> (..., I). Outside the extended knots the splines vanish. `update_grid` spaces the
+    knots evenly by default, which the fast passes of layers/channel.py want.
+    """
+
+    def __init__(
+        self, in_features, grid_size=8, spline_order=3, base_activation=nn.SiLU, grid_eps=1.0, grid_range=(-4, 4)
+    ):
+        super().__init__(in_features, grid_size, spline_order, base_activation, grid_eps, grid_range)
+        self.spline_weight = nn.Parameter(torch.zeros(in_features, grid_size + spline_order))
+
+    def forward(self, x):
+        self.check_input(x)
+        return self.apply_to(x, gated=False)
+
+    def glu(self, x):
+        """Gates and then values (..., 2 I) -> (..., I): phi(gate) * value."""
+        self.check_input(x[..., : x.size(-1) // 2])
+        return self.apply_to(x, gated=True)
+
+    def apply_to(self, x, gated):
+        rows = x.reshape(-1, x.size(-1))
+        y = channel_spline(rows, self.spline_weight, self.grid, self.spline_order, self.base_activation, gated)
+        return y.view(*x.shape[:-1], self.in_features)
+
+    def extra_repr(self):
+        return f'{self.in_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'
 
 
 class KAN(nn.Module):

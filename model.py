@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kan import KAN, KANLinear
+from kan import KAN, ChannelSpline, KANLinear
+from layers.activations import ACTIVATIONS
 from layers.generation import KVCache, stream
 from layers.graph import Edges, GraphAttention, check_graph
 
@@ -28,15 +29,18 @@ class GPTConfig:
     gelu: str = 'none'  # the `approximate` of F.gelu: 'none' is exact, 'tanh' is what GPT-2 was trained with
     mlp: str = 'mlp'  # or 'swiglu'
     mlp_hidden: float = 4.0  # width of the MLP's hidden layer, by n_embd; 8 / 3 gives SwiGLU as many parameters
+    activation: str = ''  # of the MLP, one of ACTIVATIONS; empty: gelu, of swiglu silu
     init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
     use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets
+    kan_kind: str = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
-    kan_hidden: float = 4.0  # width of a KAN MLP's hidden layer, in multiples of n_embd
+    kan_hidden: float = 4.0  # width of the hidden layer of an MLP of kind edge, in multiples of n_embd
     kan_norm: bool = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
     grid_size: int = 5
     spline_order: int = 3
     grid_min: float = -1.0
     grid_max: float = 1.0
+    spline_init_std: float = 0.0  # of channel functions: zero makes them their plain activations at first
     kan_bias: bool = False  # of pruned models: a bias of KAN layers, for the mean of what was cut off
     kan_mask: bool = False  # of pruned models: a mask of their edges
     use_graph: bool = False  # graph attention by layers/graph.py; needs torch-geometric
@@ -49,12 +53,16 @@ class GPTConfig:
     graph_backend: str = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
 
     def __post_init__(self):
-        hidden = 'kan_hidden' if self.is_kan('mlp') else 'mlp_hidden'
+        hidden = 'kan_hidden' if self.mlp_form() == 'kan' else 'mlp_hidden'
         if self.n_head < 1 or round(getattr(self, hidden) * self.n_embd) < 1:
             found = f'{self.n_head} and {getattr(self, hidden)} * {self.n_embd}'
             raise ValueError(f'expected n_head >= 1 and {hidden} * n_embd >= 1, got {found}')
         if self.mlp not in ('mlp', 'swiglu'):
             raise ValueError(f"mlp={self.mlp!r}: expected 'mlp' or 'swiglu' (KAN layers by use_kan)")
+        if self.activation and self.activation not in ACTIVATIONS:
+            raise ValueError(f'activation={self.activation!r}: expected one of {", ".join(ACTIVATIONS)}')
+        if self.kan_kind not in ('edge', 'channel'):
+            raise ValueError(f"kan_kind={self.kan_kind!r}: expected 'edge' or 'channel'")
         if not self.init_std > 0:
             raise ValueError(f'init_std must be greater than zero, got {self.init_std}')
         if not self.grid_min < self.grid_max:
@@ -73,6 +81,12 @@ class GPTConfig:
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
 
+    def mlp_form(self):
+        """The key of MLPS"""
+        if not self.is_kan('mlp'):
+            return self.mlp
+        return 'kan' if self.kan_kind == 'edge' else f'channel_{self.mlp}'
+
     def is_graph(self, place):
         return self.use_graph and place == self.graph_place
 
@@ -87,6 +101,22 @@ def make_kan(config, *widths):
     return KAN(widths, config.grid_size, config.spline_order, **settings)
 
 
+def make_phi(config, channels, activation):
+    """A learned function for each channel."""
+    grid = config.grid_size, config.spline_order
+    return ChannelSpline(channels, *grid, activation, grid_range=(config.grid_min, config.grid_max))
+
+
+def make_linear(config, target, in_features, out_features, bias):
+    """A linear layer, or what kan_targets and kan_kind make of one."""
+    if config.is_kan(target) and config.kan_kind == 'edge':
+        return make_kan(config, in_features, out_features)
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    if config.is_kan(target):
+        return nn.Sequential(make_phi(config, in_features, nn.Identity), linear)
+    return linear
+
+
 class LayerNorm(nn.LayerNorm):
     """nanoGPT's: it has a bias or none."""
 
@@ -99,10 +129,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         C = config.n_embd
         # query, key, value projections for all heads, in one batch; then the output projection
-        if config.is_kan('attn'):
-            self.c_attn, self.c_proj = make_kan(config, C, 3 * C), make_kan(config, C, C)
-        else:
-            self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=config.bias), nn.Linear(C, C, bias=config.bias)
+        self.c_attn = make_linear(config, 'attn', C, 3 * C, config.bias)
+        self.c_proj = make_linear(config, 'attn', C, C, config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -125,12 +153,22 @@ class MLP(nn.Module):
         super().__init__()
         hidden = round(config.mlp_hidden * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.gelu = nn.GELU(approximate=config.gelu)
+        self.act = self.make_activation(config, hidden)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
+    def make_activation(self, config, hidden):
+        return ACTIVATIONS[config.activation or 'gelu'](config, hidden)
+
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class ChannelMLP(MLP):
+    """The MLP with a learned function a channel, which begins as the MLP's activation."""
+
+    def make_activation(self, config, hidden):
+        return make_phi(config, hidden, super().make_activation(config, hidden))
 
 
 class SwiGLU(nn.Module):
@@ -140,12 +178,24 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = round(config.mlp_hidden * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.act = ACTIVATIONS[config.activation or 'silu'](config, hidden)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         gate, value = self.c_fc(x).chunk(2, dim=-1)
-        return self.dropout(self.c_proj(F.silu(gate) * value))
+        return self.dropout(self.c_proj(self.act(gate) * value))
+
+
+class KANGLU(SwiGLU):
+    """SwiGLU with a learned function a channel at the gate: c_proj(phi(gate) * value), which begins as SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.act = make_phi(config, self.c_proj.in_features, self.act)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.act.glu(self.c_fc(x))))
 
 
 class KANMLP(nn.Module):
@@ -168,7 +218,7 @@ class KANMLP(nn.Module):
 
 
 ATTENTIONS = {'causal': CausalSelfAttention, 'graph': GraphAttention}
-MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP}
+MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP, 'channel_mlp': ChannelMLP, 'channel_swiglu': KANGLU}
 
 
 class Block(nn.Module):
@@ -177,7 +227,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = ATTENTIONS['graph' if config.is_graph('attention') else 'causal'](config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLPS['kan' if config.is_kan('mlp') else config.mlp](config)
+        self.mlp = MLPS[config.mlp_form()](config)
         self.graph = None
         if config.is_graph('after'):
             self.ln_3, self.graph = LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)
@@ -202,11 +252,10 @@ class GPT(nn.Module):
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
         )
         self.transformer = nn.ModuleDict(modules)
-        if config.is_kan('head'):
-            self.lm_head = make_kan(config, config.n_embd, config.vocab_size)
-        else:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-            self.transformer.wte.weight = self.lm_head.weight  # weight tying, https://arxiv.org/abs/1608.05859
+        self.lm_head = make_linear(config, 'head', config.n_embd, config.vocab_size, bias=False)
+        for layer in self.lm_head.modules():
+            if isinstance(layer, nn.Linear):
+                self.transformer.wte.weight = layer.weight  # weight tying, https://arxiv.org/abs/1608.05859
         self.init_weights()
 
     @torch.no_grad()
@@ -215,6 +264,7 @@ class GPT(nn.Module):
         Linear and LayerNorm bias  zero
         LayerNorm weights          one
         KANLinear                  as its reset_parameters says, base and spline weights times init_std / 0.02
+        ChannelSpline              normal, std spline_init_std (0: the function is the plain activation at first)
         residual projections       attn.c_proj and the last layer of the MLP, Linear or KAN (base and spline weights):
                                    the same, divided by sqrt(2 * n_layer), per the GPT-2 paper
         graph layers               the convolution as PyTorch Geometric has it: Glorot, biases zero; the gate behind
@@ -228,6 +278,8 @@ class GPT(nn.Module):
             if isinstance(module, KANLinear):
                 module.base_weight.mul_(self.config.init_std / 0.02)
                 module.spline_weight.mul_(self.config.init_std / 0.02)
+            if isinstance(module, ChannelSpline) and self.config.spline_init_std:
+                nn.init.normal_(module.spline_weight, std=self.config.spline_init_std)
         for block in self.transformer.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 for name, p in projection.named_parameters():
@@ -337,7 +389,7 @@ class GPT(nn.Module):
         # PaLM (arXiv 2204.02311), appendix B; spline scalers are folded into the weights and multiply no token
         scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
         N = self.get_num_params() - scalers
-        if cfg.is_kan('head'):
+        if cfg.is_kan('head') and cfg.kan_kind == 'edge':
             N -= self.transformer.wte.weight.numel()  # not tied to the head, the token embeddings are looked up only
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
         flops_per_iter = (6 * N + 12 * L * H * Q * T) * T * fwdbwd_per_iter

@@ -52,16 +52,19 @@ dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # do we use bias inside LayerNorm and Linear layers?
 mlp = 'mlp'  # or 'swiglu'
 mlp_hidden = 4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
+activation = ''  # of the MLP: gelu, silu, relu2, identity or swish; empty: gelu, of swiglu silu
 init_std = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
 # KAN layers
 use_kan = False
+kan_kind = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
 kan_targets = 'mlp'  # where: any of attn, mlp, head, joined by commas
-kan_hidden = 4.0  # width of the KAN MLP's hidden layer, in multiples of n_embd
+kan_hidden = 4.0  # width of the hidden layer of an MLP of kind edge, in multiples of n_embd
 kan_norm = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
 grid_size = 5  # intervals of the spline grid
 spline_order = 3
 grid_min = -1.0
 grid_max = 1.0
+spline_init_std = 0.0  # of channel functions: zero makes them their plain activations at first
 # graph attention; needs torch-geometric
 use_graph = False
 graph_kind = 'gat'  # or 'gatv2'

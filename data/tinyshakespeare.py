@@ -30,8 +30,10 @@ SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction 
 ]
 
 
-def write_text(folder, source, tokenizer_of):
-    """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`."""
+def write_text(folder, source, tokenizer_of, train=0.9, end=1.0):
+    """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`; or the first
+    `train` of it, and the part from there to `end`.
+    """
     own = Path(folder, 'input.txt')
     if not source and own.exists():
         print(f'{own.name} of this folder is taken for the text; --source=... takes another one')
@@ -41,8 +43,8 @@ def write_text(folder, source, tokenizer_of):
         raise ValueError(f'a text of {len(text)} character(s) cannot be split: train and val need one each at least')
     tokenizer = tokenizer_of(text)
     encode = getattr(tokenizer, 'encode_ordinary', tokenizer.encode)
-    n = int(len(text) * 0.9)
-    for split, part in ('train', text[:n]), ('val', text[n:]):
+    n, last = int(len(text) * train), int(len(text) * end)
+    for split, part in ('train', text[:n]), ('val', text[n:last]):
         ids = encode(part)
         write_split(folder, split, ids)
         print(f'{split}.bin: {len(ids):,} tokens of a vocabulary of {tokenizer.vocab_size:,}')

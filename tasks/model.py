@@ -147,7 +147,7 @@ def kanify_mlps(gpt, settings):
     """KAN layers in place of the linear layers of the MLPs: GELU becomes the base activation of the second one."""
     single = settings['kan_single_layer']
     target = 'mlp' if single < 0 else f'transformer.h.{single}.mlp'
-    absorb = {'mlp.c_proj': 'mlp.gelu'} if isinstance(gpt.transformer.h[0].mlp, MLP) else None
+    absorb = {'mlp.c_proj': 'mlp.act'} if isinstance(gpt.transformer.h[0].mlp, MLP) else None
     grid = dict(grid_size=settings['grid_size'], spline_order=settings['spline_order'])
     kanify(gpt, (target,), absorb=absorb, grid_range=(settings['grid_min'], settings['grid_max']), **grid)
 

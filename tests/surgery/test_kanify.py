@@ -135,7 +135,7 @@ def test_our_gpt_becomes_two_kan_layers_per_mlp():
     )
     idx = torch.arange(8)[None]
     logits = model(idx, idx)[0]
-    kanify(model, 'mlp', absorb={'mlp.c_proj': 'mlp.gelu'})
+    kanify(model, 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
     assert torch.allclose(model(idx, idx)[0], logits, atol=1e-5)
     assert list(kans(model)) == ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
     assert isinstance(model.transformer.h[0].mlp.c_proj.base_activation, nn.GELU)

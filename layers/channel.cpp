@@ -1,0 +1,210 @@
+// Learned activations on a CPU, forward and backward, in one pass over the data each: see channel.py.
+//
+// ORDER of the splines (1 to 3), GATED (0 or 1) and ACTIVATION (a struct below) are given when this is compiled.
+// A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
+// coefficients. `w` has ORDER zeros on both sides, so that every interval has its neighbours.
+//
+// Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; S coefficients of a channel in w.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t TILE = 256;  // channels at a time, whose numbers stay in the nearest cache
+constexpr int64_t ROWS = 64;   // of a block of the forward pass
+
+// The exponential, within 2 units in the last place between -87 and 88: a line in n and a polynomial, which compilers
+// turn into vector instructions (constants of Cephes, expf).
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    float power;  // 2^n
+    std::memcpy(&power, &bits, sizeof power);
+    return (p * r * r + r + 1.0f) * power;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+struct silu {
+    static float value(float x) { return x * sigmoid(x); }
+    static float slope(float x) {
+        const float s = sigmoid(x);
+        return s * (1.0f + x * (1.0f - s));
+    }
+};
+
+struct gelu {
+    // The normal distribution, by formula 7.1.26 of Abramowitz and Stegun for erf: an error of 1.5e-7 at most.
+    static float cdf(float x, float density) {
+        const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::abs(x));
+        float p = 1.061405429f;
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        const float tail = 0.5f * p * t * density;  // beyond |x|; the density is exp(-x^2 / 2)
+        return x > 0 ? 1.0f - tail : tail;
+    }
+    static float value(float x) { return x * cdf(x, exponential(-0.5f * x * x)); }
+    static float slope(float x) {
+        const float density = exponential(-0.5f * x * x);
+        return cdf(x, density) + 0.39894228f * x * density;
+    }
+};
+
+struct gelu_tanh {
+    // x (1 + tanh z) / 2 is x sigmoid(2 z)
+    static float argument(float x) { return 1.59576912f * x * (1.0f + 0.044715f * x * x); }
+    static float value(float x) { return x * sigmoid(argument(x)); }
+    static float slope(float x) {
+        const float s = sigmoid(argument(x));
+        return s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+    }
+};
+
+struct relu {
+    static float value(float x) { return x < 0 ? 0.0f : x; }  // NaN stays
+    static float slope(float x) { return x > 0 ? 1.0f : 0.0f; }
+};
+
+struct identity {
+    static float value(float x) { return x; }
+    static float slope(float) { return 1.0f; }
+};
+
+// The bases that are not zero at u in [0, 1], the place in an interval, and their derivatives by u.
+inline void bases(float u, float *b) {
+    const float v = 1.0f - u;
+    if (ORDER == 1) {
+        b[0] = v;
+        b[1] = u;
+    } else if (ORDER == 2) {
+        b[0] = 0.5f * v * v;
+        b[1] = 0.5f + u * v;
+        b[2] = 0.5f * u * u;
+    } else {
+        b[0] = v * v * v / 6.0f;
+        b[1] = (4.0f + u * u * (3.0f * u - 6.0f)) / 6.0f;
+        b[2] = (4.0f + v * v * (3.0f * v - 6.0f)) / 6.0f;
+        b[3] = u * u * u / 6.0f;
+    }
+}
+
+inline void slopes(float u, float *d) {
+    const float v = 1.0f - u;
+    if (ORDER == 1) {
+        d[0] = -1.0f;
+        d[1] = 1.0f;
+    } else if (ORDER == 2) {
+        d[0] = -v;
+        d[1] = v - u;
+        d[2] = u;
+    } else {
+        d[0] = -0.5f * v * v;
+        d[1] = u * (1.5f * u - 2.0f);
+        d[2] = -v * (1.5f * v - 2.0f);
+        d[3] = 0.5f * u * u;
+    }
+}
+
+struct Tile {
+    float u[TILE];            // place in the interval
+    float per_spacing[TILE];  // intervals per unit of x, 0 outside the knots
+    int32_t at[TILE];         // of the first neighbour in w
+    float near[ORDER + 1][TILE];
+
+    // Find the intervals of n channels of a row, and the coefficients of the neighbours. Outside, and for NaN, these
+    // are the zeros at the ends.
+    void place(const float *x, const float *first, const float *per, const float *w, int64_t n, int64_t S) {
+        const float last = S - ORDER;  // intervals between all the knots
+        for (int64_t c = 0; c < n; c++) {
+            const float t = (x[c] - first[c]) * per[c];
+            const float above = t > 0.0f ? t : 0.0f;
+            const float clamped = above < last ? above : last;
+            const float interval = std::min(std::floor(clamped), last - 1.0f);
+            u[c] = clamped - interval;
+            per_spacing[c] = clamped == t ? per[c] : 0.0f;
+            at[c] = static_cast<int32_t>(interval) + static_cast<int32_t>(c * S);
+        }
+        for (int64_t c = 0; c < n; c++) {
+            for (int i = 0; i <= ORDER; i++) near[i][c] = w[at[c] + i];
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// y (N, C) = phi(x), or gated phi(x[:, :C]) * x[:, C:]
+void forward(const float *x, const float *w, const float *first, const float *per, float *y, int64_t N, int64_t C,
+             int64_t S, int64_t threads) {
+    const int64_t R = GATED ? 2 * C : C;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        Tile tile;
+        for (int64_t c0 = 0; c0 < C; c0 += TILE) {
+            const int64_t n = std::min(TILE, C - c0);
+            for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+                const float *in = x + row * R + c0;
+                float *out = y + row * C + c0;
+                tile.place(in, first + c0, per + c0, w + c0 * S, n, S);
+                for (int64_t c = 0; c < n; c++) {
+                    float b[ORDER + 1], phi = ACTIVATION::value(in[c]);
+                    bases(tile.u[c], b);
+                    for (int i = 0; i <= ORDER; i++) phi += b[i] * tile.near[i][c];
+                    out[c] = GATED ? phi * in[c + C] : phi;
+                }
+            }
+        }
+    }
+}
+
+// dx (N, R), and dw (blocks, C, S) with a sum for each block of `rows` rows, zero before; their order does not depend
+// on the threads.
+void backward(const float *grad, const float *x, const float *w, const float *first, const float *per, float *dx,
+              float *dw, int64_t N, int64_t C, int64_t S, int64_t rows, int64_t threads) {
+    const int64_t R = GATED ? 2 * C : C;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += rows) {
+        Tile tile;
+        float added[ORDER + 1][TILE];
+        for (int64_t c0 = 0; c0 < C; c0 += TILE) {
+            const int64_t n = std::min(TILE, C - c0);
+            float *sums = dw + (start / rows * C + c0) * S;
+            for (int64_t row = start; row < std::min(N, start + rows); row++) {
+                const float *in = x + row * R + c0, *dy = grad + row * C + c0;
+                float *out = dx + row * R + c0;
+                tile.place(in, first + c0, per + c0, w + c0 * S, n, S);
+                for (int64_t c = 0; c < n; c++) {
+                    float b[ORDER + 1], d[ORDER + 1], phi = 0.0f, slope = 0.0f;
+                    bases(tile.u[c], b);
+                    slopes(tile.u[c], d);
+                    for (int i = 0; i <= ORDER; i++) {
+                        phi += b[i] * tile.near[i][c];
+                        slope += d[i] * tile.near[i][c];
+                    }
+                    const float dphi = GATED ? dy[c] * in[c + C] : dy[c];
+                    out[c] = dphi * (ACTIVATION::slope(in[c]) + slope * tile.per_spacing[c]);
+                    if (GATED) out[c + C] = dy[c] * (ACTIVATION::value(in[c]) + phi);
+                    for (int i = 0; i <= ORDER; i++) added[i][c] = dphi * b[i];
+                }
+                for (int64_t c = 0; c < n; c++) {
+                    for (int i = 0; i <= ORDER; i++) sums[tile.at[c] + i] += added[i][c];
+                }
+            }
+        }
+    }
+}
+}

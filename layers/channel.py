@@ -1,0 +1,220 @@
+"""Learned activations, one function a channel: phi_i(x) = act(x) + sum_m c_im B_m(x), forward and backward, with the
+bases B recomputed wherever they are needed, so that of the data the input alone is kept. Gated, the input holds gates
+and then values, and the result is phi(gate) * value.
+
+    plain_channel_spline  the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
+    channel_spline        the same function as one operator; a pass forward and one backward. On uniform knots in
+                          float32 channel.cpp does them on a CPU, if there is a compiler, and channel_triton.py on a
+                          GPU; elsewhere they are the plain formula in row chunks
+
+Legend: C channels; G grid intervals; k spline order; K = G + k bases; P = G + 2k + 1 knots; N rows; R numbers in a row
+of the input, C or gated 2 C.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from layers import native
+from layers.spline import (
+    ACTIVATIONS,
+    activation_gradient,
+    bases_derivative,
+    basis_function,
+    is_transformed,
+    measure_knots,
+    name_of,
+    no_autocast,
+    recursive_bases,
+    smooth_bases,
+    to_working_dtype,
+    uniform_bases,
+    warn,
+)
+
+BACKEND = 'auto'  # the first of 'triton', 'native' and 'plain' that suits the input, or one of them
+NATIVE = {  # names of activations, in spline.py and in channel.cpp
+    'SiLU()': 'silu',
+    "GELU(approximate='none')": 'gelu',
+    "GELU(approximate='tanh')": 'gelu_tanh',
+    'ReLU()': 'relu',
+    'Identity()': 'identity',
+}
+ROWS = 256  # of a block, whose sum of the gradient of the coefficients is added to those of the others
+CHUNK = 1 << 20  # numbers of the bases of a chunk of the plain formula
+
+
+def plain_channel_spline(x, weight, knots, k, activation, gated, bases=recursive_bases):
+    """What channel_spline computes, and its reference."""
+    with no_autocast(x):
+        gate, value = halves(x, weight, gated)
+        rows, knots, coefficients = to_working_dtype(gate, knots, weight)
+        y = activation(rows) + (bases(rows, knots, k) * coefficients.t()).sum(1)
+        return (y if value is None else y * value).to(x.dtype)
+
+
+def halves(x, weight, gated):
+    """(gate, value), (N, C) each; without a gate (x, None)."""
+    return x.split(len(weight), 1) if gated else (x, None)
+
+
+def channel_spline(x, weight, knots, k, activation, gated=False):
+    """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise module
+    without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32 (or float64).
+    Deterministic; opaque to torch.compile. Differentiable in every mode and order.
+    """
+    is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
+    if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
+        return plain_channel_spline(x, weight, knots, k, activation, gated)
+    return channel_forward(x, weight, knots, k, name_of(activation), gated)
+
+
+@torch.library.custom_op('kan::channel_spline', mutates_args=())
+def channel_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, gated: bool) -> Tensor:
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        backend = choose_backend(x, weight, knots, k, activation)
+        if backend == 'triton':
+            from layers import channel_triton
+
+            return channel_triton.forward(x.contiguous(), weight, knots, k, activation, gated)
+        if backend == 'native':
+            return native_forward(x, weight, knots, k, activation, gated)
+        settings = weight, knots, k, ACTIVATIONS[activation], gated, basis_function(knots)
+        return torch.cat([plain_channel_spline(rows, *settings) for rows in chunks(x, weight)])
+
+
+@torch.library.custom_op('kan::channel_spline_backward', mutates_args=())
+def channel_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of weight."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        backend = choose_backend(x, weight, knots, k, activation)
+        if backend == 'triton':
+            from layers import channel_triton
+
+            return channel_triton.backward(grad.contiguous(), x.contiguous(), weight, knots, k, activation, gated)
+        if backend == 'native':
+            return native_backward(grad, x, weight, knots, k, activation, gated)
+        derivative = functools.partial(bases_derivative, bases=basis_function(knots))
+        settings = weight, knots, k, ACTIVATIONS[activation], gated, derivative
+        pairs = zip(chunks(grad, weight), chunks(x, weight))
+        parts = [plain_gradients(*pair, *settings) for pair in pairs]
+        return torch.cat([dx for dx, _ in parts]), torch.stack([dw for _, dw in parts]).sum(0)
+
+
+@channel_forward.register_fake
+def _(x, weight, knots, k, activation, gated):
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+@channel_backward.register_fake
+def _(grad, x, weight, knots, k, activation, gated):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def keep(ctx, inputs, output):
+    x, weight, knots, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, knots)
+
+
+def differentiate(ctx, grad):
+    x, weight, knots = ctx.saved_tensors
+    if torch.is_grad_enabled() or is_transformed():  # the gradients are to be differentiated in their turn
+        k, activation, gated = ctx.settings
+        derivative = bases_derivative if is_transformed() else smooth_bases(knots)
+        with no_autocast(grad):
+            dx, dw = plain_gradients(grad, x, weight, knots, k, ACTIVATIONS[activation], gated, derivative)
+    else:
+        dx, dw = channel_backward(grad, x, weight, knots, *ctx.settings)
+    return dx, dw, None, None, None, None
+
+
+channel_forward.register_autograd(differentiate, setup_context=keep)
+
+
+def plain_gradients(grad, x, weight, knots, k, activation, gated, derivative):
+    """What channel_backward computes, in operators that can be differentiated; `derivative` as bases_derivative."""
+    gate, value = halves(x, weight, gated)
+    grad, rows, knots, coefficients = to_working_dtype(grad, gate, knots, weight)
+    dphi = grad if value is None else grad * value
+    bases = derivative(rows, knots, k, 0)  # (N, K, C)
+    dx = activation_gradient(activation, rows, dphi)
+    dx = dx + dphi * (derivative(rows, knots, k, 1) * coefficients.t()).sum(1)
+    if value is not None:
+        phi = activation(rows) + (bases * coefficients.t()).sum(1)
+        dx = torch.cat([dx, grad * phi], 1)
+    dw = (bases * dphi.unsqueeze(1)).sum(0).t()
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
+def chunks(rows, weight):
+    """Parts of the rows whose bases fill CHUNK; 1 at least."""
+    return rows.split(max(1, CHUNK // max(1, weight.numel())))
+
+
+def choose_backend(x, weight, knots, k, activation):
+    """The fastest way that suits the input: the fused ones want an order from 1 to 3, uniform knots, no float64."""
+    if k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype) or basis_function(knots) is not uniform_bases:
+        return 'plain'
+    if BACKEND != 'auto':
+        return BACKEND
+    if activation not in NATIVE:
+        return 'plain'
+    if x.is_cuda:
+        return 'triton' if triton_works(x.device) else 'plain'
+    return 'native' if x.device.type == 'cpu' and compiled(k, activation, False) is not None else 'plain'
+
+
+@functools.cache
+def triton_works(device):
+    """Whether the kernels run on this GPU."""
+    if not importlib.util.find_spec('triton'):
+        return False
+    try:
+        from layers import channel_triton
+
+        x, weight = torch.zeros(256, 512, device=device), torch.zeros(256, 4, device=device)
+        knots = torch.arange(7.0, device=device).repeat(256, 1)
+        y = channel_triton.forward(x, weight, knots, 2, 'SiLU()', True)
+        channel_triton.backward(y, x, weight, knots, 2, 'SiLU()', True)
+        torch.cuda.synchronize(device)
+        return True
+    except Exception as error:  # whatever a compiler or a card can raise: the plain formula does the same work
+        return warn('the Triton kernels do not work here, learned activations run without them', error)
+
+
+# on a CPU
+
+
+def compiled(k, activation, gated):
+    return native.compile('channel.cpp', ORDER=k, GATED=int(gated), ACTIVATION=NATIVE[activation])
+
+
+def native_arguments(x, weight, knots, k):
+    """x, the coefficients with k zeros on either side, the first knots and one over the spacings: float32."""
+    first, per_spacing = measure_knots(knots.float())
+    tensors = x, F.pad(weight.float(), (k, k)), first, per_spacing
+    return tuple(tensor.float().contiguous() for tensor in tensors)
+
+
+def native_forward(x, weight, knots, k, activation, gated):
+    tensors = native_arguments(x, weight, knots, k)
+    (N, _), (C, S) = x.shape, tensors[1].shape
+    y = x.new_empty(N, C, dtype=torch.float32)
+    sizes = native.integers(N, C, S, torch.get_num_threads())
+    compiled(k, activation, gated).forward(*map(native.address, (*tensors, y)), *sizes)
+    return y.to(x.dtype)
+
+
+def native_backward(grad, x, weight, knots, k, activation, gated):
+    tensors = native_arguments(x, weight, knots, k)
+    (N, _), (C, S) = x.shape, tensors[1].shape
+    dx, dw = torch.empty_like(tensors[0]), x.new_zeros(-(-N // ROWS), C, S, dtype=torch.float32)
+    sizes = native.integers(N, C, S, ROWS, torch.get_num_threads())
+    arguments = grad.float().contiguous(), *tensors, dx, dw
+    compiled(k, activation, gated).backward(*map(native.address, arguments), *sizes)
+    return dx.to(x.dtype), dw.sum(0)[:, k : S - k].to(weight.dtype)
