@@ -134,7 +134,7 @@ struct Tile {
             const float clamped = above < last ? above : last;
             const float interval = std::min(std::floor(clamped), last - 1.0f);
             u[c] = clamped - interval;
-            per_spacing[c] = clamped == t ? per[c] : 0.0f;
+            per_spacing[c] = clamped == t && t < last ? per[c] : 0.0f;
             at[c] = static_cast<int32_t>(interval) + static_cast<int32_t>(c * S);
         }
         for (int64_t c = 0; c < n; c++) {

@@ -75,11 +75,11 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
 @torch.library.custom_op('kan::channel_spline', mutates_args=())
 def channel_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, gated: bool) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        backend = choose_backend(x, weight, knots, k, activation)
+        backend = choose_backend(x, weight, knots, k, activation, gated)
         if backend == 'triton':
             from layers import channel_triton
 
-            return channel_triton.forward(x.contiguous(), weight, knots, k, activation, gated)
+            return channel_triton.forward(x, weight, knots, k, activation, gated)
         if backend == 'native':
             return native_forward(x, weight, knots, k, activation, gated)
         settings = weight, knots, k, ACTIVATIONS[activation], gated, basis_function(knots)
@@ -92,11 +92,11 @@ def channel_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of weight."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        backend = choose_backend(x, weight, knots, k, activation)
+        backend = choose_backend(x, weight, knots, k, activation, gated)
         if backend == 'triton':
             from layers import channel_triton
 
-            return channel_triton.backward(grad.contiguous(), x.contiguous(), weight, knots, k, activation, gated)
+            return channel_triton.backward(grad, x, weight, knots, k, activation, gated)
         if backend == 'native':
             return native_backward(grad, x, weight, knots, k, activation, gated)
         derivative = functools.partial(bases_derivative, bases=basis_function(knots))
@@ -156,17 +156,19 @@ def chunks(rows, weight):
     return rows.split(max(1, CHUNK // max(1, weight.numel())))
 
 
-def choose_backend(x, weight, knots, k, activation):
-    """The fastest way that suits the input: the fused ones want an order from 1 to 3, uniform knots, no float64."""
-    if k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype) or basis_function(knots) is not uniform_bases:
+def choose_backend(x, weight, knots, k, activation, gated):
+    """The fastest way that suits the input: the fused ones want an order from 1 to 3, no float64, `native` uniform
+    knots, too.
+    """
+    if k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype) or activation not in NATIVE:
+        return 'plain'
+    if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
+        return 'triton'
+    if x.device.type != 'cpu' or basis_function(knots) is not uniform_bases:
         return 'plain'
     if BACKEND != 'auto':
         return BACKEND
-    if activation not in NATIVE:
-        return 'plain'
-    if x.is_cuda:
-        return 'triton' if triton_works(x.device) else 'plain'
-    return 'native' if x.device.type == 'cpu' and compiled(k, activation, False) is not None else 'plain'
+    return 'native' if compiled(k, activation, gated) is not None else 'plain'
 
 
 @functools.cache

@@ -15,12 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
-import numpy as np
 
-from configurator import ROOT, configure, settings_of
-from model import model_settings
-from run.cost import count_parameters
-from study.runner import Study, choose, mean_and_std, paired_p, run_json, run_to_end
+from configurator import ROOT, configure
+from study.runner import Study, choose, run_json, run_to_end
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -103,7 +100,9 @@ def trials(size):
         jobs |= jobs_of('tuning', size, FAMILIES, dict.fromkeys(FAMILIES, dict(USUAL, learning_rate=rate)))
     best = best_settings(size)
     for scale in SCALES:
-        found = {family: dict(chosen, init_std=scale) for family, chosen in best.items() if len(tried(size, family)) >= 5}
+        found = {
+            family: dict(chosen, init_std=scale) for family, chosen in best.items() if len(tried(size, family)) >= 5
+        }
         jobs |= jobs_of('tuning', size, {family: FAMILIES[family] for family in found}, found)
     return jobs
 

@@ -320,6 +320,6 @@ def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
 
 
 def test_importing_kernels_imports_neither_triton_nor_the_compiler():
-    names = ('triton', 'torch._inductor.compile_fx', 'layers.spline_triton')
+    names = ('triton', 'torch._inductor.compile_fx', 'layers.spline_triton', 'layers.channel_triton')
     code = f'import sys, kan; sys.exit(any(name in sys.modules for name in {names}))'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=ENV).returncode == 0
