@@ -13,6 +13,7 @@ of train.py with --keep_history=True also shows how its functions grew. The last
 docs/interpret.md explains what is measured.
 """
 
+import functools
 import os
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ from inside import faithful, figures, report
 from inside.edges import kan_layers, measure, watch
 from inside.page import write_page
 from inside.reading import Examples, Text
+from kan import KANLinear
 from run import checkpoint as ckpt
 from run.device import clock, device_name, pick_device
 from surgery import prune as surgery
@@ -114,8 +116,8 @@ def explain_prompt():
     for token, edges in zip(tokens, driven):
         print(repr(token))
         for edge in edges[:5]:
-            numbers = '{i} -> {o}: x = {x:.3g}, {z:+.1f} sd, which moves its output by {share:+.2f} sd'
-            print(f'    {edge["layer"]} {numbers.format(**edge)}')
+            numbers = 'x = {x:.3g}, {z:+.1f} sd, which moves its output by {share:+.2f} sd'.format(**edge)
+            print(f'    {edge["layer"]} {report.name_of(edge["i"], edge["o"])}: {numbers}')
     shown = [(name, z[-40:]) for name, z in report.most_driven(known, met, driven, topk)]
     figure = figures.draw_prompt(f'The edges that {prompt[:40]!r} drives most', tokens[-40:], shown)
     report.write_figure(figure, folder, 'prompt')
@@ -178,7 +180,8 @@ def prune_model():
         raise ValueError(f'{out_dir} does not say how it was trained: leave tune out, and tune it by train.py')
     costs = {'as trained': cost(source.model)}
     args = vars(source.model.config) | (cut_edges() if prune_by == 'edges' else cut_neurons())
-    args.update(kan_bias=True, kan_mask=surgery.complete(list(kan_layers(source.model).values())))
+    if edge_layers(source.model):
+        args.update(kan_bias=True, kan_mask=surgery.complete(edge_layers(source.model)))
     kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
     state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
     costs[f'{prune:.0%} of the {prune_by} cut'] = cost(ckpt.build_model(state).to(device))
@@ -197,8 +200,16 @@ def statistics_of(names):
     return {one.seen.layer: one for one in found}
 
 
+def edge_layers(model):
+    return [one for one in kan_layers(model).values() if isinstance(one, KANLinear)]
+
+
 def cut_edges():
     """Mask the least active edges of each layer."""
+    if source.model.config.kan_kind == 'channel':
+        raise ValueError(
+            'this model has a function on each channel and none on edges: --prune_by=neurons cuts channels'
+        )
     for kan, one in statistics_of(choose(source.model)).items():
         keep = surgery.strongest(one.edges.activity, 1 - prune)
         surgery.mask_edges(kan, keep, faithful.lost(one, keep))
@@ -206,10 +217,12 @@ def cut_edges():
 
 
 def cut_neurons():
-    """Remove the hidden neurons of the KAN MLPs whose edges add least, as many from each; what changes in its args."""
+    """Remove the hidden neurons of the KAN MLPs that add least, as many from each; what changes in its args."""
     config = source.model.config
     if layer >= 0 or module or not config.is_kan('mlp'):
         raise ValueError('prune_by=neurons cuts those of all KAN MLPs: it wants a model with some, no layer, no module')
+    if config.kan_kind == 'channel':
+        return cut_channels()
     if config.kan_norm:
         say('the hidden layer is normalised (kan_norm), from here on over fewer numbers: tune the model')
     known = statistics_of(None)
@@ -222,10 +235,31 @@ def cut_neurons():
     return dict(kan_hidden=second.in_features / config.n_embd)
 
 
+def cut_channels():
+    """The same where linear layers stand around the functions."""
+    mlps = [block.mlp for block in source.model.transformer.h]
+    sums = dict.fromkeys(mlps, 0)  # of the hidden channels, of their squares, of ones: (3, H)
+
+    def add(mlp, c_proj, inputs):
+        h = inputs[0].flatten(0, -2).double()
+        sums[mlp] = sums[mlp] + torch.stack([h.sum(0), h.square().sum(0), torch.ones_like(h).sum(0)])
+
+    handles = [mlp.c_proj.register_forward_pre_hook(functools.partial(add, mlp)) for mlp in mlps]
+    source.read(source.model)
+    for mlp, handle in zip(mlps, handles):
+        handle.remove()
+        mean, square = sums[mlp][:2] / sums[mlp][2]
+        weight = mlp.c_proj.weight.detach()
+        added = (square - mean.square()) * weight.square().sum(0)  # variance, over all outputs
+        keep = surgery.strongest(added, max(1 - prune, 1 / len(added)))
+        surgery.remove_hidden(mlp, keep, weight @ (mean.float() * ~keep))
+    return dict(mlp_hidden=mlps[0].c_proj.in_features / source.model.config.n_embd)
+
+
 def cost(model):
     """Loss, parameters in use, megabytes of weights, median milliseconds of a forward pass of 1024 tokens."""
     model.eval()
-    masks = [one for one in kan_layers(model).values() if one.mask is not None]
+    masks = [one for one in edge_layers(model) if one.mask is not None]
     cut = sum((~one.mask).sum().item() * (one.spline_weight.size(-1) + 2) for one in masks)  # with base and scaler
     parameters = sum(p.numel() for p in model.parameters()) - cut
     sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # tied ones once

@@ -298,19 +298,20 @@ class ChannelSpline(Splines):
         super().__init__(in_features, grid_size, spline_order, base_activation, grid_eps, grid_range)
         self.spline_weight = nn.Parameter(torch.zeros(in_features, grid_size + spline_order))
 
-    def forward(self, x):
-        self.check_input(x)
-        return self.apply_to(x, gated=False)
-
-    def glu(self, x):
-        """Gates and then values (..., 2 I) -> (..., I): phi(gate) * value."""
-        self.check_input(x[..., : x.size(-1) // 2])
-        return self.apply_to(x, gated=True)
-
-    def apply_to(self, x, gated):
+    def forward(self, x, gated=False):
+        """Gated, x holds gates and then values, (..., 2 I), and the result is phi(gate) * value."""
+        self.check_input(self.gate_of(x, gated))
         rows = x.reshape(-1, x.size(-1))
         y = channel_spline(rows, self.spline_weight, self.grid, self.spline_order, self.base_activation, gated)
         return y.view(*x.shape[:-1], self.in_features)
+
+    def gate_of(self, x, gated=False):
+        return x[..., : x.size(-1) // 2] if gated else x
+
+    def packed_weight(self):
+        """(1, (K + 1) * I), as that of a KANLinear with one output: the weight of the activation is 1."""
+        ones = self.spline_weight.new_ones(1, self.in_features)
+        return torch.cat([self.spline_weight.t(), ones]).view(1, -1)
 
     def extra_repr(self):
         return f'{self.in_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'

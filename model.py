@@ -195,7 +195,7 @@ class KANGLU(SwiGLU):
         self.act = make_phi(config, self.c_proj.in_features, self.act)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.act.glu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x), gated=True)))
 
 
 class KANMLP(nn.Module):

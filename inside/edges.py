@@ -1,4 +1,5 @@
-"""What the edges of a KAN layer do to the inputs that it sees, without sampling one of them.
+"""What the edges of a KAN layer do to the inputs that it sees, without sampling one of them. The functions of a
+ChannelSpline, one for each feature, are looked at as the edges to a single output: O is 1, and no sum is taken.
 
 An edge is a function of one number, g(x) = c . phi(x), where phi(x) = [B_0(x) ... B_{K-1}(x), act(x)] holds what all
 edges of a feature share. The mean and the covariance of phi over the data give every edge its variance, its best
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kan import KANLinear
+from kan import ChannelSpline, Splines
 from layers.spline import basis_function, columns, no_autocast
 
 NODES = 512  # even places in the domain of a feature, between which a candidate is taken for a line
@@ -28,14 +29,18 @@ CURVE = 129  # even points of a domain on which roughness is measured
 class Seen:
     """A KAN layer, the first rows of its inputs, and the weights that acted, which an adapter may have changed."""
 
-    layer: KANLinear
+    layer: Splines
     x: Tensor  # (N, I) float32
     weights: Tensor  # (O, P, I) float32
 
+    @property
+    def of_channels(self):
+        return isinstance(self.layer, ChannelSpline)
+
 
 def kan_layers(model):
-    """{name: KANLinear}, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KANLinear)}
+    """{name: KANLinear or ChannelSpline}, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Splines)}
 
 
 @torch.no_grad()
@@ -46,12 +51,14 @@ def watch(model, run, names=None, rows=16384):
     layers = kan_layers(model)
     parts, weights, handles = {}, {}, []
 
-    def remember(name, layer, x, base_weight=None, spline_weight=None):
+    def remember(name, layer, x, *settings, **named):
+        if isinstance(layer, ChannelSpline):
+            x, settings, named = layer.gate_of(x, *settings, **named), (), {}
         layer.check_input(x)
         left = rows - sum(map(len, parts.setdefault(name, [])))
         parts[name].append(x.reshape(-1, layer.in_features)[:left].float().clone())
         if name not in weights:
-            packed = layer.packed_weight(base_weight, spline_weight)
+            packed = layer.packed_weight(*settings, **named)
             weights[name] = packed.float().unflatten(1, (-1, layer.in_features))
 
     def hook(name, layer, args, kwargs):
@@ -98,11 +105,11 @@ class Edges:
     mass: Tensor  # (I, Q) float64, mean of hat_q, which is 1 at node q, 0 at all others, and a line between
     overlap: Tensor  # (2, I, Q) float64, mean of hat_q hat_q and of hat_q hat_{q+1}
     cross: Tensor  # (I, Q, P) covariance of hat_q and phi
-    output_sd: Tensor  # (O,) standard deviation of the outputs
+    output_sd: Tensor  # (O,) standard deviation of the outputs; of channels the root of their variances' sum
     # Of each edge, (O, I):
     mean: Tensor  # of what it adds to its output
     activity: Tensor  # standard deviation of that
-    share: Tensor  # covariance with its output over the variance of that: these sum to 1 over the features
+    share: Tensor  # covariance with its output over the variance of that (of channels, of all): these sum to 1
     slope: Tensor  # of its best straight line
     affine_r2: Tensor  # share of its variance that that line has; NaN where it has no variance
     roughness: Tensor  # root mean square of its second derivative, in domains and activities: 0 for a line, 39 for a
@@ -129,8 +136,12 @@ def measure(seen):
         sums.add(rows, apart, columns_of(layer, rows) - means.float(), weights)
     cov, with_x = sums.cov / N, sums.with_x / N  # (I, P, P), (I, P)
     variance = (by_feature.double() @ cov * by_feature).sum(-1).clamp_min(0)  # (I, O)
+    with_output = (weights * (sums.with_output / N).permute(2, 0, 1)).sum(1)  # (O, I) covariances
     output = sums.output / N  # (O,) variances
-    share = (weights * (sums.with_output / N).permute(2, 0, 1)).sum(1) / output.clamp_min(1e-30).unsqueeze(1)
+    if seen.of_channels:
+        with_output = variance.t().float()
+        output = with_output.sum(1)
+    share = with_output / output.clamp_min(1e-30).unsqueeze(1)
     covariance = (by_feature.double() @ with_x.unsqueeze(-1)).squeeze(-1)  # (I, O) with x
     var_x = centred.double().square().mean(0)  # (I,)
     slope = covariance / var_x.clamp_min(1e-30).unsqueeze(1)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from inside.edges import CHUNK
+from inside.edges import CHUNK, columns_of
 from inside.formulas import FAMILIES, NAMES
+from kan import ChannelSpline
 from layers.spline import no_autocast, spline_linear
 from surgery.prune import strongest
 
@@ -26,7 +27,7 @@ LEVELS = (0.99,)  # of R2 above which all edges get theirs
 @dataclass
 class Edit:
     """What a layer gives instead: its edges by `weights` (O, P, I), straight lines `slopes` (O, I), formulas, and
-    a constant (O,).
+    a constant (O,). Of channels O is 1, the constants are theirs, and nothing is summed over them.
     """
 
     weights: torch.Tensor
@@ -37,19 +38,24 @@ class Edit:
 
     def output(self, layer, x):
         """(n, I) -> (n, O) float32"""
+        of_channels = isinstance(layer, ChannelSpline)
         with no_autocast(x):
-            arguments = layer.grid, layer.spline_order, layer.base_activation, torch.float32
-            y = spline_linear(x, self.weights.flatten(1), *arguments) + self.constant
+            if of_channels:
+                y = (columns_of(layer, x) * self.weights).sum(1) + self.constant
+            else:
+                arguments = layer.grid, layer.spline_order, layer.base_activation, torch.float32
+                y = spline_linear(x, self.weights.flatten(1), *arguments) + self.constant
             if self.slopes is not None:
-                y = y + x @ self.slopes.t()
+                y = y + (x * self.slopes if of_channels else x @ self.slopes.t())
             if self.formulas:
-                y = y + self.sum_formulas(x.clamp(*self.domain).t().contiguous()).t()
+                y = y + self.sum_formulas(x.clamp(*self.domain).t().contiguous(), y.size(1), of_channels).t()
         return y
 
-    def sum_formulas(self, x):
-        """(I, n) -> (O, n)"""
-        total = x.new_zeros(len(self.weights), x.size(1))
+    def sum_formulas(self, x, n_outputs, of_channels):
+        """(I, n) -> (O, n), or (I, n) of channels"""
+        total = x.new_zeros(n_outputs, x.size(1))
         for f, outputs, features, *numbers in self.formulas:
+            outputs = features if of_channels else outputs
             for part in torch.arange(len(outputs), device=x.device).split(1024):
                 a, b, c = (tensor[part].unsqueeze(1) for tensor in numbers)
                 total.index_add_(0, outputs[part], f(x[features[part]] * a + b) * c)
@@ -69,18 +75,32 @@ def edited(edits):
             del seen.layer.forward
 
 
-def forward(layer, edit, x, *weights, **named_weights):
-    """What stands for KANLinear.forward, (..., I) -> (..., O)."""
-    rows = x.reshape(-1, layer.in_features).float()
-    y = torch.cat([edit.output(layer, part) for part in rows.split(CHUNK)])
+def forward(layer, edit, x, *settings, **named):
+    """What stands for the forward pass of a KANLinear, (..., I) -> (..., O), or of a ChannelSpline."""
+    if isinstance(layer, ChannelSpline):
+        gate = layer.gate_of(x, *settings, **named)
+        y = output(layer, edit, gate).to(x.dtype)
+        return y if gate is x else y * x[..., layer.in_features :]
+    y = output(layer, edit, x)
     if layer.bias is not None:
         y += layer.bias.float()
-    return y.view(*x.shape[:-1], layer.out_features).to(layer.compute_dtype())
+    return y.to(layer.compute_dtype())
+
+
+def output(layer, edit, x):
+    rows = x.reshape(-1, layer.in_features).float()
+    y = torch.cat([edit.output(layer, part) for part in rows.split(CHUNK)])
+    return y.view(*x.shape[:-1], y.size(1))
+
+
+def collect(layer, numbers):
+    """Numbers of edges (O, I) summed for each output; those of channels stay apart, (I,)."""
+    return numbers[0] if layer.seen.of_channels else numbers.sum(1)
 
 
 def lost(layer, keep):
-    """(O,) what the edges that are not kept gave on average."""
-    return (layer.edges.mean * ~keep).sum(1)
+    """(O,) what the edges that are not kept gave on average; of channels (I,)."""
+    return collect(layer, layer.edges.mean * ~keep)
 
 
 def without(layer, keep):
@@ -100,7 +120,8 @@ def by_formula(layer, chosen):
         outputs, features = (curved & (found.family == n)).nonzero(as_tuple=True)
         numbers = (tensor[outputs, features] for tensor in (found.a, found.b, found.c))
         formulas.append((FAMILIES[NAMES[n]].f, outputs, features, *numbers))
-    return Edit(layer.seen.weights * ~chosen.unsqueeze(1), offsets.sum(1), slopes, (edges.low, edges.high), formulas)
+    weights, domain = layer.seen.weights * ~chosen.unsqueeze(1), (edges.low, edges.high)
+    return Edit(weights, collect(layer, offsets), slopes, domain, formulas)
 
 
 # what stays, by a function of a layer and the share to keep
@@ -159,13 +180,13 @@ def table(now, before):
         return f'{text} (random weights: {old})' if before else text
 
     old = before or now
-    lines = ['| edges cut | the least active | drawn at random |', '|---|---|---|']
+    lines = ['| functions cut | the least active | drawn at random |', '|---|---|---|']
     full = beside(f'{now["full"]:.4f}', f'{old["full"]:.3f}')
     lines.append(f'| none | {full} | |')
     for i, cut in enumerate(now['shares']):
         active = beside(f'{now["by_activity"][i]:.4f}', f'{old["by_activity"][i]:.3f}')
         lines.append(f'| {cut:.0%} | {active} | {now["at_random"][i]:.4f} |')
-    lines += ['', '| edges replaced by their formulas | share of all | loss |', '|---|---|---|']
+    lines += ['', '| functions replaced by their formulas | share of all | loss |', '|---|---|---|']
     for (name, part, loss), (_, old_part, old_loss) in zip(now['formulas'], old['formulas']):
         cells = beside(f'{part:.1%}', f'{old_part:.1%}'), beside(f'{loss:.4f}', f'{old_loss:.3f}')
         lines.append(f'| {name} | {cells[0]} | {cells[1]} |')

@@ -35,12 +35,12 @@ LIMIT = 4  # standard deviations
 
 @rc_context(STYLE)
 def draw_edges(title, edges):
-    """A panel for each edge, up to 24: {'i', 'o', 'x', 'total', 'base', 'fit' (curves, the last may be None),
+    """A panel for each edge, up to 24: {'i', 'o' (None of a channel), 'x', 'total', 'base', 'fit' (curves, the last may be None),
     'formula', 'family', 'r2' (may be NaN), 'counts' (of inputs, evenly from x[0] to x[-1]), 'knots' (P,), 'grid'
     (low, high)}.
     """
     check(edges, 'edges', 24)
-    names = [f'{edge["i"]} -> {edge["o"]}  {edge["family"]}, R² ' for edge in edges]
+    names = [f'{name_of(edge)}  {edge["family"]}, R² ' for edge in edges]
     names = [name + f'{edge["r2"]:.3f}'.replace('nan', '–') for name, edge in zip(names, edges)]
     widest = max(width(name, SMALL) for name in names) + TICKS - OVER
     figure, panels = make_panels(title, len(edges), min(6, max(2, int(WIDTH / widest))), 1.45)
@@ -50,15 +50,23 @@ def draw_edges(title, edges):
     for panel, edge, name, formula in zip(panels, edges, names, formulas):
         draw_edge(panel, edge)
         set_title(panel, shorten(name, room, SMALL), SMALL, formula, any(formulas))
-    label_axes(figure, panels, 'input', 'what the edge adds to its output')
+    label_axes(figure, panels, 'input', what_of(edges))
     add_legend(figure, panels)
     return figure
+
+
+def name_of(edge):
+    return f'channel {edge["i"]}' if edge['o'] is None else f'{edge["i"]} -> {edge["o"]}'
+
+
+def what_of(edges):
+    return 'learned function' if edges[0]['o'] is None else 'what the edge adds to its output'
 
 
 def draw_edge(panel, edge):
     x, total, fit = edge['x'], edge['total'], edge['fit']
     parts = [edge['base'], total - edge['base'], *([] if fit is None else [fit])]
-    panel.plot(x, total, color=BLACK, linewidth=2.4, label='edge')
+    panel.plot(x, total, color=BLACK, linewidth=2.4, label='function')
     panel.plot(x, parts[0], color=ORANGE, linewidth=1.2, label='its activation')
     panel.plot(x, parts[1], color=BLUE, linewidth=1.2, label='its spline')
     if fit is not None:
@@ -165,7 +173,7 @@ def draw_pruning(curves, full_loss):
     """
     check(curves, 'curves', 6)
     figure = Figure((WIDTH, 5), layout='constrained')
-    add_title(figure, 'Loss against the share of edges cut')
+    add_title(figure, 'Loss against the share of functions cut')
     panels = figure.subplots(1, 2)
     orders = list(dict.fromkeys(name.split(', tuned')[0] for name, *_ in curves))
     for name, shares, losses, spread in curves:
@@ -180,7 +188,7 @@ def draw_pruning(curves, full_loss):
                 panel.fill_between(shares, *band, color=color, alpha=0.2, linewidth=0)
     for panel, level in zip(panels, (full_loss, 0)):
         panel.axhline(level, color=BLACK, linewidth=0.8, label=f'nothing cut: {compact(full_loss)}', zorder=1)
-        panel.set_xlabel('share of edges cut')
+        panel.set_xlabel('share of functions cut')
         panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('loss')
@@ -232,8 +240,8 @@ def draw_growth(title, edges):
         if edge['counts'] is not None:
             draw_inputs(panel, edge['x'], edge['counts'])
         set_limits(panel, edge['x'], edge['curves'])
-        panel.set_title(f'{edge["i"]} -> {edge["o"]}', fontsize=9)
-    label_axes(figure, panels, 'input', 'what the edge adds to its output')
+        panel.set_title(name_of(edge), fontsize=9)
+    label_axes(figure, panels, 'input', what_of(edges))
     add_legend(figure, panels)
     return figure
 

@@ -113,7 +113,13 @@ def total_of(layers):
 
 def table(rows):
     """What `facts` found as markdown, each figure beside that of the same layer with random initial weights, if any."""
-    heads = ['layer', 'edges', f'straight lines (R² > {CLOSE})', f'formulas (R² > {CLOSE})', 'variance that is no line']
+    heads = [
+        'layer',
+        'functions',
+        f'straight lines (R² > {CLOSE})',
+        f'formulas (R² > {CLOSE})',
+        'variance that is no line',
+    ]
     heads += ['inputs outside the grid']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
     for row in rows:
@@ -167,11 +173,20 @@ def edges_of(layer, n=None):
     x, total, base = curves(layer.seen, layer.edges, pairs)
     edges, found = layer.edges, []
     for e, ((o, i), formula) in enumerate(zip(pairs, formulas)):
-        about = dict(i=i, o=o, **numbers_of(edges, o, i))
+        about = dict(i=i, o=output_of(layer.seen, o), **numbers_of(edges, o, i))
         about.update(r2=formula.r2, family=formula.family, formula=str(expression(formula)), others=formula.others)
         fit = function_of(formula)(x[e]).tolist()
         found.append(dict(about, x=x[e].tolist(), total=total[e].tolist(), base=base[e].tolist(), fit=fit))
     return found
+
+
+def output_of(seen, o):
+    """The output of an edge; None for the function of a channel, which has none."""
+    return None if seen.of_channels else o
+
+
+def name_of(i, o):
+    return figures.name_of(dict(i=i, o=o))
 
 
 def numbers_of(edges, o, i):
@@ -189,7 +204,7 @@ def page_layer(layer, fresh):
     return dict(
         name=layer.name,
         features=kan.in_features,
-        outputs=kan.out_features,
+        outputs=None if layer.seen.of_channels else kan.out_features,
         edges_total=summary['edges'],
         grid_size=kan.grid_size,
         spline_order=kan.spline_order,
@@ -226,15 +241,17 @@ def draw(layers, fresh, topk, history):
     """(name, figure) of all figures of the layers: `history` holds (iteration, model) of the training."""
     for layer in layers:
         edges = [arrays({**edge, **inputs_of(layer, edge['i'])}) for edge in edges_of(layer, topk)]
-        title = f'{layer.name}: the {len(edges)} strongest of {layer.edges.activity.numel():,} edges'
+        kind = 'channels' if layer.seen.of_channels else 'edges'
+        title = f'{layer.name}: the {len(edges)} strongest of {layer.edges.activity.numel():,} {kind}'
         yield f'edges-{layer.name}', figures.draw_edges(title, edges)
-    for place in range(0, len(layers), 12):
-        maps = [(layer.name, layer.edges.activity.cpu().numpy()) for layer in layers[place : place + 12]]
-        yield 'activity' + (f'-{place // 12 + 1}' if len(layers) > 12 else ''), figures.draw_maps(maps)
+    mapped = [layer for layer in layers if not layer.seen.of_channels]
+    for place in range(0, len(mapped), 12):
+        maps = [(layer.name, layer.edges.activity.cpu().numpy()) for layer in mapped[place : place + 12]]
+        yield 'activity' + (f'-{place // 12 + 1}' if len(mapped) > 12 else ''), figures.draw_maps(maps)
     yield 'r2', figures.draw_r2(r2_groups(layers, fresh))
     if len(history) > 1:
-        layer = next((layer for layer in layers if layer.name.endswith('mlp.0')), layers[0])
-        title = f'{layer.name}: how its strongest curved edges grew'
+        layer = next((layer for layer in layers if layer.name.endswith(('mlp.0', 'mlp.act'))), layers[0])
+        title = f'{layer.name}: how its strongest curved functions grew'
         yield 'growth', figures.draw_growth(title, growth_of(layer, history))
 
 
@@ -290,7 +307,8 @@ def growth_of(layer, history, n=8):
     x = curves(layer.seen, layer.edges, pairs)[0]
     totals = torch.stack([curves(seen, layer.edges, pairs)[1] for seen in then], 1)  # (pairs, m, n)
     for e, (o, i) in enumerate(pairs):
-        about = dict(i=i, o=o, iterations=[iteration for iteration, _ in history], counts=inputs_of(layer, i)['counts'])
+        about = dict(i=i, o=output_of(layer.seen, o), iterations=[iteration for iteration, _ in history])
+        about.update(counts=inputs_of(layer, i)['counts'])
         found.append(arrays(dict(about, x=x[e].tolist(), curves=totals[e].tolist())))
     return found
 
@@ -314,7 +332,7 @@ def drive(known, met, n=6):
             for place in share.abs().flatten().topk(min(n, share.numel())).indices.tolist():
                 o, i = divmod(place, share.size(1))
                 numbers = dict(x=row[i].item(), z=z[o, i].item(), share=share[o, i].item())
-                found[t].append(dict(layer=short(name), o=o, i=i, **numbers))
+                found[t].append(dict(layer=short(name), o=output_of(one, o), i=i, **numbers))
     return [sorted(edges, key=lambda edge: -abs(edge['share'])) for edges in found]
 
 
@@ -326,12 +344,13 @@ def most_driven(known, met, driven, n):
         best[key] = max(best.get(key, 0.0), abs(edge['share']))
     chosen, rows = sorted(best, key=best.get, reverse=True)[:n], []
     for name, one in met.items():
-        pairs = [(o, i) for layer, o, i in chosen if layer == short(name)]
+        pairs = [(o or 0, i) for layer, o, i in chosen if layer == short(name)]
         if pairs:
             outputs, features = indices(one, pairs)
             apart = values(one, pairs) - known[name].mean[outputs, features]
             z = apart / known[name].activity[outputs, features].clamp_min(1e-30)
-            rows += [(f'{short(name)} {i} -> {o}', z[:, e].cpu().numpy()) for e, (o, i) in enumerate(pairs)]
+            labels = [f'{short(name)} {name_of(i, output_of(one, o))}' for o, i in pairs]
+            rows += [(label, z[:, e].cpu().numpy()) for e, label in enumerate(labels)]
     return rows
 
 
@@ -349,15 +368,18 @@ def write_formulas(folder, layers):
         for (o, i), formula in zip(layer.pairs, layer.formulas):
             written = expression(formula)
             latex = sympy.latex(expression(formula, symbol=f'x_{{{i}}}'))
-            about = dict(layer=layer.name, output=o, feature=i, low=layer.edges.low[i].item())
+            output = output_of(layer.seen, o)
+            about = dict(layer=layer.name, output=output, feature=i, low=layer.edges.low[i].item())
             about.update(high=layer.edges.high[i].item(), outside=layer.edges.outside[i].item())
             about.update(numbers_of(layer.edges, o, i), family=formula.family, formula=str(written), r2=formula.r2)
             about.update(a=formula.a, b=formula.b, c=formula.c, d=formula.d)
             rows.append(about)
             data.append({**rounded(about), 'latex': latex, 'others': rounded(formula.others)})
-            text.append(f'  {i:>5} -> {o:<5} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {written}\n')
+            name = f'{i:>5}' if output is None else f'{i:>5} -> {o:<5}'
+            text.append(f'  {name} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {written}\n')
             known = '' if math.isnan(formula.r2) else f' && R^2 = {formula.r2:.4f}'
-            tex.append(f'g_{{{o},{i}}} &= {latex}{known} \\\\\n')
+            index = i if output is None else f'{o},{i}'
+            tex.append(f'g_{{{index}}} &= {latex}{known} \\\\\n')
         text += sums(layer)
     write_text(folder, 'formulas.txt', ''.join(text).lstrip())
     write_text(folder, 'formulas.tex', '{\\allowdisplaybreaks\n\\begin{align*}\n' + ''.join(tex) + '\\end{align*}}\n')
@@ -370,6 +392,8 @@ def write_formulas(folder, layers):
 
 def sums(layer):
     """The output neurons that vary most, as sums of their strongest edges."""
+    if layer.seen.of_channels:
+        return []
     lines = ['  sums of edges, with the share of the variance of the output that they explain so far\n']
     for o, terms in neurons(layer):
         lines.append(f'    y_{o} =\n')

@@ -1,10 +1,12 @@
-"""kanify: KAN layers in place of the linear layers of any PyTorch model, a BERT, BART, GPT-2 or Llama, by their names.
+"""kanify: KAN layers in place of the linear layers of any PyTorch model, a BERT, BART, GPT-2 or Llama, by their names;
+or learned functions in place of its activations.
 
     from surgery.kanify import kanify
 
     kanify(model)  # every linear layer in the blocks; what the model computes stays what it was
     kanify(model, ('query', 'value'), train='splines')
     kanify(gpt2, 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
+    kanify(llama, kind='channel', example=tokens, train='splines')  # a function on each channel of its gates
 
 The functions that find layers serve lora.py, too.
 """
@@ -12,10 +14,10 @@ The functions that find layers serve lora.py, too.
 import torch
 import torch.nn as nn
 
-from kan import KANLinear
+from kan import ChannelSpline, KANLinear, is_elementwise
 
 
-def kanify(model, targets=None, init='preserve', train='all', absorb=None, **settings):
+def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind='edge', example=None, **settings):
     """Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
 
     targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an
@@ -26,14 +28,22 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, **set
     absorb    {layer: the activation module before it}, e.g. {'mlp.c_proj': 'mlp.act'}: the activation becomes the base
               activation of the KAN layer, so that the splines lie beside it and not behind it. Not for gated MLPs: what
               the activation gives must go to that layer, as it is, and nowhere else.
+    kind      'channel': activations become learned functions in place of all this, see kanify_activations, which takes
+              `example`, targets, train and settings.
     settings  of KANLinear: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there.
     """
+    if kind not in ('edge', 'channel') or (kind == 'channel') != (example is not None):
+        got = f'{kind!r} and {type(example).__name__}'
+        raise ValueError(
+            f"expected kind 'edge', or 'channel' and an example of what the model is called with, got {got}"
+        )
+    if kind == 'channel':
+        return kanify_activations(model, example, targets, train, **settings)
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
         raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r}, {train!r}")
-    if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
-        raise ValueError('the model has adapters: kanify comes before them')
+    refuse_adapters(model)
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
@@ -44,14 +54,94 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, **set
         layers[path] = to_kan(model.get_submodule(path), init, activation, settings)
     for path, layer in (layers | dict.fromkeys(absorbed.values(), nn.Identity())).items():
         model.set_submodule(path, layer)
+    choose_what_trains(model, layers, train)
+    report(model, f'{len(layers)} layers became KAN layers', before)
+    return model
+
+
+def kanify_activations(model, example, targets=None, train='all', **settings):
+    """Put a ChannelSpline in place of the activations of any model, in place, and return it. What the model computes
+    stays as it was: each function begins as the activation that it replaces.
+
+    example   what the model is called with once, without gradients, to see the width of each activation: a tensor, or a
+              dict of keyword arguments.
+    targets   names of activations, or of modules that hold some; None: all within the blocks of the model.
+    train     'all': the functions train beside what trains already; 'splines': they alone train in the whole model.
+    settings  of ChannelSpline: grid_size, spline_order, grid_range ...
+
+    Prints the number of parameters before and after. ValueError where nothing matches, naming what is there; for an
+    activation that the example does not reach, or that is used at several places or widths.
+    """
+    if train not in ('all', 'splines'):
+        raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
+    refuse_adapters(model)
+    paths = find_activations(model, [targets] if isinstance(targets, str) else targets)
+    inputs = watch_inputs(model, paths, example)
+    before, layers = sum(p.numel() for p in model.parameters()), {}
+    for path in paths:
+        activation, x = model.get_submodule(path), inputs[path]
+        phi = ChannelSpline(x.size(-1), base_activation=lambda activation=activation: activation, **settings)
+        layers[path] = phi.to(x.device).train(activation.training)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    choose_what_trains(model, layers, train)
+    report(model, f'{len(layers)} activations became learned functions', before)
+    return model
+
+
+def refuse_adapters(model):
+    if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
+        raise ValueError('the model has adapters: kanify comes before them')
+
+
+def choose_what_trains(model, layers, train):
     if train == 'splines':
         model.requires_grad_(False)
         for layer in layers.values():
             layer.spline_weight.requires_grad_(True)
+
+
+def report(model, what, before):
     after = sum(p.numel() for p in model.parameters())
     training = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f'{len(layers)} layers became KAN layers: {before:,} -> {after:,} parameters, {training:,} of them train')
-    return model
+    print(f'{what}: {before:,} -> {after:,} parameters, {training:,} of them train')
+
+
+def find_activations(model, targets):
+    """The paths of the activations that targets name, in order."""
+    modules = named_layers(model)
+    found = [path for path, module in modules.items() if is_activation(module)]
+    chosen = [path for path in found if in_block(model, path)] if targets is None else choose(found, targets, modules)
+    if not chosen:
+        raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
+    return chosen
+
+
+def is_activation(module):
+    """Whether a module is one of PyTorch's or of transformers' that act on each number by itself."""
+    is_known = type(module).__module__ in ('torch.nn.modules.activation', 'transformers.activations')
+    has_parameters = any(True for _ in module.parameters())
+    return is_known and not has_parameters and not getattr(module, 'inplace', False) and is_elementwise(module)
+
+
+@torch.no_grad()
+def watch_inputs(model, paths, example):
+    """{path: what the activation there was called with}"""
+    seen, handles = {path: [] for path in paths}, []
+    for path in paths:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda module, inputs, path=path: seen[path].append(inputs[0])))
+    try:
+        model(**example) if isinstance(example, dict) else model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, inputs in seen.items():
+        if len(inputs) != 1:
+            raise ValueError(
+                f'{path} was called {len(inputs)} times on the example: expected once, in a place of its own'
+            )
+    return {path: inputs[0] for path, inputs in seen.items()}
 
 
 @torch.no_grad()

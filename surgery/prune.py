@@ -4,15 +4,18 @@ keeps its mean.
     mask_edges(layer, keep, lost)      the edges stay in the tensors, as zeros that do not train
     remove_outputs(layer, keep)        smaller tensors: of the layer that makes the neurons
     remove_inputs(layer, keep, lost)   and of the one that reads them
+    remove_hidden(mlp, keep, lost)     the same for an MLP of linear layers, with learned activations or fixed ones
     complete(layers)                   what the others need, so that GPTConfig(kan_bias, kan_mask) describes them all
 
 `keep` says what stays, `lost` (O,) is the sum over the cut edges of their means. Which edges do least, and what their
-means are, is measured by inside/edges.py. Everything works on any model with KANLinear layers; the parameters of a
-layer that is cut are new ones, so an optimizer is made after it.
+means are, is measured by inside/edges.py. The parameters of a layer that is cut are new ones, so an optimizer is made
+after it.
 """
 
 import torch
 import torch.nn as nn
+
+from kan import ChannelSpline
 
 PER_EDGE = ('base_weight', 'spline_weight', 'spline_scaler')  # (O, I, ...)
 
@@ -50,6 +53,22 @@ def remove_inputs(layer, keep, lost):
     cut(layer, (*PER_EDGE, 'mask'), keep, dim=1)
     cut(layer, ('grid',), keep, dim=0)
     add_bias(layer, lost)
+
+
+@torch.no_grad()
+def remove_hidden(mlp, keep, lost):
+    """Remove the hidden channels of an MLP or SwiGLU of model.py where keep (H,) is False. Without a bias in c_proj
+    nothing takes over what they gave on average.
+    """
+    n, halves = int(keep.sum()), mlp.c_fc.out_features // len(keep)  # two of SwiGLU: gates and values
+    cut(mlp.c_fc, ('weight', 'bias'), keep.repeat(halves), dim=0)
+    cut(mlp.c_proj, ('weight',), keep, dim=1)
+    mlp.c_fc.out_features, mlp.c_proj.in_features = halves * n, n
+    if mlp.c_proj.bias is not None:
+        mlp.c_proj.bias += lost
+    cut(mlp.act, ('spline_weight', 'grid', 'slope'), keep, dim=0)
+    if isinstance(mlp.act, ChannelSpline):
+        mlp.act.in_features = n
 
 
 def complete(layers):

@@ -559,3 +559,64 @@ def test_code_written_for_nanogpt_finds_its_attributes():
     model = make()
     assert isinstance(model.transformer.h, nn.ModuleList) and model.transformer.wte.num_embeddings == 20
     assert model.config.n_layer == len(model.transformer.h)
+
+
+# functions on channels
+
+
+CHANNEL = dict(use_kan=True, kan_kind='channel', grid_min=-4.0, grid_max=4.0, grid_size=8)
+
+
+@pytest.mark.parametrize('mlp, activation', [('mlp', ''), ('mlp', 'silu'), ('swiglu', ''), ('swiglu', 'gelu')])
+def test_a_model_of_channel_functions_begins_as_the_plain_one(mlp, activation):
+    """With the same random numbers: the functions are the activations until they have learned."""
+    outcomes = []
+    for kan in {}, CHANNEL, dict(CHANNEL, kan_targets='attn,mlp,head'):
+        torch.manual_seed(1)
+        model = make(mlp=mlp, activation=activation, **kan)
+        x = torch.randint(model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+        outcomes.append(model(x, x)[0])
+    assert torch.allclose(outcomes[1], outcomes[0], atol=1e-5) and torch.allclose(outcomes[2], outcomes[0], atol=1e-5)
+
+
+def test_channel_functions_learn_and_are_in_a_group_of_their_own():
+    model = make(mlp='swiglu', **CHANNEL)
+    x = torch.randint(model.config.vocab_size, (2, 6))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', spline_lr_scale=4, spline_weight_decay=0.0)
+    functions = [block.mlp.act.spline_weight for block in model.transformer.h]
+    (group,) = [group for group in optimizer.param_groups if group.get('lr_scale') == 4]
+    assert {id(p) for p in group['params']} == {id(p) for p in functions} and group['weight_decay'] == 0
+    model(x, x)[1].backward()
+    optimizer.step()
+    assert all(p.abs().max() > 1e-3 for p in functions)
+
+
+def test_random_functions_at_first():
+    model = make(mlp='swiglu', spline_init_std=0.5, **CHANNEL)
+    functions = torch.cat([block.mlp.act.spline_weight.flatten() for block in model.transformer.h])
+    assert functions.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(activation='tanhh'), "activation='tanhh': expected one of gelu, silu"),
+        (dict(use_kan=True, kan_kind='neuron'), "kan_kind='neuron': expected 'edge' or 'channel'"),
+        (dict(CHANNEL, activation='swish'), 'must have no parameters'),
+        (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
+    ],
+)
+def test_families_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_activations_of_the_mlp():
+    """Against their formulas."""
+    x = torch.linspace(-3, 3, 12).view(1, 12)
+    forms = dict(gelu=F.gelu(x), silu=F.silu(x), relu2=F.relu(x).square(), identity=x, swish=F.silu(x))
+    for name, expected in forms.items():
+        mlp = make(activation=name, n_embd=12, mlp_hidden=1.0).transformer.h[0].mlp
+        assert torch.equal(mlp.act(x), expected)
+    mlp.act.slope.data.fill_(2.0)
+    assert torch.allclose(mlp.act(x), x * torch.sigmoid(2 * x))

@@ -136,7 +136,7 @@ def test_a_panel_has_the_curves_of_its_edge():
     assert len(figure.axes) == 5
     for panel, edge in zip(figure.axes, edges):
         lines = {line.get_label(): line.get_ydata() for line in panel.lines}
-        assert np.array_equal(lines['edge'], edge['total'])
+        assert np.array_equal(lines['function'], edge['total'])
         assert np.array_equal(lines['its activation'], edge['base'])
         assert np.allclose(lines['its spline'] + edge['base'], edge['total'])
         assert np.array_equal(lines['formula'], edge['fit'])
@@ -153,7 +153,7 @@ def test_a_panel_has_the_curves_of_its_edge():
         shaded = [box for box, patch in zip(shaded, panel.patches) if patch.get_label() == 'outside the grid']
         assert np.allclose([(box.x0, box.x1) for box in shaded], [(-3, -2), (1, 2)])
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ['edge', 'its activation', 'its spline', 'formula', 'inputs', 'knots', 'outside the grid']
+    assert legend == ['function', 'its activation', 'its spline', 'formula', 'inputs', 'knots', 'outside the grid']
 
 
 def test_an_edge_may_lack_a_formula_and_vary_in_nothing():

@@ -183,7 +183,7 @@ def test_a_compiled_model_has_no_graph_break_and_equal_gradients():
             self.first, self.phi, self.last = nn.Linear(4, 12), ChannelSpline(6), nn.Linear(6, 2)
 
         def forward(self, x):
-            return self.last(self.phi.glu(self.first(x)))
+            return self.last(self.phi(self.first(x), gated=True))
 
     torch._dynamo.reset()
     model, x, outcomes = Gated(), torch.randn(9, 4), []
@@ -275,7 +275,9 @@ def test_a_new_layer_is_its_activation(monkeypatch):
         phi = ChannelSpline(4, base_activation=activation)
         assert torch.allclose(phi(x), activation(x), atol=1e-6)
     gates = 5 * torch.randn(3, 7, 8)
-    assert torch.allclose(ChannelSpline(4).glu(gates), nn.functional.silu(gates[..., :4]) * gates[..., 4:], atol=1e-6)
+    assert torch.allclose(
+        ChannelSpline(4)(gates, gated=True), nn.functional.silu(gates[..., :4]) * gates[..., 4:], atol=1e-6
+    )
 
 
 def test_each_channel_has_its_function():
@@ -346,7 +348,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_inputs_of_another_width():
     phi = ChannelSpline(3)
-    for call, width in (phi, 4), (phi.glu, 8), (phi.update_grid, 2):
+    for call, width in (phi, 4), (functools.partial(phi, gated=True), 8), (phi.update_grid, 2):
         with pytest.raises(ValueError, match='expected 3 features'):
             call(torch.randn(5, width))
 

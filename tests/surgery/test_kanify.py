@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
-from kan import KANLinear
+from kan import ChannelSpline, KANLinear
 from layers import spline
 from model import GPT, GPTConfig
-from surgery.kanify import kanify
+from surgery.kanify import kanify, kanify_activations
 from surgery.lora import LoRAConfig, add_lora
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -247,3 +248,69 @@ def test_layers_that_are_read_and_not_always_called_are_left_alone():
     for name in ('out_proj', 'linear1'):
         with pytest.raises(ValueError, match=rf"by the name '{name}'; there is 1 \(1\)"):
             kanify(model, name)
+
+
+# activations
+
+
+def make_block_model(activation=nn.SiLU):
+    blocks = [nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 4)) for _ in range(2)]
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks), last=nn.Softmax(-1)))
+
+
+def test_activations_become_functions_that_give_the_same(capsys):
+    model, x = make_block_model(), torch.randn(3, 4)
+    before = model(x)
+    kanify_activations(model, x, grid_size=5)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert [type(block[1]) for block in model.blocks] == [ChannelSpline] * 2 and type(model.last) is nn.Softmax
+    assert model.blocks[0][1].spline_weight.shape == (6, 8)
+    n = sum(p.numel() for p in make_block_model().parameters())
+    assert (
+        f'2 activations became learned functions: {n} -> {n + 96} parameters, {n + 96} of them train'
+        in capsys.readouterr().out
+    )
+    model(x).square().sum().backward()
+    assert model.blocks[0][1].spline_weight.grad.abs().sum() > 0
+
+
+def test_functions_alone_train():
+    model = kanify_activations(make_block_model(nn.GELU), torch.randn(3, 4), '1.1', train='splines')
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ['blocks.1.1.spline_weight']
+    assert type(model.blocks[0][1]) is nn.GELU
+
+
+def test_the_gate_of_a_llama():
+    """Its SiLU, with the same logits and cached generation."""
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    tokens = torch.randint(40, (2, 7))
+    before = llama(tokens).logits
+    kanify(llama, kind='channel', example=dict(input_ids=tokens), train='splines')
+    assert torch.allclose(llama(tokens).logits, before, atol=1e-5)
+    functions = [layer.mlp.act_fn for layer in llama.model.layers]
+    assert all(isinstance(phi, ChannelSpline) and phi.in_features == 24 for phi in functions)
+    assert sum(p.numel() for p in llama.parameters() if p.requires_grad) == 2 * 24 * 11
+    assert llama.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 10)
+
+
+def test_activations_that_cannot_be_replaced():
+    x, shared = torch.randn(3, 4), nn.SiLU()
+    twice = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)))
+    for model, targets, message in (
+        (nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1))), None, 'found no activations within blocks'),
+        (make_block_model(), 'act', "no layer to replace or adapt by the name 'act'"),
+        (twice, None, 'was called 2 times on the example'),
+        (make_block_model(nn.PReLU), None, 'found no activations'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kanify_activations(model, x, targets)
+    with pytest.raises(ValueError, match="expected train 'all' or 'splines'"):
+        kanify_activations(make_block_model(), x, train='functions')
+
+
+@pytest.mark.parametrize('settings', [dict(kind='channel'), dict(kind='neuron'), dict(example=torch.ones(1))])
+def test_a_kind_and_its_example(settings):
+    with pytest.raises(ValueError, match="expected kind 'edge', or 'channel' and an example"):
+        kanify(make_block_model(), **settings)

@@ -11,7 +11,7 @@ from kan import KAN, KANLinear
 from layers import spline
 from model import GPT, GPTConfig
 from surgery.lora import LoRAConfig, add_lora
-from surgery.prune import complete, mask_edges, remove_inputs, remove_outputs, strongest
+from surgery.prune import complete, mask_edges, remove_hidden, remove_inputs, remove_outputs, strongest
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
@@ -315,3 +315,29 @@ def test_masks_do_not_train_and_move_with_the_model():
     assert not any(name.endswith('mask') for name in names)
     assert all(tensor.dtype == torch.bool for name, tensor in model.half().state_dict().items() if 'mask' in name)
     assert all(tensor.is_meta for name, tensor in model.to('meta').state_dict().items() if 'mask' in name)
+
+
+# hidden channels between linear layers
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('mlp', ['mlp', 'swiglu'])
+@pytest.mark.parametrize('use_kan', [False, True])
+def test_hidden_channels_are_removed(mlp, use_kan, bias):
+    """What is left is the MLP with the others silenced, and another bias where there is one."""
+    config = GPTConfig(n_embd=6, n_head=2, vocab_size=5, block_size=4, n_layer=1, bias=bias, mlp=mlp, mlp_hidden=2)
+    config.use_kan, config.kan_kind = use_kan, 'channel'
+    model = GPT(config)
+    block, x = model.transformer.h[0].mlp, torch.randn(7, 6)
+    if use_kan:
+        nn.init.normal_(block.act.spline_weight)
+    keep, lost = random_keep(12), torch.randn(6)
+    silenced = copy.deepcopy(block)
+    with torch.no_grad():
+        silenced.c_proj.weight *= keep
+        expected = silenced(x) + (lost if bias else 0)
+        remove_hidden(block, keep, lost)
+        assert close(block(x), expected)
+    smaller = GPT(GPTConfig(**{**asdict(config), 'mlp_hidden': keep.sum().item() / 6}))
+    smaller.load_state_dict(model.state_dict())
+    assert close(smaller.transformer.h[0].mlp(x), expected)
