@@ -84,7 +84,7 @@ def lattice(kind):
         return torch.cartesian_prod(u, v).unbind(1)
     if kind == 'within':
         return torch.cartesian_prod(torch.linspace(math.log(0.2), math.log(4), 16), torch.linspace(-3, 3, 61)).unbind(1)
-    first, last = (0.05, 60) if kind == 'rate' else (1e-3, 10)
+    first, last = (0.05, 60) if kind == 'rate' else (1e-4, 10)
     u = torch.linspace(math.log(first), math.log(last), 96)
     return u, 0 * u
 

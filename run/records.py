@@ -4,6 +4,7 @@ run.json    config, commit, versions, device, parameters, data, start, final met
 log.jsonl   one line per evaluation
 """
 
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from run.files import write_atomically
 # settings of train.py that older records do not name, as they were before there was a choice
 ADDED = dict(use_graph=False, graph_kind='gat', graph_edges='causal', graph_heads=4, graph_place='after')
 ADDED.update(graph_window=8, graph_topk=8, graph_backend='auto', keep_history=False)
+ADDED.update(activation='', kan_kind='edge', spline_init_std=0.0)
 
 
 def complete(config):
@@ -70,10 +72,12 @@ def perplexity(loss):
 
 
 def commit():
-    """The git commit of the code, with + for uncommitted changes; None outside a git checkout."""
+    """The git commit of the code, with + for uncommitted changes, but for results; None outside a git checkout."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
-        describe = ['git', '-C', ROOT, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        head = git(['git', 'rev-parse', 'HEAD']).stdout.strip()
+        changed = git(['git', 'diff', '--name-only', 'HEAD', '--', '.', ':!results']).stdout
+        return head + '+' * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None
 

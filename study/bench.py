@@ -4,10 +4,12 @@
     python study/bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
     python study/bench.py --suite=sample
     python study/bench.py --suite=adapter
+    python study/bench.py --suite=mlp
     python study/bench.py --suite=graph
 
 `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
-kan-gpt its copy of efficient-kan is measured. Suite graph has the layers that look at earlier tokens, and the share of
+kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of two-layer GPTs of equal parameters whose MLPs
+have fixed or learned activations. Suite graph has the layers that look at earlier tokens, and the share of
 a training step that finds edges. On a CPU each case has processes of its own, one per round, so that its peak memory is
 its own; a GPU counts memory by itself. The rounds interleave the cases. Prints a table, then one line of JSON with
 every number in it.
@@ -37,10 +39,11 @@ from run.checkpoint import versions
 from run.cost import make_step
 from run.device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, profile, set_up
 from study.speed import make_table
+from study.win import FAMILIES, at_equal_parameters
 from surgery.lora import LoRAConfig, add_lora
 
 # -----------------------------------------------------------------------------
-suite = 'layer'  # 'layer', 'step', 'sample', 'adapter' or 'graph'
+suite = 'layer'  # 'layer', 'step', 'mlp', 'sample', 'adapter' or 'graph'
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
 rounds = 3  # processes of each case
@@ -77,6 +80,15 @@ ATTENTIONS = {  # settings of the layer
     'GAT, window by mask': dict(use_graph=True, graph_edges='window', graph_backend='dense'),
     'GAT, window by list': dict(use_graph=True, graph_edges='window', graph_backend='pyg'),
 }
+KAN_GLU = FAMILIES['KAN-GLU']
+MLPS = {  # families of study/win.py
+    'SwiGLU': FAMILIES['SwiGLU'],
+    'KAN-GLU': KAN_GLU,
+    'KAN-GLU of order 2': dict(KAN_GLU, spline_order=2),
+    'KAN-GLU of order 1': dict(KAN_GLU, spline_order=1),
+    'GELU': FAMILIES['GELU'],
+    'channel KAN': FAMILIES['channel KAN'],
+}
 ADAPTED = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
 SHAPES = ['192 768 16384', '768 192 16384', '96 384 2048', '768 3072 2048']  # features in, features out, rows
 ATTENTION_SHAPES = ['192 6 512 8', '768 12 512 8']  # width, heads of self-attention, tokens, sequences
@@ -86,6 +98,7 @@ EDGES = ['no edges', 'causal edges', 'window edges', 'topk edges', 'same edges']
 SUITES = {  # where each measures, and what
     'layer': [(SHAPES, LAYERS)],
     'step': [(SIZES, MODELS)],
+    'mlp': [(SIZES, MLPS)],
     'sample': [(SAMPLED, ['uncached', 'cached'])],
     'adapter': [(['768 768 8192'], ['nn.Linear', *ADAPTED])],
     'graph': [(ATTENTION_SHAPES, ATTENTIONS), (SIZES, EDGES)],
@@ -95,7 +108,7 @@ SUITES = {  # where each measures, and what
 def list_cases():
     """What there is to measure: [dtype, where, name] each."""
     if suite not in SUITES:
-        raise ValueError(f'suite={suite!r}: expected layer, step, sample, adapter or graph')
+        raise ValueError(f'suite={suite!r}: expected {", ".join(SUITES)}')
     precisions, cases = [pick_dtype(dtype, device) for dtype in dtypes.split(',')], []
     for wheres, names in SUITES[suite]:
         cases += [[dtype, where, name] for where in wheres for dtype in precisions for name in names]
@@ -189,7 +202,10 @@ def make_gpt(config, **overrides):
 
 def prepare_step(dtype, where, name):
     """A training step as in train.py."""
-    raw_model, settings = make_gpt(where + MODELS[name], **({} if dropout < 0 else {'dropout': dropout}))
+    changed = {} if dropout < 0 else {'dropout': dropout}
+    if suite == 'mlp':
+        changed.update(at_equal_parameters(MLPS[name], make_gpt(where)[1]['n_embd']))
+    raw_model, settings = make_gpt(where + MODELS.get(name, ''), **changed)
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
             others = [make_layer(name, layer.in_features, layer.out_features) for layer in module.layers]
@@ -266,7 +282,9 @@ def measure(dtype, where, name):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(device)
-    prepare = {'step': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(suite, prepare_layer)
+    prepare = {'step': prepare_step, 'mlp': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(
+        suite, prepare_layer
+    )
     run = prepare(dtype, where, name)
     run()
     seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before

@@ -90,7 +90,9 @@ def brute_force(family, t, g):
         z = numbers[0] * t + numbers[1]
         if (kind == 'bounded' and z.min() <= 0) or (kind == 'within' and np.abs(z).max() >= 1):
             return 10 * apart  # no function of the whole domain
-        h = f(torch.from_numpy(z.clip(-300, 300))).numpy()
+        if family == 'exp':  # whose square is to be finite
+            z = z.clip(-300, 300)
+        h = f(torch.from_numpy(z)).numpy()
         h = h - h.mean()
         return apart - (h @ apart) / max(h @ h, 1e-12) * h
 

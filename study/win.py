@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
+import numpy as np
 
 from configurator import ROOT, configure
-from study.runner import Study, choose, run_json, run_to_end
+from study.runner import Study, choose, mean_and_std, paired_p, run_json, run_to_end
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -55,6 +56,7 @@ ABLATION = {  # families of which these settings are varied
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES, SCALES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.04, 0.16)  # the scales at the best rate alone
+KAN = ('channel KAN', 'KAN-GLU')  # drawn in blue
 SEEDS = {'ablation': range(1, 9), 'tuning': (1337,), 'final': range(11, 21)}
 
 # -----------------------------------------------------------------------------
@@ -64,8 +66,13 @@ sizes = ','.join(SIZES)
 
 
 def settings_for(family, size):
-    """Settings of train.py for a family in a size: as many parameters as the GELU GPT has, by the hidden layer's width."""
-    C, K = SIZES[size]['n_embd'], family.get('grid_size', 5) + family.get('spline_order', 3)
+    """Settings of train.py for a family in a size."""
+    return {**COMMON, **SIZES[size], **at_equal_parameters(family, SIZES[size]['n_embd'])}
+
+
+def at_equal_parameters(family, C):
+    """The settings of a family, and the width of the hidden layer at which a block has the parameters of a GELU GPT's."""
+    K = family.get('grid_size', 5) + family.get('spline_order', 3)
     unit = 3 * C if family.get('mlp') == 'swiglu' else 2 * C  # the weights of a hidden channel
     width = 'mlp_hidden'
     if family.get('kan_kind') == 'channel':
@@ -74,7 +81,7 @@ def settings_for(family, size):
         unit, width = 2 * C * (K + 2), 'kan_hidden'
     elif family.get('activation') == 'swish':
         unit += 1
-    return {**COMMON, **SIZES[size], **family, width: round(8 * C * C / unit) / C}
+    return {**family, width: round(8 * C * C / unit) / C}
 
 
 def name_of(stage, size, family, seed, learning_rate, init_std):
@@ -154,6 +161,123 @@ def run(stages, sizes):
             STUDY.run_all(jobs_of('final', size, {**FAMILIES, **CONTROLS}, best), make)
 
 
+# the page
+
+
+def groups_of(stage, size):
+    """{family: {seed: record}} of the runs of a stage that finished, in the order of the families."""
+    found = {family: {} for family in {'ablation': ABLATION}.get(stage, {**FAMILIES, **CONTROLS})}
+    for run in STUDY.read().values():
+        if (run['stage'], run['size']) == (stage, size) and 'finished' in run and run['family'] in found:
+            found[run['family']][run['seed']] = run
+    return {family: runs for family, runs in found.items() if runs}
+
+
+def difference(runs, others, key):
+    """Of the seeds of both the mean difference, half its 95 % interval, p of a paired t-test, and their number, or None
+    for fewer than two.
+    """
+    from scipy.stats import t
+
+    seeds = sorted(runs.keys() & others.keys())
+    if len(seeds) < 2 or runs is others:
+        return None
+    values, baseline = ([key(some[seed]) for seed in seeds] for some in (runs, others))
+    apart = np.subtract(values, baseline)
+    half = t.ppf(0.975, len(seeds) - 1) * apart.std(ddof=1) / len(seeds) ** 0.5
+    return apart.mean(), half, paired_p(values, baseline), len(seeds)
+
+
+def cell(found):
+    return '{:+.4f} ± {:.4f} (p = {:.2g}, n = {})'.format(*found) if found else ''
+
+
+def validation(run):
+    return run['final']['val_loss']
+
+
+def held_out(run):
+    return run['test']
+
+
+def make_ablation(groups):
+    lines = [
+        '| gates | parameters | last validation loss | to SwiGLU | to order 3, 8 intervals |',
+        '|---|--:|--:|--:|--:|',
+    ]
+    for family, runs in groups.items():
+        losses, (first, *_) = [validation(run) for run in runs.values()], runs.values()
+        cells = [family, f'{first["parameters"]["total"]:,}', mean_and_std(losses, 4)]
+        for baseline in 'SwiGLU', 'order 3, 8 intervals':
+            cells.append(cell(difference(runs, groups.get(baseline, {}), validation)))
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def make_tuning(size):
+    """A line for each family: its loss at each rate, with the usual scale, and at the other scales at its best rate."""
+    heads = ['family', *(f'{rate:g}' for rate in RATES), *(f'scale {scale:g}' for scale in SCALES), 'chosen']
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
+    for family, chosen in best_settings(size).items():
+        losses = tried(size, family)
+        numbers = [losses.get((rate, USUAL['init_std'])) for rate in RATES]
+        numbers += [next((loss for (_, std), loss in losses.items() if std == scale), None) for scale in SCALES]
+        cells = [family, *('' if loss is None else f'{loss:.4f}' for loss in numbers)]
+        lines.append('| ' + ' | '.join([*cells, '{learning_rate:g}, {init_std:g}'.format(**chosen)]) + ' |')
+    return lines
+
+
+def make_final(groups):
+    heads = ['family', 'parameters', 'last validation loss', 'loss on the last tenth', 'to SwiGLU', 'to GELU']
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
+    for family, runs in sorted(groups.items(), key=lambda pair: np.mean([held_out(run) for run in pair[1].values()])):
+        first = next(iter(runs.values()))
+        cells = [family, f'{first["parameters"]["total"]:,}']
+        cells += [mean_and_std([key(run) for run in runs.values()], 4) for key in (validation, held_out)]
+        cells += [cell(difference(runs, groups.get(baseline, {}), held_out)) for baseline in ('SwiGLU', 'GELU')]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def make_page():
+    parts = []
+    for size in SIZES:
+        tables = {
+            f'{size}: fresh seeds, on the last tenth': make_final(groups_of('final', size)),
+            f'{size}: trials of learning rate and initial scale': make_tuning(size),
+            f'{size}: splines of KAN-GLU': make_ablation(groups_of('ablation', size)),
+        }
+        for title, lines in tables.items():
+            if len(lines) > 2:
+                parts += [f'## {title}', '', *lines, '']
+    return '\n'.join(parts)
+
+
+def draw(path):
+    """Of each size how far the families are from SwiGLU on the last tenth, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    groups = {size: groups_of('final', size) for size in SIZES}
+    groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
+    if not groups:
+        return
+    figure = Figure(figsize=(9, 4.5), layout='constrained')
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for panel, (size, found) in zip(panels, groups.items()):
+        gaps = {family: difference(runs, found['SwiGLU'], held_out) for family, runs in found.items()}
+        gaps = dict(sorted(((family, gap) for family, gap in gaps.items() if gap), key=lambda pair: -pair[1][0]))
+        for place, (family, (mean, half, *_)) in enumerate(gaps.items()):
+            panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color='#0072b2' if family in KAN else '#777777')
+        panel.axvline(0, color='black', linewidth=0.8)
+        panel.set_yticks(range(len(gaps)), gaps)
+        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU, nats per character')
+        panel.grid(alpha=0.3, axis='x')
+    figure.savefig(path, dpi=130)
+
+
 if __name__ == '__main__':
     configure(globals())
     run(choose('stages', stages, SEEDS), choose('sizes', sizes, SIZES))
+    if STUDY.read():
+        STUDY.show(make_page())
+        draw(STUDY.folder / 'gaps.png')

@@ -46,7 +46,7 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
 @pytest.mark.parametrize(
     'flag, message',
     [
-        ('--suite=lawyer', 'expected layer, step, sample, adapter or graph'),
+        ('--suite=lawyer', 'expected layer, step, mlp, sample, adapter, graph'),
         ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
         ('--only=(', 'not a regular expression'),
         ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),

@@ -1,0 +1,13 @@
+# A GPT in micro size whose MLPs are KAN-GLU, as many parameters as train_shakespeare_char_micro.py has, 0.90M.
+#     python train.py config/train_shakespeare_char_micro_kan_glu.py
+
+include = 'train_shakespeare_char_micro.py'
+out_dir = 'out-shakespeare-char-micro-kan-glu'
+mlp = 'swiglu'
+mlp_hidden = 503 / 192  # as many parameters as SwiGLU has at 8 / 3, or the MLP at 4
+use_kan = True
+kan_kind = 'channel'
+grid_size = 8
+grid_min = -4.0
+grid_max = 4.0
+spline_weight_decay = 0.0
