@@ -4,7 +4,7 @@
 include = 'train_shakespeare_char_micro.py'
 out_dir = 'out-shakespeare-char-micro-kan-glu'
 mlp = 'swiglu'
-mlp_hidden = 503 / 192  # as many parameters as SwiGLU has at 8 / 3, or the MLP at 4
+mlp_hidden = 504 / 192  # as many parameters as SwiGLU has at 8 / 3, or the MLP at 4
 use_kan = True
 kan_kind = 'channel'
 grid_size = 8

@@ -51,8 +51,8 @@ ABLATION = {  # families of which these settings are varied
     'order 3, 8 intervals': FAMILIES['KAN-GLU'],
     'order 2, 8 intervals': dict(FAMILIES['KAN-GLU'], spline_order=2),
     'order 1, 8 intervals': dict(FAMILIES['KAN-GLU'], spline_order=1),
-    'order 2, 4 intervals': dict(FAMILIES['KAN-GLU'], spline_order=2, grid_size=4),
     'order 2, rate of splines x 4': dict(FAMILIES['KAN-GLU'], spline_order=2, spline_lr_scale=4.0),
+    'order 2, rate of splines x 16': dict(FAMILIES['KAN-GLU'], spline_order=2, spline_lr_scale=16.0),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES, SCALES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.04, 0.16)  # the scales at the best rate alone
@@ -71,7 +71,9 @@ def settings_for(family, size):
 
 
 def at_equal_parameters(family, C):
-    """The settings of a family, and the width of the hidden layer at which a block has the parameters of a GELU GPT's."""
+    """The settings of a family, and the width of the hidden layer, a multiple of 8 as products of matrices like them, at
+    which a block comes nearest to the parameters of a GELU GPT's.
+    """
     K = family.get('grid_size', 5) + family.get('spline_order', 3)
     unit = 3 * C if family.get('mlp') == 'swiglu' else 2 * C  # the weights of a hidden channel
     width = 'mlp_hidden'
@@ -81,7 +83,7 @@ def at_equal_parameters(family, C):
         unit, width = 2 * C * (K + 2), 'kan_hidden'
     elif family.get('activation') == 'swish':
         unit += 1
-    return {**family, width: round(8 * C * C / unit) / C}
+    return {**family, width: 8 * round(C * C / unit) / C}
 
 
 def name_of(stage, size, family, seed, learning_rate, init_std):
