@@ -196,7 +196,7 @@ class Splines(nn.Module):
         return torch.cat([below, inner, above]).t()
 
     def regularization_loss(self, regularize_activation=1.0, regularize_entropy=1.0):
-        """L1 of the spline weights and entropy of the shares of the splines: Liu et al. eq. 2.20 as in efficient-kan."""
+        """L1 of the spline weights and entropy of the splines' shares: Liu et al. eq. 2.20 as in efficient-kan."""
         tiny = torch.finfo(self.spline_weight.dtype).tiny
         strength = self.spline_weight.abs().mean(-1)  # of each spline
         total = strength.sum()

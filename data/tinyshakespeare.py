@@ -31,8 +31,8 @@ SLIPS = [  # lines with wrong marks in the nine plays: a speaker or a direction 
 
 
 def write_text(folder, source, tokenizer_of, train=0.9, end=1.0):
-    """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`; or the first
-    `train` of it, and the part from there to `end`.
+    """Write the first 90 % of the text of read_text for training and the rest for validation into `folder`; or the
+    first `train` of it, and the part from there to `end`.
     """
     own = Path(folder, 'input.txt')
     if not source and own.exists():

@@ -35,9 +35,9 @@ LIMIT = 4  # standard deviations
 
 @rc_context(STYLE)
 def draw_edges(title, edges):
-    """A panel for each edge, up to 24: {'i', 'o' (None of a channel), 'x', 'total', 'base', 'fit' (curves, the last may be None),
-    'formula', 'family', 'r2' (may be NaN), 'counts' (of inputs, evenly from x[0] to x[-1]), 'knots' (P,), 'grid'
-    (low, high)}.
+    """A panel for each edge, up to 24: {'i', 'o' (None of a channel), 'x', 'total', 'base', 'fit' (curves, the last may
+    be None), 'formula', 'family', 'r2' (may be NaN), 'counts' (of inputs, evenly from x[0] to x[-1]), 'knots' (P,),
+    'grid' (low, high)}.
     """
     check(edges, 'edges', 24)
     names = [f'{name_of(edge)}  {edge["family"]}, R² ' for edge in edges]

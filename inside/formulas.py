@@ -136,8 +136,8 @@ class Found:
 
 @torch.no_grad()
 def search(seen, edges, progress=lambda: None, margin=0.01, tie=1e-4):
-    """The best of some 14,000 candidates for every edge of a layer. Edges without variance have R2 0. The margin and the
-    tie are for edges that learned from noisy data: an accurate KAN can do with less.
+    """The best of some 14,000 candidates for every edge of a layer. Edges without variance have R2 0. The margin and
+    the tie are for edges that learned from noisy data: an accurate KAN can do with less.
     """
     O, P, I = seen.weights.shape
     make = functools.partial(seen.weights.new_zeros, I, O)

@@ -60,8 +60,9 @@ def halves(x, weight, gated):
 
 
 def channel_spline(x, weight, knots, k, activation, gated=False):
-    """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise module
-    without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32 (or float64).
+    """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise
+    module without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32, of a
+    float64 x in that.
     Deterministic. Differentiable in every mode and order.
     """
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators

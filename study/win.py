@@ -71,19 +71,19 @@ def settings_for(family, size):
 
 
 def at_equal_parameters(family, C):
-    """The settings of a family, and the width of the hidden layer, a multiple of 8 as products of matrices like them, at
-    which a block comes nearest to the parameters of a GELU GPT's.
+    """The settings of a family, and the width of the hidden layer, a multiple of 8 as products of matrices like them,
+    at which a block comes nearest to the parameters of a GELU GPT's.
     """
     K = family.get('grid_size', 5) + family.get('spline_order', 3)
     unit = 3 * C if family.get('mlp') == 'swiglu' else 2 * C  # the weights of a hidden channel
-    width = 'mlp_hidden'
+    width, step = 'mlp_hidden', 8
     if family.get('kan_kind') == 'channel':
         unit += K
     elif family.get('use_kan'):
-        unit, width = 2 * C * (K + 2), 'kan_hidden'
+        unit, width, step = 2 * C * (K + 2), 'kan_hidden', 1  # few channels of many numbers
     elif family.get('activation') == 'swish':
         unit += 1
-    return {**family, width: 8 * round(C * C / unit) / C}
+    return {**family, width: step * round(8 * C * C / unit / step) / C}
 
 
 def name_of(stage, size, family, seed, learning_rate, init_std):
@@ -91,7 +91,9 @@ def name_of(stage, size, family, seed, learning_rate, init_std):
 
 
 def jobs_of(stage, size, families, settings=None):
-    """{name: (stage, size and family, settings of train.py)} of all seeds; `settings` {family: rate and scale}, by default the usual."""
+    """{name: (stage, size and family, settings of train.py)} of all seeds; `settings` {family: rate and scale}, by
+    default the usual ones.
+    """
     jobs = {}
     for seed in SEEDS[stage]:
         for family, about in families.items():

@@ -17,7 +17,7 @@ with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as 
     from layers import spline_triton
     from study import gpu, tiles
 
-# a fork has imported Triton as it is without the interpreter, which Triton 3.6 wants to be taught what numpy has changed
+# a fork has imported Triton without the interpreter, and Triton 3.6 wants to be taught what numpy has changed
 TAUGHT = f"""
 import sys
 import pytest
