@@ -63,6 +63,8 @@ class GPTConfig:
             raise ValueError(f'activation={self.activation!r}: expected one of {", ".join(ACTIVATIONS)}')
         if self.kan_kind not in ('edge', 'channel'):
             raise ValueError(f"kan_kind={self.kan_kind!r}: expected 'edge' or 'channel'")
+        if self.use_kan and self.kan_kind == 'channel' and (self.kan_norm or self.kan_bias or self.kan_mask):
+            raise ValueError("kan_norm, kan_bias and kan_mask are for functions on edges, and kan_kind is 'channel'")
         if not self.init_std > 0:
             raise ValueError(f'init_std must be greater than zero, got {self.init_std}')
         if not self.grid_min < self.grid_max:

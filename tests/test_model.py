@@ -603,6 +603,7 @@ def test_random_functions_at_first():
         (dict(activation='tanhh'), "activation='tanhh': expected one of gelu, silu"),
         (dict(use_kan=True, kan_kind='neuron'), "kan_kind='neuron': expected 'edge' or 'channel'"),
         (dict(CHANNEL, activation='swish'), 'must have no parameters'),
+        (dict(CHANNEL, kan_norm=True), 'kan_norm, kan_bias and kan_mask are for functions on edges'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from layers.channel import channel_spline, plain_channel_spline
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
 
+needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='the passes in C++ need a compiler')
 ACTIVATIONS = [nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Identity()]
 
 
@@ -57,6 +59,7 @@ def test_plain_passes(monkeypatch, k, G, gated, irregular):
     check(channel_spline, *make(k=k, G=G, gated=gated, irregular=irregular), k=k, gated=gated)
 
 
+@needs_compiler
 @pytest.mark.parametrize(  # each is compiled, two seconds long, when a machine runs it for the first time
     'k, G, gated, activation',
     [
@@ -74,6 +77,7 @@ def test_compiled_passes(monkeypatch, k, G, gated, activation):
     check(channel_spline, *make(N=70, C=261, k=k, G=G, gated=gated), k=k, gated=gated, activation=activation)
 
 
+@needs_compiler
 @pytest.mark.parametrize('k', [1, 2, 3])
 def test_on_a_knot_and_at_the_ends(monkeypatch, k):
     """The slope of order 1 is that to the right of a knot; beyond the last one nothing is left of the splines."""
@@ -85,6 +89,7 @@ def test_on_a_knot_and_at_the_ends(monkeypatch, k):
     check(channel_spline, *arguments, k=k, gated=False, activation=activation)
 
 
+@needs_compiler
 def test_a_nan_stays_one_and_spares_its_neighbours(monkeypatch):
     x, weight, knots, grad = make()
     x[3, 2] = torch.nan
@@ -198,6 +203,7 @@ def test_a_compiled_model_has_no_graph_break_and_equal_gradients():
 # which backend
 
 
+@needs_compiler
 def test_the_backend_follows_the_input(monkeypatch):
     x, weight, knots, _ = make()
     choose = functools.partial(channel.choose_backend, gated=True)
@@ -239,6 +245,7 @@ def empty_cache(tmp_path, monkeypatch):
     native.compile.cache_clear()
 
 
+@needs_compiler
 def test_a_library_is_kept_by_all_that_it_depends_on(empty_cache, monkeypatch):
     (empty_cache.parent / 'one.cpp').write_text('extern "C" int number() { return NUMBER; }')
     monkeypatch.setattr(native, '__file__', str(empty_cache.parent / 'native.py'))
@@ -302,6 +309,7 @@ def test_a_function_that_is_asked_for():
     assert (phi(x) - wanted).abs().max() < 0.1 and (phi(x) - wanted)[:, 0].abs().max() < 1e-3
 
 
+@needs_compiler
 @pytest.mark.parametrize('grid_eps', [1.0, 0.02])
 def test_update_grid_keeps_the_function_over_the_data(grid_eps):
     phi, x = ChannelSpline(3, grid_eps=grid_eps), 1.5 * torch.randn(2000, 3)

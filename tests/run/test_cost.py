@@ -18,6 +18,8 @@ ATTENTION = 2 * 2 * T * C  # per token and layer: scores, and values summed by t
         (dict(mlp='swiglu', mlp_hidden=2.0), L * (4 + 3 * 2) * C * C + V * C),
         (dict(use_kan=True), L * (4 * C * C + 9 * 8 * C * C) + V * C),
         (dict(use_kan=True, kan_targets='attn,mlp,head', grid_size=3, spline_order=2), 6 * (L * 12 * C * C + V * C)),
+        (dict(use_kan=True, kan_kind='channel', kan_targets='attn,mlp,head'), L * 12 * C * C + V * C),
+        (dict(use_kan=True, kan_kind='channel', mlp='swiglu', mlp_hidden=2.0), L * (4 + 3 * 2) * C * C + V * C),
         (dict(dropout=0.3), L * 12 * C * C + V * C),
         (dict(use_graph=True), L * (13 * C * C + T * C) + V * C),
         (
@@ -26,7 +28,18 @@ ATTENTION = 2 * 2 * T * C  # per token and layer: scores, and values summed by t
         ),  # similarity: forward only
         (dict(use_graph=True, graph_place='attention'), L * (10 * C * C - T * C) + V * C),
     ],
-    ids=['vanilla', 'swiglu', 'kan mlp', 'kan everywhere', 'dropout', 'gat', 'gatv2', 'gat in place of attention'],
+    ids=[
+        'vanilla',
+        'swiglu',
+        'kan mlp',
+        'kan everywhere',
+        'channel kan everywhere',
+        'kan-glu',
+        'dropout',
+        'gat',
+        'gatv2',
+        'gat in place of attention',
+    ],
 )
 def test_flops_are_three_times_those_of_the_forward_products(settings, products):
     assert count_flops({**SIZES, **settings}) == 3 * (2 * products + L * ATTENTION)
