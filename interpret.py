@@ -112,14 +112,15 @@ def explain_prompt():
     for one in met.values():
         one.x = one.x[: len(ids)]
     driven = report.drive(known, met)
-    print('of each token the edges that are farthest from their means, in standard deviations (sd) over the data')
+    print('of each token the functions that are farthest from their means, in standard deviations (sd) over the data')
     for token, edges in zip(tokens, driven):
         print(repr(token))
         for edge in edges[:5]:
-            numbers = 'x = {x:.3g}, {z:+.1f} sd, which moves its output by {share:+.2f} sd'.format(**edge)
+            numbers = 'x = {x:.3g}, {z:+.1f} sd, which is {share:+.2f} sd of its {whole}'
+            numbers = numbers.format(**edge, whole='layer' if edge['o'] is None else 'output')
             print(f'    {edge["layer"]} {report.name_of(edge["i"], edge["o"])}: {numbers}')
     shown = [(name, z[-40:]) for name, z in report.most_driven(known, met, driven, topk)]
-    figure = figures.draw_prompt(f'The edges that {prompt[:40]!r} drives most', tokens[-40:], shown)
+    figure = figures.draw_prompt(f'The functions that {prompt[:40]!r} drives most', tokens[-40:], shown)
     report.write_figure(figure, folder, 'prompt')
     say(f'in {folder}: prompt.png')
     return dict(tokens=[dict(token=token, edges=edges) for token, edges in zip(tokens, driven)])
@@ -128,7 +129,7 @@ def explain_prompt():
 def explain():
     """All files but those of a prompt; returns what the page says, in a dict."""
     layers = look(source.model)
-    say(f'{sum(one.edges.activity.numel() for one in layers):,} edges of {len(layers)} layers, on {source.about}')
+    say(f'{sum(one.edges.activity.numel() for one in layers):,} functions of {len(layers)} layers, on {source.about}')
     fresh_model = source.fresh() if random_too else None
     fresh = look(fresh_model, n_edges=1) if random_too else None
     result = dict(layers=report.facts(layers, fresh))
@@ -238,6 +239,8 @@ def cut_neurons():
 def cut_channels():
     """The same where linear layers stand around the functions."""
     mlps = [block.mlp for block in source.model.transformer.h]
+    if not source.model.config.bias:
+        say('without biases (bias=False) nothing takes over what the cut channels gave on average: tune the model')
     sums = dict.fromkeys(mlps, 0)  # of the hidden channels, of their squares, of ones: (3, H)
 
     def add(mlp, c_proj, inputs):

@@ -64,8 +64,8 @@ def is_elementwise(activation):
     """Whether a part of the numbers gives a part of the result."""
     x = torch.linspace(-2, 2, 15, device='cpu').view(3, 5)
     try:
-        return torch.allclose(activation(x)[:, :2], activation(x[:, :2]), atol=1e-6, equal_nan=True)
-    except (NotImplementedError, TypeError, IndexError):
+        return torch.allclose(activation(x)[:2, :2], activation(x[:2, :2]), atol=1e-6, equal_nan=True)
+    except (NotImplementedError, TypeError, IndexError, RuntimeError, ValueError):
         return False  # a module without a forward, no tensor, or one of another shape
 
 
@@ -306,12 +306,10 @@ class ChannelSpline(Splines):
         return y.view(*x.shape[:-1], self.in_features)
 
     def gate_of(self, x, gated=False):
-        return x[..., : x.size(-1) // 2] if gated else x
-
-    def packed_weight(self):
-        """(1, (K + 1) * I), as that of a KANLinear with one output: the weight of the activation is 1."""
-        ones = self.spline_weight.new_ones(1, self.in_features)
-        return torch.cat([self.spline_weight.t(), ones]).view(1, -1)
+        if gated and x.size(-1) != 2 * self.in_features:
+            wanted = f'expected {2 * self.in_features} features in the last dimension, gates and values'
+            raise ValueError(f'{wanted}, got shape {tuple(x.shape)}')
+        return x[..., : self.in_features] if gated else x
 
     def extra_repr(self):
         return f'{self.in_features}, grid_size={self.grid_size}, spline_order={self.spline_order}'

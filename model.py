@@ -63,8 +63,7 @@ class GPTConfig:
             raise ValueError(f'activation={self.activation!r}: expected one of {", ".join(ACTIVATIONS)}')
         if self.kan_kind not in ('edge', 'channel'):
             raise ValueError(f"kan_kind={self.kan_kind!r}: expected 'edge' or 'channel'")
-        if self.use_kan and self.kan_kind == 'channel' and (self.kan_norm or self.kan_bias or self.kan_mask):
-            raise ValueError("kan_norm, kan_bias and kan_mask are for functions on edges, and kan_kind is 'channel'")
+        self.check_functions()
         if not self.init_std > 0:
             raise ValueError(f'init_std must be greater than zero, got {self.init_std}')
         if not self.grid_min < self.grid_max:
@@ -79,6 +78,20 @@ class GPTConfig:
                 raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
         if set(self.kan_targets.split(',')) - {'attn', 'mlp', 'head'}:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of attn, mlp, head joined by commas')
+
+    def check_functions(self):
+        """ValueError for settings that would do nothing."""
+        is_channel = self.use_kan and self.kan_kind == 'channel'
+        if is_channel and (self.kan_norm or self.kan_bias or self.kan_mask or self.kan_hidden != 4.0):
+            wanted = 'kan_hidden, kan_norm, kan_bias and kan_mask are for functions on edges'
+            raise ValueError(f"{wanted}, and kan_kind is 'channel', where mlp_hidden is the width")
+        if is_channel and self.is_kan('mlp') and self.activation == 'swish':
+            raise ValueError("activation='swish' learns a slope: a learned function begins as one of the others")
+        if self.mlp_form() == 'kan' and self.activation:
+            raise ValueError(f'activation={self.activation!r}: between KAN layers in the MLP there is none')
+        if self.spline_init_std < 0 or (self.spline_init_std and not is_channel):
+            wanted = "spline_init_std must not be negative, and wants use_kan and kan_kind='channel'"
+            raise ValueError(f'{wanted}, got {self.spline_init_std}')
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
@@ -151,6 +164,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    gelu = property(lambda self: self.act)  # nanoGPT's name
+
     def __init__(self, config):
         super().__init__()
         hidden = round(config.mlp_hidden * config.n_embd)
@@ -285,7 +300,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 for name, p in projection.named_parameters():
-                    if name.endswith('weight'):
+                    of_channels = isinstance(projection.get_submodule(name.rpartition('.')[0]), ChannelSpline)
+                    if name.endswith('weight') and not of_channels:
                         p.div_(math.sqrt(2 * self.config.n_layer))
 
     def get_num_params(self, non_embedding=True):

@@ -43,6 +43,14 @@ def kan_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Splines)}
 
 
+def weights_of(layer, *adapted, **named):
+    """What acts, (O, P, I) float32: of channels (1, P, I), whose activation has the weight 1."""
+    if isinstance(layer, ChannelSpline):
+        ones = layer.spline_weight.new_ones(1, layer.in_features)
+        return torch.cat([layer.spline_weight.t(), ones]).float().unsqueeze(0)
+    return layer.packed_weight(*adapted, **named).float().unflatten(1, (-1, layer.in_features))
+
+
 @torch.no_grad()
 def watch(model, run, names=None, rows=16384):
     """{name: Seen} of the KAN layers, or of those named, while run() has the model read data. A layer that was not
@@ -58,8 +66,7 @@ def watch(model, run, names=None, rows=16384):
         left = rows - sum(map(len, parts.setdefault(name, [])))
         parts[name].append(x.reshape(-1, layer.in_features)[:left].float().clone())
         if name not in weights:
-            packed = layer.packed_weight(*settings, **named)
-            weights[name] = packed.float().unflatten(1, (-1, layer.in_features))
+            weights[name] = weights_of(layer, *settings, **named)
 
     def hook(name, layer, args, kwargs):
         remember(name, layer, *args, **kwargs)

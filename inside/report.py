@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from inside import figures
-from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch
+from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch, weights_of
 from inside.formulas import Formula, Found, expression, function_of, refine, search
 from run.files import write_atomically
 
@@ -303,7 +303,7 @@ def growth_of(layer, history, n=8):
     at = [
         next(module for name, module in kan_layers(model).items() if short(name) == layer.name) for _, model in history
     ]
-    then = [Seen(module, layer.seen.x, module.packed_weight().detach().view_as(layer.seen.weights)) for module in at]
+    then = [Seen(module, layer.seen.x, weights_of(module).detach()) for module in at]
     x = curves(layer.seen, layer.edges, pairs)[0]
     totals = torch.stack([curves(seen, layer.edges, pairs)[1] for seen in then], 1)  # (pairs, m, n)
     for e, (o, i) in enumerate(pairs):
@@ -319,7 +319,8 @@ def growth_of(layer, history, n=8):
 def drive(known, met, n=6):
     """Of each token of a prompt the n edges that move their outputs most, against what they give on average: `known`
     {name: Edges} on data, `met` {name: Seen} on the prompt alone. A dict each: layer, output o, feature i, its input x,
-    its distance from its mean in its own standard deviations z, and in those of its output, `share`.
+    its distance from its mean in its own standard deviations z, and in those of its output, `share`. A channel has no
+    output o: its share is in those of its layer, the root of the variances of all channels.
     """
     found = [[] for _ in next(iter(met.values())).x]
     for name, one in met.items():

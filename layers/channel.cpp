@@ -4,8 +4,8 @@
 // A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
 // coefficients. Here these have ORDER zeros on both sides, so that every interval has its neighbours.
 //
-// Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; K coefficients of a channel, S with the zeros;
-// P knots, evenly spaced.
+// Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; K coefficients of a channel, S with the
+// zeros; P knots, evenly spaced.
 
 #include <algorithm>
 #include <cmath>
@@ -35,7 +35,7 @@ inline float exponential(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
     float power;  // 2^n
     std::memcpy(&power, &bits, sizeof power);
     return (p * r * r + r + 1.0f) * power;
@@ -83,6 +83,16 @@ struct gelu_tanh {
 struct relu {
     static float value(float x) { return x < 0 ? 0.0f : x; }  // NaN stays
     static float slope(float x) { return x > 0 ? 1.0f : 0.0f; }
+};
+
+struct hyperbolic {  // tanh
+    static float value(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+    static float slope(float x) { return 1.0f - value(x) * value(x); }
+};
+
+struct logistic {
+    static float value(float x) { return sigmoid(x); }
+    static float slope(float x) { return sigmoid(x) * (1.0f - sigmoid(x)); }
 };
 
 struct identity {
@@ -237,14 +247,15 @@ void backward(const float *grad, const float *x, const float *weight, const floa
               int64_t N, int64_t C, int64_t K, int64_t rows, int64_t threads) {
     const Functions functions(weight, knots, C, K);
     const int64_t R = GATED ? 2 * C : C, S = functions.S, blocks = (N + rows - 1) / rows;
-    std::vector<float> partial(blocks * C * S + SPARE, 0.0f);
+    const int64_t size = C * S + SPARE;  // of the sums of a block
+    std::vector<float> partial(blocks * size, 0.0f);
 #pragma omp parallel for num_threads(threads)
     for (int64_t start = 0; start < N; start += rows) {
         Tile tile;
         float added[NEAR][TILE];
         for (int64_t c0 = 0; c0 < C; c0 += TILE) {
             const int64_t n = std::min(TILE, C - c0);
-            float *sums = partial.data() + (start / rows * C + c0) * S;
+            float *sums = partial.data() + start / rows * size + c0 * S;
             for (int64_t row = start; row < std::min(N, start + rows); row++) {
                 const float *in = x + row * R + c0, *dy = grad + row * C + c0;
                 float *out = dx + row * R + c0;
@@ -269,7 +280,7 @@ void backward(const float *grad, const float *x, const float *weight, const floa
     std::fill_n(dw, C * K, 0.0f);
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t c = 0; c < C; c++) {
-            const float *from = partial.data() + (block * C + c) * S + ORDER;
+            const float *from = partial.data() + block * size + c * S + ORDER;
             for (int64_t m = 0; m < K; m++) dw[c * K + m] += from[m];
         }
     }

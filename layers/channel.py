@@ -39,6 +39,8 @@ NATIVE = {  # names of activations, in spline.py and in channel.cpp
     "GELU(approximate='none')": 'gelu',
     "GELU(approximate='tanh')": 'gelu_tanh',
     'ReLU()': 'relu',
+    'Tanh()': 'hyperbolic',
+    'Sigmoid()': 'logistic',
     'Identity()': 'identity',
 }
 ROWS = 256  # of a block, whose sum of the gradient of the coefficients is added to those of the others
@@ -65,6 +67,9 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
     float64 x in that.
     Deterministic. Differentiable in every mode and order.
     """
+    if not x.is_floating_point() or x.size(1) != (1 + gated) * len(weight):
+        wanted = f'floating point numbers (N, {(1 + gated) * len(weight)})'
+        raise ValueError(f'expected {wanted}, got {x.dtype} {tuple(x.shape)}')
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_channel_spline(x, weight, knots, k, activation, gated)

@@ -13,27 +13,34 @@ import os
 import shlex
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -x c++'
+LOCK = threading.Lock()
 PARALLEL = ('-fopenmp', '')  # without it one thread does the work
 
 
-@functools.cache
 def compile(name, **definitions):
     """The library of a C++ file of this folder. Where no compiler works, None and a warning."""
+    defined = tuple(f'-D{key}={value}' for key, value in definitions.items())
+    with LOCK:  # threads that ask at the same time
+        return compile_once(name, defined)
+
+
+@functools.cache
+def compile_once(name, defined):
     source = Path(__file__).with_name(name)
-    defined = [f'-D{key}={value}' for key, value in definitions.items()]
     problem = ''
     for parallel in PARALLEL:
-        command = shlex.split(f'{os.environ.get("CXX", "c++")} {FLAGS} {parallel}') + defined
+        command = shlex.split(f'{os.environ.get("CXX", "c++")} {FLAGS} {parallel}') + [*defined]
         try:
             return ctypes.CDLL(str(build(source, command)))
         except (OSError, subprocess.CalledProcessError) as error:
             problem = getattr(error, 'stderr', '') or str(error)
     first = (problem.strip().splitlines() or ['no reason given'])[0]
-    warnings.warn(f'no C++ compiler works here, learned activations run without it, slower: {first}', stacklevel=2)
+    warnings.warn(f'no C++ compiler works here, learned activations run without it, slower: {first}', stacklevel=3)
     return None
 
 
@@ -43,9 +50,9 @@ def build(source, command):
     key = hashlib.sha256(repr([command, asked.stderr]).encode() + source.read_bytes()).hexdigest()[:24]
     path = folder() / f'{source.stem}-{key}.so'
     if not path.exists():
-        part = path.with_suffix(f'.{os.getpid()}')
-        subprocess.run([*command, source, '-o', part], capture_output=True, text=True, check=True)
-        os.replace(part, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as part:
+            subprocess.run([*command, source, '-o', f'{part}/{path.name}'], capture_output=True, text=True, check=True)
+            os.replace(f'{part}/{path.name}', path)
     return path
 
 
@@ -56,9 +63,10 @@ def folder():
     path = Path(cache, 'kan-gpt')
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_own = not hasattr(os, 'getuid') or (path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o022)
     except OSError:
-        path = Path(tempfile.mkdtemp(prefix='kan-gpt-'))
-    return path
+        is_own = False
+    return path if is_own and os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix='kan-gpt-'))
 
 
 def address(tensor):

@@ -136,7 +136,7 @@ def best_settings(size):
     found = {}
     for family in FAMILIES:
         losses = tried(size, family)
-        if losses:
+        if losses and min(losses.values()) < float('inf'):
             rate, scale = min(losses, key=losses.get)
             found[family] = dict(learning_rate=rate, init_std=scale)
     return found
@@ -153,6 +153,8 @@ def make(name, job, folder):
 
 
 def run(stages, sizes):
+    if 'ablation' in stages and '0.23M' not in sizes:
+        raise ValueError('stage ablation has the size 0.23M alone: add it to sizes, or leave the stage out')
     for size in sizes:
         if 'ablation' in stages and size == '0.23M':
             STUDY.run_all(jobs_of('ablation', size, ABLATION), make)
@@ -161,6 +163,11 @@ def run(stages, sizes):
             STUDY.run_all(trials(size), make)  # then the scales
         if 'final' in stages:
             best = best_settings(size)
+            untried = [family for family in FAMILIES if len(tried(size, family)) < len(RATES) + len(SCALES)]
+            if untried or len(best) < len(FAMILIES):
+                raise ValueError(
+                    f'stage final wants all trials of {size} first, lacking: {", ".join(untried) or "finite ones"}'
+                )
             best |= dict.fromkeys(CONTROLS, best.get('KAN-GLU', USUAL))
             STUDY.run_all(jobs_of('final', size, {**FAMILIES, **CONTROLS}, best), make)
 

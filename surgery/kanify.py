@@ -11,6 +11,8 @@ or learned functions in place of its activations.
 The functions that find layers serve lora.py, too.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn as nn
 
@@ -39,6 +41,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
         raise ValueError(
             f"expected kind 'edge', or 'channel' and an example of what the model is called with, got {got}"
         )
+    if kind == 'channel' and (init != 'preserve' or absorb):
+        raise ValueError("init and absorb are for kind 'edge': activations become functions that preserve them")
     if kind == 'channel':
         return kanify_activations(model, example, targets, train, **settings)
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
@@ -63,14 +67,15 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     """Put a ChannelSpline in place of the activations of any model, in place, and return it. What the model computes
     stays as it was: each function begins as the activation that it replaces.
 
-    example   what the model is called with once, without gradients, to see the width of each activation: a tensor, or a
-              dict of keyword arguments.
+    example   what the model is called with once, without gradients and in eval mode, to see the width of each
+              activation, whose channels are its last dimension: a tensor, or a dict of keyword arguments.
     targets   names of activations, or of modules that hold some; None: all within the blocks of the model.
     train     'all': the functions train beside what trains already; 'splines': they alone train in the whole model.
     settings  of ChannelSpline: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there; for an
-    activation that the example does not reach, or that is used at several places or widths.
+    activation that the example does not reach, that is used at several places, or that has more than three dimensions,
+    as in convolutional networks, whose channels do not come last.
     """
     if train not in ('all', 'splines'):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
@@ -131,12 +136,20 @@ def watch_inputs(model, paths, example):
     for path in paths:
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(lambda module, inputs, path=path: seen[path].append(inputs[0])))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        model(**example) if isinstance(example, dict) else model(example)
+        model(**example) if isinstance(example, Mapping) else model(example)
     finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes.items():
+            module.training = training
     for path, inputs in seen.items():
+        if any(x.dim() > 3 for x in inputs):
+            raise ValueError(
+                f'{path} acts on {tuple(inputs[0].shape)}: expected (..., channels), three dimensions at most'
+            )
         if len(inputs) != 1:
             raise ValueError(
                 f'{path} was called {len(inputs)} times on the example: expected once, in a place of its own'

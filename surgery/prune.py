@@ -1,5 +1,5 @@
 """Cut edges or whole neurons out of KAN layers. What a cut edge gave on average goes into a bias, so that its output
-keeps its mean.
+keeps its mean; of hidden channels between linear layers only where these have a bias.
 
     mask_edges(layer, keep, lost)      the edges stay in the tensors, as zeros that do not train
     remove_outputs(layer, keep)        smaller tensors: of the layer that makes the neurons

@@ -56,6 +56,12 @@ def has_rows(gpt):
     return type(gpt.lm_head) is nn.Linear
 
 
+def tied_layer(gpt):
+    """The layer of the head that shares its weight with the token embeddings; None where there is none."""
+    weight = gpt.transformer.wte.weight
+    return next((layer for layer in gpt.lm_head.modules() if getattr(layer, 'weight', None) is weight), None)
+
+
 class TaskModel(nn.Module):
     """A GPT that answers: logits of labels (B, n_labels), read off the last token; of sonnets (B, T, vocab_size)."""
 
@@ -87,8 +93,9 @@ def make_task_model(gpt, tokenizer, settings):
     answers = answer_ids(task, tokenizer)
     head = make_head(gpt, answers, settings)
     model = TaskModel(gpt, answers, head)
-    if mode == 'head' and not answers and has_rows(gpt):  # on its own, or the embeddings would train with it
-        gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+    tied = tied_layer(gpt)
+    if mode == 'head' and not answers and tied is not None:  # on its own, or the embeddings would train with it
+        tied.weight = nn.Parameter(tied.weight.detach().clone())
     if mode == 'adapter':
         add_lora(model, lora_config(settings, has_head=head is not None))
         check_adapters(model, settings)
@@ -103,7 +110,7 @@ def make_task_model(gpt, tokenizer, settings):
 
 def is_idle(model):
     """Whether lm_head takes no part: another head reads the answer off, and the embeddings have other weights."""
-    return model.head is not None and not has_rows(model.gpt)
+    return model.head is not None and tied_layer(model.gpt) is None
 
 
 def check_adapters(model, settings):

@@ -602,8 +602,12 @@ def test_random_functions_at_first():
     [
         (dict(activation='tanhh'), "activation='tanhh': expected one of gelu, silu"),
         (dict(use_kan=True, kan_kind='neuron'), "kan_kind='neuron': expected 'edge' or 'channel'"),
-        (dict(CHANNEL, activation='swish'), 'must have no parameters'),
-        (dict(CHANNEL, kan_norm=True), 'kan_norm, kan_bias and kan_mask are for functions on edges'),
+        (dict(CHANNEL, activation='swish'), "activation='swish' learns a slope"),
+        (dict(CHANNEL, kan_norm=True), 'kan_hidden, kan_norm, kan_bias and kan_mask are for functions on edges'),
+        (dict(CHANNEL, kan_hidden=2.0), 'where mlp_hidden is the width'),
+        (dict(use_kan=True, activation='relu2'), "activation='relu2': between KAN layers in the MLP there is none"),
+        (dict(CHANNEL, spline_init_std=-0.1), 'spline_init_std must not be negative'),
+        (dict(use_kan=True, spline_init_std=0.1), 'spline_init_std must not be negative, and wants'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
     ],
 )
@@ -618,6 +622,23 @@ def test_activations_of_the_mlp():
     forms = dict(gelu=F.gelu(x), silu=F.silu(x), relu2=F.relu(x).square(), identity=x, swish=F.silu(x))
     for name, expected in forms.items():
         mlp = make(activation=name, n_embd=12, mlp_hidden=1.0).transformer.h[0].mlp
-        assert torch.equal(mlp.act(x), expected)
+        assert torch.allclose(mlp.act(x), expected, atol=1e-6) and mlp.gelu is mlp.act
     mlp.act.slope.data.fill_(2.0)
     assert torch.allclose(mlp.act(x), x * torch.sigmoid(2 * x))
+
+
+@pytest.mark.parametrize('targets', ['mlp', 'attn,mlp,head'])
+def test_channel_functions_generate_with_and_without_a_cache(targets):
+    model = make(mlp='swiglu', kan_targets=targets, spline_init_std=0.3, **{**CHANNEL}).eval()
+    x = torch.randint(model.config.vocab_size, (2, 3))
+    cached, plain = (model.generate(x, 4, temperature=0, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, plain) and cached.shape == (2, 7)
+
+
+def test_residual_projections_leave_the_functions_before_them():
+    model = make(n_layer=3, kan_targets='attn', spline_init_std=1.0, **CHANNEL)
+    first, last = (
+        torch.cat([getattr(block.attn, name)[0].spline_weight for block in model.transformer.h])
+        for name in ('c_attn', 'c_proj')
+    )
+    assert first.std().item() == pytest.approx(1, rel=0.15) and last.std().item() == pytest.approx(1, rel=0.15)

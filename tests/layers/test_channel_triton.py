@@ -36,7 +36,9 @@ def test_orders_and_grids(k, G, gated, irregular):
     check(k, G, gated=gated, irregular=irregular, N=9, C=35)
 
 
-@pytest.mark.parametrize('activation', [nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Identity()], ids=str)
+@pytest.mark.parametrize(
+    'activation', [nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.Identity()], ids=str
+)
 def test_activations(activation):
     check(1, 2, N=9, C=7, activation=activation)
 

@@ -67,9 +67,22 @@ def test_no_scale_is_tried_before_all_rates(study):
 
 
 def test_a_run_that_diverged_is_not_chosen(study):
-    jobs = study.jobs_of('tuning', '0.23M', {'GELU': {}}, {'GELU': dict(learning_rate=1.6e-2, init_std=0.08)})
-    study.STUDY.run_all(jobs, functools.partial(failed, study))
-    assert study.tried('0.23M', 'GELU') == {(1.6e-2, 0.08): float('inf')}
+    def try_rate(rate, make):
+        jobs = study.jobs_of('tuning', '0.23M', {'GELU': {}}, {'GELU': dict(learning_rate=rate, init_std=0.08)})
+        study.STUDY.run_all(jobs, make)
+
+    try_rate(4e-3, functools.partial(failed, study))
+    assert study.tried('0.23M', 'GELU') == {(4e-3, 0.08): float('inf')} and not study.best_settings('0.23M')
+    try_rate(1.6e-2, study.make)
+    assert study.best_settings('0.23M') == {'GELU': dict(learning_rate=1.6e-2, init_std=0.08)}
+
+
+def test_the_last_tenth_is_not_spent_before_all_trials(study):
+    with pytest.raises(ValueError, match='stage final wants all trials of 0.23M first, lacking: GELU, squared ReLU'):
+        study.run(['final'], ['0.23M'])
+    with pytest.raises(ValueError, match='stage ablation has the size 0.23M alone'):
+        study.run(['ablation'], ['0.45M'])
+    assert not study.STUDY.read()
 
 
 def failed(study, name, job, folder):

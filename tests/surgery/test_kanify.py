@@ -10,7 +10,7 @@ import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
-from kan import ChannelSpline, KANLinear
+from kan import ChannelSpline, KANLinear, is_elementwise
 from layers import spline
 from model import GPT, GPTConfig
 from surgery.kanify import kanify, kanify_activations
@@ -308,6 +308,31 @@ def test_activations_that_cannot_be_replaced():
             kanify_activations(model, x, targets)
     with pytest.raises(ValueError, match="expected train 'all' or 'splines'"):
         kanify_activations(make_block_model(), x, train='functions')
+
+
+@pytest.mark.parametrize('settings', [dict(init='fresh'), dict(absorb={'a': 'b'})])
+def test_what_activations_have_no_use_for(settings):
+    with pytest.raises(ValueError, match="init and absorb are for kind 'edge'"):
+        kanify(make_block_model(), kind='channel', example=torch.randn(3, 4), **settings)
+
+
+def test_seeing_the_example_leaves_the_model_as_it_was():
+    blocks = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.SiLU()))
+    model = nn.Sequential(OrderedDict(blocks=blocks)).train()
+    model.blocks[0][2].eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    kanify_activations(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.blocks[0][1].training and not model.blocks[0][2].training
+
+
+def test_images_and_what_is_not_elementwise_are_refused():
+    convolutions = nn.Sequential(OrderedDict(blocks=nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))))
+    with pytest.raises(ValueError, match='expected \\(..., channels\\), three dimensions at most'):
+        kanify_activations(convolutions, torch.randn(1, 3, 5, 5))
+    for activation in nn.GLU(), nn.Softmax(0), nn.Softmax(-1):
+        assert not is_elementwise(activation)
 
 
 @pytest.mark.parametrize('settings', [dict(kind='channel'), dict(kind='neuron'), dict(example=torch.ones(1))])

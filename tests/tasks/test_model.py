@@ -523,3 +523,15 @@ def test_settings_that_contradict_the_base():
     pytest.importorskip('torch_geometric')
     with pytest.raises(ValueError, match='this model has some already: leave use_graph out'):
         make('graph-lora', 'cloze', make_base(use_graph=True, graph_heads=2))
+
+
+def test_a_head_behind_functions_shares_its_weight_with_the_embeddings():
+    functions = dict(use_kan=True, kan_kind='channel', kan_targets='head')
+    model, _ = make('full', 'linear', make_base(**functions))
+    assert (
+        model.gpt.transformer.wte.weight.requires_grad
+        and model.gpt.transformer.wte.weight is model.gpt.lm_head[1].weight
+    )
+    model, _ = make('head', 'sonnets', make_base(**functions))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {'gpt.lm_head.0.spline_weight', 'gpt.lm_head.1.weight'}
