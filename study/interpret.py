@@ -130,10 +130,11 @@ def check(folder, n_edges, rows):
 
 def compare_with_brute_force(edges):
     missed = np.array([edge['brute_r2'] - edge['r2'] for edge in edges])
+    below, above = (missed > 1e-3).sum(), (missed < -1e-3).sum()
     lines = [
         f'The R² of the formulas of {len(edges)} edges, drawn from all layers, beside the best that least squares',
-        f'find from many starts: {(missed > 1e-3).sum()} are more than 0.001 below it, the farthest {missed.max():.4f};',
-        f'{(missed < -1e-3).sum()} are more than 0.001 above it.',
+        f'find from many starts: {below} are more than 0.001 below it, the farthest {missed.max():.4f};',
+        f'{above} are more than 0.001 above it.',
     ]
     return ' '.join(lines)
 
