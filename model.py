@@ -295,14 +295,14 @@ class GPT(nn.Module):
             if isinstance(module, KANLinear):
                 module.base_weight.mul_(self.config.init_std / 0.02)
                 module.spline_weight.mul_(self.config.init_std / 0.02)
-            if isinstance(module, ChannelSpline) and self.config.spline_init_std:
-                nn.init.normal_(module.spline_weight, std=self.config.spline_init_std)
         for block in self.transformer.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):
                 for name, p in projection.named_parameters():
-                    of_channels = isinstance(projection.get_submodule(name.rpartition('.')[0]), ChannelSpline)
-                    if name.endswith('weight') and not of_channels:
+                    if name.endswith('weight'):
                         p.div_(math.sqrt(2 * self.config.n_layer))
+        for module in self.modules():  # last, as functions before a projection are none of its weights
+            if isinstance(module, ChannelSpline) and self.config.spline_init_std:
+                nn.init.normal_(module.spline_weight, std=self.config.spline_init_std)
 
     def get_num_params(self, non_embedding=True):
         """The number of parameters, by default less the position embeddings; those of tokens are the head's, too."""
