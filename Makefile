@@ -26,7 +26,7 @@ lint: .venv/installed-all
 
 results: .venv/installed-all
 	$(BIN)/python study/nano.py --train=False
-	$(BIN)/python study/win.py --stages=
+	$(BIN)/python study/win_page.py
 	$(BIN)/python study/minilm.py --stages=
 	$(BIN)/python study/finetune.py --stages=
 	$(BIN)/python study/speed.py --jobs=
@@ -45,6 +45,7 @@ nano: .venv/installed-all
 # in two shells, to share the runs
 win: .venv/installed-all
 	$(ONE_THREAD) study/win.py
+	$(ONE_THREAD) study/win_page.py
 
 # SST=FOLDER takes the three files of the treebank from a folder
 minilm: .venv/installed-all

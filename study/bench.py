@@ -8,8 +8,8 @@
     python study/bench.py --suite=graph
 
 `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
-kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of two-layer GPTs of equal parameters whose
-MLPs have fixed or learned activations. Suite graph has the layers that look at earlier tokens, and the share of
+kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of GPTs of equal parameters whose MLPs
+have fixed or learned activations, taken in turn in one process, as they differ by a few per cent. Suite graph has the layers that look at earlier tokens, and the share of
 a training step that finds edges. On a CPU each case has processes of its own, one per round, so that its peak memory is
 its own; a GPU counts memory by itself. The rounds interleave the cases. Prints a table, then one line of JSON with
 every number in it.
@@ -38,8 +38,8 @@ from model import GPT, Block, GPTConfig, model_settings
 from run.checkpoint import versions
 from run.cost import make_step
 from run.device import autocast, clock, device_name, peak_memory, pick_device, pick_dtype, profile, set_up
+from study import win
 from study.speed import make_table
-from study.win import FAMILIES, at_equal_parameters
 from surgery.lora import LoRAConfig, add_lora
 
 # -----------------------------------------------------------------------------
@@ -80,15 +80,9 @@ ATTENTIONS = {  # settings of the layer
     'GAT, window by mask': dict(use_graph=True, graph_edges='window', graph_backend='dense'),
     'GAT, window by list': dict(use_graph=True, graph_edges='window', graph_backend='pyg'),
 }
-KAN_GLU = FAMILIES['KAN-GLU']
-MLPS = {  # families of study/win.py
-    'SwiGLU': FAMILIES['SwiGLU'],
-    'KAN-GLU': KAN_GLU,
-    'KAN-GLU of order 2': dict(KAN_GLU, spline_order=2),
-    'KAN-GLU of order 1': dict(KAN_GLU, spline_order=1),
-    'GELU': FAMILIES['GELU'],
-    'channel KAN': FAMILIES['channel KAN'],
-}
+KAN_GLU = win.FAMILIES['KAN-GLU']
+MLPS = {'SwiGLU': win.FAMILIES['SwiGLU'], **win.FAMILIES}
+MLPS.update({f'KAN-GLU of order {k}': dict(KAN_GLU, spline_order=k) for k in (1, 3)})
 ADAPTED = [name for adapter, (_, peer) in ADAPTERS.items() for name in (f'{adapter}, {peer}', adapter)]
 SHAPES = ['192 768 16384', '768 192 16384', '96 384 2048', '768 3072 2048']  # features in, features out, rows
 ATTENTION_SHAPES = ['192 6 512 8', '768 12 512 8']  # width, heads of self-attention, tokens, sequences
@@ -98,7 +92,7 @@ EDGES = ['no edges', 'causal edges', 'window edges', 'topk edges', 'same edges']
 SUITES = {  # where each measures, and what
     'layer': [(SHAPES, LAYERS)],
     'step': [(SIZES, MODELS)],
-    'mlp': [(SIZES, MLPS)],
+    'mlp': [([*win.SIZES, 'micro'], MLPS)],
     'sample': [(SAMPLED, ['uncached', 'cached'])],
     'adapter': [(['768 768 8192'], ['nn.Linear', *ADAPTED])],
     'graph': [(ATTENTION_SHAPES, ATTENTIONS), (SIZES, EDGES)],
@@ -204,7 +198,10 @@ def prepare_step(dtype, where, name):
     """A training step as in train.py."""
     changed = {} if dropout < 0 else {'dropout': dropout}
     if suite == 'mlp':
-        changed.update(at_equal_parameters(MLPS[name], make_gpt(where)[1]['n_embd']))
+        size = win.SIZES.get(where, {})
+        where = 'nano' if size else where
+        width = size.get('n_embd') or make_gpt(where)[1]['n_embd']
+        changed.update(size | win.at_equal_parameters(MLPS[name], width))
     raw_model, settings = make_gpt(where + MODELS.get(name, ''), **changed)
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
@@ -272,6 +269,11 @@ def prepare_graph_step(dtype, size, edges):
     return run
 
 
+def prepare(*case):
+    others = {'step': prepare_step, 'mlp': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}
+    return others.get(suite, prepare_layer)(*case)
+
+
 def measure(dtype, where, name):
     """One round of one case."""
     spline.BACKEND = PASSES.get(name, 'auto')
@@ -282,9 +284,6 @@ def measure(dtype, where, name):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(device)
-    prepare = {'step': prepare_step, 'mlp': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}.get(
-        suite, prepare_layer
-    )
     run = prepare(dtype, where, name)
     run()
     seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
@@ -308,7 +307,7 @@ def measure_apart(*case):
 def run_rounds(cases):
     """[{dtype, where, name, seconds: {part: [...]}, peak_bytes}] of all rounds, with `error` where a case fails."""
     rows = [dict(dtype=dtype, where=where, name=name, seconds={}, peak_bytes=0) for dtype, where, name in cases]
-    for row in tqdm(rows * rounds, unit='case', disable=None):
+    for row in tqdm(rows * (1 if suite == 'mlp' else rounds), unit='case', disable=None):
         if 'error' in row:
             continue
         try:
@@ -321,7 +320,19 @@ def run_rounds(cases):
         for repeat in result['seconds']:
             for part, seconds in {**repeat, 'total': sum(repeat.values())}.items():
                 row['seconds'].setdefault(part, []).append(seconds)
+    if suite == 'mlp':
+        take_turns([row for row in rows if 'error' not in row])
     return rows
+
+
+def take_turns(rows):
+    """Time the cases one after another, again and again, so that whatever the machine does meanwhile meets all alike."""
+    runs = [prepare(row['dtype'], row['where'], row['name']) for row in rows]
+    for run in runs:
+        run()
+    taken = [[run()['step'] for run in runs] for _ in range(rounds * repeats)]
+    for row, seconds in zip(rows, zip(*taken)):
+        row['seconds'] = {'step': seconds, 'total': seconds}
 
 
 set_up(device, keep)

@@ -3,11 +3,14 @@ functions are fixed and those with a function on every edge; results/win.
 
     OMP_NUM_THREADS=1 python study/win.py   # trains what has no record, in two shells to share it; many hours
     OMP_NUM_THREADS=1 python study/win.py --stages=ablation --sizes=0.23M
-    python study/win.py --stages=           # the page from the records alone
+    OMP_NUM_THREADS=1 python study/win.py --stages=tuning,final --sizes=0.23M --families=main
+    python study/win_page.py                # the page from the records
 
 All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text. Stage `ablation` varies the
 splines of KAN-GLU, `tuning` gives each family the same number of trials, and `final` trains each at its best with fresh
-seeds and measures the loss on the last tenth, once.
+seeds and measures the loss on the last tenth, once. Two more stages train the main families with other fresh seeds:
+`seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one shell, on a machine that does nothing
+else), and `longer` for five times the iterations.
 """
 
 import sys
@@ -18,7 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 import numpy as np
 
 from configurator import ROOT, configure
-from study.runner import Study, choose, mean_and_std, paired_p, run_json, run_to_end
+from data import loader
+from inside.edges import kan_layers, watch
+from inside.shapes import shapes_of
+from kan import ChannelSpline
+from run import checkpoint as ckpt
+from study.runner import Study, choose, run_json, run_to_end
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -28,8 +36,8 @@ SIZES = {
     '0.45M': dict(n_layer=4, n_embd=96, n_head=3),
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
 }
-CHANNEL = dict(use_kan=True, kan_kind='channel', grid_min=-4.0, grid_max=4.0, spline_weight_decay=0.0)
-CUBIC = dict(CHANNEL, grid_size=8, spline_order=3)
+CHANNEL = dict(use_kan=True, kan_kind='channel', grid_min=-4.0, grid_max=4.0, grid_size=8, spline_weight_decay=0.0)
+SPLINES = dict(CHANNEL, spline_order=2, spline_lr_scale=16.0)  # what the ablation chose
 FAMILIES = {
     'GELU': dict(),
     'squared ReLU': dict(activation='relu2'),
@@ -38,30 +46,41 @@ FAMILIES = {
     'SwiGLU': dict(mlp='swiglu'),
     'SwiGLU, learned slope': dict(mlp='swiglu', activation='swish'),
     'edge KAN': dict(use_kan=True, kan_norm=True, grid_min=-3.0, grid_max=3.0),
-    'channel KAN': dict(CUBIC),
-    'KAN-GLU': dict(CUBIC, mlp='swiglu'),
+    'channel KAN': SPLINES,
+    'KAN-GLU': dict(SPLINES, mlp='swiglu'),
 }
+MAIN = ('GELU', 'SwiGLU', 'channel KAN', 'KAN-GLU')
 CONTROLS = {  # of KAN-GLU, with its rate and scale
     'KAN-GLU, splines frozen at zero': dict(FAMILIES['KAN-GLU'], spline_lr_scale=0.0),
     'KAN-GLU, splines frozen at random': dict(FAMILIES['KAN-GLU'], spline_lr_scale=0.0, spline_init_std=0.1),
     'KAN-GLU, straight lines': dict(FAMILIES['KAN-GLU'], grid_size=1, spline_order=1),
+    'KAN-GLU, rate of splines x 1': dict(FAMILIES['KAN-GLU'], spline_lr_scale=1.0),
 }
+GATES = dict(CHANNEL, mlp='swiglu')
 ABLATION = {  # families of which these settings are varied
     'SwiGLU': dict(mlp='swiglu'),
-    'order 3, 8 intervals': FAMILIES['KAN-GLU'],
-    'order 2, 8 intervals': dict(FAMILIES['KAN-GLU'], spline_order=2),
-    'order 1, 8 intervals': dict(FAMILIES['KAN-GLU'], spline_order=1),
-    'order 2, rate of splines x 4': dict(FAMILIES['KAN-GLU'], spline_order=2, spline_lr_scale=4.0),
-    'order 2, rate of splines x 16': dict(FAMILIES['KAN-GLU'], spline_order=2, spline_lr_scale=16.0),
+    'order 3, 8 intervals': dict(GATES, spline_order=3),
+    'order 2, 8 intervals': dict(GATES, spline_order=2),
+    'order 1, 8 intervals': dict(GATES, spline_order=1),
+    'order 2, rate of splines x 4': dict(GATES, spline_order=2, spline_lr_scale=4.0),
+    'order 2, rate of splines x 16': dict(GATES, spline_order=2, spline_lr_scale=16.0),
+    'order 2, rate of splines x 64': dict(GATES, spline_order=2, spline_lr_scale=64.0),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES, SCALES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.04, 0.16)  # the scales at the best rate alone
-KAN = ('channel KAN', 'KAN-GLU')  # drawn in blue
-SEEDS = {'ablation': range(1, 9), 'tuning': (1337,), 'final': range(11, 21)}
+LONG = 5000  # iterations of stage longer
+SEEDS = {
+    'ablation': range(1, 5),
+    'tuning': (1337,),
+    'final': range(11, 21),
+    'seconds': range(21, 31),
+    'longer': range(31, 36),
+}
 
 # -----------------------------------------------------------------------------
-stages = 'ablation,tuning,final'
+stages = 'ablation,tuning,final,steps,seconds,longer'
 sizes = ','.join(SIZES)
+families = 'all'  # or 'main': GELU, SwiGLU and their forms with learned functions
 # -----------------------------------------------------------------------------
 
 
@@ -86,35 +105,35 @@ def at_equal_parameters(family, C):
     return {**family, width: step * round(8 * C * C / unit / step) / C}
 
 
-def name_of(stage, size, family, seed, learning_rate, init_std):
-    return f'{stage}, {size}, {family}, learning_rate={learning_rate}, init_std={init_std}, seed={seed}'
+def name_of(stage, size, family, seed, **changed):
+    changed = ', '.join(f'{key}={value}' for key, value in changed.items())
+    return f'{stage}, {size}, {family}, {changed}, seed={seed}'
 
 
-def jobs_of(stage, size, families, settings=None):
+def jobs_of(stage, size, families, settings=None, **more):
     """{name: (stage, size and family, settings of train.py)} of all seeds; `settings` {family: rate and scale}, by
-    default the usual ones.
+    default the usual ones. `more` are settings that names leave out.
     """
     jobs = {}
     for seed in SEEDS[stage]:
         for family, about in families.items():
             chosen = (settings or {}).get(family, USUAL)
             name = name_of(stage, size, family, seed, **chosen)
-            flags = {**settings_for(about, size), **chosen, 'seed': seed}
+            flags = {**settings_for(about, size), **chosen, **more, 'seed': seed}
             jobs[name] = dict(stage=stage, size=size, family=family), flags
     return jobs
 
 
-def trials(size):
-    """The rates of all families, and the scales at the best of them once all have been tried."""
+def trials(size, families):
+    """The rates of families, and the scales at the best of them once all have been tried."""
     jobs = {}
     for rate in RATES:
-        jobs |= jobs_of('tuning', size, FAMILIES, dict.fromkeys(FAMILIES, dict(USUAL, learning_rate=rate)))
+        settings = dict.fromkeys(families, dict(USUAL, learning_rate=rate))
+        jobs |= jobs_of('tuning', size, families, settings, eval_interval=1000)
     best = best_settings(size)
     for scale in SCALES:
-        found = {
-            family: dict(chosen, init_std=scale) for family, chosen in best.items() if len(tried(size, family)) >= 5
-        }
-        jobs |= jobs_of('tuning', size, {family: FAMILIES[family] for family in found}, found)
+        found = {name: dict(best[name], init_std=scale) for name in families if len(tried(size, name)) >= len(RATES)}
+        jobs |= jobs_of('tuning', size, {name: families[name] for name in found}, found, eval_interval=1000)
     return jobs
 
 
@@ -142,153 +161,91 @@ def best_settings(size):
     return found
 
 
+def tuned(size, families):
+    """`best_settings`, of the controls too; ValueError where a family lacks trials."""
+    best = best_settings(size)
+    untried = [name for name in families if len(tried(size, name)) < len(RATES) + len(SCALES)]
+    if untried or not families.keys() <= best.keys():
+        lacking = ', '.join(untried) or 'finite ones'
+        raise ValueError(f'the last tenth is for families with all their trials; {size} lacks: {lacking}')
+    return best | dict.fromkeys(CONTROLS, best['KAN-GLU'])
+
+
 def make(name, job, folder):
-    """The record of a run; in the final stage with the loss on the last tenth of the text."""
+    """The record of a run; of fresh seeds with the loss on the last tenth of the text and the shapes of functions."""
     about, settings = job
+    if about['stage'] == 'steps':
+        return about | run_json('study/bench.py', suite='mlp', only=f'float32 {about["size"]}', rounds=8, repeats=5)
     run = run_to_end('train.py', [CONFIG, *(f'--{key}={value}' for key, value in settings.items())], folder)
     run.update(about)
-    if about['stage'] == 'final' and 'finished' in run:
+    if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
         run['test'] = run_json('eval.py', out_dir=folder, dataset='shakespeare_char')['loss']
+        run['shapes'] = describe_shapes(folder, n_curves=8 if run['seed'] == SEEDS[about['stage']][0] else 0)
     return run
 
 
-def run(stages, sizes):
+def describe_shapes(folder, n_curves):
+    """{layer: what became of its learned activations}, and of n_curves of them, from the least changed to the most,
+    the curves themselves. {} where none is learned.
+    """
+    model = ckpt.build_model(ckpt.load_checkpoint(folder), dropout=0.0).eval()
+    names = [name for name, layer in kan_layers(model).items() if isinstance(layer, ChannelSpline)]
+    data, block_size = loader.open_split(COMMON['dataset'], 'val'), model.config.block_size
+    x, y = loader.get_batch(data, block_size, loader.fixed_starts(data, block_size, 256), 'cpu')
+    return {
+        name: describe(shapes_of(seen), n_curves) for name, seen in watch(model, lambda: model(x, y), names).items()
+    }
+
+
+def describe(shapes, n_curves):
+    by_change = shapes.change.argsort()
+    chosen = by_change[np.linspace(0, len(by_change) - 1, n_curves).round().astype(int)]
+    curves = [[shapes.x[i, ::4], shapes.learned[i, ::4], shapes.plain[i, ::4]] for i in chosen.tolist()]
+    turns, before = ([(n == count).sum().item() for count in range(3)] + [(n > 2).sum().item()] for n in shapes.turns())
+    return dict(
+        channels=len(by_change),
+        flat=shapes.flat.sum().item(),
+        turns=turns,  # the number of channels that turn never, once, twice, more often
+        turns_before=before,  # of the plain activation, over the same inputs
+        change=shapes.change.median().item(),
+        curves=[[[round(number, 4) for number in line.tolist()] for line in curve] for curve in curves],
+    )
+
+
+def by_seconds(size, best):
+    """{family: `best` with as many iterations as take the seconds of SwiGLU's}, by the steps that were timed"""
+    run = STUDY.read().get(f'steps, {size}')
+    if run is None:
+        raise ValueError(f'stage seconds wants the times of stage steps first: --stages=steps --sizes={size}')
+    seconds = {row['name']: np.median(row['seconds']['total']) for row in run['rows']}
+    iters = {family: round(1000 * seconds['SwiGLU'] / seconds[family]) for family in MAIN}
+    return {family: dict(best[family], max_iters=n, lr_decay_iters=n) for family, n in iters.items()}
+
+
+def run(stages, sizes, families):
     if 'ablation' in stages and '0.23M' not in sizes:
         raise ValueError('stage ablation has the size 0.23M alone: add it to sizes, or leave the stage out')
+    main = {name: FAMILIES[name] for name in MAIN}
+    chosen, controls = (FAMILIES, CONTROLS) if families == 'all' else (main, {})
     for size in sizes:
         if 'ablation' in stages and size == '0.23M':
             STUDY.run_all(jobs_of('ablation', size, ABLATION), make)
         if 'tuning' in stages:
-            STUDY.run_all(trials(size), make)  # the rates
-            STUDY.run_all(trials(size), make)  # then the scales
+            STUDY.run_all(trials(size, chosen), make)  # the rates
+            STUDY.run_all(trials(size, chosen), make)  # then the scales
         if 'final' in stages:
-            best = best_settings(size)
-            untried = [family for family in FAMILIES if len(tried(size, family)) < len(RATES) + len(SCALES)]
-            if untried or len(best) < len(FAMILIES):
-                raise ValueError(
-                    f'stage final wants all trials of {size} first, lacking: {", ".join(untried) or "finite ones"}'
-                )
-            best |= dict.fromkeys(CONTROLS, best.get('KAN-GLU', USUAL))
-            STUDY.run_all(jobs_of('final', size, {**FAMILIES, **CONTROLS}, best), make)
-
-
-# the page
-
-
-def groups_of(stage, size):
-    """{family: {seed: record}} of the runs of a stage that finished, in the order of the families."""
-    found = {family: {} for family in {'ablation': ABLATION}.get(stage, {**FAMILIES, **CONTROLS})}
-    for run in STUDY.read().values():
-        if (run['stage'], run['size']) == (stage, size) and 'finished' in run and run['family'] in found:
-            found[run['family']][run['seed']] = run
-    return {family: runs for family, runs in found.items() if runs}
-
-
-def difference(runs, others, key):
-    """Of the seeds of both the mean difference, half its 95 % interval, p of a paired t-test, and their number, or None
-    for fewer than two.
-    """
-    from scipy.stats import t
-
-    seeds = sorted(runs.keys() & others.keys())
-    if len(seeds) < 2 or runs is others:
-        return None
-    values, baseline = ([key(some[seed]) for seed in seeds] for some in (runs, others))
-    apart = np.subtract(values, baseline)
-    half = t.ppf(0.975, len(seeds) - 1) * apart.std(ddof=1) / len(seeds) ** 0.5
-    return apart.mean(), half, paired_p(values, baseline), len(seeds)
-
-
-def cell(found):
-    return '{:+.4f} ± {:.4f} (p = {:.2g}, n = {})'.format(*found) if found else ''
-
-
-def validation(run):
-    return run['final']['val_loss']
-
-
-def held_out(run):
-    return run['test']
-
-
-def make_ablation(groups):
-    lines = [
-        '| gates | parameters | last validation loss | to SwiGLU | to order 3, 8 intervals |',
-        '|---|--:|--:|--:|--:|',
-    ]
-    for family, runs in groups.items():
-        losses, (first, *_) = [validation(run) for run in runs.values()], runs.values()
-        cells = [family, f'{first["parameters"]["total"]:,}', mean_and_std(losses, 4)]
-        for baseline in 'SwiGLU', 'order 3, 8 intervals':
-            cells.append(cell(difference(runs, groups.get(baseline, {}), validation)))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return lines
-
-
-def make_tuning(size):
-    """A line for each family: its loss at each rate, with the usual scale, and at the other scales at its best rate."""
-    heads = ['family', *(f'{rate:g}' for rate in RATES), *(f'scale {scale:g}' for scale in SCALES), 'chosen']
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
-    for family, chosen in best_settings(size).items():
-        losses = tried(size, family)
-        numbers = [losses.get((rate, USUAL['init_std'])) for rate in RATES]
-        numbers += [next((loss for (_, std), loss in losses.items() if std == scale), None) for scale in SCALES]
-        cells = [family, *('' if loss is None else f'{loss:.4f}' for loss in numbers)]
-        lines.append('| ' + ' | '.join([*cells, '{learning_rate:g}, {init_std:g}'.format(**chosen)]) + ' |')
-    return lines
-
-
-def make_final(groups):
-    heads = ['family', 'parameters', 'last validation loss', 'loss on the last tenth', 'to SwiGLU', 'to GELU']
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
-    for family, runs in sorted(groups.items(), key=lambda pair: np.mean([held_out(run) for run in pair[1].values()])):
-        first = next(iter(runs.values()))
-        cells = [family, f'{first["parameters"]["total"]:,}']
-        cells += [mean_and_std([key(run) for run in runs.values()], 4) for key in (validation, held_out)]
-        cells += [cell(difference(runs, groups.get(baseline, {}), held_out)) for baseline in ('SwiGLU', 'GELU')]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return lines
-
-
-def make_page():
-    parts = []
-    for size in SIZES:
-        tables = {
-            f'{size}: fresh seeds, on the last tenth': make_final(groups_of('final', size)),
-            f'{size}: trials of learning rate and initial scale': make_tuning(size),
-            f'{size}: splines of KAN-GLU': make_ablation(groups_of('ablation', size)),
-        }
-        for title, lines in tables.items():
-            if len(lines) > 2:
-                parts += [f'## {title}', '', *lines, '']
-    return '\n'.join(parts)
-
-
-def draw(path):
-    """Of each size how far the families are from SwiGLU on the last tenth, with 95 % intervals."""
-    from matplotlib.figure import Figure
-
-    groups = {size: groups_of('final', size) for size in SIZES}
-    groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
-    if not groups:
-        return
-    figure = Figure(figsize=(9, 4.5), layout='constrained')
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for panel, (size, found) in zip(panels, groups.items()):
-        gaps = {family: difference(runs, found['SwiGLU'], held_out) for family, runs in found.items()}
-        gaps = dict(sorted(((family, gap) for family, gap in gaps.items() if gap), key=lambda pair: -pair[1][0]))
-        for place, (family, (mean, half, *_)) in enumerate(gaps.items()):
-            panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color='#0072b2' if family in KAN else '#777777')
-        panel.axvline(0, color='black', linewidth=0.8)
-        panel.set_yticks(range(len(gaps)), gaps)
-        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU, nats per character')
-        panel.grid(alpha=0.3, axis='x')
-    figure.savefig(path, dpi=130)
+            STUDY.run_all(jobs_of('final', size, {**chosen, **controls}, tuned(size, chosen)), make)
+        if 'steps' in stages:
+            STUDY.run_all({f'steps, {size}': (dict(stage='steps', size=size), {})}, make)
+        if 'seconds' in stages:
+            STUDY.run_all(jobs_of('seconds', size, main, by_seconds(size, tuned(size, main))), make)
+        if 'longer' in stages:
+            more = dict(max_iters=LONG, lr_decay_iters=LONG)
+            STUDY.run_all(jobs_of('longer', size, main, tuned(size, main), **more, eval_interval=LONG // 5), make)
 
 
 if __name__ == '__main__':
     configure(globals())
-    run(choose('stages', stages, SEEDS), choose('sizes', sizes, SIZES))
-    if STUDY.read():
-        STUDY.show(make_page())
-        draw(STUDY.folder / 'gaps.png')
+    if families not in ('all', 'main'):
+        raise ValueError(f"families={families!r}: expected 'all' or 'main'")
+    run(choose('stages', stages, [*SEEDS, 'steps']), choose('sizes', sizes, SIZES), families)

@@ -8,7 +8,7 @@ from helpers import complaint, run_forked
 
 PARTS = {
     **dict.fromkeys(('layer', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
-    'step': {'step', 'total'},
+    **dict.fromkeys(('step', 'mlp'), {'step', 'total'}),
     'sample': {'sample', 'total'},
     'edges': {'edges', 'rest', 'total'},
 }
@@ -19,6 +19,7 @@ PARTS = {
     [
         ('layer', 'float32 96 384 2048 nn.Linear$'),
         ('step', 'float32 nano KANLinear, plain passes$'),
+        ('mlp', 'float32 0.23M KAN-GLU$'),
         ('sample', 'float32 micro 256 255 cached$'),
         ('adapter', 'float32 768 768 8192 rsLoRA$'),
         ('adapter', 'float32 768 768 8192 DoRA, peft$'),

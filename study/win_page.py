@@ -1,0 +1,227 @@
+"""The page of study/win.py from its records: table.md and figures in results/win.
+
+python study/win_page.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+import numpy as np
+
+from study.runner import deviation, mean_and_std, paired_p
+from study.win import ABLATION, CONTROLS, FAMILIES, LONG, MAIN, RATES, SCALES, SIZES, STUDY, USUAL, best_settings, tried
+
+COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
+
+
+def groups_of(stage, size):
+    """{family: {seed: record}} of the runs of a stage that finished, in the order of the families."""
+    found = {family: {} for family in (ABLATION if stage == 'ablation' else {**FAMILIES, **CONTROLS})}
+    for run in STUDY.read().values():
+        if (run['stage'], run['size']) == (stage, size) and 'finished' in run and run['family'] in found:
+            found[run['family']][run['seed']] = run
+    return {family: runs for family, runs in found.items() if runs}
+
+
+def difference(runs, others, key):
+    """Of the seeds of both the mean difference, half its 95 % interval, p of a paired t-test, and their number, or None
+    for fewer than two.
+    """
+    from scipy.stats import t
+
+    seeds = sorted(runs.keys() & others.keys())
+    if len(seeds) < 2 or runs is others:
+        return None
+    values, baseline = ([key(some[seed]) for seed in seeds] for some in (runs, others))
+    apart = np.subtract(values, baseline)
+    half = t.ppf(0.975, len(seeds) - 1) * apart.std(ddof=1) / len(seeds) ** 0.5
+    return apart.mean(), half, paired_p(values, baseline), len(seeds)
+
+
+def cell(found):
+    return '{:+.4f} ± {:.4f} (p = {:.2g}, n = {})'.format(*found) if found else ''
+
+
+def validation(run):
+    return run['final']['val_loss']
+
+
+def held_out(run):
+    return run['test']
+
+
+# the tables, as lists of lines
+
+
+def table(heads, rows):
+    if not rows:
+        return []
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
+    return lines + ['| ' + ' | '.join(cells) + ' |' for cells in rows]
+
+
+def make_ablation(size):
+    groups, rows = groups_of('ablation', size), []
+    baselines = 'SwiGLU', 'order 2, 8 intervals'
+    for family, runs in groups.items():
+        first = next(iter(runs.values()))
+        cells = [family, f'{first["parameters"]["total"]:,}', mean_and_std([*map(validation, runs.values())], 4)]
+        rows.append(cells + [cell(difference(runs, groups.get(name, {}), validation)) for name in baselines])
+    return table(['gates', 'parameters', 'last validation loss', *(f'to {name}' for name in baselines)], rows)
+
+
+def make_tuning(size):
+    """A line for each family: its loss at each rate, with the usual scale, and at the other scales at its best rate."""
+    rows = []
+    for family, chosen in best_settings(size).items():
+        losses = tried(size, family)
+        numbers = [losses.get((rate, USUAL['init_std'])) for rate in RATES]
+        numbers += [next((loss for (_, std), loss in losses.items() if std == scale), None) for scale in SCALES]
+        cells = [family, *('' if loss is None else f'{loss:.4f}' for loss in numbers)]
+        rows.append([*cells, '{learning_rate:g}, {init_std:g}'.format(**chosen)])
+    return table(['family', *(f'{x:g}' for x in RATES), *(f'scale {x:g}' for x in SCALES), 'chosen'], rows)
+
+
+def make_final(stage, size):
+    """The families by their loss on the last tenth, and how far they are from two of them."""
+    groups, rows = groups_of(stage, size), []
+    for family, runs in sorted(groups.items(), key=lambda pair: np.mean([*map(held_out, pair[1].values())])):
+        first = next(iter(runs.values()))
+        cells = [family, f'{first["parameters"]["total"]:,}', f'{first["config"]["max_iters"]:,}']
+        for key in validation, lambda run: run['final']['best_val_loss'], held_out:
+            cells.append(mean_and_std([key(run) for run in runs.values()], 4))
+        rows.append(cells + [cell(difference(runs, groups.get(name, {}), held_out)) for name in ('SwiGLU', 'GELU')])
+    heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'last tenth']
+    return table([*heads, 'to SwiGLU', 'to GELU'], rows)
+
+
+def make_steps(size):
+    run, rows = STUDY.read().get(f'steps, {size}'), []
+    for row in run['rows'] if run else []:
+        low, median, high = 1e3 * np.percentile(row['seconds']['total'], [20, 50, 80])
+        first = 1e3 * np.median(run['rows'][0]['seconds']['total'])
+        cells = [row['name'], f'{median:.1f} ({low:.1f} to {high:.1f})', f'{median / first:.3f}']
+        rows.append([*cells, f'{row["peak_bytes"] / 2**20:,.0f} MiB'])
+    return table(['family', 'ms of a step (p20 to p80)', 'times the first', 'peak memory'], rows)
+
+
+def make_shapes(size):
+    """What the functions of the final runs became: shares of all channels of a layer, over the seeds."""
+    rows = []
+    for family, runs in groups_of('final', size).items():
+        for layer in next(iter(runs.values())).get('shapes', {}):
+            shapes = [run['shapes'][layer] for run in runs.values()]
+            n = sum(shape['channels'] for shape in shapes)
+            shares = [sum(shape['flat'] for shape in shapes) / n]
+            for key in 'turns', 'turns_before':
+                shares += [counts / n for counts in np.sum([shape[key] for shape in shapes], 0)]
+            flat, never, once, twice, often, *before = (f'{share:.0%}' for share in shares)
+            after = [f'{a} ({b})' for a, b in zip((never, once, twice, often), before)]
+            change = np.median([shape['change'] for shape in shapes])
+            rows.append([family, layer.removeprefix('transformer.'), f'{change:.2f}', flat, *after])
+    return table(['family', 'layer', 'change', 'flat', 'no turn', 'one', 'two', 'three or more'], rows)
+
+
+def make_page():
+    parts = []
+    for size in SIZES:
+        tables = {
+            f'{size}: fresh seeds, on the last tenth': make_final('final', size),
+            f'{size}: at the seconds of SwiGLU': make_final('seconds', size),
+            f'{size}: {LONG:,} iterations': make_final('longer', size),
+            f'{size}: steps taken in turn': make_steps(size),
+            f'{size}: trials of learning rate and initial scale': make_tuning(size),
+            f'{size}: splines of KAN-GLU': make_ablation(size),
+            f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
+        }
+        for title, lines in tables.items():
+            if lines:
+                parts += [f'## {title}', '', *lines, '']
+    return '\n'.join(parts)
+
+
+# the figures
+
+
+def draw_gaps(path):
+    """Of each size how far the families are from SwiGLU on the last tenth, with 95 % intervals."""
+    groups = {size: groups_of('final', size) for size in SIZES}
+    groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
+    if not groups:
+        return
+    figure, panels = panels_of(1, len(groups), 4.5 * len(groups), 4.5)
+    for panel, (size, found) in zip(panels, groups.items()):
+        gaps = {family: difference(runs, found['SwiGLU'], held_out) for family, runs in found.items()}
+        gaps = dict(sorted(((family, gap) for family, gap in gaps.items() if gap), key=lambda pair: -pair[1][0]))
+        for place, (family, (mean, half, *_)) in enumerate(gaps.items()):
+            colour = COLOURS.get(family, '#999999')
+            panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)
+        panel.axvline(0, color='black', linewidth=0.8)
+        panel.set_yticks(range(len(gaps)), gaps)
+        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU\n(nats per character, last tenth)')
+        panel.grid(alpha=0.3, axis='x')
+    figure.savefig(path, dpi=130)
+
+
+def draw_curves(path):
+    """Validation losses in training, less those of SwiGLU of the same seed: mean and standard deviation."""
+    groups = {(stage, size): groups_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
+    groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
+    if not groups:
+        return
+    figure, panels = panels_of(1, len(groups), 4.5 * len(groups), 4)
+    for panel, ((_, size), found) in zip(panels, groups.items()):
+        for family in MAIN:
+            seeds = sorted(found.get(family, {}).keys() & found['SwiGLU'].keys())
+            if not seeds or family == 'SwiGLU':
+                continue
+            steps = [line['iter'] for line in found[family][seeds[0]]['log'][1:]]
+            logs = [[[line['val_loss'] for line in found[name][seed]['log'][1:]] for seed in seeds]
+                    for name in (family, 'SwiGLU')]  # fmt: skip
+            apart = np.subtract(*logs)  # (seeds, evaluations)
+            mean, sd = apart.mean(0), deviation(apart)
+            panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
+            panel.fill_between(steps, mean - sd, mean + sd, color=COLOURS[family], alpha=0.15, linewidth=0)
+        panel.axhline(0, color='black', linewidth=0.8)
+        panel.set(title=f'{size} parameters', xlabel='iteration', ylabel='validation loss less that of SwiGLU')
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_functions(path, size):
+    """Of each layer of a KAN-GLU GPT six gates, from the one that changed least to the one that changed most."""
+    runs = groups_of('final', size).get('KAN-GLU', {})
+    layers = next((run['shapes'] for run in runs.values() if any(one['curves'] for one in run['shapes'].values())), {})
+    if not layers:
+        return
+    n = max(len(one['curves']) for one in layers.values())
+    figure, panels = panels_of(len(layers), n, 1.7 * n, 1.8 * len(layers) + 0.6)
+    for row, one in enumerate(layers.values()):
+        for column, (x, learned, plain) in enumerate(one['curves']):
+            panel = panels[row * n + column]
+            panel.plot(x, plain, color='#999999', linewidth=1.2, label='SiLU')
+            panel.plot(x, learned, color='#0072b2', linewidth=1.8, label='learned')
+            panel.tick_params(labelsize=8)
+            panel.grid(alpha=0.3)
+        panels[row * n].set_ylabel(f'layer {row}')
+    panels[0].legend(frameon=False, fontsize=8, handlelength=1)
+    figure.suptitle(f'What SiLU became in {size} parameters: from the gate that changed least to the most')
+    figure.savefig(path, dpi=130)
+
+
+def panels_of(down, across, width, height):
+    """(figure, its panels in a row)"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout='constrained')
+    return figure, figure.subplots(down, across, squeeze=False).flatten()
+
+
+if __name__ == '__main__':
+    STUDY.show(make_page())
+    draw_gaps(STUDY.folder / 'gaps.png')
+    draw_curves(STUDY.folder / 'curves.png')
+    draw_functions(STUDY.folder / 'functions.png', '0.23M')
