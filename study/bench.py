@@ -8,11 +8,11 @@
     python study/bench.py --suite=graph
 
 `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
-kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of GPTs of equal parameters whose MLPs
-have fixed or learned activations, taken in turn in one process, as they differ by a few per cent. Suite graph has the layers that look at earlier tokens, and the share of
-a training step that finds edges. On a CPU each case has processes of its own, one per round, so that its peak memory is
-its own; a GPU counts memory by itself. The rounds interleave the cases. Prints a table, then one line of JSON with
-every number in it.
+kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of GPTs of equal parameters whose MLPs have
+fixed or learned activations; as these differ by a few per cent, one process takes their steps in turn. Suite graph has
+the layers that look at earlier tokens, and the share of a training step that finds edges. On a CPU each case has
+processes of its own, one per round, so that its peak memory is its own; a GPU counts memory by itself. The rounds
+interleave the cases. Prints a table, then one line of JSON with every number in it.
 """
 
 import gc
@@ -326,7 +326,7 @@ def run_rounds(cases):
 
 
 def take_turns(rows):
-    """Time the cases one after another, again and again, so that whatever the machine does meanwhile meets all alike."""
+    """Time the cases in turn, again and again, so that whatever the machine does meanwhile meets all alike."""
     runs = [prepare(row['dtype'], row['where'], row['name']) for row in rows]
     for run in runs:
         run()
