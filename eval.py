@@ -35,7 +35,7 @@ from tasks import prompts, score
 init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
 out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
-split = 'val'  # 'train' or 'val'; of a task 'train' or 'dev', which 'val' means too
+split = 'val'  # 'train', 'val' or, where there is one, 'test'; of a task 'train' or 'dev', which 'val' means too
 task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
 adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
 baselines = 10  # of sonnets, that many draws for the scores that need no model
@@ -45,9 +45,9 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
-if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'dev') or baselines < 2:
+if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'test', 'dev') or baselines < 2:
     got = f'{batch_size}, {stride}, {split!r}, {baselines}'
-    raise ValueError(f'expected batch_size >= 1, stride >= 0, split train, val or dev, baselines >= 2, got {got}')
+    raise ValueError(f'expected batch_size >= 1, stride >= 0, split train, val, test or dev, baselines >= 2, got {got}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -115,6 +115,8 @@ def evaluate_task(checkpoint):
         gpt, tokenizer = task_model.load_base(base, dropout=0.0)
         model = task_model.make_task_model(gpt, tokenizer, settings)
     name, part = settings['task'], 'dev' if split == 'val' else split
+    if part == 'test':
+        raise ValueError(f'split=test is of texts: {name} has train and dev, as the labels of its test are not public')
     if task not in ('', name):
         raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
     score.check_packages(name)

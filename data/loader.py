@@ -21,6 +21,7 @@ from run.files import sha256_of, write_atomically
 DATA = os.path.dirname(os.path.abspath(__file__))
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 TOKENS = ('train.bin', 'val.bin')
+TEST = 'test.bin'  # beside them, of some
 META = 'vocab_size source tokenizer.kind splits.train.tokens splits.train.sha256 splits.val.tokens splits.val.sha256'
 
 
@@ -34,18 +35,19 @@ def write_split(folder, split, ids):
 
 
 def write_meta(folder, tokenizer, source):
-    """Describe both splits in meta.json (`source` says in one line where the text came from) and then give them their
+    """Describe the splits in meta.json (`source` says in one line where the text came from) and then give them their
     names: where train.bin and val.bin are, a preparation was not cut off.
     """
     meta = {'source': source, 'splits': {}}
-    for name in TOKENS:
+    names = [name for name in (TEST, *TOKENS) if name in TOKENS or os.path.exists(os.path.join(folder, f'{name}.part'))]
+    for name in names:
         meta['splits'][name.removesuffix('.bin')] = describe_split(os.path.join(folder, f'{name}.part'))
     val_ids = np.fromfile(os.path.join(folder, 'val.bin.part'), dtype=DTYPE)
     meta['val_chars'] = measure_text(tokenizer, val_ids)[0]  # what bits per character want
     meta.update(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
-    for name in TOKENS:
+    for name in names:
         os.replace(os.path.join(folder, f'{name}.part'), os.path.join(folder, name))
 
 
@@ -207,9 +209,9 @@ def open_text(checkpoint, dataset, split, vocab_size):
     name = dataset or checkpoint.get('config', {}).get('dataset', '')
     if not name:
         raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
-    if split not in ('train', 'val'):
-        raise ValueError(f'data set {name!r} has the splits train and val; {split} is one of tasks')
     prepare_dataset(name)
+    if split not in ('train', 'val') and not os.path.exists(os.path.join(dataset_folder(name), f'{split}.bin')):
+        raise ValueError(f'data set {name!r} has the splits train and val, and no {split}')
     meta = read_meta(name)
     if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
         raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
@@ -226,9 +228,10 @@ def open_split(dataset, split):
 
 
 def check_dataset(dataset, block_size, vocab_size):
-    """Read both files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
+    """Read all files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
     meta = read_meta(dataset)
-    for split in ('train', 'val'):
+    has_test = os.path.exists(os.path.join(dataset_folder(dataset), TEST))
+    for split in ('train', 'val', 'test') if has_test else ('train', 'val'):
         data = open_split(dataset, split)
         path, n = data.filename, len(data)
         known = meta.get('splits', {}).get(split, {})

@@ -6,11 +6,11 @@ functions are fixed and those with a function on every edge; results/win.
     OMP_NUM_THREADS=1 python study/win.py --stages=tuning,final --sizes=0.23M --families=main
     python study/win_page.py                # the page from the records
 
-All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text. Stage `ablation` varies the
-splines of KAN-GLU, `tuning` gives each family the same number of trials, and `final` trains each at its best with fresh
-seeds and measures the loss on the last tenth, once. Two more stages train the main families with other fresh seeds:
-`seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one shell, on a machine that does nothing
-else), and `longer` for five times the iterations.
+All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text, and on train and val of
+python. Stage `ablation` varies the splines of KAN-GLU, `tuning` gives each family the same number of trials, and
+`final` trains each at its best with fresh seeds and measures the loss on what is left, once. Two more stages train the
+main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one
+shell, on a machine that does nothing else), and `longer` for five times the iterations.
 """
 
 import sys
@@ -35,6 +35,11 @@ SIZES = {
     '0.23M': dict(n_layer=2, n_embd=96, n_head=3),
     '0.45M': dict(n_layer=4, n_embd=96, n_head=3),
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
+    '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
+}
+TESTS = {  # of a data set what eval.py measures in the end
+    'shakespeare_char_tuning': dict(dataset='shakespeare_char'),
+    'python': dict(split='test', stride=64),
 }
 CHANNEL = dict(use_kan=True, kan_kind='channel', grid_min=-4.0, grid_max=4.0, grid_size=8, spline_weight_decay=0.0)
 SPLINES = dict(CHANNEL, spline_order=2, spline_lr_scale=16.0)  # what the ablation chose
@@ -167,30 +172,31 @@ def tuned(size, families):
     untried = [name for name in families if len(tried(size, name)) < len(RATES) + len(SCALES)]
     if untried or not families.keys() <= best.keys():
         lacking = ', '.join(untried) or 'finite ones'
-        raise ValueError(f'the last tenth is for families with all their trials; {size} lacks: {lacking}')
+        raise ValueError(f'unseen text is for families with all their trials; {size} lacks: {lacking}')
     return best | dict.fromkeys(CONTROLS, best['KAN-GLU'])
 
 
 def make(name, job, folder):
-    """The record of a run; of fresh seeds with the loss on the last tenth of the text and the shapes of functions."""
+    """The record of a run; of fresh seeds with the loss on text that no other run has seen, and the functions."""
     about, settings = job
     if about['stage'] == 'steps':
         return about | run_json('study/bench.py', suite='mlp', only=f'float32 {about["size"]}', rounds=8, repeats=5)
     run = run_to_end('train.py', [CONFIG, *(f'--{key}={value}' for key, value in settings.items())], folder)
     run.update(about)
     if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
-        run['test'] = run_json('eval.py', out_dir=folder, dataset='shakespeare_char')['loss']
-        run['shapes'] = describe_shapes(folder, n_curves=8 if run['seed'] == SEEDS[about['stage']][0] else 0)
+        run['test'] = run_json('eval.py', out_dir=folder, **TESTS[settings['dataset']])['loss']
+        n_curves = 8 if run['seed'] == SEEDS[about['stage']][0] else 0
+        run['shapes'] = describe_shapes(folder, settings['dataset'], n_curves)
     return run
 
 
-def describe_shapes(folder, n_curves):
+def describe_shapes(folder, dataset, n_curves):
     """{layer: what became of its learned activations}, and of n_curves of them, from the least changed to the most,
     the curves themselves. {} where none is learned.
     """
     model = ckpt.build_model(ckpt.load_checkpoint(folder), dropout=0.0).eval()
     names = [name for name, layer in kan_layers(model).items() if isinstance(layer, ChannelSpline)]
-    data, block_size = loader.open_split(COMMON['dataset'], 'val'), model.config.block_size
+    data, block_size = loader.open_split(dataset, 'val'), model.config.block_size
     x, y = loader.get_batch(data, block_size, loader.fixed_starts(data, block_size, 256), 'cpu')
     return {
         name: describe(shapes_of(seen), n_curves) for name, seen in watch(model, lambda: model(x, y), names).items()

@@ -85,7 +85,7 @@ def make_tuning(size):
 
 
 def make_final(stage, size):
-    """The families by their loss on the last tenth, and how far they are from two of them."""
+    """The families by their loss on unseen text, and how far they are from two of them."""
     groups, rows = groups_of(stage, size), []
     for family, runs in sorted(groups.items(), key=lambda pair: np.mean([*map(held_out, pair[1].values())])):
         first = next(iter(runs.values()))
@@ -93,7 +93,7 @@ def make_final(stage, size):
         for key in validation, lambda run: run['final']['best_val_loss'], held_out:
             cells.append(mean_and_std([key(run) for run in runs.values()], 4))
         rows.append(cells + [cell(difference(runs, groups.get(name, {}), held_out)) for name in ('SwiGLU', 'GELU')])
-    heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'last tenth']
+    heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'unseen text']
     return table([*heads, 'to SwiGLU', 'to GELU'], rows)
 
 
@@ -128,7 +128,7 @@ def make_page():
     parts = []
     for size in SIZES:
         tables = {
-            f'{size}: fresh seeds, on the last tenth': make_final('final', size),
+            f'{size}: fresh seeds': make_final('final', size),
             f'{size}: at the seconds of SwiGLU': make_final('seconds', size),
             f'{size}: {LONG:,} iterations': make_final('longer', size),
             f'{size}: steps taken in turn': make_steps(size),
@@ -146,7 +146,7 @@ def make_page():
 
 
 def draw_gaps(path):
-    """Of each size how far the families are from SwiGLU on the last tenth, with 95 % intervals."""
+    """Of each size how far the families are from SwiGLU on unseen text, with 95 % intervals."""
     groups = {size: groups_of('final', size) for size in SIZES}
     groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
     if not groups:
@@ -160,7 +160,7 @@ def draw_gaps(path):
             panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)
         panel.axvline(0, color='black', linewidth=0.8)
         panel.set_yticks(range(len(gaps)), gaps)
-        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU\n(nats per character, last tenth)')
+        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU\n(nats per token, unseen text)')
         panel.grid(alpha=0.3, axis='x')
     figure.savefig(path, dpi=130)
 

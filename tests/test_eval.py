@@ -12,6 +12,7 @@ from data.loader import open_split, write_meta, write_split
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 from helpers import SHAPE, TINY, TOKENIZER, complaint, make_checkpoint, read_log, run_forked, train, write_dataset
 from run.checkpoint import build_model
+from run.files import sha256_of
 
 T = SHAPE['block_size']
 
@@ -133,10 +134,26 @@ def test_weights_of_gpt2_on_byte_pairs(tmp_path):
     assert result['loss'] == pytest.approx(math.log(50257), abs=0.3)
 
 
+def test_a_third_part_of_a_text(model_and_data, tmp_path):
+    ids = dict(train=torch.arange(200) % 8, val=torch.arange(100) % 7, test=torch.arange(60) % 5)
+    for split, tokens in ids.items():
+        write_split(tmp_path, split, tokens)
+    write_meta(tmp_path, TOKENIZER, 'three parts')
+    found = evaluate(model_and_data[0], f'--dataset={tmp_path}', '--split=test')
+    assert (found['tokens'], found['split']) == (59, 'test')
+    assert found['sha256'] == sha256_of(tmp_path / 'test.bin')
+    (tmp_path / 'test.bin').write_bytes(b'\0\0' * 60)
+    flags = f'--dataset={tmp_path}', '--split=test'
+    assert 'test.bin does not match its checksum' in complaint(model_and_data[0], 'eval.py', *flags)
+
+
 def test_mistakes_are_named(model_and_data, tmp_path):
     folder, dataset, checkpoint = model_and_data
     assert 'no checkpoint' in complaint(tmp_path, 'eval.py', f'--dataset={dataset}')
-    assert 'split train, val or dev' in complaint(folder, 'eval.py', f'--dataset={dataset}', '--split=test')
+    assert 'split train, val, test or dev' in complaint(folder, 'eval.py', f'--dataset={dataset}', '--split=all')
+    for split in 'test', 'dev':
+        found = complaint(folder, 'eval.py', f'--dataset={dataset}', f'--split={split}')
+        assert f'has the splits train and val, and no {split}' in found
     other = write_dataset(tmp_path / 'other', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
     assert 'another vocabulary' in complaint(folder, 'eval.py', f'--dataset={other}')
     torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')

@@ -99,7 +99,9 @@ def test_prepare_byte_pairs(repository, tmp_path):
     assert json.loads((folder / 'meta.json').read_text())['tokenizer'] == {'kind': 'gpt2'}
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'minilm', *COURSE, 'taskmix'])
+@pytest.mark.parametrize(
+    'name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'minilm', *COURSE, 'taskmix', 'python']
+)
 @pytest.mark.parametrize('flag', ['--source=absent.txt', '--sorce=a.txt', 'absent.py'])
 def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
     done = run_prepare(repository, name, flag)
@@ -358,6 +360,50 @@ def test_pairs_are_divided_by_their_ids():
     assert held == [id for line in shuffled if (id := line.split('\t')[3].strip()) in dev]
 
 
+def test_files_of_code_go_whole_to_one_of_three_splits(repository, tmp_path):
+    codes = {f'package/part{i}.py': f'def f{i}(x):\n    return x + {i}  # größer\n' for i in range(60)}
+    codes |= {'other.txt': 'no code', 'empty.py': '', 'separator.py': 'x = "<|endoftext|>"'}
+    (tmp_path / 'code' / 'package').mkdir(parents=True)
+    for name, code in codes.items():
+        write_file(tmp_path / 'code', code, name)
+    (tmp_path / 'code' / 'latin.py').write_bytes('x = "ü"'.encode('latin-1'))
+    done = run_prepare(repository, 'python', '--source=code', '--vocab_size=300')
+    assert done.returncode == 0, done.stderr
+    folder = repository / 'data' / 'python'
+    meta = json.loads((folder / 'meta.json').read_text())
+    tokenizer = tokenizer_from_dict(meta['tokenizer'])
+    found = {}
+    for split in 'train', 'val', 'test':
+        ids = read_split(folder, split)
+        assert meta['splits'][split] == dict(tokens=len(ids), sha256=sha256_of(folder / f'{split}.bin'))
+        *texts, rest = tokenizer.decode(ids).split('<|endoftext|>')
+        assert rest == '' and ids.count(ids[-1]) == len(texts)
+        found[split] = texts
+    assert sorted(sum(found.values(), [])) == sorted(code for name, code in codes.items() if 'part' in name)
+    assert len(found['train']) > 40 and len(found['val']) > 1 and len(found['test']) > 1
+    assert meta['vocab_size'] == tokenizer.vocab_size <= 300 and len(tokenizer.encode('def f')) < 5
+
+    write_file(tmp_path / 'code', 'x = 1', 'new.py')  # moves no other file
+    assert run_prepare(repository, 'python', '--source=code', '--vocab_size=300').returncode == 0
+    again = {split: tokenizer_from_dict(meta['tokenizer']).decode(read_split(folder, split)) for split in found}
+    assert all(text in again[split] for split, texts in found.items() for text in texts)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--source=code'], '1 files are too few: train, val and test want one each at least'),
+        (['--source=code', '--vocab_size=256'], 'vocab_size=256: expected 257'),
+    ],
+)
+def test_too_few_files_or_tokens_of_code_are_named(repository, tmp_path, flags, message):
+    (tmp_path / 'code').mkdir()
+    write_file(tmp_path / 'code', 'x = 1', 'a.py')
+    done = run_prepare(repository, 'python', *flags)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
+    assert {path.name for path in (repository / 'data' / 'python').iterdir()} <= {'prepare.py', 'readme.md'}
+
+
 def test_mixture_has_the_texts_of_train_alone(repository, originals, tmp_path):
     rows = [(f'id{i}', f'Film {i} " is good .') for i in range(30)]
     write_file(
@@ -464,6 +510,7 @@ def test_prepared_files_are_ignored_by_git():
         **dict.fromkeys(('sst', 'cfimdb', 'quora'), ('train.csv', 'dev.csv', 'test.csv', 'meta.json')),
         'sonnets': ('train.txt', 'dev.txt', 'test.txt', 'meta.json'),
         'taskmix': ('train.bin', 'val.bin', 'meta.json'),
+        'python': ('train.bin', 'val.bin', 'test.bin', 'meta.json'),
         'minilm': load_prepare('minilm').FILES,
     }
     prepared = [f'data/{folder}/{name}' for folder, names in made.items() for name in names]
