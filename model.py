@@ -382,13 +382,13 @@ class GPT(nn.Module):
         self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
     ):
         """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
-        Spline weights and scalers take spline_lr_scale times the learning rate, which their group says as `lr_scale`,
-        for schedules, and spline_weight_decay (None: weight_decay).
+        Spline weights, their scalers and learned slopes take spline_lr_scale times the learning rate, which their group
+        says as `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay).
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = weight_decay if spline_weight_decay is None else spline_weight_decay
         alike = spline_lr_scale == 1 and decay == weight_decay  # no group of their own
-        endings = () if alike else ('.spline_weight', '.spline_scaler')
+        endings = () if alike else ('.spline_weight', '.spline_scaler', '.slope')
         splines = [p for name, p in params.items() if name.endswith(endings)]
         others = [p for name, p in params.items() if not name.endswith(endings)]
         groups = [

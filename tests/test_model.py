@@ -579,16 +579,18 @@ def test_a_model_of_channel_functions_begins_as_the_plain_one(mlp, activation):
     assert torch.allclose(outcomes[1], outcomes[0], atol=1e-5) and torch.allclose(outcomes[2], outcomes[0], atol=1e-5)
 
 
-def test_channel_functions_learn_and_are_in_a_group_of_their_own():
-    model = make(mlp='swiglu', **CHANNEL)
+@pytest.mark.parametrize('settings, name', [(CHANNEL, 'spline_weight'), (dict(activation='swish'), 'slope')])
+def test_learned_activations_learn_and_are_in_a_group_of_their_own(settings, name):
+    model = make(mlp='swiglu', **settings)
     x = torch.randint(model.config.vocab_size, (2, 6))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', spline_lr_scale=4, spline_weight_decay=0.0)
-    functions = [block.mlp.act.spline_weight for block in model.transformer.h]
+    functions = [getattr(block.mlp.act, name) for block in model.transformer.h]
+    before = [p.detach().clone() for p in functions]
     (group,) = [group for group in optimizer.param_groups if group.get('lr_scale') == 4]
     assert {id(p) for p in group['params']} == {id(p) for p in functions} and group['weight_decay'] == 0
     model(x, x)[1].backward()
     optimizer.step()
-    assert all(p.abs().max() > 1e-3 for p in functions)
+    assert all((p - then).abs().max() > 1e-3 for p, then in zip(functions, before))
 
 
 def test_random_functions_at_first():
