@@ -85,7 +85,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation, x = model.get_submodule(path), inputs[path]
-        phi = ChannelSpline(x.size(-1), base_activation=lambda activation=activation: activation, **settings)
+        base = as_torch(activation)
+        phi = ChannelSpline(x.size(-1), base_activation=lambda base=base: base, **settings)
         layers[path] = phi.to(x.device).train(activation.training)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -127,6 +128,16 @@ def is_activation(module):
     is_known = type(module).__module__ in ('torch.nn.modules.activation', 'transformers.activations')
     has_parameters = any(True for _ in module.parameters())
     return is_known and not has_parameters and not getattr(module, 'inplace', False) and is_elementwise(module)
+
+
+@torch.no_grad()
+def as_torch(activation):
+    """The activation of PyTorch that computes the same, whatever another library calls it: the fast passes know it.
+    One that is none of them stays as it is.
+    """
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    y, known = activation(x), (nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid())
+    return next((plain for plain in known if torch.allclose(plain(x), y, rtol=1e-12, atol=1e-12)), activation)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from helpers import TINY
 from kan import ChannelSpline, KANLinear, is_elementwise
 from layers import spline
 from model import GPT, GPTConfig
-from surgery.kanify import kanify, kanify_activations
+from surgery.kanify import as_torch, kanify, kanify_activations
 from surgery.lora import LoRAConfig, add_lora
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -291,8 +291,21 @@ def test_the_gate_of_a_llama():
     assert torch.allclose(llama(tokens).logits, before, atol=1e-5)
     functions = [layer.mlp.act_fn for layer in llama.model.layers]
     assert all(isinstance(phi, ChannelSpline) and phi.in_features == 24 for phi in functions)
+    assert all(type(phi.base_activation) is nn.SiLU for phi in functions)
     assert sum(p.numel() for p in llama.parameters() if p.requires_grad) == 2 * 24 * 11
     assert llama.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 10)
+
+
+def test_activations_of_other_libraries_that_are_pytorchs():
+    """By what they compute: the fast passes know PyTorch's."""
+    activations = pytest.importorskip('transformers').activations.ACT2FN
+    same = dict(silu='SiLU()', gelu="GELU(approximate='none')", gelu_new="GELU(approximate='tanh')", relu='ReLU()')
+    same.update(gelu_pytorch_tanh="GELU(approximate='tanh')", gelu_python="GELU(approximate='none')", swish='SiLU()')
+    for name, plain in same.items():
+        assert repr(as_torch(activations[name])) == plain, name
+    for name in 'quick_gelu', 'gelu_10', 'relu2', 'mish':
+        activation = activations[name]
+        assert as_torch(activation) is activation
 
 
 def test_activations_that_cannot_be_replaced():
