@@ -191,6 +191,28 @@ def draw_curves(path):
     figure.savefig(path, dpi=130)
 
 
+def draw_scaling(path):
+    """The loss on unseen Shakespeare over the parameters, with 95 % intervals."""
+    from scipy.stats import t
+
+    sizes = [size for size in SIZES if 'dataset' not in SIZES[size] and 'SwiGLU' in groups_of('final', size)]
+    if len(sizes) < 2:
+        return
+    figure, (panel,) = panels_of(1, 1, 6, 4)
+    for family in MAIN:
+        groups = [runs for runs in (groups_of('final', size).get(family) for size in sizes) if runs]
+        losses = [np.array([*map(held_out, runs.values())]) for runs in groups]
+        halves = [t.ppf(0.975, len(loss) - 1) * loss.std(ddof=1) / len(loss) ** 0.5 for loss in losses]
+        counts = [next(iter(runs.values()))['parameters']['total'] for runs in groups]
+        means = [loss.mean() for loss in losses]
+        panel.errorbar(counts, means, yerr=halves, fmt='o-', capsize=3, color=COLOURS[family], label=family)
+    panel.set(xscale='log', xlabel='parameters', ylabel='loss on unseen text (nats per character)')
+    panel.set_title('Loss over parameters, 95 % intervals')
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def draw_functions(path, size):
     """Of each layer of a KAN-GLU GPT six gates, from the one that changed least to the one that changed most."""
     runs = groups_of('final', size).get('KAN-GLU', {})
@@ -224,4 +246,5 @@ if __name__ == '__main__':
     STUDY.show(make_page())
     draw_gaps(STUDY.folder / 'gaps.png')
     draw_curves(STUDY.folder / 'curves.png')
+    draw_scaling(STUDY.folder / 'scaling.png')
     draw_functions(STUDY.folder / 'functions.png', '0.23M')

@@ -97,6 +97,16 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
     assert '## 0.23M: at the seconds of SwiGLU' in page and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.250 |' in page
 
 
+def test_losses_are_drawn_over_parameters(study):
+    path = study.STUDY.folder / 'scaling.png'
+    study.run(['tuning', 'final'], ['0.23M'], 'main')
+    win_page.draw_scaling(path)
+    assert not path.exists()  # of one size alone
+    study.run(['tuning', 'final'], ['0.45M'], 'main')
+    win_page.draw_scaling(path)
+    assert path.stat().st_size > 10000
+
+
 def test_seconds_want_steps_that_were_timed(study):
     study.run(['tuning'], ['0.23M'], 'main')
     with pytest.raises(ValueError, match='stage seconds wants the times of stage steps first'):
