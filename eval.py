@@ -24,7 +24,7 @@ from configurator import configure, settings_of
 from data import loader
 from data.tokenizer import measure_text
 from model import GPT
-from run.checkpoint import build_model, load_checkpoint
+from run.checkpoint import build_model, is_export, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
 from run.records import perplexity
@@ -45,6 +45,8 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
+if is_export(init_from):
+    init_from, out_dir = 'resume', init_from
 if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'test', 'dev') or baselines < 2:
     got = f'{batch_size}, {stride}, {split!r}, {baselines}'
     raise ValueError(f'expected batch_size >= 1, stride >= 0, split train, val, test or dev, baselines >= 2, got {got}')

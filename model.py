@@ -304,6 +304,11 @@ class GPT(nn.Module):
             if isinstance(module, ChannelSpline) and self.config.spline_init_std:
                 nn.init.normal_(module.spline_weight, std=self.config.spline_init_std)
 
+    def tied_names(self):
+        """The names of the head's weights that are the token embeddings' too."""
+        weights = self.lm_head.named_parameters(remove_duplicate=False)
+        return [f'lm_head.{name}' for name, p in weights if p is self.transformer.wte.weight]
+
     def get_num_params(self, non_embedding=True):
         """The number of parameters, by default less the position embeddings; those of tokens are the head's, too."""
         n_params = sum(p.numel() for p in self.parameters())

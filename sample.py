@@ -16,7 +16,7 @@ from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, TextStream
 from layers.generation import stream
 from model import GPT
-from run.checkpoint import build_model, load_checkpoint
+from run.checkpoint import build_model, is_export, load_checkpoint
 from run.device import autocast, pick_device, pick_dtype
 from run.files import decode_text
 
@@ -37,6 +37,8 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 compile = False  # torch.compile the model to be faster
 # -----------------------------------------------------------------------------
 configure(globals())
+if is_export(init_from):
+    init_from, out_dir = 'resume', init_from
 if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
 if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:

@@ -4,6 +4,7 @@ meta.json and in every checkpoint.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -195,19 +196,45 @@ def begins_character(byte):
     return byte & 0xC0 != 0x80
 
 
+def as_fast(tokenizer, length):
+    """The tokenizer as one of transformers, for a model of that many positions. A character without a token is an error
+    there, too.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+
+    settings = dict(model_max_length=length, clean_up_tokenization_spaces=False, padding_side='right')
+    if isinstance(tokenizer, GPT2Tokenizer):
+        merges, vocab = (path.read_text(encoding='utf-8') for path in gpt2_paths(cache_gpt2_files()))
+        pairs = [tuple(line.split()) for line in merges.strip().splitlines()[1:]]  # behind the version
+        return GPT2TokenizerFast(json.loads(vocab), pairs, **settings)
+    if isinstance(tokenizer, CharTokenizer):
+        made = Tokenizer(models.WordLevel(tokenizer.ids))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        made.decoder = decoders.Fuse()
+    else:
+        made = Tokenizer.from_str(tokenizer.content)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **settings)
+
+
 def cache_gpt2_files():
     """Put the two files of GPT-2's vocabulary where tiktoken looks for them, and return that folder.
     tiktoken would download them itself, but without a timeout and from one place only.
     """
     default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or default
-    paths = [Path(folder, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) for name, _, _ in GPT2_FILES]
+    paths = gpt2_paths(folder)
     if not all(path.is_file() and sha256_of(path) == sha256 for path, (_, _, sha256) in zip(paths, GPT2_FILES)):
         os.makedirs(folder, exist_ok=True)
         for path, content in zip(paths, read_gpt2_files()):
             with write_atomically(path) as f:
                 f.write(content)
     return folder
+
+
+def gpt2_paths(folder):
+    """Where tiktoken keeps the two files: the merges and the vocabulary."""
+    return [Path(folder, hashlib.sha1((GPT2_URL + name).encode()).hexdigest()) for name, _, _ in GPT2_FILES]
 
 
 def read_gpt2_files():

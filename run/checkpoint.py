@@ -8,10 +8,13 @@
     interpret/     what interpret.py writes
     metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
+A folder of export.py is read like that of a run: gpt.json says what model.safetensors holds.
+
 Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run or becomes a path.
 """
 
 import itertools
+import json
 import os
 import pickle
 import platform
@@ -26,6 +29,9 @@ from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
+EXPORT = 'gpt.json'  # in a folder of export.py: model_args, tokenizer, config, iter_num; gpt2: whether it is one; and
+# tied: the names that have the weight of the token embeddings
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # what transformers' GPT-2 has the other way round
 LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a run leaves behind
 LEFT += ('metrics.json', 'predictions', 'adapter')
 
@@ -87,6 +93,8 @@ def set_aside(out_dir, names=LEFT):
 
 def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
     """The first of the files `names` in out_dir. ValueError where there is none, or one damaged or not plain data."""
+    if is_export(out_dir):
+        return read_export(out_dir)
     paths = [os.path.join(out_dir, name) for name in names]
     path = next(filter(os.path.exists, paths), None)
     if path is None:
@@ -110,6 +118,30 @@ def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
     return checkpoint
+
+
+def is_export(folder):
+    return os.path.exists(os.path.join(folder, EXPORT))
+
+
+def read_export(folder):
+    """The checkpoint that export.py took there, less the state of its training."""
+    from safetensors.torch import load_file
+
+    try:
+        with open(os.path.join(folder, EXPORT), encoding='utf-8') as f:
+            checkpoint = json.load(f)
+        weights = load_file(os.path.join(folder, 'model.safetensors'))
+        state = {name.removeprefix('gpt.'): p for name, p in weights.items()}
+        state.update(dict.fromkeys(checkpoint.pop('tied'), state['transformer.wte.weight']))
+        if checkpoint.pop('gpt2'):
+            state = {name: p.t() if name.endswith(CONV1D) else p for name, p in state.items()}
+            biases = checkpoint['model_args']['bias']  # without them they are zeros there
+            state = {name: p for name, p in state.items() if biases or not name.endswith('.bias')}
+        return {**checkpoint, 'model': state}
+    except Exception as error:  # what safetensors raises on damaged bytes has a type of its own
+        what = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise ValueError(f'{folder} is a damaged folder of export.py ({what}): export it again') from None
 
 
 def build_model(checkpoint, **overrides):

@@ -23,7 +23,7 @@ from data.loader import load_tokenizer
 from kan import KANLinear
 from layers.graph import add_graph
 from model import GPT, MLP, GPTConfig
-from run.checkpoint import build_model, load_checkpoint, shorten
+from run.checkpoint import EXPORT, build_model, load_checkpoint, shorten
 from run.records import read_record
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
@@ -34,7 +34,7 @@ FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
 
 def load_base(init_from, dropout):
     """(GPT, tokenizer) of a folder with a checkpoint of train.py or a GPT-2 of transformers, or of the hub."""
-    if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt')):
+    if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt', EXPORT)):
         checkpoint = load_checkpoint(init_from)
         if 'finetune' in checkpoint:
             raise ValueError(f'{init_from} holds a fine-tuned model: init_from wants one of train.py, or a GPT-2')

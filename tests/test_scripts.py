@@ -30,7 +30,7 @@ ABOVE = {  # what a module of the root or of a room may import from, besides its
     'tasks': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data'},
     'inside': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data', 'tasks'},
 }
-COMMANDS = {'train', 'sample', 'finetune', 'eval', 'interpret', 'study'}  # they may import from all of these
+COMMANDS = {'train', 'sample', 'finetune', 'eval', 'interpret', 'export', 'study'}  # they may import from all of these
 HEAVY = set(
     'matplotlib wandb transformers peft torch_geometric tiktoken datasets scipy pytest plotly sklearn sacrebleu'.split()
 )

@@ -1,0 +1,240 @@
+"""Take a trained model to where other tools read it: a folder of transformers, or a file of ONNX.
+
+    python export.py --out_dir=out-x --to=transformers --folder=hf-x
+    python export.py --out_dir=out-x --to=transformers --folder=hf-x --push=user/name   # to the Hugging Face hub, too
+    python export.py --out_dir=out-x --to=onnx --folder=onnx-x
+
+A vanilla GPT becomes a GPT-2. Every other one takes the code that it needs with it, in plain PyTorch:
+
+    AutoModelForCausalLM.from_pretrained('hf-x', trust_remote_code=True)
+
+`--init_from=hf-x` brings it back into train.py, sample.py and eval.py.
+"""
+
+import json
+import os
+import re
+import shutil
+
+import torch
+from torch import nn
+
+from configurator import ROOT, configure
+from data.loader import load_tokenizer
+from data.tokenizer import IdTokenizer, as_fast
+from run.checkpoint import CONV1D, EXPORT, build_model, load_checkpoint
+from run.files import write_atomically
+from run.records import read_log, read_record
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # a run of train.py
+to = 'transformers'  # or 'onnx'
+folder = ''  # to write, by default hf-... or onnx-... with the name of the run
+push = ''  # user/name on the Hugging Face hub, to upload the folder to
+license = 'mit'  # what the card says of the weights
+unfinished = False  # take a run that was not trained to its end
+dataset = ''  # whose vocabulary to use where the checkpoint has none (nanoGPT's)
+# -----------------------------------------------------------------------------
+configure(globals())
+MODULE = 'transformers_gpt'  # the file with the model's class, and the module of its copy
+CODE = {  # file of an export: where it is from
+    f'{MODULE}.py': f'surgery/{MODULE}.py',
+    'gpt.py': 'model.py',
+    'kan.py': 'kan.py',
+    **{f'{name}.py': f'layers/{name}.py' for name in ('activations', 'channel', 'generation', 'graph', 'spline')},
+}
+OPSET = 18  # of ONNX
+
+
+# the GPT as a model of transformers
+
+
+def is_gpt2(config):
+    """Whether transformers' own GPT-2 computes the same."""
+    is_vanilla = not config.use_kan and not config.use_graph
+    return is_vanilla and config.mlp == 'mlp' and config.activation in ('', 'gelu')
+
+
+def to_gpt2(gpt):
+    """transformers' GPT-2 with the weights of a vanilla GPT; biases that this one lacks are zero there."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = gpt.config
+    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size)
+    sizes.update(n_positions=config.block_size, n_inner=gpt.transformer.h[0].mlp.c_fc.out_features)
+    dropout = dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), config.dropout)
+    activation = {'none': 'gelu', 'tanh': 'gelu_new'}[config.gelu]
+    ends = dict(bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, activation_function=activation, **ends))
+    state = gpt.state_dict()
+    for name, p in model.state_dict().items():
+        if name.endswith('.bias') and name not in state:
+            state[name] = torch.zeros_like(p)
+        elif name.endswith(CONV1D):
+            state[name] = state[name].t()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def copy_code(folder):
+    """The files of CODE side by side, importing each other as such. What runs on one kind of machine alone, compilers
+    and Triton, stays behind: plain PyTorch does the same.
+    """
+    names = {source.removesuffix('.py').replace('/', '.'): name.removesuffix('.py') for name, source in CODE.items()}
+    for name, source in CODE.items():
+        with open(os.path.join(ROOT, source), encoding='utf-8') as f:
+            text = f.read()
+        for module, file in names.items():
+            text = re.sub(rf'^from {re.escape(module)} import', f'from .{file} import', text, flags=re.MULTILINE)
+        text = re.sub(r'^( *)from layers import (\w+)$', r'\1\2 = None  # not in an export', text, flags=re.MULTILINE)
+        text = text.replace("BACKEND = 'auto'", "BACKEND = 'plain'")
+        with write_atomically(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+            f.write(text)
+
+
+def to_transformers(checkpoint, gpt, tokenizer, folder):
+    """Write the folder, and return lines of Python that use it."""
+    from surgery.transformers_gpt import wrap
+
+    is_plain = is_gpt2(gpt.config)
+    model = to_gpt2(gpt) if is_plain else wrap(gpt)
+    if not is_plain:
+        copy_code(folder)
+        classes = dict(AutoConfig='GPTSettings', AutoModelForCausalLM='GPTForCausalLM')
+        model.config.auto_map = {auto: f'{MODULE}.{name}' for auto, name in classes.items()}
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, gpt, folder)
+    kept = {key: checkpoint[key] for key in ('config', 'iter_num') if key in checkpoint}
+    about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
+    with write_atomically(os.path.join(folder, EXPORT), 'w', encoding='utf-8') as f:
+        json.dump(about | kept, f, indent=1)
+    more = '' if is_plain else ', trust_remote_code=True'
+    return [
+        'from transformers import pipeline',
+        '',
+        f"write = pipeline('text-generation', '{push or folder}'{more})",
+        "print(write('A', max_new_tokens=100)[0]['generated_text'])",
+    ]
+
+
+def save_tokenizer(tokenizer, gpt, folder):
+    if not isinstance(tokenizer, IdTokenizer):
+        as_fast(tokenizer, gpt.config.block_size).save_pretrained(folder)
+
+
+# ONNX
+
+
+class Logits(nn.Module):
+    """idx (B, T) -> logits (B, T, V)"""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, idx):
+        return self.gpt.lm_head(self.gpt.features(idx))
+
+
+def to_onnx(checkpoint, gpt, tokenizer, folder):
+    """model.onnx, for any number of sequences of any length up to block_size; returns lines of Python that use it."""
+    path = os.path.join(folder, 'model.onnx')
+    shape = {0: torch.export.Dim('batch', min=1), 1: torch.export.Dim('length', min=1, max=gpt.config.block_size)}
+    names = dict(input_names=['idx'], output_names=['logits'])
+    example = torch.zeros(2, max(2, gpt.config.block_size // 2), dtype=torch.long)
+    settings = dict(dynamo=True, dynamic_shapes=(shape,), opset_version=OPSET, external_data=False, verbose=False)
+    torch.onnx.export(Logits(gpt), (example,), path, **names, **settings)
+    save_tokenizer(tokenizer, gpt, folder)
+    return [
+        'from onnxruntime import InferenceSession',
+        '',
+        f"session = InferenceSession('{path}')  # opset {OPSET}",
+        "(logits,) = session.run(None, {'idx': ids})  # int64 (B, T) -> (B, T, V)",
+    ]
+
+
+# the card
+
+
+def write_card(folder, how, gpt):
+    """README.md with the data, the recipe and the losses, and their curve."""
+    record, log = read_record(out_dir), [line for line in read_log(out_dir) if line['iter'] > 0]
+    config, final, data = (record.get(key, {}) for key in ('config', 'final', 'dataset'))
+    parts = [f'---\nlicense: {license}\npipeline_tag: text-generation\n---', f'# {os.path.basename(folder)}']
+    parts.append(f'A GPT of {gpt.get_num_params(False):,} parameters, in the shape of nanoGPT.')
+    parts.append('\n'.join(['```python', *how, '```']))
+    if data:
+        parts.append(f'Data: {data["name"]}, from {data["source"]}.')
+    if final:
+        losses = 'validation loss {val_loss:.4f} nats per token after {iter:,} iterations, {best_val_loss:.4f} at best'
+        parts.append(f'Losses: {losses.format(**final)}.')
+    if log:
+        draw_losses(log, os.path.join(folder, 'loss.png'))
+        parts.append('![Losses in training](loss.png)')
+    if config:
+        settings = (f'`{key} = {value!r}`' for key, value in config.items() if key not in ('out_dir', 'device'))
+        parts.append(f'Recipe: {", ".join(settings)}.')
+    with write_atomically(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write('\n\n'.join(parts) + '\n')
+
+
+def draw_losses(log, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    panel = figure.subplots()
+    for split in 'train', 'val':
+        panel.plot([line['iter'] for line in log], [line[f'{split}_loss'] for line in log], 'o-', label=split)
+    panel.set(xlabel='iteration', ylabel='loss (nats per token)', title='Losses in training')
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# the command
+
+
+def load():
+    """The checkpoint in out_dir; ValueError for one that cannot be exported."""
+    checkpoint, record = load_checkpoint(out_dir), read_record(out_dir)
+    if 'finetune' in checkpoint:
+        raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be exported')
+    if not unfinished and record and 'finished' not in record:
+        raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
+    return checkpoint
+
+
+def export():
+    if to not in WAYS:
+        raise ValueError(f'to={to!r}: expected {" or ".join(WAYS)}')
+    if push and to == 'onnx':
+        raise ValueError('push uploads a folder of transformers: --to=transformers')
+    name = os.path.basename(os.path.normpath(out_dir)).removeprefix('out-')
+    target = os.path.normpath(folder or f'{"onnx" if to == "onnx" else "hf"}-{name}')
+    if os.path.exists(target) and os.listdir(target):
+        raise ValueError(f'folder={target!r} is not empty: name another one')
+    checkpoint = load()
+    gpt = build_model(checkpoint).eval()
+    tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
+    os.makedirs(target, exist_ok=True)
+    try:
+        how = WAYS[to](checkpoint, gpt, tokenizer, target)
+        write_card(target, how, gpt)
+    except BaseException:  # Ctrl-C, too: what is there is whole
+        shutil.rmtree(target)
+        raise
+    print(f'{target}: {", ".join(sorted(os.listdir(target)))}')
+    if push:
+        upload(target)
+
+
+def upload(target):
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(push, exist_ok=True)
+    print(api.upload_folder(repo_id=push, folder_path=target))
+
+
+WAYS = {'transformers': to_transformers, 'onnx': to_onnx}
+export()

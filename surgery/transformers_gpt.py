@@ -1,0 +1,137 @@
+"""A GPT of model.py as a causal language model of transformers, for `generate`, pipelines, Trainer and lm-eval. Nothing
+of the GPT changes: the wrapper holds it as it is.
+
+    from surgery.transformers_gpt import wrap
+
+    model = wrap(gpt)   # a PreTrainedModel
+    model.generate(ids, max_new_tokens=20)
+
+export.py writes this file, and those of the GPT, beside the weights.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from layers.generation import packed_weights
+from model import GPT, GPTConfig
+
+
+class GPTSettings(PretrainedConfig):
+    """`gpt` holds the arguments of GPTConfig; what other tools ask for stands beside it."""
+
+    model_type = 'kan_gpt'
+    gpt: dict | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    max_position_embeddings: int | None = None
+
+    def __post_init__(self, **others):
+        config = GPTConfig(**(self.gpt or {}))
+        self.gpt = asdict(config)
+        self.vocab_size, self.hidden_size = config.vocab_size, config.n_embd
+        self.num_hidden_layers, self.num_attention_heads = config.n_layer, config.n_head
+        self.max_position_embeddings = config.block_size
+        others.setdefault('tie_word_embeddings', not (config.is_kan('head') and config.kan_kind == 'edge'))
+        super().__post_init__(**others)
+
+
+class GPTCache:
+    """The caches of all blocks, as `generate` hands them on."""
+
+    is_compileable = False
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def get_seq_length(self, layer_idx=0):
+        return self.blocks[0].length
+
+    def reorder_cache(self, rows):
+        """Of beam search: go on with these rows of the batch."""
+        for block in self.blocks:
+            block.select(rows.tolist())
+
+
+class GPTForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = GPTSettings
+    base_model_prefix = 'gpt'
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt = GPT(GPTConfig(**config.gpt))
+        self._tied_weights_keys = {f'gpt.{name}': 'gpt.transformer.wte.weight' for name in self.gpt.tied_names()}
+        self.post_init()
+
+    def _init_weights(self, module):
+        """The GPT has initialised itself."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False  # forward makes the GPT's own
+
+    def get_input_embeddings(self):
+        return self.gpt.transformer.wte
+
+    def get_output_embeddings(self):
+        return self.gpt.lm_head
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **others):
+        """Tokens that the cache lacks; beyond block_size, where every position moves, the whole window without one."""
+        block_size = self.config.max_position_embeddings
+        if input_ids.size(1) > block_size:
+            return dict(input_ids=input_ids[:, -block_size:], use_cache=False)
+        fresh = input_ids[:, past_key_values.get_seq_length() if past_key_values else 0 :]
+        inputs = dict(input_ids=fresh, past_key_values=past_key_values, use_cache=others.get('use_cache', True))
+        if past_key_values is None:
+            inputs['attention_mask'] = attention_mask
+        return inputs
+
+    def forward(
+        self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0,
+        **others,
+    ):  # fmt: skip
+        """input_ids (B, T); attention_mask (B, T), zero on padding, which must stand at the end; labels as input_ids,
+        -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all.
+        """
+        refused = [name for name in ('inputs_embeds', 'position_ids') if others.get(name) is not None]
+        if refused:
+            raise ValueError(f'this model takes input_ids alone, not {", ".join(refused)}')
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = GPTCache(self.gpt.new_caches())
+        caches = past_key_values.blocks if past_key_values is not None else None
+        x = self.gpt.features(input_ids, caches, lengths_of(attention_mask))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits, loss = self.gpt.lm_head(x[:, kept]), None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def generate(self, *inputs, **settings):
+        with packed_weights(self):
+            return super().generate(*inputs, **settings)
+
+
+def lengths_of(attention_mask):
+    """(B,) the number of tokens before the padding, None without any."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    lengths = attention_mask.sum(1)
+    places = torch.arange(attention_mask.size(1), device=attention_mask.device)
+    if not torch.equal(attention_mask.bool(), places < lengths.unsqueeze(1)):
+        raise ValueError('this model takes padding at the end alone: set padding_side to right, or generate one by one')
+    return lengths
+
+
+def wrap(gpt):
+    """The GPT as a model of transformers, with the same tensors."""
+    with torch.device('meta'):
+        model = GPTForCausalLM(GPTSettings(gpt=asdict(gpt.config)))
+    model.gpt = gpt
+    return model.train(gpt.training)

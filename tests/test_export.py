@@ -1,0 +1,174 @@
+"""export.py: what another process, which knows nothing of this repository, reads and computes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, as_fast
+from helpers import TOKENIZER, byte_pairs, complaint, make_checkpoint, run_forked
+from run.checkpoint import build_model, load_checkpoint, save_checkpoint
+
+pytest.importorskip('transformers')
+MODELS = {
+    'vanilla': dict(),
+    'no-bias': dict(bias=False, gelu='tanh', mlp_hidden=2.0),
+    'swiglu': dict(mlp='swiglu', bias=False),
+    'kan': dict(use_kan=True, kan_targets='attn,mlp,head'),
+    'kan-glu': dict(use_kan=True, kan_kind='channel', mlp='swiglu'),
+    'kan-head': dict(use_kan=True, kan_kind='channel', kan_targets='head'),
+    'graph': dict(use_graph=True),
+}
+READ = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+found = {}
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(f'hf-{name}', trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(f'hf-{name}', trust_remote_code=True)
+    ids = torch.load('ids.pt')
+    greedy = [model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=cached) for cached in (True, False)]
+    beams = [model.generate(ids, max_new_tokens=3, num_beams=3, use_cache=cached) for cached in (True, False)]
+    text = tokenizer.decode(ids[0])
+    with torch.no_grad():
+        output = model(ids, labels=ids)
+    found[name] = output.logits, output.loss, *greedy, *beams, tokenizer(text).input_ids, text
+torch.save(found, 'found.pt')
+print(sorted({'kan', 'layers', 'model', 'surgery', 'run'} & sys.modules.keys()))
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Runs, and their exports to transformers."""
+    folder = tmp_path_factory.mktemp('exports')
+    for name, args in MODELS.items():
+        make_checkpoint(folder / f'out-{name}', **args)
+        done = run_forked(folder, 'export.py', f'--out_dir=out-{name}')
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def ours(folder, name):
+    return build_model(load_checkpoint(str(folder / name))).eval()
+
+
+@torch.no_grad()
+def test_a_process_without_this_repository_gets_the_same_numbers_and_texts(folder):
+    ids = torch.randint(TOKENIZER.vocab_size, (2, 5), generator=torch.Generator().manual_seed(1))
+    torch.save(ids, folder / 'ids.pt')
+    (folder / 'read.py').write_text(READ)
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'} | {'HF_HOME': str(folder / 'home')}
+    command = [sys.executable, 'read.py', *MODELS]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stderr
+    for name, found in torch.load(folder / 'found.pt').items():
+        gpt = ours(folder, f'out-{name}')
+        logits, loss, cached, uncached, beams, slow_beams, again, text = found
+        torch.testing.assert_close(logits, gpt.lm_head(gpt.features(ids)), atol=1e-5, rtol=1e-5)
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        greedy = gpt.generate(ids, 12, temperature=0)  # beyond block_size
+        assert torch.equal(cached, greedy) and torch.equal(uncached, greedy), name
+        assert torch.equal(beams, slow_beams)
+        assert again == ids[0].tolist() and text == TOKENIZER.decode(ids[0].tolist())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_what_comes_back_is_what_was_exported(folder, name):
+    before, after = (load_checkpoint(str(folder / f'{kind}-{name}')) for kind in ('out', 'hf'))
+    assert after['model_args'] == before['model_args'] and after['tokenizer'] == before['tokenizer']
+    there, here = (build_model(checkpoint).state_dict() for checkpoint in (before, after))
+    assert there.keys() == here.keys() and all(torch.equal(there[key], here[key]) for key in there)
+
+
+def test_sampling_from_an_export_gives_the_same_text(folder):
+    flags = '--device=cpu', '--num_samples=1', '--max_new_tokens=20', f'--start={TOKENIZER.chars[0]}'
+    texts = [run_forked(folder, 'sample.py', *flags, f'--out_dir={name}').stdout for name in ('out-kan', 'hf-kan')]
+    texts.append(run_forked(folder, 'sample.py', *flags, '--init_from=hf-kan').stdout)
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 20
+
+
+def test_padding_stands_at_the_end_or_is_refused(folder):
+    from surgery.transformers_gpt import wrap
+
+    for name in 'kan-glu', 'graph':
+        model = wrap(ours(folder, f'out-{name}'))
+        ids = torch.arange(6).view(1, 6) % TOKENIZER.vocab_size
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+        with torch.no_grad():
+            padded, short = model(ids, attention_mask=mask).logits[:, :4], model(ids[:, :4]).logits
+        torch.testing.assert_close(padded, short, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match='takes padding at the end alone'):
+            model(ids, attention_mask=mask.flip(1))
+        with pytest.raises(ValueError, match='takes input_ids alone, not position_ids'):
+            model(ids, position_ids=ids)
+
+
+def test_the_card_says_what_it_is(folder):
+    record = dict(config=dict(n_layer=2, learning_rate=1e-3), dataset=dict(name='plays', source='a file'))
+    record.update(final=dict(iter=20, val_loss=1.25, best_val_loss=1.2), finished='now')
+    make_checkpoint(folder / 'out-card')
+    (folder / 'out-card' / 'run.json').write_text(json.dumps(record))
+    log = [dict(iter=n, train_loss=2.0, val_loss=2.1) for n in (0, 10, 20)]
+    (folder / 'out-card' / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in log))
+    done = run_forked(folder, 'export.py', '--out_dir=out-card', '--folder=my-gpt', '--license=apache-2.0')
+    assert done.returncode == 0, done.stderr
+    card = (folder / 'my-gpt' / 'README.md').read_text()
+    assert card.startswith('---\nlicense: apache-2.0\n') and '# my-gpt' in card and 'plays, from a file' in card
+    assert 'validation loss 1.2500 nats per token after 20 iterations, 1.2000 at best' in card
+    assert '`learning_rate = 0.001`' in card and (folder / 'my-gpt' / 'loss.png').stat().st_size > 5000
+    exec_lines = card.split('```python\n')[1].split('```')[0]
+    compile(exec_lines, 'card', 'exec')
+
+
+@pytest.mark.parametrize('tokenizer', ['characters', 'byte pairs', 'gpt2'])
+def test_tokenizers_agree(tokenizer, tmp_path):
+    made = {'characters': CharTokenizer('abü \n'), 'byte pairs': JsonTokenizer(byte_pairs().to_str())}.get(
+        tokenizer
+    ) or GPT2Tokenizer()
+    text = 'ab ü\n ba' if tokenizer == 'characters' else 'and so on, größer\n\n  and on'
+    fast = as_fast(made, 64)
+    assert fast(text).input_ids == made.encode(text) and fast.decode(made.encode(text)) == text
+    if tokenizer == 'characters':
+        with pytest.raises(Exception, match='UNK'):
+            fast('x')
+
+
+@pytest.mark.parametrize('name', ['kan', 'kan-glu'])
+def test_onnx_for_any_number_and_length(folder, name):
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    done = run_forked(folder, 'export.py', f'--out_dir=out-{name}', '--to=onnx')
+    assert done.returncode == 0, done.stderr
+    session = runtime.InferenceSession(str(folder / f'onnx-{name}' / 'model.onnx'), providers=['CPUExecutionProvider'])
+    gpt = ours(folder, f'out-{name}')
+    for B, T in (1, 1), (2, gpt.config.block_size), (5, 3):
+        ids = np.random.default_rng(0).integers(TOKENIZER.vocab_size, size=(B, T))
+        (found,) = session.run(None, {'idx': ids})
+        with torch.no_grad():
+            expected = gpt.lm_head(gpt.features(torch.from_numpy(ids)))
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_mistakes_are_named_and_leave_nothing(folder):
+    checkpoint = make_checkpoint(folder / 'out-part')
+    (folder / 'out-part' / 'run.json').write_text(json.dumps(dict(config={})))
+    assert 'was not trained to its end: --unfinished=True' in complaint(folder, 'export.py', '--out_dir=out-part')
+    assert not (folder / 'hf-part').exists()
+    assert run_forked(folder, 'export.py', '--out_dir=out-part', '--unfinished=True').returncode == 0
+    assert "folder='hf-part' is not empty" in complaint(folder, 'export.py', '--out_dir=out-part')
+    assert "to='gguf': expected transformers or onnx" in complaint(folder, 'export.py', '--to=gguf')
+    assert 'push uploads a folder of transformers' in complaint(folder, 'export.py', '--to=onnx', '--push=a/b')
+    assert 'no checkpoint in' in complaint(folder, 'export.py', '--out_dir=nowhere')
+    (folder / 'out-tuned').mkdir()
+    save_checkpoint(str(folder / 'out-tuned'), checkpoint | {'finetune': {}}, is_best=False)
+    assert 'only models of train.py can be exported' in complaint(folder, 'export.py', '--out_dir=out-tuned')
+    (folder / 'hf-part' / 'model.safetensors').write_bytes(b'cut off')
+    assert 'is a damaged folder of export.py' in complaint(folder, 'sample.py', '--out_dir=hf-part')
