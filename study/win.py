@@ -7,7 +7,7 @@ functions are fixed and those with a function on every edge; results/win.
     python study/win_page.py                # the page from the records
 
 All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text, and on train and val of
-python. Stage `ablation` varies the splines of KAN-GLU, `tuning` gives each family the same number of trials, and
+python. Stage `ablation` varies the splines, `tuning` gives each family the same number of trials, and
 `final` trains each at its best with fresh seeds and measures the loss on what is left, once. Two more stages train the
 main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one
 shell, on a machine that does nothing else), and `longer` for five times the iterations.
@@ -56,14 +56,18 @@ FAMILIES = {
     'KAN-GLU': dict(SPLINES, mlp='swiglu'),
 }
 MAIN = ('GELU', 'SwiGLU', 'channel KAN', 'KAN-GLU')
-CONTROLS = {  # of KAN-GLU, with its rate and scale
-    'KAN-GLU, splines frozen at zero': dict(FAMILIES['KAN-GLU'], spline_lr_scale=0.0),
-    'KAN-GLU, splines frozen at random': dict(FAMILIES['KAN-GLU'], spline_lr_scale=0.0, spline_init_std=0.1),
-    'KAN-GLU, straight lines': dict(FAMILIES['KAN-GLU'], grid_size=1, spline_order=1),
-    'KAN-GLU, rate of splines x 1': dict(FAMILIES['KAN-GLU'], spline_lr_scale=1.0),
+CONTROLS = {  # of the families whose names they begin with, at their rate and scale
+    f'{family}, {change}': {**FAMILIES[family], **settings}
+    for family in ('channel KAN', 'KAN-GLU')
+    for change, settings in {
+        'splines frozen at zero': dict(spline_lr_scale=0.0),
+        'splines frozen at random': dict(spline_lr_scale=0.0, spline_init_std=0.1),
+        'straight lines': dict(grid_size=1, spline_order=1),
+        'rate of splines x 1': dict(spline_lr_scale=1.0),
+    }.items()
 }
 GATES = dict(CHANNEL, mlp='swiglu', spline_weight_decay=0.0)
-ABLATION = {  # families of which these settings are varied
+ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by name
     'SwiGLU': dict(mlp='swiglu'),
     'order 3, 8 intervals': dict(GATES, spline_order=3),
     'order 2, 8 intervals': dict(GATES, spline_order=2),
@@ -71,6 +75,17 @@ ABLATION = {  # families of which these settings are varied
     'order 2, rate of splines x 4': dict(GATES, spline_order=2, spline_lr_scale=4.0),
     'order 2, rate of splines x 16': dict(GATES, spline_order=2, spline_lr_scale=16.0),
     'order 2, rate of splines x 64': dict(GATES, spline_order=2, spline_lr_scale=64.0),
+    'GELU': dict(),
+    'channel KAN': SPLINES,
+    'channel KAN, order 1': dict(SPLINES, spline_order=1),
+    'channel KAN, order 3': dict(SPLINES, spline_order=3),
+    'channel KAN, 4 intervals': dict(SPLINES, grid_size=4),
+    'channel KAN, 16 intervals': dict(SPLINES, grid_size=16),
+    'channel KAN, rate of splines x 4': dict(SPLINES, spline_lr_scale=4.0),
+    'channel KAN, rate of splines x 64': dict(SPLINES, spline_lr_scale=64.0),
+    'edge KAN': FAMILIES['edge KAN'],
+    'edge KAN, rate of splines x 4': dict(FAMILIES['edge KAN'], spline_lr_scale=4.0),
+    'edge KAN, rate of splines x 16': dict(FAMILIES['edge KAN'], spline_lr_scale=16.0),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES, SCALES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.04, 0.16)  # the scales at the best rate alone
@@ -174,7 +189,7 @@ def tuned(size, families):
     if untried or not families.keys() <= best.keys():
         lacking = ', '.join(untried) or 'finite ones'
         raise ValueError(f'unseen text is for families with all their trials; {size} lacks: {lacking}')
-    return best | dict.fromkeys(CONTROLS, best['KAN-GLU'])
+    return best | {name: best[name.split(',')[0]] for name in CONTROLS}
 
 
 def make(name, job, folder):

@@ -64,12 +64,12 @@ def table(heads, rows):
 
 def make_ablation(size):
     groups, rows = groups_of('ablation', size), []
-    baselines = 'SwiGLU', 'order 2, 8 intervals'
+    baselines = 'SwiGLU', 'GELU'
     for family, runs in groups.items():
         first = next(iter(runs.values()))
         cells = [family, f'{first["parameters"]["total"]:,}', mean_and_std([*map(validation, runs.values())], 4)]
         rows.append(cells + [cell(difference(runs, groups.get(name, {}), validation)) for name in baselines])
-    return table(['gates', 'parameters', 'last validation loss', *(f'to {name}' for name in baselines)], rows)
+    return table(['splines', 'parameters', 'last validation loss', *(f'to {name}' for name in baselines)], rows)
 
 
 def make_tuning(size):
@@ -133,7 +133,7 @@ def make_page():
             f'{size}: {LONG:,} iterations': make_final('longer', size),
             f'{size}: steps taken in turn': make_steps(size),
             f'{size}: trials of learning rate and initial scale': make_tuning(size),
-            f'{size}: splines of KAN-GLU': make_ablation(size),
+            f'{size}: splines varied (of KAN-GLU, where no other family is named)': make_ablation(size),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
         for title, lines in tables.items():

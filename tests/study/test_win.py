@@ -74,7 +74,7 @@ def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
     assert {run['family'] for run in runs if run['stage'] == 'final'} == {*study.FAMILIES, *study.CONTROLS}
     page = win_page.make_page()
     assert page.index('| KAN-GLU | 1 |') < page.index('| SwiGLU | 1 |')  # the best first
-    assert '-0.0100 ± 0.0000' in page and '| 0.004, 0.16 |' in page and '## 0.23M: splines of KAN-GLU' in page
+    assert '-0.0100 ± 0.0000' in page and '| 0.004, 0.16 |' in page and '## 0.23M: splines varied' in page
     assert '| KAN-GLU | h.0.mlp.act | 0.50 | 25% | 25% (100%) | 25% (0%) | 25% (0%) | 25% (0%) |' in page
     for name in 'gaps', 'curves', 'functions':
         path = study.STUDY.folder / f'{name}.png'
