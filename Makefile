@@ -12,9 +12,9 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 .PHONY: demo test lint results gpu nano win smollm2 minilm finetune speed pinn interpret symbolic clean
 
 demo: .venv/installed
-	$(BIN)/python train.py config/train_shakespeare_char_nano_kan.py
-	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan --start="ROMEO:" --num_samples=2 --seed=1
-	$(BIN)/python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.1 --random_too=False --losses=False
+	$(BIN)/python train.py config/train_shakespeare_char_nano_kan_channel.py
+	$(BIN)/python sample.py --out_dir=out-shakespeare-char-nano-kan-channel --start="ROMEO:" --num_samples=2 --seed=1
+	$(BIN)/python interpret.py --out_dir=out-shakespeare-char-nano-kan-channel --layer=0 --random_too=False --losses=False
 
 # two processes of one thread each, which take over each other's tests when they run out of their own
 test: lint
