@@ -151,7 +151,8 @@ def draw_gaps(path):
     groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
     if not groups:
         return
-    figure, panels = panels_of(1, len(groups), 4.5 * len(groups), 4.5)
+    height = 1.5 + 0.35 * max(map(len, groups.values()))
+    figure, panels = panels_of(1, len(groups), 5 * len(groups), height)
     for panel, (size, found) in zip(panels, groups.items()):
         gaps = {family: difference(runs, found['SwiGLU'], held_out) for family, runs in found.items()}
         gaps = dict(sorted(((family, gap) for family, gap in gaps.items() if gap), key=lambda pair: -pair[1][0]))
@@ -160,8 +161,11 @@ def draw_gaps(path):
             panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)
         panel.axvline(0, color='black', linewidth=0.8)
         panel.set_yticks(range(len(gaps)), gaps)
-        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU\n(nats per token, unseen text)')
+        panel.set(title=f'{size} parameters', xlabel='loss less that of SwiGLU (nats per token)')
+        panel.set_ylim(-0.6, len(gaps) - 0.4)
+        panel.locator_params(axis='x', nbins=5)
         panel.grid(alpha=0.3, axis='x')
+    figure.suptitle('On unseen text, left of SwiGLU is better (95 % intervals)')
     figure.savefig(path, dpi=130)
 
 
@@ -213,9 +217,10 @@ def draw_scaling(path):
     figure.savefig(path, dpi=130)
 
 
-def draw_functions(path, size):
-    """Of each layer of a KAN-GLU GPT six gates, from the one that changed least to the one that changed most."""
-    runs = groups_of('final', size).get('KAN-GLU', {})
+def draw_functions(path, size, family):
+    """Of each layer of a GPT some functions, from the one that changed least to the one that changed most."""
+    began = 'SiLU' if FAMILIES[family].get('mlp') == 'swiglu' else 'GELU'
+    runs = groups_of('final', size).get(family, {})
     layers = next((run['shapes'] for run in runs.values() if any(one['curves'] for one in run['shapes'].values())), {})
     if not layers:
         return
@@ -224,13 +229,13 @@ def draw_functions(path, size):
     for row, one in enumerate(layers.values()):
         for column, (x, learned, plain) in enumerate(one['curves']):
             panel = panels[row * n + column]
-            panel.plot(x, plain, color='#999999', linewidth=1.2, label='SiLU')
+            panel.plot(x, plain, color='#999999', linewidth=1.2, label=began)
             panel.plot(x, learned, color='#0072b2', linewidth=1.8, label='learned')
             panel.tick_params(labelsize=8)
             panel.grid(alpha=0.3)
         panels[row * n].set_ylabel(f'layer {row}')
     panels[0].legend(frameon=False, fontsize=8, handlelength=1)
-    figure.suptitle(f'What SiLU became in {size} parameters: from the gate that changed least to the most')
+    figure.suptitle(f'{family}, {size}: what {began} became, from the channel that changed least to the most')
     figure.savefig(path, dpi=130)
 
 
@@ -247,4 +252,5 @@ if __name__ == '__main__':
     draw_gaps(STUDY.folder / 'gaps.png')
     draw_curves(STUDY.folder / 'curves.png')
     draw_scaling(STUDY.folder / 'scaling.png')
-    draw_functions(STUDY.folder / 'functions.png', '0.23M')
+    for family in 'channel KAN', 'KAN-GLU':
+        draw_functions(STUDY.folder / f'functions-{family.replace(" ", "-")}.png', '0.23M', family)

@@ -78,7 +78,7 @@ def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
     assert '| KAN-GLU | h.0.mlp.act | 0.50 | 25% | 25% (100%) | 25% (0%) | 25% (0%) | 25% (0%) |' in page
     for name in 'gaps', 'curves', 'functions':
         path = study.STUDY.folder / f'{name}.png'
-        getattr(win_page, f'draw_{name}')(path, *(['0.23M'] if name == 'functions' else []))
+        getattr(win_page, f'draw_{name}')(path, *(['0.23M', 'KAN-GLU'] if name == 'functions' else []))
         assert path.stat().st_size > 10000
 
 
