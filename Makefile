@@ -2,7 +2,7 @@
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
 # make gpu       tests, tiles and speed on a CUDA card; MINUTES=9
-# make nano, win, smollm2, minilm, finetune, speed, pinn, interpret, symbolic   a study: the runs that have no record yet, hours on two cores, then its pages
+# make nano, win, smollm2, minilm, finetune, speed, pinn, interpret, symbolic   a study: the runs that have no record yet, hours to nights on two cores, then its pages
 # make clean     remove the virtual environment, not your data and runs
 
 PYTHON ?= python3

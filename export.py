@@ -104,7 +104,7 @@ def to_transformers(checkpoint, gpt, tokenizer, folder):
         model.config.auto_map = {auto: f'{MODULE}.{name}' for auto, name in classes.items()}
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, gpt, folder)
-    kept = {key: checkpoint[key] for key in ('config', 'iter_num') if key in checkpoint}
+    kept = {key: checkpoint[key] for key in ('config', 'iter_num', 'best_val_loss') if key in checkpoint}
     about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(folder, EXPORT), 'w', encoding='utf-8') as f:
         json.dump(about | kept, f, indent=1)
@@ -156,25 +156,27 @@ def to_onnx(checkpoint, gpt, tokenizer, folder):
 # the card
 
 
-def write_card(folder, how, gpt):
+def write_card(target, how, checkpoint, gpt):
     """README.md with the data, the recipe and the losses, and their curve."""
-    record, log = read_record(out_dir), [line for line in read_log(out_dir) if line['iter'] > 0]
-    config, final, data = (record.get(key, {}) for key in ('config', 'final', 'dataset'))
-    parts = [f'---\nlicense: {license}\npipeline_tag: text-generation\n---', f'# {os.path.basename(folder)}']
+    record, config = read_record(out_dir), checkpoint.get('config', {})
+    log = [line for line in read_log(out_dir) if line['iter'] > 0]
+    parts = [f'---\nlicense: {license}\npipeline_tag: text-generation\n---', f'# {os.path.basename(target)}']
     parts.append(f'A GPT of {gpt.get_num_params(False):,} parameters, in the shape of nanoGPT.')
     parts.append('\n'.join(['```python', *how, '```']))
-    if data:
-        parts.append(f'Data: {data["name"]}, from {data["source"]}.')
-    if final:
-        losses = 'validation loss {val_loss:.4f} nats per token after {iter:,} iterations, {best_val_loss:.4f} at best'
-        parts.append(f'Losses: {losses.format(**final)}.')
+    if 'dataset' in record:
+        parts.append('Data: {name}, from {source}.'.format(**record['dataset']))
+    if 'best_val_loss' in checkpoint:
+        trained = 'after {iter_num:,} iterations; the best validation loss was {best_val_loss:.4f} nats per token'
+        parts.append(f'Weights: {trained.format(**checkpoint)}.')
+    if record and 'finished' not in record:
+        parts.append('The run was not trained to its end.')
     if log:
-        draw_losses(log, os.path.join(folder, 'loss.png'))
+        draw_losses(log, os.path.join(target, 'loss.png'))
         parts.append('![Losses in training](loss.png)')
     if config:
         settings = (f'`{key} = {value!r}`' for key, value in config.items() if key not in ('out_dir', 'device'))
         parts.append(f'Recipe: {", ".join(settings)}.')
-    with write_atomically(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+    with write_atomically(os.path.join(target, 'README.md'), 'w', encoding='utf-8') as f:
         f.write('\n\n'.join(parts) + '\n')
 
 
@@ -196,7 +198,8 @@ def draw_losses(log, path):
 
 def load():
     """The checkpoint in out_dir; ValueError for one that cannot be exported."""
-    checkpoint, record = load_checkpoint(out_dir), read_record(out_dir)
+    checkpoint = load_checkpoint(out_dir)
+    record = read_record(out_dir)
     if 'finetune' in checkpoint:
         raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be exported')
     if not unfinished and record and 'finished' not in record:
@@ -219,7 +222,7 @@ def export():
     os.makedirs(target, exist_ok=True)
     try:
         how = WAYS[to](checkpoint, gpt, tokenizer, target)
-        write_card(target, how, gpt)
+        write_card(target, how, checkpoint, gpt)
     except BaseException:  # Ctrl-C, too: what is there is whole
         shutil.rmtree(target)
         raise

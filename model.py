@@ -387,22 +387,25 @@ class GPT(nn.Module):
         self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
     ):
         """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
-        Spline weights, their scalers and learned slopes take spline_lr_scale times the learning rate, which their group
-        says as `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay).
+        Spline weights and their scalers take spline_lr_scale times the learning rate, which their group says as
+        `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay). Learned slopes take that rate and never
+        decay.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = weight_decay if spline_weight_decay is None else spline_weight_decay
         alike = spline_lr_scale == 1 and decay == weight_decay  # no group of their own
-        endings = () if alike else ('.spline_weight', '.spline_scaler', '.slope')
+        endings = () if alike else ('.spline_weight', '.spline_scaler')
         splines = [p for name, p in params.items() if name.endswith(endings)]
-        others = [p for name, p in params.items() if not name.endswith(endings)]
+        slopes = [p for name, p in params.items() if name.endswith('.slope')]
+        others = [p for name, p in params.items() if not name.endswith((*endings, '.slope'))]
         groups = [
             {'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
         ]
-        if splines:
-            rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
-            groups.append({'params': splines, 'weight_decay': decay, **rate})
+        rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
+        for group, its_decay in (splines, decay), (slopes, 0.0):
+            if group:
+                groups.append({'params': group, 'weight_decay': its_decay, **rate})
         fused = device_type in ('cuda', 'cpu') or None
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 

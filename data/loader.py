@@ -21,7 +21,7 @@ from run.files import sha256_of, write_atomically
 DATA = os.path.dirname(os.path.abspath(__file__))
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 TOKENS = ('train.bin', 'val.bin')
-TEST = 'test.bin'  # beside them, of some
+TEST = 'test.bin'  # beside them, in some
 META = 'vocab_size source tokenizer.kind splits.train.tokens splits.train.sha256 splits.val.tokens splits.val.sha256'
 
 
@@ -34,12 +34,11 @@ def write_split(folder, split, ids):
         f.write(ids.astype(DTYPE).tobytes())
 
 
-def write_meta(folder, tokenizer, source):
-    """Describe the splits in meta.json (`source` says in one line where the text came from) and then give them their
-    names: where train.bin and val.bin are, a preparation was not cut off.
+def write_meta(folder, tokenizer, source, names=TOKENS):
+    """Describe the splits, the files `names`, in meta.json (`source` says in one line where the text came from) and
+    then give them their names: where train.bin and val.bin are, a preparation was not cut off.
     """
     meta = {'source': source, 'splits': {}}
-    names = [name for name in (TEST, *TOKENS) if name in TOKENS or os.path.exists(os.path.join(folder, f'{name}.part'))]
     for name in names:
         meta['splits'][name.removesuffix('.bin')] = describe_split(os.path.join(folder, f'{name}.part'))
     val_ids = np.fromfile(os.path.join(folder, 'val.bin.part'), dtype=DTYPE)
@@ -47,6 +46,8 @@ def write_meta(folder, tokenizer, source):
     meta.update(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
+    if TEST not in names and os.path.exists(os.path.join(folder, TEST)):
+        os.remove(os.path.join(folder, TEST))  # of another text
     for name in names:
         os.replace(os.path.join(folder, f'{name}.part'), os.path.join(folder, name))
 
@@ -227,11 +228,10 @@ def open_split(dataset, split):
     return np.memmap(path, dtype=DTYPE, mode='r')
 
 
-def check_dataset(dataset, block_size, vocab_size):
-    """Read all files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
+def check_dataset(dataset, block_size, vocab_size, splits=('train', 'val')):
+    """Read the files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
     meta = read_meta(dataset)
-    has_test = os.path.exists(os.path.join(dataset_folder(dataset), TEST))
-    for split in ('train', 'val', 'test') if has_test else ('train', 'val'):
+    for split in splits:
         data = open_split(dataset, split)
         path, n = data.filename, len(data)
         known = meta.get('splits', {}).get(split, {})

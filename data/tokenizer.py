@@ -214,6 +214,9 @@ def as_fast(tokenizer, length):
         made.decoder = decoders.Fuse()
     else:
         made = Tokenizer.from_str(tokenizer.content)
+        made.no_truncation()
+        made.no_padding()
+        made.post_processor = None  # it would add tokens of its own
     return PreTrainedTokenizerFast(tokenizer_object=made, **settings)
 
 

@@ -29,8 +29,9 @@ from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
-EXPORT = 'gpt.json'  # in a folder of export.py: model_args, tokenizer, config, iter_num; gpt2: whether it is one; and
-# tied: the names that have the weight of the token embeddings
+# in a folder of export.py: model_args, tokenizer, config, iter_num, best_val_loss; gpt2: whether it is one; tied: the
+# names that have the weight of the token embeddings
+EXPORT = 'gpt.json'
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # what transformers' GPT-2 has the other way round
 LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a run leaves behind
 LEFT += ('metrics.json', 'predictions', 'adapter')
@@ -93,10 +94,10 @@ def set_aside(out_dir, names=LEFT):
 
 def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
     """The first of the files `names` in out_dir. ValueError where there is none, or one damaged or not plain data."""
-    if is_export(out_dir):
-        return read_export(out_dir)
     paths = [os.path.join(out_dir, name) for name in names]
     path = next(filter(os.path.exists, paths), None)
+    if path is None and is_export(out_dir):
+        return read_export(out_dir)
     if path is None:
         raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
     others = [name for name in STATES if os.path.exists(os.path.join(out_dir, name))]

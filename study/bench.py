@@ -187,11 +187,11 @@ def time_layer(layer, x, g, dtype, forward=None):
     return run
 
 
-def make_gpt(config, **overrides):
+def make_gpt(config, vocab_size=65, **overrides):
     """The model of a config file, and its settings."""
     settings = settings_of('train.py', [os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py')])
     settings.update(overrides)
-    return GPT(GPTConfig(vocab_size=65, **model_settings(settings))), settings
+    return GPT(GPTConfig(vocab_size=vocab_size, **model_settings(settings))), settings
 
 
 def prepare_step(dtype, where, name):
@@ -202,6 +202,7 @@ def prepare_step(dtype, where, name):
         where = 'nano' if size else where
         width = size.get('n_embd') or make_gpt(where)[1]['n_embd']
         changed.update(size | win.at_equal_parameters(MLPS[name], width))
+        changed['vocab_size'] = win.VOCABULARIES[size.get('dataset', win.COMMON['dataset'])]
     raw_model, settings = make_gpt(where + MODELS.get(name, ''), **changed)
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:

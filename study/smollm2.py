@@ -1,7 +1,7 @@
 """What learned gates add to a pretrained Llama: the SiLUs of SmolLM2 become functions on channels, which alone learn to
-write Shakespeare, beside LoRA of as many parameters; results/smollm2.
+write Shakespeare, beside LoRA of as many parameters. Records and page go to results/smollm2.
 
-    python study/smollm2.py            # trains what has no record, an hour on two cores; make smollm2 does the same
+    python study/smollm2.py            # trains what has no record; make smollm2 does the same
     python study/smollm2.py --stages=  # the page from the records alone
 
 `search` tries learning rates and chooses on the ninth tenth of the text; `final` trains with other seeds at the best
@@ -86,7 +86,9 @@ def make(name, job, folder):
     tokenizer, model = load()
     tokens = torch.tensor(tokenizer(read_text()[0]).input_ids)
     train, choosing, held_out = tokens.tensor_split([len(tokens) * 8 // 10, len(tokens) * 9 // 10])
-    parts = dict(choosing=even_windows(choosing), held_out=even_windows(held_out))
+    parts = dict(choosing=even_windows(choosing))
+    if job['stage'] == 'final':
+        parts.update(held_out=even_windows(held_out))
     untouched = {part: measure(model, batches) for part, batches in parts.items()}
     torch.manual_seed(seed)
     learning = adapt(model, kind, parts['choosing'][:1, :8])

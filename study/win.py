@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
-from configurator import ROOT, configure
+from configurator import ROOT, configure, settings_of
 from data import loader
 from inside.edges import kan_layers, watch
 from inside.shapes import shapes_of
@@ -37,12 +37,13 @@ SIZES = {
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
     '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
 }
+VOCABULARIES = {'shakespeare_char_tuning': 65, 'python': 1024}  # tokens of the data sets
 TESTS = {  # of a data set what eval.py measures in the end
     'shakespeare_char_tuning': dict(dataset='shakespeare_char'),
     'python': dict(split='test', stride=64),
 }
 CHANNEL = dict(use_kan=True, kan_kind='channel', grid_min=-4.0, grid_max=4.0, grid_size=8)
-FAST = dict(spline_lr_scale=16.0, spline_weight_decay=0.0)  # what the ablation chose, and order 2
+FAST = dict(spline_lr_scale=16.0, spline_weight_decay=0.0)  # the ablation chose the rate
 SPLINES = dict(CHANNEL, **FAST, spline_order=2)
 FAMILIES = {
     'GELU': dict(),
@@ -196,7 +197,11 @@ def make(name, job, folder):
     """The record of a run; of fresh seeds with the loss on text that no other run has seen, and the functions."""
     about, settings = job
     if about['stage'] == 'steps':
-        return about | run_json('study/bench.py', suite='mlp', only=f'float32 {about["size"]}', rounds=8, repeats=5)
+        found = run_json('study/bench.py', suite='mlp', only=f'float32 {about["size"]} ', rounds=20, repeats=5)
+        failed = [f'{row["name"]}: {row["error"]}' for row in found['rows'] if 'error' in row]
+        if failed:
+            raise ValueError(f'steps could not be timed: {"; ".join(failed)}')
+        return about | found
     run = run_to_end('train.py', [CONFIG, *(f'--{key}={value}' for key, value in settings.items())], folder)
     run.update(about)
     if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
@@ -223,15 +228,20 @@ def describe(shapes, n_curves):
     by_change = shapes.change.argsort()
     chosen = by_change[np.linspace(0, len(by_change) - 1, n_curves).round().astype(int)]
     curves = [[shapes.x[i, ::4], shapes.learned[i, ::4], shapes.plain[i, ::4]] for i in chosen.tolist()]
-    turns, before = ([(n == count).sum().item() for count in range(3)] + [(n > 2).sum().item()] for n in shapes.turns())
+    turns, before = map(tally, shapes.turns())
     return dict(
         channels=len(by_change),
         flat=shapes.flat.sum().item(),
-        turns=turns,  # the number of channels that turn never, once, twice, more often
+        turns=turns,
         turns_before=before,  # of the plain activation, over the same inputs
         change=shapes.change.median().item(),
         curves=[[[round(number, 4) for number in line.tolist()] for line in curve] for curve in curves],
     )
+
+
+def tally(turns):
+    """How many channels turn never, once, twice, more often."""
+    return [(turns == n).sum().item() for n in range(3)] + [(turns > 2).sum().item()]
 
 
 def by_seconds(size, best):
@@ -240,7 +250,8 @@ def by_seconds(size, best):
     if run is None:
         raise ValueError(f'stage seconds wants the times of stage steps first: --stages=steps --sizes={size}')
     seconds = {row['name']: np.median(row['seconds']['total']) for row in run['rows']}
-    iters = {family: round(1000 * seconds['SwiGLU'] / seconds[family]) for family in MAIN}
+    whole = settings_of('train.py', [CONFIG])['max_iters']
+    iters = {family: round(whole * seconds['SwiGLU'] / seconds[family]) for family in MAIN}
     return {family: dict(best[family], max_iters=n, lr_decay_iters=n) for family, n in iters.items()}
 
 

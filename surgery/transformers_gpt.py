@@ -1,5 +1,5 @@
-"""A GPT of model.py as a causal language model of transformers, for `generate`, pipelines, Trainer and lm-eval. Nothing
-of the GPT changes: the wrapper holds it as it is.
+"""A GPT of model.py as a causal language model of transformers 5, for `generate`, pipelines and Trainer. Nothing of the
+GPT changes: the wrapper holds it as it is.
 
     from surgery.transformers_gpt import wrap
 
@@ -61,6 +61,7 @@ class GPTCache:
 class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = GPTSettings
     base_model_prefix = 'gpt'
+    accepts_loss_kwargs = False  # the loss is the mean of a batch, which Trainer divides when it accumulates
 
     def __init__(self, config):
         super().__init__(config)
@@ -82,35 +83,42 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.gpt.lm_head
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **others):
-        """Tokens that the cache lacks; beyond block_size, where every position moves, the whole window without one."""
+        """The tokens that the cache lacks. Beyond block_size every position moves: the whole window, and no cache."""
+        if lengths_of(attention_mask) is not None:
+            raise ValueError(
+                'prompts of different lengths are generated one by one: this model has no padding before them'
+            )
         block_size = self.config.max_position_embeddings
         if input_ids.size(1) > block_size:
             return dict(input_ids=input_ids[:, -block_size:], use_cache=False)
         fresh = input_ids[:, past_key_values.get_seq_length() if past_key_values else 0 :]
-        inputs = dict(input_ids=fresh, past_key_values=past_key_values, use_cache=others.get('use_cache', True))
-        if past_key_values is None:
-            inputs['attention_mask'] = attention_mask
-        return inputs
+        return dict(input_ids=fresh, past_key_values=past_key_values, use_cache=others.get('use_cache', True))
 
     def forward(
         self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0,
         **others,
     ):  # fmt: skip
         """input_ids (B, T); attention_mask (B, T), zero on padding, which must stand at the end; labels as input_ids,
-        -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all.
+        -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all, or of the tokens at
+        the places in a tensor. ValueError for arguments that would do nothing.
         """
-        refused = [name for name in ('inputs_embeds', 'position_ids') if others.get(name) is not None]
+        refused = ('inputs_embeds', 'position_ids', 'output_hidden_states', 'output_attentions')
+        refused = [name for name in refused if others.get(name) is not None and others[name] is not False]
         if refused:
-            raise ValueError(f'this model takes input_ids alone, not {", ".join(refused)}')
+            raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(refused)}')
         if use_cache and past_key_values is None and not self.training:
             past_key_values = GPTCache(self.gpt.new_caches())
         caches = past_key_values.blocks if past_key_values is not None else None
         x = self.gpt.features(input_ids, caches, lengths_of(attention_mask))
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits, loss = self.gpt.lm_head(x[:, kept]), None
+        if isinstance(logits_to_keep, torch.Tensor):
+            x = x[:, logits_to_keep]
+        elif logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits, loss = self.gpt.lm_head(x), None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output.to_tuple() if others.get('return_dict') is False else output
 
     @torch.no_grad()
     def generate(self, *inputs, **settings):
@@ -125,7 +133,7 @@ def lengths_of(attention_mask):
     lengths = attention_mask.sum(1)
     places = torch.arange(attention_mask.size(1), device=attention_mask.device)
     if not torch.equal(attention_mask.bool(), places < lengths.unsqueeze(1)):
-        raise ValueError('this model takes padding at the end alone: set padding_side to right, or generate one by one')
+        raise ValueError("this model takes padding at the end alone, as padding_side='right' puts it")
     return lengths
 
 

@@ -138,7 +138,7 @@ def test_a_third_part_of_a_text(model_and_data, tmp_path):
     ids = dict(train=torch.arange(200) % 8, val=torch.arange(100) % 7, test=torch.arange(60) % 5)
     for split, tokens in ids.items():
         write_split(tmp_path, split, tokens)
-    write_meta(tmp_path, TOKENIZER, 'three parts')
+    write_meta(tmp_path, TOKENIZER, 'three parts', ('train.bin', 'val.bin', 'test.bin'))
     found = evaluate(model_and_data[0], f'--dataset={tmp_path}', '--split=test')
     assert (found['tokens'], found['split']) == (59, 'test')
     assert found['sha256'] == sha256_of(tmp_path / 'test.bin')

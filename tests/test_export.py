@@ -107,8 +107,50 @@ def test_padding_stands_at_the_end_or_is_refused(folder):
         torch.testing.assert_close(padded, short, atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match='takes padding at the end alone'):
             model(ids, attention_mask=mask.flip(1))
-        with pytest.raises(ValueError, match='takes input_ids alone, not position_ids'):
+        with pytest.raises(ValueError, match='takes input_ids and gives logits, without position_ids'):
             model(ids, position_ids=ids)
+        for padding in mask, mask.flip(1):
+            with pytest.raises(ValueError, match='padding'):
+                model.generate(ids, attention_mask=padding, max_new_tokens=2)
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(folder, tmp_path):
+    """By transformers' Trainer, which leaves the division to models that say they do it."""
+    from transformers import Trainer, TrainingArguments
+
+    from surgery.transformers_gpt import wrap
+
+    ids, moved = torch.arange(40).view(4, 10) % TOKENIZER.vocab_size, []
+    data = [dict(input_ids=row, labels=row) for row in ids]
+    for parts in 1, 4:
+        model = wrap(ours(folder, 'out-kan-glu'))
+        before = model.gpt.transformer.wpe.weight.detach().clone()
+        settings = dict(per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts, max_steps=1)
+        settings.update(optim='sgd', learning_rate=1e-3, max_grad_norm=0.0, report_to=[], use_cpu=True)
+        args = TrainingArguments(str(tmp_path / str(parts)), save_strategy='no', **settings)
+        Trainer(model, args, train_dataset=data).train()
+        moved.append(model.gpt.transformer.wpe.weight.detach() - before)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-7, rtol=1e-3)
+
+
+def test_logits_of_some_tokens(folder):
+    from surgery.transformers_gpt import wrap
+
+    model, ids = wrap(ours(folder, 'out-swiglu')), torch.arange(6).view(1, 6) % TOKENIZER.vocab_size
+    with torch.no_grad():
+        every = model(ids).logits
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, every[:, -2:])
+        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, every[:, [1, 4]])
+        torch.testing.assert_close(model(ids, return_dict=False)[0], every)
+
+
+def test_a_run_in_the_folder_of_an_export_is_the_newer(folder):
+    """As train.py --init_from=hf-x --out_dir=hf-x leaves it."""
+    from shutil import copytree
+
+    copytree(folder / 'hf-swiglu', folder / 'hf-again')
+    checkpoint = make_checkpoint(folder / 'hf-again', n_layer=1)
+    assert load_checkpoint(str(folder / 'hf-again'))['model_args'] == checkpoint['model_args']
 
 
 def test_the_card_says_what_it_is(folder):
@@ -122,8 +164,12 @@ def test_the_card_says_what_it_is(folder):
     assert done.returncode == 0, done.stderr
     card = (folder / 'my-gpt' / 'README.md').read_text()
     assert card.startswith('---\nlicense: apache-2.0\n') and '# my-gpt' in card and 'plays, from a file' in card
-    assert 'validation loss 1.2500 nats per token after 20 iterations, 1.2000 at best' in card
-    assert '`learning_rate = 0.001`' in card and (folder / 'my-gpt' / 'loss.png').stat().st_size > 5000
+    assert 'after 3 iterations; the best validation loss was 1.5000 nats per token' in card  # the checkpoint's own
+    assert (
+        "`dataset = 'somewhere'`" in card
+        and 'not trained to its end' not in card
+        and (folder / 'my-gpt' / 'loss.png').stat().st_size > 5000
+    )
     exec_lines = card.split('```python\n')[1].split('```')[0]
     compile(exec_lines, 'card', 'exec')
 
@@ -139,6 +185,20 @@ def test_tokenizers_agree(tokenizer, tmp_path):
     if tokenizer == 'characters':
         with pytest.raises(Exception, match='UNK'):
             fast('x')
+
+
+def test_a_tokenizer_adds_cuts_and_pads_nothing():
+    from tokenizers import processors
+
+    made = byte_pairs().__class__.from_str(byte_pairs().to_str())
+    made.add_special_tokens(['[CLS]', '[SEP]'])
+    ends = [(name, made.token_to_id(name)) for name in ('[CLS]', '[SEP]')]
+    made.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', special_tokens=ends)
+    made.enable_truncation(3)
+    made.enable_padding(length=12)
+    tokenizer = JsonTokenizer(made.to_str())
+    text = 'and so on and on again'
+    assert as_fast(tokenizer, 64)(text).input_ids == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize('name', ['kan', 'kan-glu'])
@@ -163,6 +223,7 @@ def test_mistakes_are_named_and_leave_nothing(folder):
     assert 'was not trained to its end: --unfinished=True' in complaint(folder, 'export.py', '--out_dir=out-part')
     assert not (folder / 'hf-part').exists()
     assert run_forked(folder, 'export.py', '--out_dir=out-part', '--unfinished=True').returncode == 0
+    assert 'The run was not trained to its end.' in (folder / 'hf-part' / 'README.md').read_text()
     assert "folder='hf-part' is not empty" in complaint(folder, 'export.py', '--out_dir=out-part')
     assert "to='gguf': expected transformers or onnx" in complaint(folder, 'export.py', '--to=gguf')
     assert 'push uploads a folder of transformers' in complaint(folder, 'export.py', '--to=onnx', '--push=a/b')

@@ -588,6 +588,12 @@ def test_learned_activations_learn_and_are_in_a_group_of_their_own(settings, nam
     before = [p.detach().clone() for p in functions]
     (group,) = [group for group in optimizer.param_groups if group.get('lr_scale') == 4]
     assert {id(p) for p in group['params']} == {id(p) for p in functions} and group['weight_decay'] == 0
+    (group,) = [
+        group
+        for group in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', spline_lr_scale=4).param_groups
+        if group.get('lr_scale') == 4
+    ]
+    assert group['weight_decay'] == (0.1 if name == 'spline_weight' else 0)  # slopes never decay
     model(x, x)[1].backward()
     optimizer.step()
     assert all((p - then).abs().max() > 1e-3 for p, then in zip(functions, before))

