@@ -132,7 +132,7 @@ def draw_r2(groups):
     for each; random may be None and have another n. NaN is left out.
     """
     check(groups, 'groups', 4)
-    title = 'How much of what an edge does is a straight line, and how much a formula'
+    title = 'How much of a function is a straight line, and how much a formula'
     figure, panels = make_panels(title, 2 * len(groups), len(groups), 2.15, sharex=True, sharey=True)
     panels = panels.reshape(2, -1)
     room = panel_width(figure, panels[0])
@@ -141,7 +141,7 @@ def draw_r2(groups):
             draw_shares(panel, trained, random)
         column[0].set_title(shorten(name, room, 9), fontsize=9, pad=15)
     for panel, what in zip(panels[:, 0], ('best straight line', 'best formula')):
-        panel.set_ylabel(f'{what}:\nshare of edges')
+        panel.set_ylabel(f'{what}:\nshare of functions')
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for panel in panels[-1]:
         panel.set_xticks(range(len(R2)), [f'{tick:g}' for tick in R2])
@@ -163,7 +163,7 @@ def draw_shares(panel, trained, random):
             share = (values >= STRAIGHT).mean()
             texts.append(f'{share:.{0 if share >= 0.1 else 1}%} {style["label"]}')
     panel.axvline(-math.log10(1 - STRAIGHT), color=GREY, linewidth=0.8, linestyle=':')
-    set_title(panel, '', SMALL, f'R² ≥ {STRAIGHT}: ' + ', '.join(texts) if texts else 'no edge varies')
+    set_title(panel, '', SMALL, f'R² ≥ {STRAIGHT}: ' + ', '.join(texts) if texts else 'no function varies')
 
 
 @rc_context(STYLE)

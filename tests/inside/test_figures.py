@@ -223,7 +223,7 @@ def test_histograms_have_the_shares_of_edges():
     assert heights[-1] == pytest.approx(2 / 7)  # all above 0.9999
     assert places[0] == 0 and trained.get_fill() and not random.get_fill()
     assert notes(panels[0, 0]) == ['R² ≥ 0.99: 43% trained, 50% random']
-    assert notes(panels[1, 1]) == ['no edge varies']
+    assert notes(panels[1, 1]) == ['no function varies']
     assert not panels[1, 1].patches
     assert [label.get_text() for label in panels[1, 0].get_xticklabels()] == ['0', '0.9', '0.99', '0.999', '0.9999']
 

@@ -94,7 +94,10 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
     seeds = {stage: {run['seed'] for run in runs.values() if run['stage'] == stage} for stage in study.SEEDS}
     assert not seeds['final'] & seeds['seconds'] and not (seeds['final'] | seeds['seconds']) & seeds['longer']
     page = win_page.make_page()
-    assert '## 0.23M: at the seconds of SwiGLU' in page and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.25 (1.25 to 1.25) |' in page
+    assert (
+        '## 0.23M: at the seconds of SwiGLU' in page
+        and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.25 (1.25 to 1.25) |' in page
+    )
 
 
 def test_losses_are_drawn_over_parameters(study):
