@@ -1,8 +1,9 @@
-"""Take a trained model to where other tools read it: a folder of transformers, or a file of ONNX.
+"""Take a trained model to where other tools read it: a folder of transformers or of PEFT, or a file of ONNX.
 
     python export.py --out_dir=out-x --to=transformers --folder=hf-x
     python export.py --out_dir=out-x --to=transformers --folder=hf-x --push=user/name   # to the Hugging Face hub, too
     python export.py --out_dir=out-x --to=onnx --folder=onnx-x
+    python export.py --out_dir=out-finetune-sst-lora --to=peft --folder=peft-x   # the adapter of a run of finetune.py
 
 A vanilla GPT becomes a GPT-2. Every other one takes the code that it needs with it, in plain PyTorch:
 
@@ -22,14 +23,16 @@ from torch import nn
 from configurator import ROOT, configure
 from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, as_fast
+from model import GPT, GPTConfig
 from run.checkpoint import CONV1D, EXPORT, build_model, load_checkpoint
 from run.files import write_atomically
 from run.records import read_log, read_record
+from surgery.lora import read_adapter
 
 # -----------------------------------------------------------------------------
-out_dir = 'out'  # a run of train.py
-to = 'transformers'  # or 'onnx'
-folder = ''  # to write, by default hf-... or onnx-... with the name of the run
+out_dir = 'out'  # a run of train.py; for peft of finetune.py
+to = 'transformers'  # or 'onnx', 'peft'
+folder = ''  # to write, by default hf-..., onnx-... or peft-... with the name of the run
 push = ''  # user/name on the Hugging Face hub, to upload the folder to
 license = 'mit'  # what the card says of the weights
 unfinished = False  # take a run that was not trained to its end
@@ -92,34 +95,38 @@ def copy_code(folder):
             f.write(text)
 
 
-def to_transformers(checkpoint, gpt, tokenizer, folder):
-    """Write the folder, and return lines of Python that use it."""
+def as_transformers(gpt):
     from surgery.transformers_gpt import wrap
 
-    is_plain = is_gpt2(gpt.config)
-    model = to_gpt2(gpt) if is_plain else wrap(gpt)
+    return to_gpt2(gpt) if is_gpt2(gpt.config) else wrap(gpt)
+
+
+def to_transformers(checkpoint, target):
+    gpt, tokenizer = build(checkpoint)
+    is_plain, model = is_gpt2(gpt.config), as_transformers(gpt)
     if not is_plain:
-        copy_code(folder)
+        copy_code(target)
         classes = dict(AutoConfig='GPTSettings', AutoModelForCausalLM='GPTForCausalLM')
         model.config.auto_map = {auto: f'{MODULE}.{name}' for auto, name in classes.items()}
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, gpt, folder)
+    model.save_pretrained(target)
+    save_tokenizer(tokenizer, gpt, target)
     kept = {key: checkpoint[key] for key in ('config', 'iter_num', 'best_val_loss') if key in checkpoint}
     about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
-    with write_atomically(os.path.join(folder, EXPORT), 'w', encoding='utf-8') as f:
+    with write_atomically(os.path.join(target, EXPORT), 'w', encoding='utf-8') as f:
         json.dump(about | kept, f, indent=1)
     more = '' if is_plain else ', trust_remote_code=True'
-    return [
+    how = [
         'from transformers import pipeline',
         '',
-        f"write = pipeline('text-generation', '{push or folder}'{more})",
+        f"write = pipeline('text-generation', '{push or target}'{more})",
         "print(write('A', max_new_tokens=100)[0]['generated_text'])",
     ]
+    write_card(target, how, checkpoint, gpt)
 
 
-def save_tokenizer(tokenizer, gpt, folder):
+def save_tokenizer(tokenizer, gpt, target):
     if not isinstance(tokenizer, IdTokenizer):
-        as_fast(tokenizer, gpt.config.block_size).save_pretrained(folder)
+        as_fast(tokenizer, gpt.config.block_size).save_pretrained(target)
 
 
 # ONNX
@@ -136,21 +143,78 @@ class Logits(nn.Module):
         return self.gpt.lm_head(self.gpt.features(idx))
 
 
-def to_onnx(checkpoint, gpt, tokenizer, folder):
-    """model.onnx, for any number of sequences of any length up to block_size; returns lines of Python that use it."""
-    path = os.path.join(folder, 'model.onnx')
+def to_onnx(checkpoint, target):
+    """model.onnx, for any number of sequences of any length up to block_size."""
+    gpt, tokenizer = build(checkpoint)
+    path = os.path.join(target, 'model.onnx')
     shape = {0: torch.export.Dim('batch', min=1), 1: torch.export.Dim('length', min=1, max=gpt.config.block_size)}
     names = dict(input_names=['idx'], output_names=['logits'])
     example = torch.zeros(2, max(2, gpt.config.block_size // 2), dtype=torch.long)
     settings = dict(dynamo=True, dynamic_shapes=(shape,), opset_version=OPSET, external_data=False, verbose=False)
     torch.onnx.export(Logits(gpt), (example,), path, **names, **settings)
-    save_tokenizer(tokenizer, gpt, folder)
-    return [
+    save_tokenizer(tokenizer, gpt, target)
+    how = [
         'from onnxruntime import InferenceSession',
         '',
         f"session = InferenceSession('{path}')  # opset {OPSET}",
         "(logits,) = session.run(None, {'idx': ids})  # int64 (B, T) -> (B, T, V)",
     ]
+    write_card(target, how, checkpoint, gpt)
+
+
+# PEFT
+
+
+def to_peft(checkpoint, target):
+    """The adapter as PEFT saves it, for the base as a model of transformers: GPT-2, or what export.py made of it."""
+    from peft import get_peft_model
+
+    record, tensors = read_adapter(os.path.join(out_dir, 'adapter', 'adapter_model.safetensors'))
+    check_adapter(record, checkpoint['finetune'])
+    gpt = GPT(GPTConfig(**checkpoint['model_args']))  # without its weights, which PEFT does not save
+    is_plain = is_gpt2(gpt.config)
+    names = {path: path.removeprefix('gpt.') if is_plain else path for path in record['layers']}
+    config = peft_config(record, [*names.values()], is_plain, checkpoint['finetune']['init_from'])
+    model = get_peft_model(as_transformers(gpt), config)
+    for path, name in names.items():
+        layer = model.base_model.model.get_submodule(name)
+        fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
+    model.save_pretrained(target)
+
+
+def check_adapter(record, settings):
+    """ValueError for what PEFT cannot hold: another base than the run began with, heads, adapters of kind kan_base."""
+    kinds = {kind for kind, _ in record['layers'].values()}
+    if settings['use_kan'] or settings['use_graph'] or kinds not in ({'lora'}, {'kan'}):
+        found = f'use_kan={settings["use_kan"]}, use_graph={settings["use_graph"]}, adapters {", ".join(sorted(kinds))}'
+        wanted = 'PEFT has adapters of kind lora or kan on a base as it was, and no head'
+        raise ValueError(f'{wanted}; {out_dir} has {found}')
+
+
+def peft_config(record, names, is_plain, base):
+    """What an adapter of lora.py is called by PEFT."""
+    from peft import LoraConfig
+
+    ours = record['config']
+    settings = dict(r=ours['rank'], lora_alpha=ours['alpha'], lora_dropout=ours['dropout'], use_dora=ours['use_dora'])
+    settings.update(use_rslora=ours['rs_lora'], target_modules=names, task_type='CAUSAL_LM')
+    settings.update(base_model_name_or_path=base)
+    if ours['kind'] == 'lora':
+        return LoraConfig(**settings, fan_in_fan_out=is_plain)  # GPT-2's layers hold their weights the other way round
+    from surgery.peft_kan import SHARED, KanLoraConfig  # tells PEFT of the kind
+
+    return KanLoraConfig(**settings | {name: ours[name] for name in SHARED})
+
+
+def fill(layer, tensors):
+    """Put the tensors of an adapter of lora.py into a layer of PEFT."""
+    if hasattr(layer, 'kanlora_adapters'):
+        layer.kanlora_adapters['default'].load_state_dict(tensors)
+        return
+    layer.lora_A['default'].weight.data = tensors['lora_A.weight']
+    layer.lora_B['default'].weight.data = tensors['lora_B.weight']
+    if 'magnitude' in tensors:
+        layer.lora_magnitude_vector['default'].weight.data = tensors['magnitude']
 
 
 # the card
@@ -200,29 +264,34 @@ def load():
     """The checkpoint in out_dir; ValueError for one that cannot be exported."""
     checkpoint = load_checkpoint(out_dir)
     record = read_record(out_dir)
-    if 'finetune' in checkpoint:
-        raise ValueError(f'{out_dir} holds a run of finetune.py: only models of train.py can be exported')
+    if 'finetune' in checkpoint and to != 'peft':
+        raise ValueError(f'{out_dir} holds a run of finetune.py: --to=peft takes its adapter, and nothing its model')
+    if 'finetune' not in checkpoint and to == 'peft':
+        raise ValueError(f'{out_dir} holds no adapter: --to=peft is for runs of finetune.py with use_lora')
     if not unfinished and record and 'finished' not in record:
         raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
     return checkpoint
 
 
+def build(checkpoint):
+    """(GPT, its tokenizer)"""
+    gpt = build_model(checkpoint).eval()
+    return gpt, load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
+
+
 def export():
     if to not in WAYS:
-        raise ValueError(f'to={to!r}: expected {" or ".join(WAYS)}')
+        raise ValueError(f'to={to!r}: expected {", ".join(WAYS)}')
     if push and to == 'onnx':
-        raise ValueError('push uploads a folder of transformers: --to=transformers')
+        raise ValueError('push uploads a folder of transformers or of PEFT')
     name = os.path.basename(os.path.normpath(out_dir)).removeprefix('out-')
-    target = os.path.normpath(folder or f'{"onnx" if to == "onnx" else "hf"}-{name}')
+    target = os.path.normpath(folder or f'{to.replace("transformers", "hf")}-{name}')
     if os.path.exists(target) and os.listdir(target):
         raise ValueError(f'folder={target!r} is not empty: name another one')
     checkpoint = load()
-    gpt = build_model(checkpoint).eval()
-    tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
     os.makedirs(target, exist_ok=True)
     try:
-        how = WAYS[to](checkpoint, gpt, tokenizer, target)
-        write_card(target, how, checkpoint, gpt)
+        WAYS[to](checkpoint, target)
     except BaseException:  # Ctrl-C, too: what is there is whole
         shutil.rmtree(target)
         raise
@@ -239,5 +308,5 @@ def upload(target):
     print(api.upload_folder(repo_id=push, folder_path=target))
 
 
-WAYS = {'transformers': to_transformers, 'onnx': to_onnx}
+WAYS = {'transformers': to_transformers, 'onnx': to_onnx, 'peft': to_peft}
 export()

@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, as_fast
 from helpers import TOKENIZER, byte_pairs, complaint, make_checkpoint, run_forked
 from run.checkpoint import build_model, load_checkpoint, save_checkpoint
+from surgery.lora import LoRAConfig, add_lora, save_lora
 
 pytest.importorskip('transformers')
 MODELS = {
@@ -217,6 +219,55 @@ def test_onnx_for_any_number_and_length(folder, name):
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
+def tuned(folder, name, run=(), **settings):
+    """Leave a run of finetune.py (its settings in `run`) with an adapter that has learned; returns its GPT."""
+    gpt = ours(folder, f'out-{name}')
+    tuned = nn.ModuleDict(dict(gpt=gpt))
+    add_lora(tuned, LoRAConfig(rank=3, dropout=0.0, target_modules=('c_attn', 'mlp.c_proj'), **settings))
+    torch.manual_seed(3)
+    for key, p in tuned.named_parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, mean=1.0 if key.endswith('magnitude') else 0.0, std=0.3)
+    out = folder / 'out-tuned-adapter'
+    save_lora(tuned, str(out / 'adapter'))
+    settings = dict(use_kan=False, use_graph=False, init_from=f'hf-{name}') | dict(run)
+    save_checkpoint(str(out), dict(model={}, model_args=vars(gpt.config), finetune=settings), is_best=False)
+    return gpt
+
+
+ADAPTERS = [dict(), dict(rs_lora=True), dict(use_dora=True), dict(kind='kan'), dict(kind='kan', use_dora=True)]
+
+
+@pytest.mark.parametrize('base', ['vanilla', 'kan-glu'])
+@pytest.mark.parametrize('settings', ADAPTERS, ids=str)
+def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
+    peft = pytest.importorskip('peft')
+    from transformers import AutoModelForCausalLM
+
+    import surgery.peft_kan  # noqa: F401  # PEFT learns of the kind
+
+    ids = torch.arange(7).view(1, 7) % TOKENIZER.vocab_size
+    gpt = tuned(folder, base, **settings)
+    done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{base}', trust_remote_code=True).eval()
+    with torch.no_grad():
+        plain = model(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, tmp_path / 'peft').eval()(ids).logits
+        expected = gpt.lm_head(gpt.features(ids))
+    assert not torch.allclose(plain, expected, atol=0.1)
+    torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_peft_cannot_hold_is_refused(folder):
+    command = 'export.py', '--out_dir=out-tuned-adapter', '--to=peft'
+    tuned(folder, 'vanilla', run=dict(use_graph=True))
+    assert 'on a base as it was, and no head' in complaint(folder, *command)
+    tuned(folder, 'kan', kind='kan_base')
+    assert 'adapters kan_base' in complaint(folder, *command)
+    assert not (folder / 'peft-tuned-adapter').exists()
+
+
 def test_mistakes_are_named_and_leave_nothing(folder):
     checkpoint = make_checkpoint(folder / 'out-part')
     (folder / 'out-part' / 'run.json').write_text(json.dumps(dict(config={})))
@@ -225,11 +276,14 @@ def test_mistakes_are_named_and_leave_nothing(folder):
     assert run_forked(folder, 'export.py', '--out_dir=out-part', '--unfinished=True').returncode == 0
     assert 'The run was not trained to its end.' in (folder / 'hf-part' / 'README.md').read_text()
     assert "folder='hf-part' is not empty" in complaint(folder, 'export.py', '--out_dir=out-part')
-    assert "to='gguf': expected transformers or onnx" in complaint(folder, 'export.py', '--to=gguf')
-    assert 'push uploads a folder of transformers' in complaint(folder, 'export.py', '--to=onnx', '--push=a/b')
+    assert "to='gguf': expected transformers, onnx, peft" in complaint(folder, 'export.py', '--to=gguf')
+    assert 'push uploads a folder of transformers or of PEFT' in complaint(
+        folder, 'export.py', '--to=onnx', '--push=a/b'
+    )
     assert 'no checkpoint in' in complaint(folder, 'export.py', '--out_dir=nowhere')
     (folder / 'out-tuned').mkdir()
     save_checkpoint(str(folder / 'out-tuned'), checkpoint | {'finetune': {}}, is_best=False)
-    assert 'only models of train.py can be exported' in complaint(folder, 'export.py', '--out_dir=out-tuned')
+    assert '--to=peft takes its adapter' in complaint(folder, 'export.py', '--out_dir=out-tuned')
+    assert 'holds no adapter' in complaint(folder, 'export.py', '--out_dir=out-kan', '--to=peft')
     (folder / 'hf-part' / 'model.safetensors').write_bytes(b'cut off')
     assert 'is a damaged folder of export.py' in complaint(folder, 'sample.py', '--out_dir=hf-part')
