@@ -223,7 +223,7 @@ def tuned(folder, name, run=(), **settings):
     """Leave a run of finetune.py (its settings in `run`) with an adapter that has learned; returns its GPT."""
     gpt = ours(folder, f'out-{name}')
     tuned = nn.ModuleDict(dict(gpt=gpt))
-    add_lora(tuned, LoRAConfig(rank=3, dropout=0.0, target_modules=('c_attn', 'mlp.c_proj'), **settings))
+    add_lora(tuned, LoRAConfig(rank=3, dropout=0.0, target_modules=('attn', 'mlp'), **settings))
     torch.manual_seed(3)
     for key, p in tuned.named_parameters():
         if p.requires_grad:
