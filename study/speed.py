@@ -29,7 +29,7 @@ JOBS = {  # settings of bench.py
     'step without dropout': dict(STEP, dropout=0, **ONCE),
     'step with memory given back': dict(STEP, keep=False, rounds=1, repeats=1),
     'nano step': dict(suite='step', only='nano', rounds=2),
-    'mlp': dict(suite='mlp', only='nano', rounds=5, repeats=5),
+    'mlp': dict(suite='mlp', only=' 0.23M ', rounds=20, repeats=5),
     'sample': dict(suite='sample', **ONCE),
     'adapter': dict(suite='adapter', rounds=1, repeats=5),
     'adapter without dropout': dict(suite='adapter', dropout=0, rounds=1, repeats=5),
