@@ -34,6 +34,7 @@ from layers.spline import (
 )
 
 BACKEND = 'auto'  # the first of 'triton', 'native' and 'plain' that suits the input, or one of them
+OPERATORS = __name__.replace('.', '_')  # their namespace, as in spline.py
 NATIVE = {  # names of activations, in spline.py and in channel.cpp
     'SiLU()': 'silu',
     "GELU(approximate='none')": 'gelu',
@@ -109,12 +110,12 @@ def run_backward(grad, x, weight, knots, k, activation, gated):
         return torch.cat([dx for dx, _ in parts]), torch.stack([dw for _, dw in parts]).sum(0)
 
 
-@torch.library.custom_op('kan::channel_spline', mutates_args=())
+@torch.library.custom_op(f'{OPERATORS}::channel_spline', mutates_args=())
 def channel_forward(x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, gated: bool) -> Tensor:
     return run_forward(x, weight, knots, k, activation, gated)
 
 
-@torch.library.custom_op('kan::channel_spline_backward', mutates_args=())
+@torch.library.custom_op(f'{OPERATORS}::channel_spline_backward', mutates_args=())
 def channel_backward(
     grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
 WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
+OPERATORS = __name__.replace('.', '_')  # their namespace: another copy of this file has another, and takes nothing over
 UNIFORM = WeakTensorKeyDictionary()  # knots: (a copy of their numbers, whether they are uniform)
 
 
@@ -267,7 +268,7 @@ def name_of(activation):
     return name
 
 
-@torch.library.custom_op('kan::spline_linear', mutates_args=())
+@torch.library.custom_op(f'{OPERATORS}::spline_linear', mutates_args=())
 def spline_linear_forward(
     x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype
 ) -> Tensor:
@@ -285,7 +286,7 @@ def spline_linear_forward(
         return y
 
 
-@torch.library.custom_op('kan::spline_linear_backward', mutates_args=())
+@torch.library.custom_op(f'{OPERATORS}::spline_linear_backward', mutates_args=())
 def spline_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype,
     needed: list[bool],

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from layers import spline  # noqa: F401, whose operators are counted
+from layers import spline
 from model import GPT, GPTConfig
 from run.device import autocast, clock
 
@@ -24,7 +24,8 @@ def backward_flops(grad, x, weight, knots, k, activation, dtype, needed, out_sha
     return sum(needed) * forward_flops(x, weight)
 
 
-OPERATORS = {torch.ops.kan.spline_linear: forward_flops, torch.ops.kan.spline_linear_backward: backward_flops}
+OPERATORS = getattr(torch.ops, spline.OPERATORS)
+COUNTED = {OPERATORS.spline_linear: forward_flops, OPERATORS.spline_linear_backward: backward_flops}
 
 
 def count_flops(model_args):
@@ -59,7 +60,7 @@ def count_flops_of(model_args):
     with torch.device('meta'):
         model = GPT(GPTConfig(**model_args))
         idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
-    with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         model(idx, idx)[1].backward()
     return counter.get_total_flops() / idx.numel()
 

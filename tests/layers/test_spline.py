@@ -1,6 +1,7 @@
 """The spline operator and its fused passes against the plain formula, and how it is chosen which of them runs."""
 
 import functools
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch.nn as nn
 
 from helpers import ENV, ROOT, run_forked
 from kan import KANLinear
-from layers import spline
+from layers import channel, spline
 from layers.spline import plain_spline_linear, spline_linear
 
 needs_compiler = pytest.mark.skipif(
@@ -213,6 +214,21 @@ def test_classes_of_one_name_are_told_apart():
         close(actual, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
         assert torch.equal(spline.ACTIVATIONS[spline.name_of(activation)](x), factor * x)
     assert spline.name_of(make_class(2)()) != spline.name_of(make_class(3)())
+
+
+def another(name):
+    """A copy of a file of layers, as export.py writes one."""
+    module = importlib.util.spec_from_file_location(f'elsewhere.{name}', f'{ROOT}/layers/{name}.py')
+    copy = importlib.util.module_from_spec(module)
+    module.loader.exec_module(copy)
+    return copy
+
+
+def test_another_copy_of_the_file_leaves_the_operators_alone():
+    x, weight, knots, _ = make(20, 4, 3)
+    for one in spline, another('spline'):
+        assert one.spline_linear_forward(x, weight, knots, 3, one.name_of(Power(5)), torch.float32).shape == (20, 3)
+    assert another('channel').OPERATORS != channel.OPERATORS
 
 
 def test_operators_pass_pytorchs_own_checks():
