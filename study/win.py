@@ -68,6 +68,11 @@ CONTROLS = {  # of the families whose names they begin with, at their rate and s
     }.items()
 }
 GATES = dict(CHANNEL, mlp='swiglu', spline_weight_decay=0.0)
+GROUPS = {  # of families; the controls take the rate and scale of theirs
+    'main': {name: FAMILIES[name] for name in MAIN},
+    'others': {name: settings for name, settings in FAMILIES.items() if name not in MAIN},
+    'controls': CONTROLS,
+}
 ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by name
     'SwiGLU': dict(mlp='swiglu'),
     'order 3, 8 intervals': dict(GATES, spline_order=3),
@@ -102,7 +107,7 @@ SEEDS = {
 # -----------------------------------------------------------------------------
 stages = 'ablation,tuning,final,steps,seconds,longer'
 sizes = ','.join(SIZES)
-families = 'all'  # or 'main': GELU, SwiGLU and their forms with learned functions
+families = ','.join(GROUPS)  # of stages tuning and final
 # -----------------------------------------------------------------------------
 
 
@@ -184,13 +189,13 @@ def best_settings(size):
 
 
 def tuned(size, families):
-    """`best_settings`, of the controls too; ValueError where a family lacks trials."""
-    best = best_settings(size)
-    untried = [name for name in families if len(tried(size, name)) < len(RATES) + len(SCALES)]
-    if untried or not families.keys() <= best.keys():
-        lacking = ', '.join(untried) or 'finite ones'
+    """`best_settings` of families, and of controls those of theirs; ValueError where one lacks trials."""
+    best, of = best_settings(size), {name: name.split(',')[0] if name in CONTROLS else name for name in families}
+    untried = {name for name in of.values() if len(tried(size, name)) < len(RATES) + len(SCALES) or name not in best}
+    if untried:
+        lacking = ', '.join(name for name in FAMILIES if name in untried)
         raise ValueError(f'unseen text is for families with all their trials; {size} lacks: {lacking}')
-    return best | {name: best[name.split(',')[0]] for name in CONTROLS}
+    return {name: best[family] for name, family in of.items()}
 
 
 def make(name, job, folder):
@@ -255,19 +260,20 @@ def by_seconds(size, best):
     return {family: dict(best[family], max_iters=n, lr_decay_iters=n) for family, n in iters.items()}
 
 
-def run(stages, sizes, families):
+def run(stages, sizes, groups):
     if 'ablation' in stages and '0.23M' not in sizes:
         raise ValueError('stage ablation has the size 0.23M alone: add it to sizes, or leave the stage out')
-    main = {name: FAMILIES[name] for name in MAIN}
-    chosen, controls = (FAMILIES, CONTROLS) if families == 'all' else (main, {})
+    main = GROUPS['main']
+    to_tune = {name: settings for name, settings in FAMILIES.items() if any(name in GROUPS[group] for group in groups)}
+    chosen = {name: settings for group in groups for name, settings in GROUPS[group].items()}
     for size in sizes:
         if 'ablation' in stages and size == '0.23M':
             STUDY.run_all(jobs_of('ablation', size, ABLATION), make)
         if 'tuning' in stages:
-            STUDY.run_all(trials(size, chosen), make)  # the rates
-            STUDY.run_all(trials(size, chosen), make)  # then the scales
+            STUDY.run_all(trials(size, to_tune), make)  # the rates
+            STUDY.run_all(trials(size, to_tune), make)  # then the scales
         if 'final' in stages:
-            STUDY.run_all(jobs_of('final', size, {**chosen, **controls}, tuned(size, chosen)), make)
+            STUDY.run_all(jobs_of('final', size, chosen, tuned(size, chosen)), make)
         if 'steps' in stages:
             STUDY.run_all({f'steps, {size}': (dict(stage='steps', size=size), {})}, make)
         if 'seconds' in stages:
@@ -279,6 +285,6 @@ def run(stages, sizes, families):
 
 if __name__ == '__main__':
     configure(globals())
-    if families not in ('all', 'main'):
-        raise ValueError(f"families={families!r}: expected 'all' or 'main'")
-    run(choose('stages', stages, [*SEEDS, 'steps']), choose('sizes', sizes, SIZES), families)
+    run(
+        choose('stages', stages, [*SEEDS, 'steps']), choose('sizes', sizes, SIZES), choose('families', families, GROUPS)
+    )

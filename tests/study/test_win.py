@@ -63,7 +63,7 @@ def study(tmp_path, monkeypatch):
 
 
 def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
-    study.run(['ablation', 'tuning', 'final'], ['0.23M'], 'all')
+    study.run(['ablation', 'tuning', 'final'], ['0.23M'], study.GROUPS)
     runs = study.STUDY.read().values()
     for family in study.FAMILIES:
         assert len(study.tried('0.23M', family)) == len(study.RATES) + len(study.SCALES)
@@ -83,7 +83,7 @@ def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
 
 
 def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
-    study.run(['tuning', 'final', 'steps', 'seconds', 'longer'], ['0.23M'], 'main')
+    study.run(['tuning', 'final', 'steps', 'seconds', 'longer'], ['0.23M'], ['main'])
     runs, iters = study.STUDY.read(), {}
     for run in runs.values():
         assert run.get('family', 'KAN-GLU') in study.MAIN
@@ -102,18 +102,26 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
 
 def test_losses_are_drawn_over_parameters(study):
     path = study.STUDY.folder / 'scaling.png'
-    study.run(['tuning', 'final'], ['0.23M'], 'main')
+    study.run(['tuning', 'final'], ['0.23M'], ['main'])
     win_page.draw_scaling(path)
     assert not path.exists()  # of one size alone
-    study.run(['tuning', 'final'], ['0.45M'], 'main')
+    study.run(['tuning', 'final'], ['0.45M'], ['main'])
     win_page.draw_scaling(path)
     assert path.stat().st_size > 10000
 
 
+def test_controls_can_be_had_alone_and_take_the_settings_of_theirs(study):
+    study.run(['tuning'], ['0.23M'], ['main'])
+    study.run(['final'], ['0.23M'], ['controls'])
+    finals = [run for run in study.STUDY.read().values() if run['stage'] == 'final']
+    assert {run['family'] for run in finals} == {*study.CONTROLS} and len(finals) == 10 * len(study.CONTROLS)
+    assert {(run['config']['learning_rate'], run['config']['init_std']) for run in finals} == {(4e-3, 0.16)}
+
+
 def test_seconds_want_steps_that_were_timed(study):
-    study.run(['tuning'], ['0.23M'], 'main')
+    study.run(['tuning'], ['0.23M'], ['main'])
     with pytest.raises(ValueError, match='stage seconds wants the times of stage steps first'):
-        study.run(['seconds'], ['0.23M'], 'main')
+        study.run(['seconds'], ['0.23M'], ['main'])
 
 
 def test_shapes_are_described_in_numbers_that_add_up():
@@ -143,9 +151,9 @@ def test_a_run_that_diverged_is_not_chosen(study):
 
 def test_the_last_tenth_is_not_spent_before_all_trials(study):
     with pytest.raises(ValueError, match='0.23M lacks: GELU, squared ReLU'):
-        study.run(['final'], ['0.23M'], 'all')
+        study.run(['final'], ['0.23M'], study.GROUPS)
     with pytest.raises(ValueError, match='stage ablation has the size 0.23M alone'):
-        study.run(['ablation'], ['0.45M'], 'all')
+        study.run(['ablation'], ['0.45M'], study.GROUPS)
     assert not study.STUDY.read()
 
 
