@@ -3,6 +3,7 @@
     python finetune.py config/finetune/sst.py config/finetune/lora.py
     python finetune.py config/finetune/sonnets.py config/finetune/kan_lora.py --seed=2
     python finetune.py config/finetune/quora.py config/finetune/graph_lora.py --init_from=gpt2-large
+    python finetune.py config/finetune/sst.py config/finetune/lora.py --init_from=HuggingFaceTB/SmolLM2-135M
     python finetune.py config/finetune/sst.py config/finetune/lora.py --resume=True
     torchrun --standalone --nproc_per_node=2 finetune.py config/finetune/cfimdb.py config/finetune/lora.py
 
@@ -18,7 +19,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 
@@ -37,7 +37,7 @@ from tasks.score import check_packages, predict, score, sonnet_baselines, write_
 # default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
 # I/O
 out_dir = ''  # empty: by the names of the config files, e.g. out-finetune-sst-lora
-init_from = 'gpt2'  # or gpt2-medium, -large, -xl, a folder with a GPT-2 of transformers, or a run of train.py
+init_from = 'gpt2'  # or a run of train.py, or any causal language model of transformers: a name, a folder, a GGUF file
 resume = False  # go on with the run in out_dir
 # wandb logging
 wandb_log = False  # disabled by default
@@ -52,6 +52,9 @@ predict_test = True  # write the predictions for test, too
 # what trains
 finetune_mode = 'adapter'  # 'full', 'head', 'adapter'
 dropout = 0.1
+block_size = 0  # tokens of the longest text, to which others are cut; 0 is what the model takes
+weights = 'float32'  # of the base; 'bfloat16' takes half the memory, where adapters alone train
+gradient_checkpointing = False  # compute each block twice and keep less of it
 # KAN layers in place of the MLPs, with what these have learned
 use_kan = False
 kan_single_layer = -1  # the only block to get them; -1 is all blocks
@@ -109,7 +112,7 @@ config.update(out_dir=out_dir, wandb_run_name=wandb_run_name)
 check_ranges(
     config,
     at_least_one='batch_size gradient_accumulation_steps epochs n_beams best_of lora_rank lora_grid_size',
-    not_negative='train_limit patience learning_rate weight_decay grad_clip seed temperature',
+    not_negative='train_limit block_size patience learning_rate weight_decay grad_clip seed temperature',
     fractions='dropout lora_dropout beta1 beta2 warmup_fraction valid_fraction',
 )
 if valid_fraction == 0:
@@ -141,22 +144,22 @@ if resume:
     step, best_loss = state['iter_num'], float(state['best_val_loss'])
     seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
-    gpt, tokenizer = task_model.load_base(init_from, dropout)
-    model_args = asdict(gpt.config)
+    gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)
+    model_args = task_model.describe(gpt)
     model = task_model.make_task_model(gpt, tokenizer, config)
 model.to(device)
 say(task_model.trained_report(model, config))
 
 # data
-block_size = model.gpt.config.block_size
-examples_of_train = read_examples(task, 'train', tokenizer, block_size)
+longest = model.gpt.config.block_size
+examples_of_train = read_examples(task, 'train', tokenizer, longest)
 train_examples, valid_examples = hold_out(examples_of_train, valid_fraction)
 if train_limit:
     train_examples = train_examples[:train_limit]
     valid_examples = valid_examples[: max(1, round(train_limit * valid_fraction))]
-scored = {'dev': read_examples(task, 'dev', tokenizer, block_size)}
+scored = {'dev': read_examples(task, 'dev', tokenizer, longest)}
 if predict_test and find_task(task).path('test').exists():
-    scored['test'] = read_examples(task, 'test', tokenizer, block_size)
+    scored['test'] = read_examples(task, 'test', tokenizer, longest)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
 session.check_same(f'train of data/{task}', data)
 if state and state['data'] != data:

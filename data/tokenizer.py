@@ -73,6 +73,8 @@ class GPT2Tokenizer:
         """Token ids of a document, in which <|endoftext|> is text like any other."""
         return self.encoding.encode_ordinary(text)
 
+    encode_next = encode_ordinary  # token ids of a text that goes on after another
+
     def decode(self, ids):
         """Text of the token ids, U+FFFD for bytes that are not UTF-8; ValueError for an id outside the vocabulary."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
@@ -116,6 +118,42 @@ class JsonTokenizer:
 
     def to_dict(self):
         return {'kind': 'tokenizers', 'json': self.content}
+
+
+class PretrainedTokenizer(JsonTokenizer):
+    """The tokenizer of a language model of transformers. A text begins with what this puts before it, as Llama's <s>;
+    the special tokens of the model, as those of a chat, are text like any other in all but prompts.
+    """
+
+    def __init__(self, content, end_of_text):
+        super().__init__(content)
+        own, whole = self.split('a'), self.tokenizer.encode('a').ids
+        self.start = whole[: next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)]
+        self.end_of_text = end_of_text  # an id
+        self.has_lead = self.decode(own * 2) != 'aa'  # a space before each text, as Llama's has it
+
+    def split(self, text, special=False):
+        self.tokenizer.encode_special_tokens = not special
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text):
+        """Token ids of a prompt, in which special tokens are what they are."""
+        return self.start + self.split(text, special=True)
+
+    def encode_ordinary(self, text):
+        """Token ids of a whole text."""
+        return self.start + self.split(text)
+
+    def encode_next(self, text):
+        """Token ids of a text that goes on after another, with a space or a break. ValueError where none are its own."""
+        before = self.split('a') if self.has_lead else []
+        ids = self.split('a' * self.has_lead + text)
+        if ids[: len(before)] != before:
+            raise ValueError(f'this vocabulary has no tokens for {text[:40]!r} alone, when it follows another text')
+        return ids[len(before) :]
+
+    def to_dict(self):
+        return {'kind': 'pretrained', 'json': self.content, 'end_of_text': self.end_of_text}
 
 
 class IdTokenizer:
@@ -258,6 +296,7 @@ KINDS = {  # of a dictionary: the tokenizer, and the name of what it is made fro
     'char': (CharTokenizer, ['chars']),
     'gpt2': (GPT2Tokenizer, []),
     'tokenizers': (JsonTokenizer, ['json']),
+    'pretrained': (PretrainedTokenizer, ['json', 'end_of_text']),
     'ids': (IdTokenizer, ['vocab_size']),
 }
 

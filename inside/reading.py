@@ -67,7 +67,8 @@ class Examples:
     def fresh(self):
         """The base model with new adapters, graph layers and KAN layers, as its fine-tuning began with it."""
         torch.manual_seed(self.settings['seed'])
-        gpt, tokenizer = task_model.load_base(self.settings['init_from'], dropout=0.0)
+        more = task_model.longest_and_weights(self.settings)
+        gpt, tokenizer = task_model.load_base(self.settings['init_from'], 0.0, **more)
         return task_model.make_task_model(gpt, tokenizer, self.settings).to(self.device).eval()
 
     @torch.no_grad()

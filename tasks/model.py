@@ -12,43 +12,98 @@ The function of the GPT stays what it was until something has trained.
 """
 
 import contextlib
+import functools
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.loader import load_tokenizer
+from data.tokenizer import PretrainedTokenizer
 from kan import KANLinear
 from layers.graph import add_graph
 from model import GPT, MLP, GPTConfig
 from run.checkpoint import EXPORT, build_model, load_checkpoint, shorten
 from run.records import read_record
+from surgery import causal_lm
+from surgery.causal_lm import CausalLM
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
 from tasks.prompts import answer_ids, find_task
 
-FORMS, MODES = ('cloze', 'linear'), ('full', 'head', 'adapter')
+GPT2S = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+FORMS, MODES, WEIGHTS = ('cloze', 'linear'), ('full', 'head', 'adapter'), ('float32', 'bfloat16')
 
 
-def load_base(init_from, dropout):
-    """(GPT, tokenizer) of a folder with a checkpoint of train.py or a GPT-2 of transformers, or of the hub."""
+def load_base(init_from, dropout, block_size=0, weights='float32'):
+    """(model, tokenizer) to begin with: the GPT of a checkpoint of train.py or of GPT-2's weights, the CausalLM of any
+    other language model of transformers. block_size is the length of the longest text, 0 what the model takes; weights
+    is the dtype of the model's own.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights={weights!r}: expected {", ".join(WEIGHTS)}')
+    dtype = getattr(torch, weights)
     if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt', EXPORT)):
         checkpoint = load_checkpoint(init_from)
         if 'finetune' in checkpoint:
-            raise ValueError(f'{init_from} holds a fine-tuned model: init_from wants one of train.py, or a GPT-2')
+            raise ValueError(
+                f'{init_from} holds a fine-tuned model: init_from wants one of train.py or of transformers'
+            )
         model = build_model(checkpoint, dropout=dropout)
-        return model, load_tokenizer(checkpoint, model.config.vocab_size)
-    if os.path.isdir(init_from) and not os.path.exists(os.path.join(init_from, 'config.json')):
-        wanted = 'best.pt or ckpt.pt of train.py, or a GPT-2 of transformers'
+        tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    else:
+        model, tokenizer = load_pretrained(init_from, dropout, dtype)
+    if block_size:
+        model.crop_block_size(block_size)
+    return model.to(dtype), tokenizer
+
+
+def longest_and_weights(settings):
+    """Of the settings of a run, which may be older than these, what load_base takes."""
+    return {name: settings[name] for name in ('block_size', 'weights') if name in settings}
+
+
+def load_pretrained(init_from, dropout, dtype):
+    """A model of transformers and its tokenizer; of GPT-2, where none lies with it, GPT-2's."""
+    is_folder = os.path.isdir(init_from)
+    if is_folder and not os.path.exists(os.path.join(init_from, 'config.json')):
+        wanted = 'best.pt or ckpt.pt of train.py, or a model of transformers'
         raise ValueError(f'{init_from} holds no model: expected {wanted}')
+    if init_from not in GPT2S and not (is_folder and causal_lm.load_config(init_from).model_type == 'gpt2'):
+        tokenizer = PretrainedTokenizer(*causal_lm.load_tokenizer_of(init_from))
+        return causal_lm.load_causal_lm(init_from, dropout, dtype), tokenizer
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    if is_folder and os.path.exists(os.path.join(init_from, 'tokenizer.json')):
+        return model, PretrainedTokenizer(*causal_lm.load_tokenizer_of(init_from))
     n = model.config.vocab_size
     try:
         return model, load_tokenizer({}, n)
     except ValueError:
-        raise ValueError(f'{init_from} has {n} tokens: the tasks want a model with those of GPT-2, 50257') from None
+        raise ValueError(f'{init_from} has {n} tokens and no tokenizer: those of GPT-2 are 50257') from None
+
+
+def describe(gpt):
+    """What `build` makes the model from, without its weights and what the switches add."""
+    if isinstance(gpt, CausalLM):
+        return dict(causal_lm=gpt.description, block_size=gpt.config.block_size, dropout=gpt.config.dropout)
+    return asdict(gpt.config)
+
+
+def build(model_args):
+    """A model of such a description."""
+    return causal_lm.rebuild(**model_args) if 'causal_lm' in model_args else GPT(GPTConfig(**model_args))
+
+
+def blocks_path(gpt):
+    return gpt.blocks_path if isinstance(gpt, CausalLM) else 'transformer.h'
+
+
+def token_embeddings(gpt):
+    return gpt.body.get_input_embeddings() if isinstance(gpt, CausalLM) else gpt.transformer.wte
 
 
 def has_rows(gpt):
@@ -56,9 +111,14 @@ def has_rows(gpt):
     return type(gpt.lm_head) is nn.Linear
 
 
+def rows_of(layer, rows):
+    """Weight and bias (None where there is none) of some rows of a linear layer."""
+    return layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+
+
 def tied_layer(gpt):
     """The layer of the head that shares its weight with the token embeddings; None where there is none."""
-    weight = gpt.transformer.wte.weight
+    weight = token_embeddings(gpt).weight
     return next((layer for layer in gpt.lm_head.modules() if getattr(layer, 'weight', None) is weight), None)
 
 
@@ -76,9 +136,9 @@ class TaskModel(nn.Module):
             return self.gpt.lm_head(x)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
         if self.head is not None:
-            return self.head(x)
+            return self.head(x.to(self.head.weight.dtype))
         if has_rows(self.gpt):  # those of the answers alone, of 50257
-            return F.linear(x, self.gpt.lm_head.weight[self.answers])
+            return F.linear(x, *rows_of(self.gpt.lm_head, self.answers))
         return self.gpt.lm_head(x)[:, self.answers]
 
 
@@ -87,17 +147,21 @@ def make_task_model(gpt, tokenizer, settings):
     check_settings(gpt, settings)
     mode, task = settings['finetune_mode'], find_task(settings['task'])
     if settings['use_graph']:
-        add_graph(gpt, **{name: settings[name] for name in settings if name.startswith('graph_')})
+        graph = {name: settings[name] for name in settings if name.startswith('graph_')}
+        gpt.add_graph(**graph) if isinstance(gpt, CausalLM) else add_graph(gpt, **graph)
     if settings['use_kan']:
         kanify_mlps(gpt, settings)
-    answers = answer_ids(task, tokenizer)
+    # of a new head numbers alone matter
+    answers = answer_ids(task, tokenizer) if settings['form'] == 'cloze' else [*range(len(task.answers))]
     head = make_head(gpt, answers, settings)
     model = TaskModel(gpt, answers, head)
     tied = tied_layer(gpt)
     if mode == 'head' and not answers and tied is not None:  # on its own, or the embeddings would train with it
         tied.weight = nn.Parameter(tied.weight.detach().clone())
+    if settings.get('gradient_checkpointing'):
+        checkpoint_blocks(gpt)
     if mode == 'adapter':
-        add_lora(model, lora_config(settings, has_head=head is not None))
+        add_lora(model, lora_config(gpt, settings, has_head=head is not None))
         check_adapters(model, settings)
     else:
         model.requires_grad_(mode == 'full')
@@ -106,6 +170,12 @@ def make_task_model(gpt, tokenizer, settings):
         if is_idle(model):
             gpt.lm_head.requires_grad_(False)
     return model
+
+
+def checkpoint_blocks(gpt):
+    """Keep the inputs of blocks alone, and compute what is in them again in the backward pass."""
+    for block in gpt.get_submodule(blocks_path(gpt)):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def is_idle(model):
@@ -129,6 +199,8 @@ def check_settings(gpt, settings):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
     mode, use_kan, use_lora = (settings[name] for name in ('finetune_mode', 'use_kan', 'use_lora'))
+    if next(gpt.parameters()).dtype != torch.float32:
+        check_half(gpt, settings)
     if settings['form'] == 'linear' and not find_task(settings['task']).answers:
         raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
     if settings['use_graph'] and gpt.config.use_graph:
@@ -150,11 +222,23 @@ def check_settings(gpt, settings):
         raise ValueError(f'kan_single_layer={single}: the model has blocks 0 to {n - 1}; -1 means all')
 
 
+def check_half(gpt, settings):
+    """ValueError for what wants float32: what trains itself, splines, and the graph layers of the GPT."""
+    found = [f'finetune_mode={settings["finetune_mode"]!r}'] if settings['finetune_mode'] != 'adapter' else []
+    found += ['KAN layers'] * (settings['use_kan'] or gpt.config.use_kan)
+    found += ['graph layers of a GPT'] * ((settings['use_graph'] and isinstance(gpt, GPT)) or gpt.config.use_graph)
+    if found:
+        raise ValueError(f"weights='bfloat16' is for weights that stay as they are: not with {' or '.join(found)}")
+
+
 def kanify_mlps(gpt, settings):
-    """KAN layers in place of the linear layers of the MLPs: GELU becomes the base activation of the second one."""
-    single = settings['kan_single_layer']
-    target = 'mlp' if single < 0 else f'transformer.h.{single}.mlp'
-    absorb = {'mlp.c_proj': 'mlp.act'} if isinstance(gpt.transformer.h[0].mlp, MLP) else None
+    """KAN layers in place of the linear layers of the MLPs. Of the GPT's, GELU becomes the base activation of the second
+    one; others, which may have gates, keep their activation.
+    """
+    single, blocks = settings['kan_single_layer'], gpt.get_submodule(blocks_path(gpt))
+    target = 'mlp' if single < 0 else f'{blocks_path(gpt)}.{single}.mlp'
+    is_ours = not isinstance(gpt, CausalLM) and isinstance(blocks[0].mlp, MLP)
+    absorb = {'mlp.c_proj': 'mlp.act'} if is_ours else None
     grid = dict(grid_size=settings['grid_size'], spline_order=settings['spline_order'])
     kanify(gpt, (target,), absorb=absorb, grid_range=(settings['grid_min'], settings['grid_max']), **grid)
 
@@ -163,21 +247,26 @@ def make_head(gpt, answers, settings):
     """The linear layer that reads the label off, None where lm_head does; of cloze it begins as the answers' rows."""
     if not answers or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
         return None
-    head = nn.Linear(gpt.config.n_embd, len(answers), bias=settings['form'] == 'linear')
+    is_cloze = settings['form'] == 'cloze'
+    head = nn.Linear(gpt.config.n_embd, len(answers), bias=not is_cloze or gpt.lm_head.bias is not None)
     with torch.no_grad():
-        if settings['form'] == 'cloze':
-            head.weight.copy_(gpt.lm_head.weight[answers])
+        if is_cloze:
+            for p, row in zip(head.parameters(), rows_of(gpt.lm_head, answers)):
+                p.copy_(row)
         else:
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
     return head
 
 
-def lora_config(settings, has_head):
+def lora_config(gpt, settings, has_head):
     copies = ('head',) * has_head + ('ln_3', 'graph') * settings['use_graph']
     own = {name: settings[f'lora_{name}'] for name in ('kind', 'rank', 'alpha', 'dropout', 'grid_size', 'spline_order')}
     same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
-    return LoRAConfig(modules_to_save=copies, target_modules=settings['lora_targets'], **own, **same)
+    targets = settings['lora_targets'].split(',')
+    if isinstance(gpt, CausalLM):
+        targets = [gpt.part(target) if target in ('attn', 'mlp') else target for target in targets]
+    return LoRAConfig(modules_to_save=copies, target_modules=','.join(targets), **own, **same)
 
 
 def param_groups(model, settings):
@@ -234,7 +323,7 @@ def load_task_model(checkpoint, **overrides):
     """(TaskModel, tokenizer) of a checkpoint of finetune.py, which holds all weights, those of its base too."""
     settings = checkpoint['finetune']
     try:
-        gpt = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+        gpt = build({**checkpoint['model_args'], **overrides}).to(getattr(torch, settings.get('weights', 'float32')))
         tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
         with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
             model = make_task_model(gpt, tokenizer, settings)
@@ -249,7 +338,7 @@ def load_adapter(out_dir, init_from):
     settings = read_record(out_dir).get('config', {})
     if not settings.get('use_lora') or 'lora_kind' not in settings:
         raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected run.json and adapter/')
-    gpt, tokenizer = load_base(init_from, dropout=0.0)
+    gpt, tokenizer = load_base(init_from, 0.0, **longest_and_weights(settings))
     model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
     load_lora(model, os.path.join(out_dir, 'adapter'))
     return model, tokenizer, settings

@@ -92,9 +92,7 @@ def read_examples(name, split, tokenizer, block_size):
     path = task.path(split)
     if not path.exists():
         raise ValueError(f'{os.path.relpath(path)} is not there: python data/{name}/prepare.py writes it')
-    if not hasattr(tokenizer, 'encode_ordinary'):
-        known = f'a vocabulary of {tokenizer.vocab_size}'
-        raise ValueError(f'{name} is English text: it wants a model with the tokens of GPT-2, not one of {known}')
+    check_english(task, tokenizer)
     coded = [task.encode(row, tokenizer, block_size) for row in task.read(split)]
     n_cut = sum(cut for _, cut in coded)
     if n_cut:
@@ -106,14 +104,27 @@ def read_examples(name, split, tokenizer, block_size):
 # prompts
 
 
+def check_english(task, tokenizer):
+    """ValueError for a vocabulary of another kind than that of a language model."""
+    if not hasattr(tokenizer, 'encode_next'):
+        found = f'a vocabulary of {tokenizer.vocab_size}'
+        raise ValueError(
+            f'{task.name} is English text: it wants the tokens of GPT-2 or of a model of transformers, not {found}'
+        )
+
+
 def answer_ids(task, tokenizer):
-    """The token of each label. ValueError for a tokenizer that has no single token for one of them."""
-    tokens = [tokenizer.encode(answer) for answer in task.answers]
-    long = next((answer for answer, ids in zip(task.answers, tokens) if len(ids) != 1), None)
-    if long:
-        wanted = f'{task.name} wants a model with the tokens of GPT-2'
-        raise ValueError(f'{long!r} is not a single token of this vocabulary: {wanted}')
-    return [ids[0] for ids in tokens]
+    """The token of each label: the first of its word. ValueError where two words have the same first token."""
+    check_english(task, tokenizer)
+    tokens = {answer: tokenizer.encode_next(answer) for answer in task.answers}
+    firsts = [ids[0] for ids in tokens.values()]
+    several = ', '.join(repr(answer) for answer, ids in tokens.items() if len(ids) > 1)
+    if len(set(firsts)) < len(firsts):
+        advice = 'use --form=linear, which needs none'
+        raise ValueError(f'{task.name}: {several} have no first token of their own in this vocabulary: {advice}')
+    if several:
+        print(f'{task.name}: the first token stands for the label of {several}', file=sys.stderr)
+    return firsts
 
 
 def encode_prompt(task, sentences, tokenizer, block_size):
@@ -121,16 +132,17 @@ def encode_prompt(task, sentences, tokenizer, block_size):
     block_size is cut from the end of the longest sentence, until two are as long as each other, then from both; the
     question always stands whole.
     """
-    befores = [tokenizer.encode(text) if text else [] for text in task.before]
-    question = tokenizer.encode(task.question)
+    befores = [tokenizer.encode_ordinary(task.before[0])] if task.before[0] else [[]]
+    befores += [tokenizer.encode_next(text) for text in task.before[1:]]
+    question = tokenizer.encode_next(task.question)
     n_fixed = len(question) + sum(map(len, befores))
     room = block_size - n_fixed
     if room < len(sentences):
         prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
         raise ValueError(f'block_size={block_size} has no room for {prompt}')
     # a word after others begins with a space, to GPT-2 a part of it
-    texts = [f' {text}' if before else text for before, text in zip(befores, sentences)]
-    parts = [tokenizer.encode_ordinary(text) for text in texts]
+    pairs = zip(befores, sentences)
+    parts = [tokenizer.encode_next(f' {text}') if before else tokenizer.encode_ordinary(text) for before, text in pairs]
     longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
     ids = [token for before, part in zip(befores, parts) for token in before + part[:longest]] + question
     return ids, any(len(part) > longest for part in parts)
@@ -142,6 +154,8 @@ def encode_sonnet(text, tokenizer, block_size):
     if n_prompt >= block_size:
         prompt = f'its first {N_PROMPT_LINES} lines take {n_prompt} tokens'
         raise ValueError(f'block_size={block_size} has no room for a sonnet: {prompt}')
+    if tokenizer.end_of_text is None:
+        raise ValueError('the tokenizer of this model has no token that ends a text, as a sonnet wants one')
     ids = tokenizer.encode_ordinary(text) + [tokenizer.end_of_text]
     return ids[: block_size + 1], len(ids) > block_size + 1  # the last token is a target only
 

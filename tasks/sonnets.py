@@ -95,6 +95,9 @@ def write_sonnet(model, tokenizer, prompt, **sampling):
     n_given = prompt.count('\n')
     if n_given >= N_LINES:
         raise ValueError(f'the prompt has {n_given} lines, a whole sonnet has {N_LINES}')
-    draft = continue_lines(model, tokenizer, tokenizer.encode(prompt), N_LINES - n_given, **sampling)
-    text = prompt + tokenizer.decode([i for i in draft.ids if i != getattr(tokenizer, 'end_of_text', None)])
+    prompt_ids = tokenizer.encode(prompt)
+    draft = continue_lines(model, tokenizer, prompt_ids, N_LINES - n_given, **sampling)
+    ids = [i for i in draft.ids if i != getattr(tokenizer, 'end_of_text', None)]
+    # a tokenizer may write tokens otherwise where none are before them
+    text = prompt + tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
     return '\n'.join(text.split('\n')[:N_LINES]).rstrip()

@@ -59,6 +59,8 @@ class Words:
     def encode_ordinary(self, text):
         return self.encode(text.replace('<|endoftext|>', ''))
 
+    encode_next = encode_ordinary
+
     def decode_bytes(self, ids):
         return ''.join(self.pieces[i] for i in ids).encode()
 

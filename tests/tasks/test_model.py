@@ -13,6 +13,7 @@ from helpers import Words
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
+from surgery.causal_lm import CausalLM
 from surgery.lora import LoRALayer, load_lora, lora_off, save_lora
 from tasks import model as task_model
 from tasks import prompts
@@ -456,22 +457,22 @@ def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
     sizes = dict(vocab_size=52000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
     monkeypatch.setattr(task_model, 'load_tokenizer', load_tokenizer)
-    with pytest.raises(ValueError, match='has 52000 tokens: the tasks want a model with those of GPT-2, 50257$'):
+    with pytest.raises(ValueError, match='has 52000 tokens and no tokenizer: those of GPT-2 are 50257$'):
         load_base(str(tmp_path), 0.0)
 
 
 def test_base_that_is_none(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(
-        ValueError, match='empty holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers$'
+        ValueError, match='empty holds no model: expected best.pt or ckpt.pt of train.py, or a model of transformers$'
     ):
         load_base(str(tmp_path / 'empty'), 0.0)
-    with pytest.raises(ValueError, match="expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got 'gtp2'"):
-        load_base('gtp2', 0.0)
     base = make_base()
     model, settings = make('lora', 'cloze', base)
     save_checkpoint(str(tmp_path), to_checkpoint(model, settings, base.config), is_best=True)
-    with pytest.raises(ValueError, match='holds a fine-tuned model: init_from wants one of train.py, or a GPT-2$'):
+    with pytest.raises(
+        ValueError, match='holds a fine-tuned model: init_from wants one of train.py or of transformers$'
+    ):
         load_base(str(tmp_path), 0.0)
 
 
@@ -535,3 +536,88 @@ def test_a_head_behind_functions_shares_its_weight_with_the_embeddings():
     model, _ = make('head', 'sonnets', make_base(**functions))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {'gpt.lm_head.0.spline_weight', 'gpt.lm_head.1.weight'}
+
+
+# other models of transformers
+
+FAMILIES = {
+    'llama': dict(num_key_value_heads=1, tie_word_embeddings=True),
+    'gpt_neox': dict(tie_word_embeddings=False),
+    'phi': dict(num_key_value_heads=2, tie_word_embeddings=False),  # its head has a bias
+}
+every_family = pytest.mark.parametrize('family', FAMILIES)
+
+
+def make_other(family):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(hidden_size=C, intermediate_size=24, num_hidden_layers=N_LAYER, num_attention_heads=2)
+    sizes.update(vocab_size=TOKENIZER.vocab_size + 3, max_position_embeddings=12, bos_token_id=None, eos_token_id=None)
+    config = transformers.AutoConfig.for_model(family, **sizes, **FAMILIES[family], pad_token_id=None)
+    return CausalLM(stir(transformers.AutoModelForCausalLM.from_config(config))).eval()
+
+
+@every_family
+@every_variant
+@every_head
+def test_other_models_keep_their_function_then_what_should_train_does(family, variant, head):
+    """And a checkpoint gives the same model again."""
+    base = make_other(family)
+    described, untouched = task_model.describe(base), copy.deepcopy(base)
+    idx, lengths = tokens()
+    with torch.no_grad():
+        logits = base(idx, idx)[0]
+    model, settings = make(variant, head, base)
+    rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
+    with torch.no_grad():
+        found = model(idx, lengths)
+    if head != 'linear':
+        expected = logits if head == 'sonnets' else logits[torch.arange(3), lengths - 1][:, ANSWERS]
+        torch.testing.assert_close(found[rows], expected[rows], atol=1e-4, rtol=1e-4)
+    trained_report(model, settings)
+    losses = train(model, settings)
+    assert losses[-1] < losses[0]
+    if settings['finetune_mode'] == 'adapter':
+        kept = {name.replace('.base_layer.', '.'): p for name, p in model.gpt.state_dict().items()}
+        names = untouched.state_dict().items()
+        same = [torch.equal(kept[name], p) for name, p in names if name in kept]
+        assert all(same) and len(same) > 10
+    torch.manual_seed(9)
+    again, _ = load_task_model(dict(model=model.state_dict(), model_args=described, finetune=settings))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(idx, lengths)[rows], model(idx, lengths)[rows])
+
+
+@pytest.mark.parametrize('family', [None, 'llama'])
+@pytest.mark.parametrize('variant', ['full', 'kan-lora', 'sparse-graph-lora'])
+def test_blocks_computed_twice_give_the_same_gradients(family, variant):
+    base, (idx, lengths), found = make_other(family) if family else make_base(), tokens(), []
+    for again in False, True:
+        torch.manual_seed(1)
+        model, _ = make(variant, 'cloze', copy.deepcopy(base), gradient_checkpointing=again)
+        passes = [0]
+        block = model.gpt.get_submodule(task_model.blocks_path(model.gpt))[1]
+        block.get_submodule('mlp').register_forward_pre_hook(lambda *args, passes=passes: passes.append(1))
+        model.train()
+        torch.manual_seed(2)
+        model(idx, lengths).square().sum().backward()
+        found.append((sum(passes), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (once, plain), (twice, recomputed) = found
+    assert (once, twice) == (1, 2) and plain.keys() == recomputed.keys()
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'family, variant', [(None, 'lora'), (None, 'kan-lora'), ('llama', 'lora'), ('llama', 'graph-lora')]
+)
+@pytest.mark.parametrize('head', ['cloze', 'linear'])
+def test_adapters_are_in_single_precision_on_weights_in_half(family, variant, head):
+    base = make_other(family) if family else make_base()
+    model, settings = make(variant, head, base.bfloat16(), weights='bfloat16')
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) or '.base_layer.' in name, name
+    losses = train(model, settings)
+    assert losses[-1] < losses[0]
+    for refused in FULL, dict(use_kan=True, lora_kind='kan_base', lora_targets='mlp'):
+        with pytest.raises(ValueError, match="weights='bfloat16' is for weights that stay as they are: not with"):
+            make('lora', head, make_base().bfloat16(), weights='bfloat16', **refused)

@@ -99,13 +99,16 @@ def test_answers_are_single_tokens_that_go_on_from_the_prompt(gpt2, name):
         assert gpt2.encode(task.question + answer) == [*gpt2.encode(task.question), i]
 
 
-def test_answer_of_several_tokens_is_refused(gpt2):
-    task = prompts.Task('sst', ('',), '\nSentiment:', (' good', ' indescribable!'), '')
-    with pytest.raises(
-        ValueError,
-        match="' indescribable!' is not a single token of this vocabulary: sst wants a model with the tokens of",
-    ):
-        prompts.answer_ids(task, gpt2)
+def test_of_several_tokens_the_first_is_the_answer_if_it_tells_them_apart(gpt2, capsys):
+    def task(*answers):
+        return prompts.Task('sst', ('',), '\nSentiment:', answers, '')
+
+    assert prompts.answer_ids(task(' good', ' indescribable!'), gpt2) == [gpt2.encode(' good')[0], 773]
+    assert gpt2.decode([773]) == ' ind'
+    assert capsys.readouterr().err == "sst: the first token stands for the label of ' indescribable!'\n"
+    same = task(' indescribable!', ' indescribable?')
+    with pytest.raises(ValueError, match="' indescribable!', ' indescribable\\?' have no first token of their own"):
+        prompts.answer_ids(same, gpt2)
 
 
 # what does not fit
@@ -228,7 +231,7 @@ def test_vocabulary_by_character_is_refused(data, name):
     tokenizer = CharTokenizer('abc')
     with pytest.raises(
         ValueError,
-        match=f'{name} is English text: it wants a model with the tokens of GPT-2, not one of a vocabulary of 3',
+        match=f'{name} is English text: it wants the tokens of GPT-2 or of a model of transformers, not a vocabulary of 3',
     ) as error:
         read_examples(name, 'train', tokenizer, 64)
     assert '\n' not in str(error.value)

@@ -1,0 +1,215 @@
+"""Any causal language model of transformers, a Llama, Mistral, Qwen, GPT-NeoX and so on, with the methods of the GPT of
+model.py, so that what works on that works on this.
+
+    model = load_causal_lm('HuggingFaceTB/SmolLM2-135M')   # or a folder, or a GGUF file
+    logits, loss = model(idx, targets)
+
+Code that a model brings along is never run.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from layers.generation import KVCache
+from layers.graph import Edges, GraphAttention
+from model import GPT, GPTConfig
+
+
+class CausalLM(nn.Module):
+    """`body` gives the features of tokens, `lm_head` their logits. `config` holds the sizes, as GPTConfig names them, and
+    the settings of graph layers; `description` all that `rebuild` wants.
+
+    ValueError for a model that is not made like that: one with an encoder, or whose tokens see later ones.
+    """
+
+    def __init__(self, hf, dropout=0.0):
+        super().__init__()
+        text = hf.config.get_text_config()
+        self.body, self.lm_head = hf.base_model, hf.get_output_embeddings()
+        if self.body is hf or not isinstance(self.lm_head, nn.Linear) or hf.config.is_encoder_decoder:
+            raise ValueError(f'{type(hf).__name__} is not a decoder with a linear head, as causal language models are')
+        n_layer, block_size = text.num_hidden_layers, getattr(text, 'max_position_embeddings', None) or 2048
+        sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
+        self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
+        self.description = hf.config.to_diff_dict()
+        found = (path for path, module in self.body.named_modules() if is_list_of(module, n_layer))
+        self.blocks_path = f'body.{next(found, "")}'
+        self.check(hf)
+
+    @property
+    def blocks(self):
+        return self.get_submodule(self.blocks_path)
+
+    @torch.no_grad()
+    def check(self, hf):
+        """ValueError for a model whose logits this one does not give, or whose tokens see those after them."""
+        idx, training = torch.arange(8, device=self.lm_head.weight.device)[None], hf.training
+        hf.eval()
+        x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits
+        close = dict(atol=1e-3 * logits.std().item(), rtol=1e-3)
+        if not torch.allclose(self.lm_head(self.features(idx[:, :4])), self.lm_head(x[:, :4]), **close):
+            raise ValueError(f'the tokens of {type(hf).__name__} see those after them: it is no causal language model')
+        if not torch.allclose(self.lm_head(x), logits, **close):
+            raise ValueError(f'{type(hf).__name__} changes the logits of its head: this is not supported')
+        hf.train(training)
+
+    def features(self, idx, caches=None, lengths=None):
+        """See GPT.features. Padding needs no mask: it stands at the end, where no token looks."""
+        T, cache = idx.size(1), caches[0] if caches else None
+        start = cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f'cannot forward length {start + T}, block_size is only {self.config.block_size}')
+        if start > 0 and T > 1:
+            raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+        if self.config.use_graph:
+            graph_caches = cache.graph if cache else [None] * self.config.n_layer
+            self.shared.edges = Edges(self.config, idx, graph_caches[0], lengths)
+            self.shared.caches = graph_caches
+        if cache is None:
+            return self.body(input_ids=idx, use_cache=False).last_hidden_state
+        output = self.body(input_ids=idx, past_key_values=cache.kept, use_cache=True)
+        cache.kept, cache.length = output.past_key_values, start + T
+        return output.last_hidden_state
+
+    forward, generate = GPT.forward, GPT.generate  # of features and lm_head alone
+
+    def new_caches(self):
+        """One, of all blocks."""
+        return [Cache(self.config)]
+
+    def crop_block_size(self, block_size):
+        """Take shorter texts at most."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
+        self.config.block_size = block_size
+
+    def add_graph(self, **settings):
+        """See layers.graph.add_graph."""
+        self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
+        self.shared = Shared()
+        for i, block in enumerate(self.blocks):
+            block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
+            for layer in block.ln_3, block.graph:  # in float32, whatever the block is in
+                layer.to(next(block.parameters()).device).train(block.training)
+            block.register_forward_hook(AddGraph(self.shared, i))
+        return self
+
+    def part(self, name):
+        """What the blocks call their 'attn' or 'mlp'. ValueError where there is none."""
+        names = [path for path, _ in self.blocks[0].named_children()]
+        known = {'attn': ('attn', 'self_attn', 'attention', 'self_attention'), 'mlp': ('mlp',)}[name]
+        found = next((path for path in names if path in known), None)
+        if found is None:
+            raise ValueError(f'the blocks of this model have no {name}; there is {", ".join(names)}')
+        return found
+
+
+class Cache:
+    """What all blocks have computed of the tokens so far; of graph layers by KVCache."""
+
+    def __init__(self, config):
+        self.kept, self.length = None, 0
+        self.graph = [KVCache(config.block_size) for _ in range(config.n_layer)]
+
+    def select(self, rows):
+        """Go on with these rows of the batch (a list), in this order; a row may come several times."""
+        self.kept.reorder_cache(torch.tensor(rows))
+        for cache in self.graph:
+            cache.select(rows)
+
+
+class Shared:
+    """The edges of the pass at hand, and the caches of the graph layers."""
+
+
+class AddGraph:
+    """What a block gives, and what its graph layers add to that: a hook, as its own code calls the block."""
+
+    def __init__(self, shared, i):
+        self.shared, self.i = shared, i
+
+    def __call__(self, block, inputs, output):
+        x = output[0] if isinstance(output, tuple) else output
+        y = block.graph(block.ln_3(x.float()), self.shared.caches[self.i], self.shared.edges)
+        x = x + y.to(x.dtype)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def is_list_of(module, n):
+    return isinstance(module, nn.ModuleList) and len(module) == n
+
+
+def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
+    """The CausalLM of a name of the Hugging Face hub, a folder, or a GGUF file. ValueError says in a line what is wrong."""
+    from transformers import AutoModelForCausalLM
+
+    config = set_dropout(load_config(source), dropout)
+    with one_line(source):
+        settings = dict(config=config, dtype=dtype, output_loading_info=True)
+        hf, found = AutoModelForCausalLM.from_pretrained(**place_of(source), **settings)
+    if found['missing_keys'] or found['mismatched_keys']:
+        first = min(map(str, {*found['missing_keys'], *found['mismatched_keys']}))
+        raise ValueError(f'{source} has no weights that fit for {first}: it is another model than its config says')
+    return CausalLM(hf, dropout).eval()
+
+
+def rebuild(causal_lm, block_size, dropout):
+    """The CausalLM of such a `description`, with weights drawn at random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**causal_lm)
+    model = CausalLM(AutoModelForCausalLM.from_config(set_dropout(config, dropout)), dropout)
+    model.crop_block_size(block_size)
+    return model
+
+
+def load_config(source):
+    from transformers import AutoConfig
+
+    with one_line(source):
+        return AutoConfig.from_pretrained(**place_of(source))
+
+
+def load_tokenizer_of(source):
+    """(the JSON of a model's tokenizer, the id of the token that ends a text or None)"""
+    from transformers import AutoTokenizer
+
+    with one_line(source):
+        tokenizer = AutoTokenizer.from_pretrained(**place_of(source))
+    if not tokenizer.is_fast:
+        raise ValueError(f'{source} has a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)')
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+
+
+def place_of(source):
+    """Arguments of transformers' from_pretrained."""
+    place = dict(pretrained_model_name_or_path=source, trust_remote_code=False)
+    if source.endswith('.gguf'):
+        place.update(pretrained_model_name_or_path=os.path.dirname(source) or '.', gguf_file=os.path.basename(source))
+    return place
+
+
+def set_dropout(config, dropout):
+    """Every kind of it that a model has."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ('dropout' in name or name.endswith('_pdrop')):
+            setattr(config, name, dropout)
+    return config
+
+
+@contextmanager
+def one_line(source):
+    """Whatever transformers raises while it reads a source as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise errors of all kinds
+        if 'trust_remote_code' in str(error):
+            raise ValueError(
+                f'{source} brings code of its own, which is never run: expected a model that needs none'
+            ) from None
+        what = f'{type(error).__name__}: {error}'.split('. ')[0].splitlines()[0]
+        raise ValueError(f'cannot load {source} ({what[:200]})') from None
