@@ -27,6 +27,7 @@ from model import GPT, GPTConfig
 from run.checkpoint import CONV1D, EXPORT, build_model, load_checkpoint
 from run.files import write_atomically
 from run.records import read_log, read_record
+from surgery.causal_lm import build_hf, name_in_hf
 from surgery.lora import read_adapter
 
 # -----------------------------------------------------------------------------
@@ -166,20 +167,33 @@ def to_onnx(checkpoint, target):
 
 
 def to_peft(checkpoint, target):
-    """The adapter as PEFT saves it, for the base as a model of transformers: GPT-2, or what export.py made of it."""
+    """The adapter as PEFT saves it, for the base as a model of transformers: what it was, GPT-2, or what export.py made
+    of it.
+    """
     from peft import get_peft_model
 
     record, tensors = read_adapter(os.path.join(out_dir, 'adapter', 'adapter_model.safetensors'))
     check_adapter(record, checkpoint['finetune'])
-    gpt = GPT(GPTConfig(**checkpoint['model_args']))  # without its weights, which PEFT does not save
-    is_plain = is_gpt2(gpt.config)
-    names = {path: path.removeprefix('gpt.') if is_plain else path for path in record['layers']}
+    base, is_plain, name_of = base_of(checkpoint['model_args'])
+    names = {path: name_of(path) for path in record['layers']}
     config = peft_config(record, [*names.values()], is_plain, checkpoint['finetune']['init_from'])
-    model = get_peft_model(as_transformers(gpt), config)
+    model = get_peft_model(base, config)
     for path, name in names.items():
         layer = model.base_model.model.get_submodule(name)
         fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
     model.save_pretrained(target)
+
+
+def base_of(model_args):
+    """(the model of transformers that an adapter is for, without its weights, which PEFT does not save; whether it is a
+    GPT-2; what it calls a path of finetune.py)
+    """
+    if 'causal_lm' in model_args:
+        hf = build_hf(model_args['causal_lm'])
+        return hf, False, lambda path: name_in_hf(path.removeprefix('gpt.'), hf)
+    gpt = GPT(GPTConfig(**model_args))
+    is_plain = is_gpt2(gpt.config)
+    return as_transformers(gpt), is_plain, lambda path: path.removeprefix('gpt.') if is_plain else path
 
 
 def check_adapter(record, settings):

@@ -35,7 +35,7 @@ class CausalLM(nn.Module):
         n_layer, block_size = text.num_hidden_layers, getattr(text, 'max_position_embeddings', None) or 2048
         sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
         self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
-        self.description = hf.config.to_diff_dict()
+        self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
         found = (path for path, module in self.body.named_modules() if is_list_of(module, n_layer))
         self.blocks_path = f'body.{next(found, "")}'
         self.check(hf)
@@ -50,7 +50,8 @@ class CausalLM(nn.Module):
         idx, training = torch.arange(8, device=self.lm_head.weight.device)[None], hf.training
         hf.eval()
         x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits
-        close = dict(atol=1e-3 * logits.std().item(), rtol=1e-3)
+        tolerance = 1e-3 if logits.dtype == torch.float32 else 0.1
+        close = dict(atol=tolerance * logits.float().std().item(), rtol=tolerance)
         if not torch.allclose(self.lm_head(self.features(idx[:, :4])), self.lm_head(x[:, :4]), **close):
             raise ValueError(f'the tokens of {type(hf).__name__} see those after them: it is no causal language model')
         if not torch.allclose(self.lm_head(x), logits, **close):
@@ -159,12 +160,23 @@ def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
 
 def rebuild(causal_lm, block_size, dropout):
     """The CausalLM of such a `description`, with weights drawn at random."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**causal_lm)
-    model = CausalLM(AutoModelForCausalLM.from_config(set_dropout(config, dropout)), dropout)
+    model = CausalLM(build_hf(causal_lm, dropout), dropout)
     model.crop_block_size(block_size)
     return model
+
+
+def build_hf(description, dropout=0.0):
+    """The same as a model of transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(set_dropout(AutoConfig.for_model(**description), dropout))
+
+
+def name_in_hf(path, hf):
+    """What a module of a CausalLM is called in the model of transformers that it was made from."""
+    (head,) = [name for name, module in hf.named_modules() if module is hf.get_output_embeddings()]
+    first, _, rest = path.partition('.')
+    return '.'.join(filter(None, [{'body': hf.base_model_prefix, 'lm_head': head}[first], rest]))
 
 
 def load_config(source):

@@ -129,6 +129,21 @@ def byte_pairs():
     return tokenizer
 
 
+def answer_pairs():
+    """The same with tokens for the answers of the tasks, and one that ends a text: a fast tokenizer of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer.from_str(byte_pairs().to_str())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|end|>'],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([''.join(Words.answers)] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|end|>')
+
+
 def byte_fallback():
     """Another one, as Llama's: its tokens are letters, and bytes of what it has no letter for."""
     vocabulary = [f'<0x{i:02X}>' for i in range(256)] + [*'abc\u2581', '<unk>']

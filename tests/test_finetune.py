@@ -1,5 +1,6 @@
 """Fine-tuning from the command line: what a run leaves, resume, several processes, early stopping, bad input."""
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from data.tokenizer import GPT2Tokenizer
 from helpers import (
     ROOT,
     Words,
+    answer_pairs,
     complaint,
     flags,
     join_processes,
@@ -329,6 +331,77 @@ def test_models_with_the_tokens_of_gpt2(workshop, gpt2s, task, method, init_from
     check_sonnets(out) if task == 'sonnets' else check_labels(out, task)
     shape = load(out)['model']['gpt.lm_head.weight'].shape
     assert shape == (gpt2s[init_from], 8)
+
+
+@pytest.fixture(scope='module')
+def llama(workshop):
+    """A tiny Llama of transformers in llama/, with a tokenizer of its own."""
+    transformers = pytest.importorskip('transformers')
+    tokenizer = answer_pairs()
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    sizes.update(vocab_size=len(tokenizer), max_position_embeddings=96, bos_token_id=None, eos_token_id=0)
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    hf.save_pretrained(workshop / 'llama')
+    tokenizer.save_pretrained(workshop / 'llama')
+    return hf
+
+
+@pytest.mark.parametrize(
+    'task, method, more',
+    [
+        ('sst', 'full', dict(block_size=64)),
+        ('sst', 'head', dict(form='linear')),
+        ('cfimdb', 'kan_base_lora', {}),
+        ('quora', 'graph_lora', dict(gradient_checkpointing=True)),
+        ('sonnets', 'lora', dict(weights='bfloat16')),
+    ],
+)
+def test_another_model_of_transformers(workshop, llama, task, method, more):
+    """eval.py finds the same scores, in the run and with its adapter on the model that it began with."""
+    out = workshop / f'out-llama-{task}-{method}'
+    settings = dict(more, **({} if method in ('full', 'head') else ADAPTERS))
+    tune(workshop, out.name, *configs(task, method), init_from='llama', epochs=1, **settings)
+    check_sonnets(out) if task == 'sonnets' else check_labels(out, task)
+    scores = read_json(out, 'metrics.json')['dev']
+    found = evaluate(workshop, f'--out_dir={out.name}')
+    assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
+    if method == 'graph_lora':
+        found = evaluate(workshop, '--init_from=llama', f'--adapter={out.name}')
+        assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
+    if task == 'sonnets':
+        args = flags(out_dir=out.name, start='Line 1', num_samples=1, max_new_tokens=8, device='cpu')
+        done = enter(workshop, 'sample.py', *args)
+        assert done.returncode == 0 and done.stdout.startswith('Line 1'), done.stderr
+
+
+@pytest.mark.parametrize('kind', ['lora', 'kan'])
+def test_its_adapter_goes_to_peft(workshop, llama, kind):
+    peft = pytest.importorskip('peft')
+    import surgery.peft_kan  # noqa: F401  # PEFT learns of the kind
+
+    out = f'out-llama-to-peft-{kind}'
+    tune(workshop, out, task='sst', init_from='llama', epochs=1, lora_kind=kind, learning_rate=0.1, **ADAPTERS)
+    done = enter(workshop, 'export.py', f'--out_dir={out}', '--to=peft', f'--folder=peft-llama-{kind}')
+    assert done.returncode == 0, done.stderr
+    model, _ = task_model.load_task_model(load(workshop / out, 'best.pt'), dropout=0.0)
+    idx = torch.arange(1, 10).view(1, 9)
+    with torch.no_grad():
+        plain = llama.eval()(idx).logits
+        expected = model.eval().gpt(idx, idx)[0]
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(llama), workshop / f'peft-llama-{kind}').eval()
+        torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_a_llama_resumed_is_one_not_stopped(place, workshop, llama):
+    shutil.copytree(workshop / 'llama', place / 'llama')
+    settings = dict(init_from='llama', task='sst', weights='bfloat16', **ADAPTERS)
+    tune(place, 'whole', **settings)
+    tune(place, 'parts', env={'STOP_AT': '7'}, **settings)
+    assert load(place / 'parts')['iter_num'] < load(place / 'whole')['iter_num']
+    tune(place, 'parts', resume=True, **settings)
+    assert same_run(place / 'whole', place / 'parts')
 
 
 def test_sample_writes_on_from_a_fine_tuned_model(workshop):
