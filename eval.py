@@ -6,7 +6,7 @@ or its scores on a fine-tuning task.
     python eval.py --init_from=gpt2 --dataset=shakespeare
     python eval.py --out_dir=out-finetune-sst-lora   # what finetune.py made: accuracy and macro F1, of sonnets CHRF
     python eval.py --init_from=gpt2 --adapter=out-finetune-sst-lora   # the same, from its adapter and its base
-    python eval.py --init_from=gpt2 --task=quora   # the answers of a model that has not learned the task
+    python eval.py --init_from=gpt2 --task=quora --shots=4   # the answers of a model that has not learned the task
 
 Of a text it prints loss (nats per token), perplexity, bits per character and per byte, so that models by character and
 by byte pair compare; the last line is JSON. Windows of block_size tokens begin every --stride tokens, and of each but
@@ -37,7 +37,10 @@ out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train', 'val' or, where there is one, 'test'; of a task 'train' or 'dev', which 'val' means too
 task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
+shots = 0  # of a task with labels, for a model that has not learned it: answered examples of train before each prompt
+limit = 0  # of a task, score that many examples at most, the first; 0 is all
 adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
+seed = 1337  # draws the shots
 baselines = 10  # of sonnets, that many draws for the scores that need no model
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
 batch_size = 8  # windows at a time
@@ -47,9 +50,10 @@ dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 configure(globals())
 if is_export(init_from):
     init_from, out_dir = 'resume', init_from
-if batch_size < 1 or stride < 0 or split not in ('train', 'val', 'test', 'dev') or baselines < 2:
-    got = f'{batch_size}, {stride}, {split!r}, {baselines}'
-    raise ValueError(f'expected batch_size >= 1, stride >= 0, split train, val, test or dev, baselines >= 2, got {got}')
+if batch_size < 1 or min(stride, shots, limit) < 0 or split not in ('train', 'val', 'test', 'dev') or baselines < 2:
+    got = f'{batch_size}, {stride}, {shots}, {limit}, {split!r}, {baselines}'
+    wanted = 'batch_size >= 1, stride, shots and limit >= 0, split train, val, test or dev, baselines >= 2'
+    raise ValueError(f'expected {wanted}, got {got}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -78,6 +82,8 @@ def sum_losses(model, data, length, stride):
 
 def evaluate_text(checkpoint):
     """Loss, perplexity and bits of a model on a split of a data set, in a dict."""
+    if shots:
+        raise ValueError(f'shots={shots} are of a task: name one, e.g. --task=sst')
     if init_from == 'resume':
         model = build_model(checkpoint, dropout=0.0)
     else:
@@ -107,6 +113,8 @@ def evaluate_text(checkpoint):
 def evaluate_task(checkpoint):
     """The scores of a fine-tuned model on its task, or of another one on `task`, in a dict."""
     base = out_dir if init_from == 'resume' else init_from
+    if shots and (adapter or 'finetune' in checkpoint):
+        raise ValueError('shots are for a model that has not learned its task: leave them out')
     if adapter:
         model, tokenizer, settings = task_model.load_adapter(adapter, base)
     elif 'finetune' in checkpoint:
@@ -123,13 +131,15 @@ def evaluate_task(checkpoint):
         raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
     score.check_packages(name)
     prompts.prepare_task(name)
-    examples = prompts.read_examples(name, part, tokenizer, model.gpt.config.block_size)
+    before = prompts.encode_shots(name, tokenizer, shots, seed) if shots else ()
+    examples = prompts.read_examples(name, part, tokenizer, model.gpt.config.block_size, before)
+    examples = examples[: limit or None]
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
     scores, _ = score.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
     shown = ', '.join(f'{key} {value:.4f}' for key, value in scores.items())
     print(f'{source} on {part} of {name}, {len(examples):,} examples: {shown}')
-    result = dict(scores, task=name, split=part, examples=len(examples))
+    result = dict(scores, task=name, split=part, examples=len(examples), shots=shots)
     result['parameters'] = task_model.count_trained(model)[1]
     if not prompts.find_task(name).answers:
         train = prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)

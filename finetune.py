@@ -47,6 +47,7 @@ wandb_run_name = ''  # empty: as out_dir
 task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
 train_limit = 0  # learn from that many examples at most; 0 is all
+dev_limit = 0  # score that many of dev at most, the first; 0 is all
 valid_fraction = 0.1  # of train, held out to stop by
 predict_test = True  # write the predictions for test, too
 # what trains
@@ -112,7 +113,7 @@ config.update(out_dir=out_dir, wandb_run_name=wandb_run_name)
 check_ranges(
     config,
     at_least_one='batch_size gradient_accumulation_steps epochs n_beams best_of lora_rank lora_grid_size',
-    not_negative='train_limit block_size patience learning_rate weight_decay grad_clip seed temperature',
+    not_negative='train_limit dev_limit block_size patience learning_rate weight_decay grad_clip seed temperature',
     fractions='dropout lora_dropout beta1 beta2 warmup_fraction valid_fraction',
 )
 if valid_fraction == 0:
@@ -157,7 +158,8 @@ train_examples, valid_examples = hold_out(examples_of_train, valid_fraction)
 if train_limit:
     train_examples = train_examples[:train_limit]
     valid_examples = valid_examples[: max(1, round(train_limit * valid_fraction))]
-scored = {'dev': read_examples(task, 'dev', tokenizer, longest)}
+dev_examples = read_examples(task, 'dev', tokenizer, longest)
+scored = {'dev': dev_examples[: dev_limit or None]}
 if predict_test and find_task(task).path('test').exists():
     scored['test'] = read_examples(task, 'test', tokenizer, longest)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()

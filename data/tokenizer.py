@@ -145,7 +145,7 @@ class PretrainedTokenizer(JsonTokenizer):
         return self.start + self.split(text)
 
     def encode_next(self, text):
-        """Token ids of a text that goes on after another, with a space or a break. ValueError where none are its own."""
+        """Token ids of a text that goes on after another, from a space or a break on. ValueError where it has none."""
         before = self.split('a') if self.has_lead else []
         ids = self.split('a' * self.has_lead + text)
         if ids[: len(before)] != before:

@@ -20,8 +20,8 @@ from model import GPT, GPTConfig
 
 
 class CausalLM(nn.Module):
-    """`body` gives the features of tokens, `lm_head` their logits. `config` holds the sizes, as GPTConfig names them, and
-    the settings of graph layers; `description` all that `rebuild` wants.
+    """`body` gives the features of tokens, `lm_head` their logits. `config` holds the sizes, as GPTConfig names them,
+    and the settings of graph layers; `description` all that `rebuild` wants.
 
     ValueError for a model that is not made like that: one with an encoder, or whose tokens see later ones.
     """
@@ -145,7 +145,12 @@ def is_list_of(module, n):
 
 
 def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
-    """The CausalLM of a name of the Hugging Face hub, a folder, or a GGUF file. ValueError says in a line what is wrong."""
+    """The CausalLM of a name of the Hugging Face hub, a folder, or a GGUF file; ValueError for what is none."""
+    return CausalLM(load_hf(source, dropout, dtype), dropout).eval()
+
+
+def load_hf(source, dropout=0.0, dtype=torch.float32):
+    """The same as the model of transformers that it is."""
     from transformers import AutoModelForCausalLM
 
     config = set_dropout(load_config(source), dropout)
@@ -155,7 +160,7 @@ def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
     if found['missing_keys'] or found['mismatched_keys']:
         first = min(map(str, {*found['missing_keys'], *found['mismatched_keys']}))
         raise ValueError(f'{source} has no weights that fit for {first}: it is another model than its config says')
-    return CausalLM(hf, dropout).eval()
+    return hf
 
 
 def rebuild(causal_lm, block_size, dropout):
@@ -187,14 +192,14 @@ def load_config(source):
 
 
 def load_tokenizer_of(source):
-    """(the JSON of a model's tokenizer, the id of the token that ends a text or None)"""
+    """The fast tokenizer of a model, one of transformers."""
     from transformers import AutoTokenizer
 
     with one_line(source):
         tokenizer = AutoTokenizer.from_pretrained(**place_of(source))
     if not tokenizer.is_fast:
         raise ValueError(f'{source} has a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)')
-    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    return tokenizer
 
 
 def place_of(source):

@@ -74,16 +74,21 @@ def load_pretrained(init_from, dropout, dtype):
         wanted = 'best.pt or ckpt.pt of train.py, or a model of transformers'
         raise ValueError(f'{init_from} holds no model: expected {wanted}')
     if init_from not in GPT2S and not (is_folder and causal_lm.load_config(init_from).model_type == 'gpt2'):
-        tokenizer = PretrainedTokenizer(*causal_lm.load_tokenizer_of(init_from))
+        tokenizer = own_tokenizer(init_from)
         return causal_lm.load_causal_lm(init_from, dropout, dtype), tokenizer
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     if is_folder and os.path.exists(os.path.join(init_from, 'tokenizer.json')):
-        return model, PretrainedTokenizer(*causal_lm.load_tokenizer_of(init_from))
+        return model, own_tokenizer(init_from)
     n = model.config.vocab_size
     try:
         return model, load_tokenizer({}, n)
     except ValueError:
         raise ValueError(f'{init_from} has {n} tokens and no tokenizer: those of GPT-2 are 50257') from None
+
+
+def own_tokenizer(init_from):
+    tokenizer = causal_lm.load_tokenizer_of(init_from)
+    return PretrainedTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
 
 def describe(gpt):
@@ -232,8 +237,8 @@ def check_half(gpt, settings):
 
 
 def kanify_mlps(gpt, settings):
-    """KAN layers in place of the linear layers of the MLPs. Of the GPT's, GELU becomes the base activation of the second
-    one; others, which may have gates, keep their activation.
+    """KAN layers in place of the linear layers of the MLPs. Where MLPs are the GPT's, GELU becomes the base activation
+    of the second one; others, which may have gates, keep their activation.
     """
     single, blocks = settings['kan_single_layer'], gpt.get_submodule(blocks_path(gpt))
     target = 'mlp' if single < 0 else f'{blocks_path(gpt)}.{single}.mlp'

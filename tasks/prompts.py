@@ -43,10 +43,10 @@ class Task:
         """The rows of a split, [(id, text, ..., label)]. Of test the label is None."""
         return read_rows(self.name, self.path(split), labelled=split != 'test')
 
-    def encode(self, row, tokenizer, block_size):
+    def encode(self, row, tokenizer, block_size, shots=()):
         """(Example, whether a text was cut) of a row."""
         id, *sentences, label = row
-        ids, cut = encode_prompt(self, sentences, tokenizer, block_size)
+        ids, cut = encode_prompt(self, sentences, tokenizer, block_size, shots)
         return Example(id, ids, label), cut
 
 
@@ -59,7 +59,7 @@ class Sonnets(Task):
     def read(self, split):
         return [(number, text, None) for number, text in read_sonnets(self.path(split), prompts=split == 'test')]
 
-    def encode(self, row, tokenizer, block_size):
+    def encode(self, row, tokenizer, block_size, shots=()):
         id, text, _ = row
         ids, cut = encode_sonnet(text, tokenizer, block_size)
         return Example(id, ids, text=text), cut
@@ -86,14 +86,16 @@ def prepare_task(name):
     loader.prepare_dataset(find_task(name).name, made=['meta.json'])
 
 
-def read_examples(name, split, tokenizer, block_size):
-    """The examples of a split of data/<name>; stderr says how many are cut to fit. ValueError without the split."""
+def read_examples(name, split, tokenizer, block_size, shots=()):
+    """The examples of a split of data/<name>; stderr says how many are cut to fit. ValueError without the split. Of
+    labels each prompt stands behind the `shots` of encode_shots.
+    """
     task = find_task(name)
     path = task.path(split)
     if not path.exists():
         raise ValueError(f'{os.path.relpath(path)} is not there: python data/{name}/prepare.py writes it')
     check_english(task, tokenizer)
-    coded = [task.encode(row, tokenizer, block_size) for row in task.read(split)]
+    coded = [task.encode(row, tokenizer, block_size, shots) for row in task.read(split)]
     n_cut = sum(cut for _, cut in coded)
     if n_cut:
         what = f'{n_cut} of {len(coded)} texts are cut to fit into block_size={block_size}'
@@ -127,25 +129,49 @@ def answer_ids(task, tokenizer):
     return firsts
 
 
-def encode_prompt(task, sentences, tokenizer, block_size):
+def encode_prompt(task, sentences, tokenizer, block_size, shots=()):
     """(token ids, whether a sentence was cut) of the prompt, the same for train, dev and test. What does not fit into
     block_size is cut from the end of the longest sentence, until two are as long as each other, then from both; the
-    question always stands whole.
+    question always stands whole. `shots` are the token ids of answered prompts that stand before it.
     """
-    befores = [tokenizer.encode_ordinary(task.before[0])] if task.before[0] else [[]]
-    befores += [tokenizer.encode_next(text) for text in task.before[1:]]
-    question = tokenizer.encode_next(task.question)
-    n_fixed = len(question) + sum(map(len, befores))
+    # a text that follows another begins with a space or a break, to most vocabularies a part of its first token
+    texts = [(before, f' {text}') if before else ('', text) for before, text in zip(task.before, sentences)]
+    begin = tokenizer.encode_ordinary
+    if shots:
+        begin, texts[0] = tokenizer.encode_next, put_before('\n\n', *texts[0])
+    pairs = []
+    for before, text in texts:
+        pairs.append((begin(before), tokenizer.encode_next(text)) if before else ([], begin(text)))
+        begin = tokenizer.encode_next
+    question = begin(task.question)
+    n_fixed = len(shots) + len(question) + sum(len(before) for before, _ in pairs)
     room = block_size - n_fixed
     if room < len(sentences):
         prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
         raise ValueError(f'block_size={block_size} has no room for {prompt}')
-    # a word after others begins with a space, to GPT-2 a part of it
-    pairs = zip(befores, sentences)
-    parts = [tokenizer.encode_next(f' {text}') if before else tokenizer.encode_ordinary(text) for before, text in pairs]
-    longest = next(n for n in range(room, 0, -1) if sum(min(len(part), n) for part in parts) <= room)
-    ids = [token for before, part in zip(befores, parts) for token in before + part[:longest]] + question
-    return ids, any(len(part) > longest for part in parts)
+    longest = next(n for n in range(room, 0, -1) if sum(min(len(text), n) for _, text in pairs) <= room)
+    ids = [token for before, text in pairs for token in before + text[:longest]]
+    return [*shots, *ids, *question], any(len(text) > longest for _, text in pairs)
+
+
+def put_before(mark, before, text):
+    return (mark + before, text) if before else ('', mark + text)
+
+
+def encode_shots(name, tokenizer, n, seed, longest=100):
+    """The token ids of n examples of train, drawn by a seed, each with its answer; their prompts have `longest` tokens
+    at most.
+    """
+    task, ids = find_task(name), []
+    if not task.answers:
+        raise ValueError(f'shots are answered examples, and {name} has no answers')
+    rows = task.read('train')
+    if n > len(rows):
+        raise ValueError(f'{n} shots of {name} are more than the {len(rows)} examples of train')
+    for _, *sentences, label in random.Random(seed).sample(rows, n):
+        ids, _ = encode_prompt(task, sentences, tokenizer, len(ids) + longest, ids)
+        ids += tokenizer.encode_next(task.answers[label])
+    return ids
 
 
 def encode_sonnet(text, tokenizer, block_size):

@@ -573,6 +573,14 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     assert load(out, 'best.pt')['iter_num'] == (best + 1) * N_STEPS and load(out)['iter_num'] == len(losses) * N_STEPS
     assert done.stdout.count('epoch ') == len(losses)
     base, found = evaluate(workshop, '--out_dir=base', '--task=sst'), evaluate(workshop, '--out_dir=out-early')
+    shown = evaluate(workshop, '--out_dir=base', '--task=sst', '--shots=1')
+    assert (base['shots'], shown['shots']) == (0, 1) and shown['loss'] != base['loss']
+    for wrong, words in (
+        (['--out_dir=out-early', '--shots=1'], 'shots are for a model that has not learned its task'),
+        (['--out_dir=base', '--shots=1'], 'shots=1 are of a task: name one'),
+    ):
+        done = enter(workshop, 'eval.py', '--device=cpu', *wrong)
+        assert done.returncode == 1 and words in done.stderr
     dev = read_json(out, 'metrics.json')['dev']
     assert {key: found[key] for key in dev} == pytest.approx(dev, rel=1e-5) and base['loss'] != pytest.approx(
         dev['loss'], rel=0.01

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -109,6 +110,27 @@ def test_of_several_tokens_the_first_is_the_answer_if_it_tells_them_apart(gpt2, 
     same = task(' indescribable!', ' indescribable?')
     with pytest.raises(ValueError, match="' indescribable!', ' indescribable\\?' have no first token of their own"):
         prompts.answer_ids(same, gpt2)
+
+
+def test_shots_are_answered_prompts_before_the_prompt(gpt2, data):
+    write_table(data, 'quora', 'train', ['one', 'two', 'three'])
+    write_table(data, 'quora', 'dev', ['four'])
+    shots = prompts.encode_shots('quora', gpt2, 2, seed=1)
+    (plain,) = prompts.read_examples('quora', 'dev', gpt2, 99)
+    (shown,) = prompts.read_examples('quora', 'dev', gpt2, 99, shots)
+    text, alone = gpt2.decode(shown.ids), gpt2.decode(plain.ids)
+    parts = text.split('\n\n')
+    assert len(parts) == 3 and parts[2] == alone and shown.ids[: len(shots)] == shots
+    for part in parts[:2]:
+        assert re.fullmatch(r'Question 1: .*\nQuestion 2: .*\nThe same question: (no|yes)', part)
+    assert {part.split()[2] for part in parts[:2]} <= {'one', 'two', 'three'} and parts[0] != parts[1]
+    assert prompts.encode_shots('quora', gpt2, 2, seed=1) == shots
+    (cut,) = prompts.read_examples('quora', 'dev', gpt2, len(shown.ids) - 1, shots)
+    assert gpt2.decode(cut.ids).startswith(gpt2.decode(shots)) and len(cut.ids) == len(shown.ids) - 1
+    with pytest.raises(ValueError, match='4 shots of quora are more than the 3 examples of train'):
+        prompts.encode_shots('quora', gpt2, 4, seed=1)
+    with pytest.raises(ValueError, match='shots are answered examples, and sonnets has no answers'):
+        prompts.encode_shots('sonnets', gpt2, 1, seed=1)
 
 
 # what does not fit
@@ -231,7 +253,7 @@ def test_vocabulary_by_character_is_refused(data, name):
     tokenizer = CharTokenizer('abc')
     with pytest.raises(
         ValueError,
-        match=f'{name} is English text: it wants the tokens of GPT-2 or of a model of transformers, not a vocabulary of 3',
+        match=f'{name} is English text: it wants the tokens of GPT-2 or of a model of transformers, not a vocab',
     ) as error:
         read_examples(name, 'train', tokenizer, 64)
     assert '\n' not in str(error.value)

@@ -1,0 +1,175 @@
+"""Ways to fine-tune a pretrained language model on the tasks of arXiv 2504.10490, beside what its prompts give alone:
+SmolLM2-135M, of the size of GPT-2; results/pretrained.
+
+    OMP_NUM_THREADS=1 python study/pretrained.py                 # what has no record; in two shells, to share the runs
+    OMP_NUM_THREADS=1 python study/pretrained.py --tasks=sst --methods=head,LoRA,KAN-LoRA
+    python study/pretrained.py --stages=                         # the page from the records alone
+
+`prompts` scores the model as it is, with and without answered examples before each prompt. `search` looks for the
+learning rate of each method by the part of train that is held out, in shorter runs; `final` trains each with three
+seeds at the best. Adapters, graph layers and KAN layers are in the last blocks alone, so that the others are never
+differentiated: all of it is meant for two cores.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
+
+from configurator import ROOT, configure
+from data.loader import dataset_folder, prepare_dataset
+from data.smollm2.prepare import FILES
+from study.finetune import against, values_of
+from study.runner import Study, choose, mean_and_std, run_json, run_to_end
+from surgery.causal_lm import load_hf, load_tokenizer_of
+from tasks.prompts import find_task
+
+STUDY = Study('pretrained')
+BASE = Path(ROOT, 'out-smollm2')  # the model in float32, which loads sooner than its four bits
+BLOCKS = range(24, 30)  # of 30, with adapters
+TASKS = {  # settings of finetune.py: how much of each task two cores can learn from
+    'sst': dict(train_limit=1000, dev_limit=500, block_size=64, batch_size=16, epochs=2),
+    'cfimdb': dict(train_limit=400, block_size=128, batch_size=16, epochs=2),
+    'quora': dict(train_limit=1000, dev_limit=500, block_size=96, batch_size=16, epochs=2),
+    'sonnets': dict(block_size=256, batch_size=8, epochs=3),
+}
+SEARCH = dict(train_limit=400, valid_fraction=0.3, dev_limit=16)
+COMMON = dict(dropout=0.0, lora_dropout=0.0, predict_test=False)
+MLPS = ','.join(f'layers.{i}.mlp' for i in BLOCKS)
+LORA = dict(lora_rank=16, lora_alpha=32, lora_targets=MLPS)
+PLAIN = dict(use_lora=False)
+KAN = dict(use_kan=True, kan_single_layer=BLOCKS[-1], grid_size=3, spline_order=1)
+ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4)
+METHODS = {  # settings of finetune.py, and learning rates to try
+    'head': (dict(PLAIN, finetune_mode='head'), (1e-3, 3e-3, 1e-2)),
+    'LoRA': (LORA, ADAPTER_RATES),
+    'LoRA of rank 96': (dict(LORA, lora_rank=96, lora_alpha=192), ADAPTER_RATES),
+    'KAN-LoRA': (dict(LORA, lora_kind='kan'), ADAPTER_RATES),
+    'KAN-base LoRA': (dict(LORA, **KAN, lora_kind='kan_base', lora_targets=f'layers.{BLOCKS[-1]}.mlp'), ADAPTER_RATES),
+    'Graph-LoRA': (dict(LORA, use_graph=True), ADAPTER_RATES),
+    'full': (dict(PLAIN, finetune_mode='full'), FULL_RATES),
+    'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), FULL_RATES),
+}
+SHOTS = (0, 5)
+SEEDS = (1, 2, 3)
+
+# -----------------------------------------------------------------------------
+stages = 'prompts,search,final'
+tasks = ','.join(TASKS)
+methods = ','.join(METHODS)
+# -----------------------------------------------------------------------------
+
+
+def prepare_base():
+    if not (BASE / 'tokenizer.json').exists():  # what is written last
+        (name,) = FILES
+        prepare_dataset('smollm2', [name])
+        source = str(Path(dataset_folder('smollm2'), name))
+        load_hf(source).save_pretrained(BASE)
+        load_tokenizer_of(source).save_pretrained(BASE)
+
+
+def settings_of(task, method, **more):
+    """Settings of finetune.py."""
+    return {**COMMON, **TASKS[task], 'task': task, **METHODS[method][0], **more}
+
+
+def jobs_of(stage, task, method):
+    """{name: (stage, task and method, settings of finetune.py)}"""
+    if stage == 'search':
+        runs = [settings_of(task, method, **SEARCH, learning_rate=rate, seed=0) for rate in METHODS[method][1]]
+    else:
+        rate = best_rate(task, method)
+        runs = [settings_of(task, method, learning_rate=rate, seed=seed) for seed in SEEDS]
+    about, name = dict(stage=stage, task=task, method=method), '{}, {}, {}, lr={learning_rate:g}, seed={seed}'
+    return {name.format(stage, task, method, **run): (about, run) for run in runs}
+
+
+def prompt_jobs(task):
+    """Sonnets have no answers to show."""
+    shots = SHOTS if find_task(task).answers else (0,)
+    return {f'prompts, {task}, shots={n}': (dict(stage='prompts', task=task), n) for n in shots}
+
+
+def make(name, job, folder):
+    """The record of a run of finetune.py."""
+    about, settings = job
+    run = run_to_end(
+        'finetune.py', [f'--{key}={value}' for key, value in {**settings, 'init_from': BASE}.items()], folder
+    )
+    if 'failed' in run:
+        return {**about, 'settings': settings, 'failed': run['failed']}
+    kept = {key: run[key] for key in ('log', 'device', 'versions', 'commit')}
+    return {**about, 'settings': settings, **run['final'], **kept}
+
+
+def make_prompts(name, job, folder):
+    """The record of eval.py on the model as it is."""
+    about, shots = job
+    limit = TASKS[about['task']].get('dev_limit', 0)
+    found = run_json('eval.py', init_from=BASE, task=about['task'], shots=shots, limit=limit, batch_size=4)
+    dev = {key: found[key] for key in ('loss', 'accuracy', 'macro_f1', 'chrf', 'chrf_continuation') if key in found}
+    return {**about, 'shots': shots, 'examples': found['examples'], 'dev': dev}
+
+
+def runs_of(stage, task, method=None):
+    """The records there are."""
+    found = [run for run in STUDY.read().values() if (run['stage'], run['task']) == (stage, task)]
+    return [run for run in found if method in (None, run.get('method'))]
+
+
+def best_rate(task, method):
+    """The learning rate with the lowest loss on the part of train that is held out."""
+    runs, rates = runs_of('search', task, method), METHODS[method][1]
+    if len(runs) < len(rates):
+        raise ValueError(f'stage final wants all learning rates of {method} on {task} first: --stages=search')
+    whole = [run for run in runs if 'failed' not in run]
+    return min(whole, key=lambda run: run['valid']['loss'])['settings']['learning_rate']
+
+
+def run(stages, tasks, methods):
+    for task in tasks:
+        if 'prompts' in stages:
+            STUDY.run_all(prompt_jobs(task), make_prompts)
+        for method in methods:
+            for stage in 'search', 'final':
+                if stage in stages:
+                    STUDY.run_all(jobs_of(stage, task, method), make)
+
+
+def make_page():
+    head = '| | trains | SST | CFIMDB | Quora | sonnets | learning rates |'
+    lines = [head, '|---|' + '--:|' * 5 + '---|']
+    for shots in SHOTS:
+        cells = [f'prompt alone, {shots} examples shown' if shots else 'prompt alone', '0']
+        for task in TASKS:
+            found = [run for run in runs_of('prompts', task) if run['shots'] == shots]
+            cells.append(mean_and_std(values_of(found, task), 1) if found else '')
+        lines.append(f'| {" | ".join(cells)} | |')
+    for method in METHODS:
+        finals = {task: runs_of('final', task, method) for task in TASKS}
+        if any(finals.values()):
+            lines.append(f'| {" | ".join(row_of(method, finals))} |')
+    return '\n'.join(lines) + '\n'
+
+
+def row_of(method, finals):
+    first = next(runs[0] for runs in finals.values() if runs)
+    cells, rates = [method, f'{first["trained"]:,}'], []
+    for task, runs in finals.items():
+        baseline = values_of(runs_of('final', task, 'LoRA'), task)
+        values = values_of(runs, task)
+        is_paired = len(values) == len(baseline) > 1
+        cells.append('' if not values else against(values, baseline) if is_paired else mean_and_std(values, 1))
+        rates += [f'{runs[0]["settings"]["learning_rate"]:g}'] if runs else []
+    return [*cells, ', '.join(rates)]
+
+
+if __name__ == '__main__':
+    configure(globals())
+    stages, tasks = choose('stages', stages, ('prompts', 'search', 'final')), choose('tasks', tasks, TASKS)
+    if stages:
+        prepare_base()
+    run(stages, tasks, choose('methods', methods, METHODS))
+    if STUDY.read():
+        STUDY.show(make_page())
