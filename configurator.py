@@ -26,7 +26,7 @@ PATHS += ('save', 'folder')
 PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
 INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'keep_history')
-INCIDENTAL += ('wandb_log', 'wandb_project', 'wandb_run_name')
+INCIDENTAL += ('wandb_log', 'wandb_project', 'wandb_run_name', 'wandb_artifact', 'log_to')
 
 
 class ConfigError(ValueError):

@@ -28,6 +28,7 @@ from run import records
 from run.device import autocast, device_name, peak_memory
 from run.files import write_atomically
 from run.session import Session
+from run.trackers import names_of_trackers
 from surgery.lora import save_lora
 from tasks import model as task_model
 from tasks.prompts import collate, find_task, hold_out, make_batches, prepare_task, read_examples
@@ -43,6 +44,8 @@ resume = False  # go on with the run in out_dir
 wandb_log = False  # disabled by default
 wandb_project = 'finetune'
 wandb_run_name = ''  # empty: as out_dir
+wandb_artifact = False  # upload best.pt at the end as an artefact of wandb
+log_to = ''  # wandb, tensorboard, or both joined by a comma
 # task
 task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
@@ -120,6 +123,7 @@ if valid_fraction == 0:
     raise ValueError('valid_fraction must be greater than 0: what is held out tells when to stop')
 if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
     raise ValueError(f'expected 0 < top_p <= 1 and n_beams or best_of to be 1, got {top_p}, {n_beams} and {best_of}')
+names_of_trackers(config)  # which checks them
 check_packages(task)
 prepare_task(task)
 session = Session(device, dtype)
@@ -281,6 +285,7 @@ def finish():
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump(metrics, f, indent=1, allow_nan=False)
     session.write_record(final=metrics, finished=records.now())
+    session.finish_tracking()
     return True
 
 
@@ -324,9 +329,8 @@ while True:
         shown = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
         say(f'epoch {line["epoch"]}: {shown}, {seconds:.0f} s')
         save(is_best)
+        session.track()
         session.write_record()
-        if wandb_log:
-            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name, config=config)
     if is_done() or session.is_stopping():
         break
     t0 = time.perf_counter()

@@ -287,7 +287,8 @@ def tuned():
     settings, known = checkpoint['config'], settings_of('train.py', [])
     rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{os.path.normpath(save)}-tuned'
     changed = dict(init_from=save, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10)
-    changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device, wandb_log=False)
+    changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device)
+    changed.update(wandb_log=False, wandb_artifact=False, log_to='')
     settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
     flags = [f'--{name}={value}' for name, value in settings.items()]
     say(f'python train.py --init_from={save} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')

@@ -23,6 +23,7 @@ from run import records
 from run.cost import count_flops
 from run.device import autocast, device_name, flops_promised, peak_memory
 from run.session import Session
+from run.trackers import names_of_trackers
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a gpt2 (124M) on OpenWebText
@@ -39,6 +40,8 @@ init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*', the folder of another run
 wandb_log = False  # disabled by default
 wandb_project = 'owt'
 wandb_run_name = ''  # empty: as out_dir
+wandb_artifact = False  # upload best.pt at the end as an artefact of wandb
+log_to = ''  # wandb, tensorboard, or both joined by a comma
 # data
 dataset = 'openwebtext'
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all processes
@@ -106,6 +109,8 @@ check_ranges(
 )
 if spline_weight_decay < 0 and spline_weight_decay != -1:
     raise ValueError(f'spline_weight_decay must not be negative, or -1 for weight_decay, got {spline_weight_decay}')
+
+names_of_trackers(config)  # which checks them
 
 # processes and device
 session = Session(device, dtype)
@@ -323,7 +328,7 @@ if is_another_text and not eval_only:
     say(f'warning: the tokens of data set {dataset!r} are not those this run began with: its best loss starts anew')
     log = []
     if master:
-        ckpt.set_aside(out_dir, ['best.pt', 'log.jsonl'])
+        ckpt.set_aside(out_dir, ['best.pt', 'log.jsonl', 'tensorboard'])
 session.begin(
     None if eval_only else out_dir,
     log,
@@ -364,8 +369,7 @@ while True:
         line.update(tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
         session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
-        if wandb_log:
-            session.log_to_wandb(line, project=wandb_project, name=wandb_run_name or out_dir, config=config)
+        session.track()
         if keep_history and not eval_only:
             save_weights()
         if not eval_only and (iter_num > 0 or is_last):
@@ -414,6 +418,7 @@ while True:
 bar.close()
 if finished:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
+    session.finish_tracking()
 elif not eval_only:
     save()
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')

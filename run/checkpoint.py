@@ -6,6 +6,7 @@
     run.json, log.jsonl   what records.py writes
     history/       the weights of every evaluation, a file each by iteration, where keep_history asks for them
     interpret/     what interpret.py writes
+    tensorboard/   the points of log.jsonl for TensorBoard, where log_to asks for them
     metrics.json, predictions, adapter   what finetune.py adds at the end of a run
 
 A folder of export.py is read like that of a run: gpt.json says what model.safetensors holds.
@@ -34,7 +35,7 @@ STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
 EXPORT = 'gpt.json'
 CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # what transformers' GPT-2 has the other way round
 LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a run leaves behind
-LEFT += ('metrics.json', 'predictions', 'adapter')
+LEFT += ('metrics.json', 'predictions', 'adapter', 'tensorboard')
 
 
 def save_checkpoint(out_dir, checkpoint, is_best):

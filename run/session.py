@@ -17,6 +17,7 @@ from tqdm import tqdm
 from run import records
 from run.checkpoint import save_checkpoint, save_weights, set_aside, versions
 from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, set_up
+from run.trackers import Trackers
 
 
 class Session:
@@ -33,7 +34,7 @@ class Session:
         if self.ddp and self.device_type == 'cuda':
             self.device = pick_device(f'cuda:{self.local_rank}')
         self.dtype = pick_dtype(dtype, self.device)
-        self.signals, self.save_failed, self.wandb_failed = [], False, False
+        self.signals, self.save_failed = [], False
         self.lock = None  # of the folder of the run
         self.bad_step = None  # the first whose loss or gradient is not finite, on the device; inf where there is none
         self.on_terminal = self.master and sys.stderr.isatty()
@@ -206,6 +207,7 @@ class Session:
             earlier = set_aside(out_dir) if resumed_at is None else None
             if earlier:
                 self.say(f'{out_dir} holds an earlier run: its files are moved to {earlier}')
+        self.trackers = Trackers(out_dir, self.record, log, self.say)
         self.write_record()
 
     def reserve(self, out_dir, make=False):
@@ -239,16 +241,11 @@ class Session:
         if self.out_dir is not None:
             self.write('the run record is not saved', records.write_run, self.out_dir, self.record, self.log)
 
-    def log_to_wandb(self, line, **run):
-        """wandb is a convenience: whatever it raises is one warning, and the run goes on without it."""
-        if not self.master or self.wandb_failed:
-            return
-        try:
-            import wandb
+    def track(self):
+        """Show the last line of the log in what log_to names."""
+        if self.master:
+            self.trackers.show()
 
-            if wandb.run is None:
-                wandb.init(settings={'login_timeout': 30}, **run)
-            wandb.log(line)
-        except Exception as error:
-            self.wandb_failed = True
-            self.say(f'warning: no wandb from here on: {type(error).__name__}: {error}')
+    def finish_tracking(self):
+        if self.master:
+            self.trackers.finish()

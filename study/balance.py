@@ -145,7 +145,7 @@ if by == 'seconds' and abs(times - 1) > tolerance:
     print(f'warning: measured again it takes {times:.3f} of the time of the KAN-GPT; was the machine busy?')
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
-machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log')
+machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log', 'wandb_artifact', 'log_to')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 wanted = {**settings, **shape, 'out_dir': f'out-{name}'}
 changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in machine + of_kan}

@@ -90,6 +90,31 @@ FUNCTIONS = {  # the families of inside/formulas.py, by numpy in float64
     'affine': lambda z: z,
 }
 
+# in place of wandb: a module that prints what it is told
+FAKE_WANDB = """
+from types import SimpleNamespace
+
+run = None
+
+def init(id=None, resume=None, **settings):
+    global run
+    run = SimpleNamespace(id=id or 'abc')
+    print('wandb run', id, resume)
+
+def log(line):
+    print('logged', line['iter'])
+
+class Artifact:
+    def __init__(self, name, type):
+        print('artifact', name, type)
+
+    def add_file(self, path):
+        print('with', path)
+
+def log_artifact(artifact):
+    print('uploaded')
+"""
+
 
 def copy_code(folder):
     """The code of the repository, without data, configs, results and tests, in another folder."""
@@ -304,6 +329,13 @@ def load(folder, name='ckpt.pt'):
 
 def read_log(folder):
     return [json.loads(line) for line in Path(folder, 'log.jsonl').read_text().splitlines()]
+
+
+def read_points(folder):
+    """{name: [(step, value)]}: what TensorBoard shows of the run in a folder."""
+    module = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    found = module.EventAccumulator(str(Path(folder, 'tensorboard')), {'scalars': 0}).Reload()
+    return {name: [(point.step, point.value) for point in found.Scalars(name)] for name in found.Tags()['scalars']}
 
 
 def same_state(a, b):

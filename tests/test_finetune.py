@@ -15,6 +15,7 @@ from configurator import names_of_configs, settings_of
 from data import course, loader
 from data.tokenizer import GPT2Tokenizer
 from helpers import (
+    FAKE_WANDB,
     ROOT,
     Words,
     answer_pairs,
@@ -24,6 +25,7 @@ from helpers import (
     load,
     make_checkpoint,
     read_log,
+    read_points,
     run_forked,
     same_state,
     together,
@@ -33,7 +35,7 @@ from surgery.lora import read_adapter
 from tasks import model as task_model
 from tasks import prompts
 
-for package in 'sklearn', 'sacrebleu', 'torch_geometric':
+for package in 'sklearn', 'sacrebleu', 'torch_geometric', 'tensorboard':
     pytest.importorskip(package)
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -463,15 +465,23 @@ def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
     )
     assert 'resuming at step 2\n' in done.stdout and f'stopped at step {N_STEPS}; to go on' in done.stdout
     assert load(parts)['iter_num'] == N_STEPS and read_log(parts) == []
-    tune(place, 'parts', resume=True, **settings)
+    (place / 'wandb.py').write_text(FAKE_WANDB)
+    shown = dict(resume=True, log_to='wandb,tensorboard', wandb_artifact=True)
+    done = tune(place, 'parts', **shown, **settings)
+    told = ['wandb run None None', f'logged {N_STEPS}', f'logged {2 * N_STEPS}', 'with parts/best.pt', 'uploaded']
+    assert [text for text in done.stdout.splitlines() if text in told] == told
+    for name, points in read_points(parts).items():
+        assert points == [(line['iter'], pytest.approx(line[name])) for line in read_log(parts)]
     assert load(parts)['iter_num'] == 2 * N_STEPS and same_run(place / 'straight', parts)
     assert not same_state(load(place / 'straight'), load(place / 'control'))
     if settings is ADAPTERS:  # once more where all is done: stopped while dev is scored, then the same scores again
-        done = tune(place, 'parts', resume=True, env={'STOP_AT': '1'}, **settings)
+        done = tune(place, 'parts', env={'STOP_AT': '1'}, **shown, **settings)
         assert f'stopped at step {2 * N_STEPS}; to go on' in done.stdout and 'finished' not in read_json(
             parts, 'run.json'
         )
-        tune(place, 'parts', resume=True, **settings)
+        assert 'uploaded' not in done.stdout
+        done = tune(place, 'parts', **shown, **settings)
+        assert 'wandb run abc allow\nartifact model-abc model\n' in done.stdout
         assert same_run(place / 'straight', parts)
 
 
@@ -631,6 +641,7 @@ def complain(workshop):
             'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers',
         ),
         (dict(epochs=0), 'epochs must be at least 1, got 0'),
+        (dict(log_to='wandbs'), "log_to='wandbs': expected any of wandb, tensorboard joined by commas"),
         (dict(lora_dropout=1.0), 'lora_dropout must be less than 1, got 1.0'),
         (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
         (

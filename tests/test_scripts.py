@@ -32,7 +32,7 @@ ABOVE = {  # what a module of the root or of a room may import from, besides its
 }
 COMMANDS = {'train', 'sample', 'finetune', 'eval', 'interpret', 'export', 'study'}  # they may import from all of these
 HEAVY = set(
-    'matplotlib wandb transformers peft torch_geometric tiktoken datasets scipy pytest plotly sklearn sacrebleu'.split()
+    'matplotlib wandb tensorboard transformers peft torch_geometric tiktoken datasets scipy pytest plotly sklearn sacrebleu'.split()
 )
 OTHERS = set(
     'kernels evaluate adapters datasets tokenizers accelerate transformers peft diffusers trl'.split()

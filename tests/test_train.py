@@ -18,6 +18,7 @@ import torch
 from data.loader import write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
+    FAKE_WANDB,
     KAN,
     ROOT,
     SHAPE,
@@ -31,6 +32,7 @@ from helpers import (
     load,
     make_checkpoint,
     read_log,
+    read_points,
     read_until,
     run,
     run_forked,
@@ -214,16 +216,17 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path, dataset):
 
 def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     """However low the loss on the text before it was."""
-    train(tmp_path, dataset, max_iters=2)
+    train(tmp_path, dataset, max_iters=2, log_to='tensorboard')
     state = load(tmp_path / 'out', 'ckpt.pt')
     torch.save({**state, 'best_val_loss': 0.001}, tmp_path / 'out' / 'ckpt.pt')
     before = (tmp_path / 'out' / 'best.pt').read_bytes()
     other = write_dataset(tmp_path / 'other', n_train=3000)
-    done = train(tmp_path, other, init_from='resume', max_iters=4)
+    done = train(tmp_path, other, init_from='resume', max_iters=4, log_to='tensorboard')
     assert 'are not those this run began with: its best loss starts anew' in done.stdout
     best = load(tmp_path / 'out', 'best.pt')
     assert best['iter_num'] > 2 and best['best_val_loss'] > 1 and best['data'] != state['data']
     assert (tmp_path / 'out' / 'earlier-1' / 'best.pt').read_bytes() == before
+    assert [step for step, _ in read_points(tmp_path / 'out')['val_loss']] == [2, 4]
     again = train(tmp_path, other, init_from='resume', max_iters=6)
     assert [line['iter'] for line in read_log(tmp_path / 'out')][0] == 2  # of the text before there is another log
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
@@ -436,25 +439,49 @@ def test_eval_only_writes_nothing(tmp_path, dataset):
 
 # settings, packages and data of all kinds
 
+ABSENT = "raise ImportError('not here')"
 WANDB = {
-    'absent': "raise ImportError('no wandb here')",
+    'absent': ABSENT,
     'failing in init': "run = None\ndef init(**settings):\n    raise RuntimeError('no key')",
-    'failing in log': "run = None\ndef init(**settings):\n    pass\ndef log(line):\n    raise OSError('no network')",
-    'working': 'run = None\ndef init(**settings):\n    global run\n    run = settings\n'
-    'def log(line):\n    print("logged", line["iter"])',
+    'failing in log': f"{FAKE_WANDB}\ndef log(line):\n    raise OSError('no network')",
+    'working': FAKE_WANDB,
 }
+LOG_TO = {'absent': 'wandb,tensorboard', 'failing in log': 'tensorboard', 'working': 'wandb,tensorboard'}
 
 
-def test_wandb_never_stops_a_run(tmp_path, dataset):
+def test_wandb_and_tensorboard_never_stop_a_run(tmp_path, dataset):
+    pytest.importorskip('tensorboard')
+    done = {}
     for name, source in WANDB.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / 'wandb.py').write_text(source)
-    settings = {**TINY, 'dataset': dataset, 'wandb_log': True, 'max_iters': 2}
-    done = [run_forked(tmp_path, 'train.py', *flags(**settings, out_dir=f'out {name}'), modules=name) for name in WANDB]
-    for name, run_with_it in zip(WANDB, done):
-        assert run_with_it.returncode == 0 and read_log(tmp_path / f'out {name}')[-1]['iter'] == 2
-        assert run_with_it.stdout.count('warning: no wandb') == (name != 'working')
-    assert 'logged 0' in done[-1].stdout and 'logged 2' in done[-1].stdout
+        if name in ('absent', 'failing in init'):  # and not imported where only wandb is asked for
+            (tmp_path / name / 'tensorboard.py').write_text(ABSENT)
+        settings = dict(TINY, dataset=dataset, out_dir=f'out {name}', max_iters=2, log_to=LOG_TO.get(name, ''))
+        settings.update(wandb_log=name != 'absent', wandb_artifact=True)
+        done[name] = run_forked(tmp_path, 'train.py', *flags(**settings), modules=name)
+        assert done[name].returncode == 0 and read_log(tmp_path / f'out {name}')[-1]['iter'] == 2, done[name].stderr
+        assert done[name].stdout.count('warning: no wandb') == (name != 'working')
+        assert done[name].stdout.count('warning: no tensorboard') == (name == 'absent')
+        assert (tmp_path / f'out {name}' / 'tensorboard').exists() == (name in ('failing in log', 'working'))
+    assert 'uploaded' not in done['failing in log'].stdout
+    told = ['wandb run None None', 'logged 0', 'logged 2', 'artifact model-abc model', 'with out working/best.pt']
+    assert [text for text in done['working'].stdout.splitlines() if text in told] == told
+
+    # two iterations more, then once more from the checkpoint before: wandb has one run, TensorBoard each point once
+    out, settings = tmp_path / 'out working', {**settings, 'init_from': 'resume', 'max_iters': 4}
+    for _ in range(2):
+        again = run_forked(tmp_path, 'train.py', *flags(**settings), modules='working')
+        assert again.returncode == 0 and 'resuming at iteration 2' in again.stdout, again.stderr
+        assert 'wandb run abc allow' in again.stdout
+        shutil.copy(out / 'ckpt_prev.pt', out / 'ckpt.pt')
+    names = 'tokens seconds train_loss val_loss lr tokens_per_s peak_mem'.split()
+    points, log = read_points(out), read_log(out)
+    assert [each['iter'] for each in log] == [0, 2, 4]
+    for name in names:
+        wanted = [(each['iter'], pytest.approx(each[name])) for each in log if each[name] is not None]
+        assert points.get(name, []) == wanted, name
+    assert points.keys() <= set(names)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
@@ -620,6 +647,7 @@ def complain(tmp_path, dataset):
         (dict(spline_weight_decay=-2.0), 'spline_weight_decay must not be negative, or -1'),
         (dict(mlp='gelu'), "mlp='gelu': expected 'mlp' or 'swiglu'"),
         (dict(seed=2**64), 'seed must be less than'),
+        (dict(log_to='tensorbord'), "log_to='tensorbord': expected any of wandb, tensorboard joined by commas"),
         (dict(init_from='gtp2'), "init_from='gtp2'"),
         (dict(init_from='resume'), 'no checkpoint in '),
     ],
