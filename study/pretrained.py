@@ -17,11 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import ROOT, configure
-from data.loader import dataset_folder, prepare_dataset
-from data.smollm2.prepare import FILES
+from study import smollm2
 from study.finetune import against, values_of
 from study.runner import Study, choose, mean_and_std, run_json, run_to_end
-from surgery.causal_lm import load_hf, load_tokenizer_of
 from tasks.prompts import find_task
 
 STUDY = Study('pretrained')
@@ -62,11 +60,9 @@ methods = ','.join(METHODS)
 
 def prepare_base():
     if not (BASE / 'tokenizer.json').exists():  # what is written last
-        (name,) = FILES
-        prepare_dataset('smollm2', [name])
-        source = str(Path(dataset_folder('smollm2'), name))
-        load_hf(source).save_pretrained(BASE)
-        load_tokenizer_of(source).save_pretrained(BASE)
+        tokenizer, hf = smollm2.load()
+        hf.save_pretrained(BASE)
+        tokenizer.save_pretrained(BASE)
 
 
 def settings_of(task, method, **more):

@@ -8,6 +8,7 @@ write Shakespeare, beside LoRA of as many parameters. Records and page go to res
 one and is measured on the last tenth.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from data.tinyshakespeare import read_text
 from run.device import device_name
 from run.records import commit
 from study.runner import Study, choose, mean_and_std
+from surgery.causal_lm import load_hf, load_tokenizer_of
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora
 
@@ -43,12 +45,10 @@ stages = 'search,final'
 
 
 def load():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     (name,) = FILES
     prepare_dataset('smollm2', [name])
-    place = dict(pretrained_model_name_or_path=dataset_folder('smollm2'), gguf_file=name)
-    return AutoTokenizer.from_pretrained(**place), AutoModelForCausalLM.from_pretrained(**place)
+    source = os.path.join(dataset_folder('smollm2'), name)
+    return load_tokenizer_of(source), load_hf(source)
 
 
 def adapt(model, kind, example):

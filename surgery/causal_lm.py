@@ -151,16 +151,32 @@ def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
 
 def load_hf(source, dropout=0.0, dtype=torch.float32):
     """The same as the model of transformers that it is."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     config = set_dropout(load_config(source), dropout)
     with one_line(source):
         settings = dict(config=config, dtype=dtype, output_loading_info=True)
+        if source.endswith('.gguf'):
+            settings.update(quantization_config=GgufConfig(dequantize=True))
         hf, found = AutoModelForCausalLM.from_pretrained(**place_of(source), **settings)
+    if source.endswith('.gguf'):
+        forget_bits(hf)
+    elif getattr(hf.config, 'quantization_config', None):
+        raise ValueError(
+            f'{source} has weights of a few bits each, which cannot be trained: expected one with whole ones'
+        )
     if found['missing_keys'] or found['mismatched_keys']:
         first = min(map(str, {*found['missing_keys'], *found['mismatched_keys']}))
         raise ValueError(f'{source} has no weights that fit for {first}: it is another model than its config says')
     return hf
+
+
+def forget_bits(hf):
+    """Of a model whose weights are all unpacked, the mark that they were packed."""
+    for owner, name in (hf.config, 'quantization_config'), (hf, 'hf_quantizer'):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    hf.is_quantized = False
 
 
 def rebuild(causal_lm, block_size, dropout):

@@ -233,6 +233,7 @@ def test_gguf(tmp_path):
     model = load_causal_lm(str(path))
     with torch.no_grad():
         torch.testing.assert_close(model(idx, idx)[0], hf(idx).logits, atol=1e-5, rtol=1e-4)
+    json.dumps(model.description)  # of plain values alone, as a checkpoint wants them
     assert load_tokenizer_of(str(path))('on and on').input_ids == byte_pairs().encode('on and on').ids
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match='cannot load .*tiny.gguf') as error:
