@@ -2,14 +2,14 @@
 # make test      the whole test suite; make lint is part of it
 # make results   the pages of results/ from their records, without running anything
 # make gpu       tests, tiles and speed on a CUDA card; MINUTES=9
-# make nano, win, smollm2, minilm, finetune, speed, pinn, interpret, symbolic   a study: the runs that have no record yet, hours to nights on two cores, then its pages
+# make nano, win, smollm2, minilm, finetune, pretrained, speed, pinn, interpret, symbolic   a study: the runs that have no record yet, hours to nights on two cores, then its pages
 # make clean     remove the virtual environment, not your data and runs
 
 PYTHON ?= python3
 BIN = .venv/bin
 ONE_THREAD = OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test lint results gpu nano win smollm2 minilm finetune speed pinn interpret symbolic clean
+.PHONY: demo test lint results gpu nano win smollm2 minilm finetune pretrained speed pinn interpret symbolic clean
 
 demo: .venv/installed
 	$(BIN)/python train.py config/train_shakespeare_char_nano_kan_channel.py
@@ -30,6 +30,7 @@ results: .venv/installed-all
 	$(BIN)/python study/smollm2.py --stages=
 	$(BIN)/python study/minilm.py --stages=
 	$(BIN)/python study/finetune.py --stages=
+	$(BIN)/python study/pretrained.py --stages=
 	$(BIN)/python study/speed.py --jobs=
 	$(BIN)/python study/pinn.py --problems=
 	$(BIN)/python study/interpret.py --jobs=
@@ -50,6 +51,10 @@ win: .venv/installed-all
 
 smollm2: .venv/installed-all
 	$(BIN)/python study/smollm2.py
+
+# in two shells, to share the runs; the tasks' files as for finetune
+pretrained: .venv/installed-all
+	$(ONE_THREAD) study/pretrained.py
 
 # SST=FOLDER takes the three files of the treebank from a folder
 minilm: .venv/installed-all

@@ -1,0 +1,67 @@
+"""The study of fine-tuning on SmolLM2: what it would run, how it chooses, and its page, from made-up records."""
+
+import pytest
+
+from configurator import settings_of
+from study import pretrained
+from study.runner import Study
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, 'STUDY', Study('pretrained', tmp_path))
+    return pretrained
+
+
+def make(name, job, folder):
+    """LoRA is right in 0.5, and more with higher seeds; its best rate is the middle one. KAN-LoRA is 0.1 better."""
+    about, settings = job
+    settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+    right = 0.5 + 0.01 * settings['seed'] + 0.001 * (settings['seed'] % 3) * (about['method'] == 'KAN-LoRA')
+    right += 0.1 * (about['method'] == 'KAN-LoRA')
+    if settings['learning_rate'] == 3e-3 and about['method'] == 'LoRA':
+        return {**about, 'settings': settings, 'failed': 'loss is nan'}
+    loss = abs(settings['learning_rate'] - 1e-3)
+    dev = dict(accuracy=right) if about['task'] != 'sonnets' else dict(chrf=30 * right, chrf_continuation=20 * right)
+    return {**about, 'settings': settings, 'valid': dict(loss=loss), 'dev': dev, 'trained': 1000}
+
+
+def make_prompts(name, job, folder):
+    about, shots = job
+    dev = dict(accuracy=0.4 + 0.01 * shots) if about['task'] != 'sonnets' else dict(chrf=30.0, chrf_continuation=9.0)
+    return {**about, 'shots': shots, 'dev': dev}
+
+
+def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkeypatch):
+    monkeypatch.setattr(study, 'make', make)
+    monkeypatch.setattr(study, 'make_prompts', make_prompts)
+    with pytest.raises(ValueError, match='stage final wants all learning rates of LoRA on sst first'):
+        study.run(['final'], ['sst'], ['LoRA'])
+    study.run(['prompts', 'search', 'final'], ['sst', 'sonnets'], ['LoRA', 'KAN-LoRA'])
+    for task in 'sst', 'sonnets':
+        for method in 'LoRA', 'KAN-LoRA':
+            finals = study.runs_of('final', task, method)
+            assert {run['settings']['seed'] for run in finals} == set(study.SEEDS)
+            assert {run['settings']['learning_rate'] for run in finals} == {1e-3}
+    page = study.make_page()
+    assert '| prompt alone | 0 | 40.0 |  |  | 9.0 | |\n| prompt alone, 5 examples shown | 0 | 45.0 |  |  |  | |' in page
+    assert '| LoRA | 1,000 | 52.0 ± 1.0 |  |  | 10.4 ± 0.2 | 0.001, 0.001 |' in page
+    assert '| KAN-LoRA | 1,000 | 62.1 ± 1.0 (p = ' in page and 'head' not in page
+
+
+def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypatch):
+    monkeypatch.setattr(study, 'best_rate', lambda task, method: study.METHODS[method][1][0])
+    names = []
+    for task in study.TASKS:
+        for method in study.METHODS:
+            for stage in 'search', 'final':
+                for name, (_, settings) in study.jobs_of(stage, task, method).items():
+                    settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+                    assert settings['task'] == task and (settings['seed'] == 0) == (stage == 'search')
+                    names.append(name)
+    assert len(set(names)) == len(names) == 4 * 8 * (3 + 3)
+
+
+def test_the_page_is_made_from_the_records():
+    table = pretrained.STUDY.folder / 'table.md'
+    assert pretrained.make_page() == table.read_text(encoding='utf-8')
