@@ -153,12 +153,16 @@ def row_of(method, finals):
     first = next(runs[0] for runs in finals.values() if runs)
     cells, rates = [method, f'{first["trained"]:,}'], []
     for task, runs in finals.items():
-        baseline = values_of(runs_of('final', task, 'LoRA'), task)
-        values = values_of(runs, task)
-        is_paired = len(values) == len(baseline) > 1
-        cells.append('' if not values else against(values, baseline) if is_paired else mean_and_std(values, 1))
+        cells.append(compare(values_of(runs, task), values_of(runs_of('final', task, 'LoRA'), task)))
         rates += [f'{runs[0]["settings"]["learning_rate"]:g}'] if runs else []
     return [*cells, ', '.join(rates)]
+
+
+def compare(values, baseline):
+    """Scores beside those of LoRA with the same seeds, alone where one of the two is not there in full."""
+    if not values:
+        return ''
+    return against(values, baseline) if len(values) == len(baseline) > 1 else mean_and_std(values, 1)
 
 
 if __name__ == '__main__':

@@ -36,8 +36,14 @@ class CausalLM(nn.Module):
         sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
         self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
         self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
-        found = (path for path, module in self.body.named_modules() if is_list_of(module, n_layer))
-        self.blocks_path = f'body.{next(found, "")}'
+        lists = (
+            path
+            for path, module in self.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == n_layer
+        )
+        self.blocks_path = next(lists, None)
+        if self.blocks_path is None:
+            raise ValueError(f'{type(hf).__name__} holds no list of its {n_layer} blocks')
         self.check(hf)
 
     @property
@@ -140,10 +146,6 @@ class AddGraph:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
-def is_list_of(module, n):
-    return isinstance(module, nn.ModuleList) and len(module) == n
-
-
 def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
     """The CausalLM of a name of the Hugging Face hub, a folder, or a GGUF file; ValueError for what is none."""
     return CausalLM(load_hf(source, dropout, dtype), dropout).eval()
@@ -151,10 +153,10 @@ def load_causal_lm(source, dropout=0.0, dtype=torch.float32):
 
 def load_hf(source, dropout=0.0, dtype=torch.float32):
     """The same as the model of transformers that it is."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
     config = set_dropout(load_config(source), dropout)
     with one_line(source):
+        from transformers import AutoModelForCausalLM, GgufConfig
+
         settings = dict(config=config, dtype=dtype, output_loading_info=True)
         if source.endswith('.gguf'):
             settings.update(quantization_config=GgufConfig(dequantize=True))
@@ -201,17 +203,17 @@ def name_in_hf(path, hf):
 
 
 def load_config(source):
-    from transformers import AutoConfig
-
     with one_line(source):
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(**place_of(source))
 
 
 def load_tokenizer_of(source):
     """The fast tokenizer of a model, one of transformers."""
-    from transformers import AutoTokenizer
-
     with one_line(source):
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(**place_of(source))
     if not tokenizer.is_fast:
         raise ValueError(f'{source} has a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)')
@@ -239,6 +241,8 @@ def one_line(source):
     """Whatever transformers raises while it reads a source as a ValueError of one line."""
     try:
         yield
+    except ImportError:
+        raise ValueError(f'loading {source!r} needs transformers: pip install -r requirements-all.txt') from None
     except Exception as error:  # damaged files raise errors of all kinds
         if 'trust_remote_code' in str(error):
             raise ValueError(

@@ -268,6 +268,37 @@ def test_what_peft_cannot_hold_is_refused(folder):
     assert not (folder / 'peft-tuned-adapter').exists()
 
 
+HUB = """
+import json
+import os
+import huggingface_hub
+
+class HfApi:
+    def create_repo(self, *args, **settings):
+        print('created', json.dumps([args, settings]))
+
+    def upload_folder(self, repo_id, folder_path):
+        return f'{repo_id} has {",".join(sorted(os.listdir(folder_path)))}'
+
+huggingface_hub.HfApi = HfApi
+"""
+
+
+def test_push_uploads_the_folder(folder):
+    """To a hub in the place of Hugging Face's."""
+    (folder / 'hub.py').write_text(HUB)
+    command = ['--out_dir=out-swiglu', '--folder=hf-pushed', '--push=me/plays']
+    done = run_forked(folder, 'export.py', *command, modules=str(folder), prelude='hub')
+    assert done.returncode == 0, done.stderr
+    written, created, uploaded = done.stdout.splitlines()
+    assert created == 'created [["me/plays"], {"exist_ok": true}]'
+    assert uploaded == 'me/plays has ' + ','.join(sorted(path.name for path in (folder / 'hf-pushed').iterdir()))
+    assert (
+        "pipeline('text-generation', 'me/plays', trust_remote_code=True)"
+        in (folder / 'hf-pushed/README.md').read_text()
+    )
+
+
 def test_mistakes_are_named_and_leave_nothing(folder):
     checkpoint = make_checkpoint(folder / 'out-part')
     (folder / 'out-part' / 'run.json').write_text(json.dumps(dict(config={})))
