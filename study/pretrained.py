@@ -48,7 +48,7 @@ METHODS = {  # settings of finetune.py, and learning rates to try
     'full': (dict(PLAIN, finetune_mode='full'), FULL_RATES),
     'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), FULL_RATES),
 }
-SHOTS = (0, 5)
+SHOTS = 5
 SEEDS = (1, 2, 3)
 
 # -----------------------------------------------------------------------------
@@ -82,9 +82,10 @@ def jobs_of(stage, task, method):
 
 
 def prompt_jobs(task):
-    """Sonnets have no answers to show."""
-    shots = SHOTS if find_task(task).answers else (0,)
-    return {f'prompts, {task}, shots={n}': (dict(stage='prompts', task=task), n) for n in shots}
+    """{name: (stage and task, settings of eval.py)}: without shots, and where there are answers with other ones each."""
+    runs = [dict(shots=0)] + [dict(shots=SHOTS, seed=seed) for seed in SEEDS if find_task(task).answers]
+    texts = [', '.join(f'{key}={value}' for key, value in run.items()) for run in runs]
+    return {f'prompts, {task}, {text}': (dict(stage='prompts', task=task), run) for text, run in zip(texts, runs)}
 
 
 def make(name, job, folder):
@@ -101,11 +102,11 @@ def make(name, job, folder):
 
 def make_prompts(name, job, folder):
     """The record of eval.py on the model as it is."""
-    about, shots = job
+    about, settings = job
     limit = TASKS[about['task']].get('dev_limit', 0)
-    found = run_json('eval.py', init_from=BASE, task=about['task'], shots=shots, limit=limit, batch_size=4)
+    found = run_json('eval.py', init_from=BASE, task=about['task'], limit=limit, batch_size=4, **settings)
     dev = {key: found[key] for key in ('loss', 'accuracy', 'macro_f1', 'chrf', 'chrf_continuation') if key in found}
-    return {**about, 'shots': shots, 'examples': found['examples'], 'dev': dev}
+    return {**about, **settings, 'examples': found['examples'], 'dev': dev}
 
 
 def runs_of(stage, task, method=None):
@@ -136,7 +137,7 @@ def run(stages, tasks, methods):
 def make_page():
     head = '| | trains | SST | CFIMDB | Quora | sonnets | learning rates |'
     lines = [head, '|---|' + '--:|' * 5 + '---|']
-    for shots in SHOTS:
+    for shots in 0, SHOTS:
         cells = [f'prompt alone, {shots} examples shown' if shots else 'prompt alone', '0']
         for task in TASKS:
             found = [run for run in runs_of('prompts', task) if run['shots'] == shots]

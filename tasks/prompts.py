@@ -6,6 +6,7 @@ batches.
 import os
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,8 +160,8 @@ def put_before(mark, before, text):
 
 
 def encode_shots(name, tokenizer, n, seed, longest=100):
-    """The token ids of n examples of train, drawn by a seed, each with its answer; their prompts have `longest` tokens
-    at most.
+    """The token ids of n examples of train, drawn by a seed, each with its answer: of each label as many, if n allows.
+    Their prompts have `longest` tokens at most.
     """
     task, ids = find_task(name), []
     if not task.answers:
@@ -168,7 +169,7 @@ def encode_shots(name, tokenizer, n, seed, longest=100):
     rows = task.read('train')
     if n > len(rows):
         raise ValueError(f'{n} shots of {name} are more than the {len(rows)} examples of train')
-    for _, *sentences, label in random.Random(seed).sample(rows, n):
+    for _, *sentences, label in draw_evenly(rows, n, random.Random(seed)):
         ids, _ = encode_prompt(task, sentences, tokenizer, len(ids) + longest, ids)
         ids += tokenizer.encode_next(task.answers[label])
     return ids
@@ -189,6 +190,16 @@ def encode_sonnet(text, tokenizer, block_size):
 def prompt_of(sonnet):
     """The first three lines of a sonnet, with the break after them: what is to be continued."""
     return '\n'.join(sonnet.split('\n')[:N_PROMPT_LINES]) + '\n'
+
+
+def draw_evenly(rows, n, draw):
+    """n of the rows in any order, of each label (their last entry) as many as of the others, if there are as many."""
+    seen, ranked = Counter(), []
+    for row in draw.sample(rows, len(rows)):
+        ranked.append((seen[row[-1]], row))
+        seen[row[-1]] += 1
+    first = [row for _, row in sorted(ranked, key=lambda pair: pair[0])[:n]]
+    return draw.sample(first, n)
 
 
 # what is held out, and batches

@@ -133,6 +133,16 @@ def test_shots_are_answered_prompts_before_the_prompt(gpt2, data):
         prompts.encode_shots('sonnets', gpt2, 1, seed=1)
 
 
+def test_shots_are_of_every_label():
+    rows = [(str(i), f'text {i}', i % 3 if i < 30 else 0) for i in range(100)]
+    drawn = [prompts.draw_evenly(rows, 6, random.Random(seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for shots in drawn:
+        assert sorted(row[-1] for row in shots) == [0, 0, 1, 1, 2, 2] and len(set(shots)) == 6
+    assert any([row[-1] for row in shots] != [0, 0, 1, 1, 2, 2] for shots in drawn)
+    assert len(set(prompts.draw_evenly(rows, 100, random.Random(1)))) == 100
+
+
 # what does not fit
 
 
