@@ -63,7 +63,7 @@ def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypat
                     settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
                     assert settings['task'] == task and (settings['seed'] == 0) == (stage == 'search')
                     names.append(name)
-    assert len(set(names)) == len(names) == 4 * 8 * (3 + 3)
+    assert len(set(names)) == len(names) == 4 * (5 * 4 + 3 * 3 + 8 * 3)
 
 
 def test_the_page_is_made_from_the_records():
