@@ -37,7 +37,7 @@ MLPS = ','.join(f'layers.{i}.mlp' for i in BLOCKS)
 LORA = dict(lora_rank=16, lora_alpha=32, lora_targets=MLPS)
 PLAIN = dict(use_lora=False)
 KAN = dict(use_kan=True, kan_single_layer=BLOCKS[-1], grid_size=3, spline_order=1)
-ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (1e-5, 3e-5, 1e-4)
+ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3, 1e-2, 3e-2), (1e-5, 3e-5, 1e-4)
 METHODS = {  # settings of finetune.py, and learning rates to try
     'head': (dict(PLAIN, finetune_mode='head'), (1e-3, 3e-3, 1e-2)),
     'LoRA': (LORA, ADAPTER_RATES),
