@@ -17,6 +17,8 @@ from run.files import sha256_of, write_atomically
 # nanoGPT's and nanoGPKANT's checkpoints carry no vocabulary: this is the one they were trained with
 TINYSHAKESPEARE_CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+END = '<|endoftext|>'  # stands between documents
+
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 GPT2_FILES = [  # name, bytes, the sha256 that tiktoken expects
     ('vocab.bpe', 456318, '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'),
@@ -67,7 +69,7 @@ class GPT2Tokenizer:
 
     def encode(self, text):
         """Token ids of a prompt, in which <|endoftext|> is the special token."""
-        return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+        return self.encoding.encode(text, allowed_special={END})
 
     def encode_ordinary(self, text):
         """Token ids of a document, in which <|endoftext|> is text like any other."""
@@ -236,7 +238,7 @@ def begins_character(byte):
 
 def as_fast(tokenizer, length):
     """The tokenizer as one of transformers, for a model of that many positions. A character without a token is an error
-    there, too.
+    there, too. <|endoftext|>, where it is a token of its own, is what begins and ends a text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
@@ -255,6 +257,8 @@ def as_fast(tokenizer, length):
         made.no_truncation()
         made.no_padding()
         made.post_processor = None  # it would add tokens of its own
+        if END in {token.content for token in made.get_added_tokens_decoder().values()}:
+            settings.update(bos_token=END, eos_token=END)
     return PreTrainedTokenizerFast(tokenizer_object=made, **settings)
 
 

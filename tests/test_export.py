@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, as_fast
+from data.tokenizer import END, CharTokenizer, GPT2Tokenizer, JsonTokenizer, as_fast
 from helpers import TOKENIZER, byte_pairs, complaint, make_checkpoint, run_forked
 from run.checkpoint import build_model, load_checkpoint, save_checkpoint
 from surgery.lora import LoRAConfig, add_lora, save_lora
@@ -24,6 +24,22 @@ MODELS = {
     'kan-glu': dict(use_kan=True, kan_kind='channel', mlp='swiglu'),
     'kan-head': dict(use_kan=True, kan_kind='channel', kan_targets='head'),
     'graph': dict(use_graph=True),
+}
+LINES = [
+    dict(start='ROME:\nwhat shall', ends=['we do', 'not the sea'], answer=0),
+    dict(start='who', ends=['goes there!', 'sun'], answer=0),
+    dict(start='O more', ends=['light', 'of it', 'a'], answer=2),
+]
+TASKS = {  # of lm-eval, on these lines
+    'ends': dict(
+        output_type='multiple_choice', doc_to_text='{{start}}', doc_to_choice='{{ends}}', doc_to_target='{{answer}}'
+    ),
+    'starts': dict(
+        output_type='loglikelihood_rolling',
+        doc_to_text='',
+        doc_to_target='{{start}}',
+        metric_list=[dict(metric='bits_per_byte')],
+    ),
 }
 READ = """
 import sys
@@ -203,6 +219,16 @@ def test_a_tokenizer_adds_cuts_and_pads_nothing():
     assert as_fast(tokenizer, 64)(text).input_ids == tokenizer.encode(text)
 
 
+def test_the_end_of_text_is_told_where_it_is_a_token():
+    made = byte_pairs()
+    assert as_fast(JsonTokenizer(made.to_str()), 64).eos_token is None
+    made.add_special_tokens([END])
+    tokenizer = JsonTokenizer(made.to_str())
+    fast, text = as_fast(tokenizer, 64), f'and so{END} on'
+    assert fast.bos_token == fast.eos_token == END
+    assert fast(text).input_ids == tokenizer.encode(text) and fast.decode(tokenizer.encode(text)) == text
+
+
 @pytest.mark.parametrize('name', ['kan', 'kan-glu'])
 def test_onnx_for_any_number_and_length(folder, name):
     runtime = pytest.importorskip('onnxruntime')
@@ -217,6 +243,46 @@ def test_onnx_for_any_number_and_length(folder, name):
         with torch.no_grad():
             expected = gpt.lm_head(gpt.features(torch.from_numpy(ids)))
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def write_tasks(folder):
+    (folder / 'lines.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in LINES))
+    data = dict(data_files=dict(test=str(folder / 'lines.jsonl')), cache_dir=str(folder / 'cache'))
+    for name, task in TASKS.items():
+        task = dict(task=name, dataset_path='json', dataset_kwargs=data, test_split='test', **task)
+        (folder / f'{name}.yaml').write_text(json.dumps(task))  # which is YAML, too
+
+
+@torch.no_grad()
+def log_likelihood(gpt, before, text):
+    """Of a text behind another one, in nats, with as much before a token as block_size allows."""
+    ids = torch.tensor(TOKENIZER.encode(before + text))[-gpt.config.block_size - 1 :]
+    log_p = gpt.lm_head(gpt.features(ids[None, :-1]))[0].log_softmax(-1)
+    return log_p.gather(1, ids[1:, None])[-len(text) :].sum().item()
+
+
+@pytest.mark.parametrize('name', ['vanilla', 'kan'])
+def test_the_log_likelihoods_of_lm_eval_are_ours(folder, tmp_path, name):
+    pytest.importorskip('lm_eval')
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    write_tasks(tmp_path)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False).load([*TASKS])
+    newline = TOKENIZER.encode('\n')[0]  # before a text without a beginning
+    settings = dict(device='cpu', batch_size=4, trust_remote_code=True, prefix_token_id=newline)
+    found = evaluate(HFLM(str(folder / f'hf-{name}'), **settings), tasks, bootstrap_iters=0)
+    gpt, n_right = ours(folder, f'out-{name}'), 0
+    for line, sample in zip(LINES, found['samples']['ends'], strict=True):
+        expected = [log_likelihood(gpt, line['start'], f' {end}') for end in line['ends']]
+        assert sample['doc'] == line
+        assert [float(value) for value, _ in sample['filtered_resps']] == pytest.approx(expected, abs=1e-4)
+        n_right += expected.index(max(expected)) == line['answer']
+    assert found['results']['ends']['acc,none'] == pytest.approx(n_right / len(LINES))
+    nats = -sum(log_likelihood(gpt, '\n', line['start']) for line in LINES)
+    n_bytes = sum(len(line['start']) for line in LINES)
+    assert found['results']['starts']['bits_per_byte,none'] == pytest.approx(nats / n_bytes / np.log(2), abs=1e-4)
 
 
 def tuned(folder, name, run=(), **settings):

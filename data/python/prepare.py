@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the 
 from data.download import download_wheel
 from data.loader import TEST, TOKENS, write_meta, write_split
 from data.script import main
-from data.tokenizer import JsonTokenizer
+from data.tokenizer import END, JsonTokenizer
 
 WHEELS = [
     ('django', '5.2.19', '5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00'),
@@ -26,7 +26,6 @@ WHEELS = [
     ('sympy', '1.14.0', 'e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5'),
     ('twisted', '26.10.0', '3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8'),
 ]
-END = '<|endoftext|>'  # a token of its own behind every file
 
 source = ''  # a folder; empty: the packages
 vocab_size = 1024
