@@ -31,9 +31,8 @@ ABOVE = {  # what a module of the root or of a room may import from, besides its
     'inside': {'configurator', 'layers', 'kan', 'model', 'surgery', 'run', 'data', 'tasks'},
 }
 COMMANDS = {'train', 'sample', 'finetune', 'eval', 'interpret', 'export', 'study'}  # they may import from all of these
-HEAVY = set(
-    'matplotlib wandb tensorboard transformers peft torch_geometric tiktoken datasets scipy pytest plotly sklearn sacrebleu'.split()
-)
+HEAVY = set('matplotlib wandb tensorboard transformers peft torch_geometric tiktoken datasets'.split())
+HEAVY |= set('scipy pytest plotly sklearn sacrebleu lm_eval'.split())
 OTHERS = set(
     'kernels evaluate adapters datasets tokenizers accelerate transformers peft diffusers trl'.split()
 )  # Hugging Face's
