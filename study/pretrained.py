@@ -82,7 +82,7 @@ def jobs_of(stage, task, method):
 
 
 def prompt_jobs(task):
-    """{name: (stage and task, settings of eval.py)}: without shots, and where there are answers with other ones each."""
+    """{name: (stage and task, settings of eval.py)}: without shots, and with several draws of them."""
     runs = [dict(shots=0)] + [dict(shots=SHOTS, seed=seed) for seed in SEEDS if find_task(task).answers]
     texts = [', '.join(f'{key}={value}' for key, value in run.items()) for run in runs]
     return {f'prompts, {task}, {text}': (dict(stage='prompts', task=task), run) for text, run in zip(texts, runs)}
