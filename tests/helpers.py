@@ -142,23 +142,27 @@ def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):
     return str(folder)
 
 
-@functools.cache
 def byte_pairs():
-    """A tokenizer of the library `tokenizers` as GPT-2's, with 290 tokens."""
+    """A tokenizer of the library `tokenizers` as GPT-2's, with 290 tokens, and a test's own."""
+    return tokenizers.Tokenizer.from_str(trained_byte_pairs())
+
+
+@functools.cache
+def trained_byte_pairs():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(['and so on and on again, the longer the better, as one would have it'] * 4, trainer)
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def answer_pairs():
     """The same with tokens for the answers of the tasks, and one that ends a text: a fast tokenizer of transformers."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = tokenizers.Tokenizer.from_str(byte_pairs().to_str())
+    tokenizer = byte_pairs()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=330,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),

@@ -638,7 +638,7 @@ def complain(workshop):
         (dict(finetune_mode='full'), "use_lora=True with finetune_mode='full': adapters train alone"),
         (
             dict(init_from='data'),
-            'data holds no model: expected best.pt or ckpt.pt of train.py, or a GPT-2 of transformers',
+            'data holds no model: expected best.pt or ckpt.pt of train.py, or a model of transformers',
         ),
         (dict(epochs=0), 'epochs must be at least 1, got 0'),
         (dict(log_to='wandbs'), "log_to='wandbs': expected any of wandb, tensorboard joined by commas"),
