@@ -141,7 +141,8 @@ if resume:
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
     free = {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'}
-    then = {name: state['finetune'].get(name) for name in config if name not in free}
+    # a setting that is younger than the run had no part in it
+    then = {name: value for name, value in state['finetune'].items() if name in config and name not in free}
     changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')

@@ -509,6 +509,16 @@ def test_resume_wants_the_same_settings_and_data(place):
     assert {path.name: path.read_bytes() for path in (place / 'out').iterdir()} == before
 
 
+def test_a_run_from_before_some_settings_goes_on(place):
+    tune(place, env={'STOP_AT': '7'}, **ADAPTERS)
+    state = load(place / 'out')
+    for name in 'block_size', 'weights', 'gradient_checkpointing', 'dev_limit', 'log_to', 'wandb_artifact':
+        del state['finetune'][name]
+    torch.save(state, place / 'out' / 'ckpt.pt')
+    tune(place, resume=True, **ADAPTERS)
+    assert read_json(place, 'out', 'metrics.json')['steps'] == 2 * N_STEPS
+
+
 # several processes
 
 
