@@ -136,27 +136,32 @@ def encode_prompt(task, sentences, tokenizer, block_size, shots=()):
     question always stands whole. `shots` are the token ids of answered prompts that stand before it.
     """
     # a text that follows another begins with a space or a break, to most vocabularies a part of its first token
-    texts = [(before, f' {text}') if before else ('', text) for before, text in zip(task.before, sentences)]
-    begin = tokenizer.encode_ordinary
+    pieces = []
+    for before, text in zip(task.before, sentences):
+        pieces += [before, f' {text}' if before else text]
     if shots:
-        begin, texts[0] = tokenizer.encode_next, put_before('\n\n', *texts[0])
-    pairs = []
-    for before, text in texts:
-        pairs.append((begin(before), tokenizer.encode_next(text)) if before else ([], begin(text)))
-        begin = tokenizer.encode_next
-    question = begin(task.question)
-    n_fixed = len(shots) + len(question) + sum(len(before) for before, _ in pairs)
+        first = 0 if pieces[0] else 1
+        pieces[first] = f'\n\n{pieces[first]}'
+    *coded, question = encode_in_a_row([*pieces, task.question], tokenizer, bool(shots))
+    befores, texts = coded[::2], coded[1::2]
+    n_fixed = len(shots) + len(question) + sum(map(len, befores))
     room = block_size - n_fixed
     if room < len(sentences):
         prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
         raise ValueError(f'block_size={block_size} has no room for {prompt}')
-    longest = next(n for n in range(room, 0, -1) if sum(min(len(text), n) for _, text in pairs) <= room)
-    ids = [token for before, text in pairs for token in before + text[:longest]]
-    return [*shots, *ids, *question], any(len(text) > longest for _, text in pairs)
+    longest = next(n for n in range(room, 0, -1) if sum(min(len(text), n) for text in texts) <= room)
+    ids = [token for before, text in zip(befores, texts) for token in before + text[:longest]]
+    return [*shots, *ids, *question], any(len(text) > longest for text in texts)
 
 
-def put_before(mark, before, text):
-    return (mark + before, text) if before else ('', mark + text)
+def encode_in_a_row(pieces, tokenizer, follows):
+    """The token ids of each of the texts, which stand behind one another, and if `follows` behind others."""
+    coded = []
+    for piece in pieces:
+        encode = tokenizer.encode_next if follows else tokenizer.encode_ordinary
+        coded.append(encode(piece) if piece else [])
+        follows = follows or bool(piece)
+    return coded
 
 
 def encode_shots(name, tokenizer, n, seed, longest=100):
