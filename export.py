@@ -181,7 +181,7 @@ def to_peft(checkpoint, target):
     for path, name in names.items():
         layer = model.base_model.model.get_submodule(name)
         fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
-    model.save_pretrained(target)
+    model.save_pretrained(target, save_embedding_layers=False)
 
 
 def base_of(model_args):

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, names_of_configs
+from configurator import INCIDENTAL, check_ranges, configure, names_of_configs, settings_of
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
@@ -141,8 +141,8 @@ if resume:
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
     free = {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'}
-    # a setting that is younger than the run had no part in it
-    then = {name: value for name, value in state['finetune'].items() if name in config and name not in free}
+    then = {**settings_of('finetune.py', []), **state['finetune']}  # a setting younger than the run had its default
+    then = {name: then[name] for name in config if name not in free}
     changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')

@@ -59,7 +59,14 @@ def load_base(init_from, dropout, block_size=0, weights='float32'):
         model, tokenizer = load_pretrained(init_from, dropout, dtype)
     if block_size:
         model.crop_block_size(block_size)
-    return model.to(dtype), tokenizer
+    return cast(model, dtype), tokenizer
+
+
+def cast(model, dtype):
+    """The weights alone: what rotary positions are made of stays in float32."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 
 def longest_and_weights(settings):
@@ -204,7 +211,7 @@ def check_settings(gpt, settings):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
     mode, use_kan, use_lora = (settings[name] for name in ('finetune_mode', 'use_kan', 'use_lora'))
-    if next(gpt.parameters()).dtype != torch.float32:
+    if settings.get('weights') == 'bfloat16':
         check_half(gpt, settings)
     if settings['form'] == 'linear' and not find_task(settings['task']).answers:
         raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
@@ -328,7 +335,7 @@ def load_task_model(checkpoint, **overrides):
     """(TaskModel, tokenizer) of a checkpoint of finetune.py, which holds all weights, those of its base too."""
     settings = checkpoint['finetune']
     try:
-        gpt = build({**checkpoint['model_args'], **overrides}).to(getattr(torch, settings.get('weights', 'float32')))
+        gpt = cast(build({**checkpoint['model_args'], **overrides}), getattr(torch, settings.get('weights', 'float32')))
         tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
         with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
             model = make_task_model(gpt, tokenizer, settings)
@@ -344,6 +351,8 @@ def load_adapter(out_dir, init_from):
     if not settings.get('use_lora') or 'lora_kind' not in settings:
         raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected run.json and adapter/')
     gpt, tokenizer = load_base(init_from, 0.0, **longest_and_weights(settings))
-    model = make_task_model(gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full'})
+    model = make_task_model(
+        gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full', 'weights': 'float32'}
+    )
     load_lora(model, os.path.join(out_dir, 'adapter'))
     return model, tokenizer, settings
