@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kan import KAN, ChannelSpline, KANLinear
 from layers.activations import ACTIVATIONS
-from layers.generation import KVCache, stream
+from layers.generation import KVCache, check_places, stream
 from layers.graph import Edges, GraphAttention, check_graph
 
 
@@ -258,6 +258,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    blocks_path = 'transformer.h'
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -322,10 +324,7 @@ class GPT(nn.Module):
         """
         B, T = idx.size()
         start = caches[0].length if caches else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f'cannot forward length {start + T}, block_size is only {self.config.block_size}')
-        if start > 0 and T > 1:
-            raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+        check_places(start, T, self.config.block_size)
         caches = caches or [None] * self.config.n_layer
         edges = Edges(self.config, idx, caches[0], lengths) if self.config.use_graph else None
         pos = torch.arange(start, start + T, device=idx.device)

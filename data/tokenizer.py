@@ -132,7 +132,8 @@ class PretrainedTokenizer(JsonTokenizer):
         own, whole = self.split('a'), self.tokenizer.encode('a').ids
         self.start = whole[: next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)]
         self.end_of_text = end_of_text  # an id
-        self.has_lead = self.decode(own * 2) != 'aa'  # a space before each text, as Llama's has it
+        has_lead = self.decode(own * 2) != 'aa'  # a space before each text, as Llama's has it
+        self.lead, self.lead_ids = ('a', own) if has_lead else ('', [])  # what a text that goes on is encoded behind
 
     def split(self, text, special=False):
         self.tokenizer.encode_special_tokens = not special
@@ -148,11 +149,10 @@ class PretrainedTokenizer(JsonTokenizer):
 
     def encode_next(self, text):
         """Token ids of a text that goes on after another, from a space or a break on. ValueError where it has none."""
-        before = self.split('a') if self.has_lead else []
-        ids = self.split('a' * self.has_lead + text)
-        if ids[: len(before)] != before:
+        ids, n = self.split(self.lead + text), len(self.lead_ids)
+        if ids[:n] != self.lead_ids:
             raise ValueError(f'this vocabulary has no tokens for {text[:40]!r} alone, when it follows another text')
-        return ids[len(before) :]
+        return ids[n:]
 
     def to_dict(self):
         return {'kind': 'pretrained', 'json': self.content, 'end_of_text': self.end_of_text}

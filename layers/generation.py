@@ -34,6 +34,14 @@ class KVCache:
             self.kept[name][..., : self.lengths[name], :] = x[rows, ..., : self.lengths[name], :]
 
 
+def check_places(start, T, block_size):
+    """ValueError where T tokens after `start` in a cache do not fit, or are several after some."""
+    if start + T > block_size:
+        raise ValueError(f'cannot forward length {start + T}, block_size is only {block_size}')
+    if start > 0 and T > 1:
+        raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+
+
 @contextmanager
 def packed_weights(model):
     """Inside, KAN layers pack their weights once: changes go unnoticed to the end, except where gradients are on."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from layers.generation import KVCache
+from layers.generation import KVCache, check_places
 from layers.graph import Edges, GraphAttention
 from model import GPT, GPTConfig
 
@@ -68,10 +68,7 @@ class CausalLM(nn.Module):
         """See GPT.features. Padding needs no mask: it stands at the end, where no token looks."""
         T, cache = idx.size(1), caches[0] if caches else None
         start = cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f'cannot forward length {start + T}, block_size is only {self.config.block_size}')
-        if start > 0 and T > 1:
-            raise ValueError(f'with tokens in the caches, expected one more at a time, got {T}')
+        check_places(start, T, self.config.block_size)
         if self.config.use_graph:
             graph_caches = cache.graph if cache else [None] * self.config.n_layer
             self.shared.edges = Edges(self.config, idx, graph_caches[0], lengths)

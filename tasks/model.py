@@ -20,7 +20,6 @@ from dataclasses import asdict
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.loader import load_tokenizer
 from data.tokenizer import PretrainedTokenizer
@@ -110,10 +109,6 @@ def build(model_args):
     return causal_lm.rebuild(**model_args) if 'causal_lm' in model_args else GPT(GPTConfig(**model_args))
 
 
-def blocks_path(gpt):
-    return gpt.blocks_path if isinstance(gpt, CausalLM) else 'transformer.h'
-
-
 def token_embeddings(gpt):
     return gpt.body.get_input_embeddings() if isinstance(gpt, CausalLM) else gpt.transformer.wte
 
@@ -160,7 +155,10 @@ def make_task_model(gpt, tokenizer, settings):
     mode, task = settings['finetune_mode'], find_task(settings['task'])
     if settings['use_graph']:
         graph = {name: settings[name] for name in settings if name.startswith('graph_')}
-        gpt.add_graph(**graph) if isinstance(gpt, CausalLM) else add_graph(gpt, **graph)
+        if isinstance(gpt, CausalLM):
+            gpt.add_graph(**graph)
+        else:
+            add_graph(gpt, **graph)
     if settings['use_kan']:
         kanify_mlps(gpt, settings)
     # of a new head numbers alone matter
@@ -186,7 +184,9 @@ def make_task_model(gpt, tokenizer, settings):
 
 def checkpoint_blocks(gpt):
     """Keep the inputs of blocks alone, and compute what is in them again in the backward pass."""
-    for block in gpt.get_submodule(blocks_path(gpt)):
+    from torch.utils.checkpoint import checkpoint  # brings PyTorch's compiler along, which takes a second
+
+    for block in gpt.get_submodule(gpt.blocks_path):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -247,8 +247,8 @@ def kanify_mlps(gpt, settings):
     """KAN layers in place of the linear layers of the MLPs. Where MLPs are the GPT's, GELU becomes the base activation
     of the second one; others, which may have gates, keep their activation.
     """
-    single, blocks = settings['kan_single_layer'], gpt.get_submodule(blocks_path(gpt))
-    target = 'mlp' if single < 0 else f'{blocks_path(gpt)}.{single}.mlp'
+    single, blocks = settings['kan_single_layer'], gpt.get_submodule(gpt.blocks_path)
+    target = 'mlp' if single < 0 else f'{gpt.blocks_path}.{single}.mlp'
     is_ours = not isinstance(gpt, CausalLM) and isinstance(blocks[0].mlp, MLP)
     absorb = {'mlp.c_proj': 'mlp.act'} if is_ours else None
     grid = dict(grid_size=settings['grid_size'], spline_order=settings['spline_order'])

@@ -595,7 +595,7 @@ def test_blocks_computed_twice_give_the_same_gradients(family, variant):
         torch.manual_seed(1)
         model, _ = make(variant, 'cloze', copy.deepcopy(base), gradient_checkpointing=again)
         passes = [0]
-        block = model.gpt.get_submodule(task_model.blocks_path(model.gpt))[1]
+        block = model.gpt.get_submodule(model.gpt.blocks_path)[1]
         block.get_submodule('mlp').register_forward_pre_hook(lambda *args, passes=passes: passes.append(1))
         model.train()
         torch.manual_seed(2)
