@@ -82,8 +82,8 @@ def sum_losses(model, data, length, stride):
 
 def evaluate_text(checkpoint):
     """Loss, perplexity and bits of a model on a split of a data set, in a dict."""
-    if shots:
-        raise ValueError(f'shots={shots} are of a task: name one, e.g. --task=sst')
+    if shots or limit:
+        raise ValueError(f'shots={shots} and limit={limit} are of a task: name one, e.g. --task=sst')
     if init_from == 'resume':
         model = build_model(checkpoint, dropout=0.0)
     else:

@@ -368,7 +368,7 @@ def test_another_model_of_transformers(workshop, llama, task, method, more):
     scores = read_json(out, 'metrics.json')['dev']
     found = evaluate(workshop, f'--out_dir={out.name}')
     assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
-    if method == 'graph_lora':
+    if method in ('lora', 'graph_lora'):
         found = evaluate(workshop, '--init_from=llama', f'--adapter={out.name}')
         assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
     if task == 'sonnets':
@@ -377,21 +377,22 @@ def test_another_model_of_transformers(workshop, llama, task, method, more):
         assert done.returncode == 0 and done.stdout.startswith('Line 1'), done.stderr
 
 
-@pytest.mark.parametrize('kind', ['lora', 'kan'])
-def test_its_adapter_goes_to_peft(workshop, llama, kind):
+@pytest.mark.parametrize('kind, targets', [('lora', 'attn,mlp'), ('kan', 'attn,mlp'), ('lora', 'lm_head')])
+def test_its_adapter_goes_to_peft(workshop, llama, kind, targets):
     peft = pytest.importorskip('peft')
     import surgery.peft_kan  # noqa: F401  # PEFT learns of the kind
 
-    out = f'out-llama-to-peft-{kind}'
-    tune(workshop, out, task='sst', init_from='llama', epochs=1, lora_kind=kind, learning_rate=0.1, **ADAPTERS)
-    done = enter(workshop, 'export.py', f'--out_dir={out}', '--to=peft', f'--folder=peft-llama-{kind}')
+    out, folder = f'out-llama-to-peft-{kind}-{targets}', f'peft-llama-{kind}-{targets}'
+    method = dict(ADAPTERS, lora_kind=kind, lora_targets=targets, learning_rate=0.1)
+    tune(workshop, out, task='sst', init_from='llama', epochs=1, **method)
+    done = enter(workshop, 'export.py', f'--out_dir={out}', '--to=peft', f'--folder={folder}')
     assert done.returncode == 0, done.stderr
     model, _ = task_model.load_task_model(load(workshop / out, 'best.pt'), dropout=0.0)
     idx = torch.arange(1, 10).view(1, 9)
     with torch.no_grad():
         plain = llama.eval()(idx).logits
         expected = model.eval().gpt(idx, idx)[0]
-        again = peft.PeftModel.from_pretrained(copy.deepcopy(llama), workshop / f'peft-llama-{kind}').eval()
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(llama), workshop / folder).eval()
         torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(plain, expected, atol=1e-3)
 
@@ -515,6 +516,9 @@ def test_a_run_from_before_some_settings_goes_on(place):
     for name in 'block_size', 'weights', 'gradient_checkpointing', 'dev_limit', 'log_to', 'wandb_artifact':
         del state['finetune'][name]
     torch.save(state, place / 'out' / 'ckpt.pt')
+    other = flags(**TINY, **ADAPTERS, out_dir='out', resume=True, weights='bfloat16')
+    words = complaint(place, 'finetune.py', *other, modules=str(place), prelude='small')
+    assert words == 'error: a run is resumed by the command it began with: there weights=float32\n'
     tune(place, resume=True, **ADAPTERS)
     assert read_json(place, 'out', 'metrics.json')['steps'] == 2 * N_STEPS
 
@@ -597,7 +601,8 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     assert (base['shots'], shown['shots']) == (0, 1) and shown['loss'] != base['loss']
     for wrong, words in (
         (['--out_dir=out-early', '--shots=1'], 'shots are for a model that has not learned its task'),
-        (['--out_dir=base', '--shots=1'], 'shots=1 are of a task: name one'),
+        (['--out_dir=base', '--shots=1'], 'shots=1 and limit=0 are of a task: name one'),
+        (['--out_dir=base', '--limit=3'], 'shots=0 and limit=3 are of a task: name one'),
     ):
         done = enter(workshop, 'eval.py', '--device=cpu', *wrong)
         assert done.returncode == 1 and words in done.stderr

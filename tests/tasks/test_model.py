@@ -613,7 +613,10 @@ def test_blocks_computed_twice_give_the_same_gradients(family, variant):
 @pytest.mark.parametrize('head', ['cloze', 'linear'])
 def test_adapters_are_in_single_precision_on_weights_in_half(family, variant, head):
     base = make_other(family) if family else make_base()
-    model, settings = make(variant, head, base.bfloat16(), weights='bfloat16')
+    kept = {name: b for name, b in base.named_buffers() if b.is_floating_point()}
+    model, settings = make(variant, head, task_model.cast(base, torch.bfloat16), weights='bfloat16')
+    assert all(torch.equal(b, kept[name]) for name, b in base.named_buffers() if name in kept)
+    assert all(b.dtype == torch.float32 for b in kept.values()) and (len(kept) > 0) == (family == 'llama')
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) or '.base_layer.' in name, name
     losses = train(model, settings)
