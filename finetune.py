@@ -31,6 +31,7 @@ from run.session import Session
 from run.trackers import names_of_trackers
 from surgery.lora import save_lora
 from tasks import model as task_model
+from tasks.frozen import FrozenBlocks
 from tasks.prompts import collate, find_task, hold_out, make_batches, prepare_task, read_examples
 from tasks.score import check_packages, predict, score, sonnet_baselines, write_predictions
 
@@ -59,6 +60,7 @@ dropout = 0.1
 block_size = 0  # tokens of the longest text, to which others are cut; 0 is what the model takes
 weights = 'float32'  # of the base; 'bfloat16' takes half the memory, where adapters alone train
 gradient_checkpointing = False  # compute each block twice and keep less of it
+frozen_cache = ''  # a folder: keep there what the blocks below the first trained one make of each text; wants dropout=0
 # KAN layers in place of the MLPs, with what these have learned
 use_kan = False
 kan_single_layer = -1  # the only block to get them; -1 is all blocks
@@ -177,6 +179,18 @@ counts = {'train': len(train_examples), 'valid': len(valid_examples), 'dev': len
 say(f'{task}: {counts["train"]:,} examples to learn from, {counts["valid"]:,} to stop by, {counts["dev"]:,} of dev')
 per_step = batch_size * gradient_accumulation_steps
 say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {session.world_size} process(es), {dtype}')
+
+session.listen()
+if frozen_cache:
+    frozen = FrozenBlocks(model.gpt)
+    path = frozen.path_in(frozen_cache, (model_args, dtype, ckpt.versions()))
+    frozen.load(path)
+    examples = [*train_examples, *valid_examples, *sum(scored.values(), [])]
+    n_new = frozen.read(examples, batch_size, device, dtype, session.signals)
+    if n_new and session.master:
+        frozen.save(path)
+    what = f'texts as the first {frozen.n} of {model.gpt.config.n_layer} blocks give them'
+    say(f'{path}: {what}, {n_new:,} of {len(frozen.kept):,} are new')
 
 trained = [p for p in model.parameters() if p.requires_grad]
 groups, fused = task_model.param_groups(model, config), session.device_type in ('cpu', 'cuda')
@@ -312,7 +326,6 @@ def is_done():
 
 
 # training loop
-session.listen()
 bar = session.bar(n_steps, step, 'step')
 model.train()
 while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configurator import names_of_configs, settings_of
 from data import course, loader
@@ -484,6 +485,28 @@ def test_a_run_in_three_parts_is_the_run_in_one(place, settings):
         done = tune(place, 'parts', **shown, **settings)
         assert 'wandb run abc allow\nartifact model-abc model\n' in done.stdout
         assert same_run(place / 'straight', parts)
+
+
+def test_frozen_blocks_are_read_once(place):
+    settings = dict(dropout=0.0, lora_dropout=0.0, lora_targets='transformer.h.1', **ADAPTERS)
+    tune(place, 'plain', **settings)
+    settings['frozen_cache'] = 'kept'
+    done = tune(place, 'whole', **settings)
+    (path,) = (place / 'kept').iterdir()
+    n, before = len(load_file(path)), path.stat().st_mtime_ns
+    assert f'{path.name}: texts as the first 1 of 2 blocks give them, {n} of {n} are new' in done.stdout
+    tune(place, 'stopped', env={'STOP_AT': '2'}, **{**settings, 'frozen_cache': 'begun'})  # while it reads
+    assert load(place / 'stopped')['iter_num'] == 0
+    (begun,) = (place / 'begun').iterdir()
+    assert 0 < len(load_file(begun)) < n
+    n_batches = math.ceil(sum(COUNTS.values()) / TINY['batch_size'])
+    tune(place, 'parts', env={'STOP_AT': str(n_batches + 7)}, **settings)
+    assert load(place / 'parts')['iter_num'] < load(place / 'whole')['iter_num']
+    done = tune(place, 'parts', resume=True, **settings)
+    assert f'0 of {n} are new' in done.stdout and path.stat().st_mtime_ns == before
+    assert same_run(place / 'whole', place / 'parts')
+    losses = [[line['loss'] for line in read_log(place / name)] for name in ('plain', 'whole')]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_resume_wants_the_same_settings_and_data(place):

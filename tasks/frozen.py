@@ -1,0 +1,143 @@
+"""What the blocks below the first trained one make of a text is the same in every step, and in every run from the same
+base. Here it is computed once and kept, in memory and in a file.
+"""
+
+import functools
+import hashlib
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+
+from run.device import autocast
+from run.files import write_atomically
+from tasks.prompts import collate, make_batches
+
+
+class FrozenBlocks:
+    """Takes the place of gpt.features, for a GPT or a CausalLM: texts that are `kept` begin at the first trained block.
+    ValueError where no block is frozen, or where a frozen one has dropout.
+
+    kept: {digest of the token ids: what the last frozen block gives, (T, C)}
+    """
+
+    def __init__(self, gpt):
+        self.gpt, self.compute, self.kept = gpt, gpt.features, {}
+        self.given = None  # in a pass over kept texts: what the trained blocks get, (B, T, C)
+        self.made, self.in_tuple = None, False  # what the last frozen block gave, and whether as the first of a tuple
+        blocks = gpt.get_submodule(gpt.blocks_path)
+        self.n = count_frozen(gpt, blocks)
+        for i, block in enumerate(blocks[: self.n]):
+            block.forward = functools.partial(self.run_block, block.forward, i == self.n - 1)
+        gpt.features = self.features
+
+    def run_block(self, forward, is_last, x, *args, **kwargs):
+        """The forward pass of a frozen block; of kept texts it hands on what it gets."""
+        if self.given is not None:
+            y = self.given if is_last else x
+            return (y,) if self.in_tuple else y
+        y = forward(x, *args, **kwargs)
+        if is_last:
+            self.made, self.in_tuple = first_of(y), isinstance(y, tuple)
+        return y
+
+    def features(self, idx, caches=None, lengths=None):
+        """See GPT.features."""
+        rows = [] if caches or lengths is None else [self.kept.get(name) for name in digests(idx, lengths)]
+        if not rows or any(row is None for row in rows):
+            return self.compute(idx, caches, lengths)
+        self.given = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(idx.device)
+        try:
+            return self.compute(idx, lengths=lengths)
+        finally:
+            self.given = None
+
+    @torch.no_grad()
+    def read(self, examples, batch_size, device, dtype, stop=()):
+        """Keep what the frozen blocks make of these, until `stop` holds something; returns how many are new. One batch is
+        made anew in any case: ValueError where it is not what is kept.
+        """
+        n = len(self.kept)
+        for i, batch in enumerate(tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None)):
+            if stop:
+                break
+            idx, lengths, _ = collate(batch, device)
+            names = digests(idx, lengths)
+            if i > 0 and all(name in self.kept for name in names):
+                continue
+            with autocast(device, dtype):
+                self.compute(idx, lengths=lengths)
+            for name, x, length in zip(names, self.made, lengths.tolist()):
+                x = x[:length].cpu()
+                if not is_close(self.kept.setdefault(name, x.clone()), x):
+                    raise ValueError('the file of frozen_cache is not of these blocks: delete it')
+        self.made = None
+        return len(self.kept) - n
+
+    def load(self, path):
+        if os.path.exists(path):
+            try:
+                self.kept = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f'{path} is damaged ({error}): delete it') from None
+
+    def save(self, path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with write_atomically(path) as f:
+            f.write(save(self.kept))
+
+    def path_in(self, folder, about):
+        """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""
+        found = hashlib.sha256(repr((self.n, about)).encode())
+        later = tuple(f'{self.gpt.blocks_path}.{i}.' for i in range(self.n, self.gpt.config.n_layer))
+        for name, x in self.gpt.state_dict().items():
+            if not name.startswith((*later, 'lm_head.')):
+                found.update(name.encode())
+                found.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return os.path.join(folder, f'frozen-{found.hexdigest()[:16]}.safetensors')
+
+
+def count_frozen(gpt, blocks):
+    """How many of the first blocks give what no trained weight changes. ValueError for none, and for dropout."""
+    training, n = gpt.training, 0
+    trained, still = outputs_of(gpt.train(), blocks), outputs_of(gpt.eval(), blocks)
+    gpt.train(training)
+    while n < len(blocks) and not trained[n].requires_grad:
+        n += 1
+    if n == 0:
+        raise ValueError(
+            'frozen_cache keeps what the blocks below the first trained one make, and here it is the first'
+        )
+    if not is_close(trained[n - 1], still[n - 1]):
+        raise ValueError('frozen_cache keeps what is the same in every step: it wants dropout=0')
+    return n
+
+
+@torch.enable_grad()
+def outputs_of(gpt, blocks):
+    """What each block gives, of a few tokens."""
+    outputs, device = [], next(gpt.parameters()).device
+    hooks = [block.register_forward_hook(lambda block, inputs, y: outputs.append(first_of(y))) for block in blocks]
+    idx = torch.arange(min(8, gpt.config.block_size, gpt.config.vocab_size), device=device)[None]
+    gpt.features(idx, lengths=torch.tensor([idx.size(1)], device=device))
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def is_close(x, y):
+    """Whether they differ by rounding alone."""
+    tolerance = 1e-3 if x.dtype == torch.float32 else 0.1
+    return torch.allclose(x, y, atol=tolerance * y.float().std().item(), rtol=tolerance)
+
+
+def digests(idx, lengths):
+    """What tells the texts (B, T) of these lengths (B,) apart."""
+    rows = [row[:length] for row, length in zip(idx.tolist(), lengths.tolist())]
+    return [hashlib.sha256(repr(row).encode()).hexdigest()[:32] for row in rows]
