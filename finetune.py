@@ -88,6 +88,7 @@ graph_heads = 4
 graph_window = 8  # tokens before, of window
 graph_topk = 8  # earlier tokens, of topk
 graph_backend = 'auto'  # 'auto', 'dense', 'pyg'
+graph_last = 0  # behind the MLPs of that many of the last blocks; 0 is all
 # adamw optimizer
 batch_size = 32  # examples per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes

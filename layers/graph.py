@@ -38,13 +38,15 @@ def check_graph(config):
         raise ValueError(f'kan_targets names attn, but {taken}: expected mlp or head')
 
 
-def add_graph(model, **settings):
-    """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT and return it. At first its logits stay."""
+def add_graph(model, last=0, **settings):
+    """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return it.
+    At first its logits stay.
+    """
     unknown = [name for name in settings if not name.startswith('graph_')]
     if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
     model.config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
-    for block in model.transformer.h:
+    for block in model.transformer.h[-last:]:
         block.ln_3, block.graph = type(block.ln_2)(model.config.n_embd, model.config.bias), GraphAttention(model.config)
         for layer in block.ln_3, block.graph:
             layer.to(block.ln_2.weight).train(block.training)

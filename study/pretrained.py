@@ -7,8 +7,8 @@ SmolLM2-135M, of the size of GPT-2; results/pretrained.
 
 `prompts` scores the model as it is, with and without answered examples before each prompt. `search` looks for the
 learning rate of each method by the part of train that is held out, in shorter runs; `final` trains each with three
-seeds at the best. Adapters, graph layers and KAN layers are in the last blocks alone, so that the others are never
-differentiated: all of it is meant for two cores.
+seeds at the best. Adapters, graph layers and KAN layers are in the last blocks alone: what the others make of the texts
+is computed once for all runs. All of it is meant for two cores.
 """
 
 import sys
@@ -24,6 +24,7 @@ from tasks.prompts import find_task
 
 STUDY = Study('pretrained')
 BASE = Path(ROOT, 'out-smollm2')  # the model in float32, which loads sooner than its four bits
+FROZEN = BASE / 'frozen'  # what the blocks below the first trained one make of the texts
 BLOCKS = range(24, 30)  # of 30, with adapters
 TASKS = {  # settings of finetune.py: how much of each task two cores can learn from
     'sst': dict(train_limit=1000, dev_limit=500, block_size=64, batch_size=16, epochs=2),
@@ -44,7 +45,7 @@ METHODS = {  # settings of finetune.py, and learning rates to try
     'LoRA of rank 96': (dict(LORA, lora_rank=96, lora_alpha=192), ADAPTER_RATES),
     'KAN-LoRA': (dict(LORA, lora_kind='kan'), ADAPTER_RATES),
     'KAN-base LoRA': (dict(LORA, **KAN, lora_kind='kan_base', lora_targets=f'layers.{BLOCKS[-1]}.mlp'), ADAPTER_RATES),
-    'Graph-LoRA': (dict(LORA, use_graph=True), ADAPTER_RATES),
+    'Graph-LoRA': (dict(LORA, use_graph=True, graph_last=len(BLOCKS)), ADAPTER_RATES),
     'full': (dict(PLAIN, finetune_mode='full'), FULL_RATES),
     'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), FULL_RATES),
 }
@@ -91,9 +92,8 @@ def prompt_jobs(task):
 def make(name, job, folder):
     """The record of a run of finetune.py."""
     about, settings = job
-    run = run_to_end(
-        'finetune.py', [f'--{key}={value}' for key, value in {**settings, 'init_from': BASE}.items()], folder
-    )
+    places = dict(init_from=BASE, frozen_cache=FROZEN if settings.get('finetune_mode') != 'full' else '')
+    run = run_to_end('finetune.py', [f'--{key}={value}' for key, value in {**settings, **places}.items()], folder)
     if 'failed' in run:
         return {**about, 'settings': settings, 'failed': run['failed']}
     kept = {key: run[key] for key in ('log', 'device', 'versions', 'commit')}
@@ -124,6 +124,15 @@ def best_rate(task, method):
     return min(whole, key=lambda run: run['valid']['loss'])['settings']['learning_rate']
 
 
+def check_records(jobs):
+    """ValueError for a record that was made with other settings."""
+    for name, run in STUDY.read().items():
+        if name in jobs and run['settings'] != jobs[name][1]:
+            raise ValueError(
+                f'the record {name} was made with {run["settings"]}, the study has {jobs[name][1]}: move it'
+            )
+
+
 def run(stages, tasks, methods):
     for task in tasks:
         if 'prompts' in stages:
@@ -131,7 +140,9 @@ def run(stages, tasks, methods):
         for method in methods:
             for stage in 'search', 'final':
                 if stage in stages:
-                    STUDY.run_all(jobs_of(stage, task, method), make)
+                    jobs = jobs_of(stage, task, method)
+                    check_records(jobs)
+                    STUDY.run_all(jobs, make)
 
 
 def make_page():

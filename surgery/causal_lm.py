@@ -91,11 +91,11 @@ class CausalLM(nn.Module):
             raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
         self.config.block_size = block_size
 
-    def add_graph(self, **settings):
+    def add_graph(self, last=0, **settings):
         """See layers.graph.add_graph."""
         self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
         self.shared = Shared()
-        for i, block in enumerate(self.blocks):
+        for i, block in [*enumerate(self.blocks)][-last:]:
             block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
             for layer in block.ln_3, block.graph:  # in float32, whatever the block is in
                 layer.to(next(block.parameters()).device).train(block.training)

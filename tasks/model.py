@@ -1,7 +1,7 @@
 """A GPT made ready for a task, by switches:
 
     use_kan         its MLPs become KAN layers that compute what these did (kan_single_layer: that of one block alone)
-    use_graph       graph attention behind the MLPs, silent at first
+    use_graph       graph attention behind the MLPs, silent at first (graph_last: those of so many last blocks)
     use_lora        low-rank adapters, of the kinds of lora.py, on the layers that lora_targets names
     finetune_mode   what trains: 'full' everything, 'head' what reads the answer off, 'adapter' the adapters, with the
                     graph layers and a linear head
@@ -155,10 +155,11 @@ def make_task_model(gpt, tokenizer, settings):
     mode, task = settings['finetune_mode'], find_task(settings['task'])
     if settings['use_graph']:
         graph = {name: settings[name] for name in settings if name.startswith('graph_')}
+        last = graph.pop('graph_last', 0)
         if isinstance(gpt, CausalLM):
-            gpt.add_graph(**graph)
+            gpt.add_graph(last, **graph)
         else:
-            add_graph(gpt, **graph)
+            add_graph(gpt, last, **graph)
     if settings['use_kan']:
         kanify_mlps(gpt, settings)
     # of a new head numbers alone matter
@@ -232,6 +233,10 @@ def check_settings(gpt, settings):
         raise ValueError(f'kan_single_layer={single} says which block gets KAN layers: it wants use_kan=True')
     if not -1 <= single < n:
         raise ValueError(f'kan_single_layer={single}: the model has blocks 0 to {n - 1}; -1 means all')
+    last = settings.get('graph_last', 0)
+    if not 0 <= last <= n or (last and not settings['use_graph']):
+        wanted = f'the last of {n} blocks that get graph layers by use_graph=True; 0 means all'
+        raise ValueError(f'graph_last={last}: expected how many are {wanted}')
 
 
 def check_half(gpt, settings):

@@ -39,6 +39,10 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
     with pytest.raises(ValueError, match='stage final wants all learning rates of LoRA on sst first'):
         study.run(['final'], ['sst'], ['LoRA'])
     study.run(['prompts', 'search', 'final'], ['sst', 'sonnets'], ['LoRA', 'KAN-LoRA'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(study.TASKS, 'sst', dict(study.TASKS['sst'], epochs=3))
+        with pytest.raises(ValueError, match="the record search, sst, LoRA, .* was made with .*'epochs': 2"):
+            study.run(['search'], ['sst'], ['LoRA'])
     for task in 'sst', 'sonnets':
         for method in 'LoRA', 'KAN-LoRA':
             finals = study.runs_of('final', task, method)

@@ -103,10 +103,10 @@ def test_graph_layers_are_silent_at_first_then_causal_and_cached(family, edges):
 
 def test_rows_of_a_cache_are_chosen():
     pytest.importorskip('torch_geometric')
-    model, idx = CausalLM(make('llama')).add_graph(graph_heads=2), tokens(T=6)
+    model, idx = CausalLM(make('llama')).add_graph(last=1, graph_heads=2), tokens(T=6)
+    assert not hasattr(model.blocks[0], 'graph')
     with torch.no_grad():
-        for block in model.blocks:
-            block.graph.gate.normal_()
+        model.blocks[1].graph.gate.normal_()
         (cache,) = caches = model.new_caches()
         model.features(idx[:, :5], caches)
         cache.select([1, 1, 0])

@@ -32,6 +32,7 @@ VARIANTS = {
     'kan-lora': dict(lora_kind='kan'),
     'kan-base': dict(use_kan=True, lora_kind='kan_base', lora_targets='mlp'),
     'graph-lora': dict(use_graph=True),
+    'graph-lora-last': dict(use_graph=True, graph_last=1),
     'sparse-graph-lora': dict(use_graph=True, graph_edges='window,topk,same', graph_window=2, graph_topk=2),
 }
 HEADS = {'cloze': dict(form='cloze'), 'linear': dict(form='linear'), 'sonnets': dict(task='sonnets', batch_size=8)}
@@ -220,7 +221,7 @@ def expected_names(variant, head, base):
             if '.mlp.' in name
         ],
     }
-    names['graph-lora'] = names['sparse-graph-lora'] = names['lora'] + [
+    graph_names = [
         f'gpt.transformer.h.{i}.{layer}'
         for i in range(N_LAYER)
         for layer in (
@@ -231,6 +232,8 @@ def expected_names(variant, head, base):
             ),
         )
     ]
+    names['graph-lora'] = names['sparse-graph-lora'] = names['lora'] + graph_names
+    names['graph-lora-last'] = names['lora'] + [name for name in graph_names if f'.h.{N_LAYER - 1}.' in name]
     return names[variant] + [f'head.adapters.default.copy.{name}' for name in copied]
 
 
@@ -503,6 +506,8 @@ def test_base_that_is_none(tmp_path):
         (dict(use_kan=True, kan_single_layer=-2), 'kan_single_layer=-2: the model has blocks'),
         (dict(kan_single_layer=1), 'kan_single_layer=1 .* use_kan=True'),
         (dict(use_kan=True, grid_min=2.0), 'grid_range'),
+        (dict(use_graph=True, graph_last=3), 'graph_last=3: expected how many are the last of 2 blocks that get graph'),
+        (dict(graph_last=1), 'graph_last=1: expected .* by use_graph=True; 0 means all'),
         (dict(use_graph=True, graph_heads=3), 'n_embd=16 is not divisible by graph_heads=3'),
         (dict(use_graph=True, graph_edges='future'), "graph_edges='future': expected any of"),
         (dict(HEAD, use_graph=True), "use_graph=True with finetune_mode='head': these layers would not train"),
