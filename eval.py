@@ -32,15 +32,16 @@ from tasks import model as task_model
 from tasks import prompts, score
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
+init_from = 'resume'  # from out_dir; or gpt2 ... gpt2-xl, a folder with one; of a task any model that finetune.py takes
 out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train', 'val' or, where there is one, 'test'; of a task 'train' or 'dev', which 'val' means too
 task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
 shots = 0  # of a task with labels, for a model that has not learned it: answered examples of train before each prompt
 limit = 0  # of a task, score that many examples at most, the first; 0 is all
+block_size = 0  # of a model that has not learned its task: tokens of the longest prompt; 0 is what the model takes
 adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
-seed = 1337  # draws the shots
+seed = 1337  # of a model that has not learned its task: draws the shots, and sonnets
 baselines = 10  # of sonnets, that many draws for the scores that need no model
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
 batch_size = 8  # windows at a time
@@ -50,9 +51,14 @@ dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 configure(globals())
 if is_export(init_from):
     init_from, out_dir = 'resume', init_from
-if batch_size < 1 or min(stride, shots, limit) < 0 or split not in ('train', 'val', 'test', 'dev') or baselines < 2:
-    got = f'{batch_size}, {stride}, {shots}, {limit}, {split!r}, {baselines}'
-    wanted = 'batch_size >= 1, stride, shots and limit >= 0, split train, val, test or dev, baselines >= 2'
+if (
+    batch_size < 1
+    or min(stride, shots, limit, block_size) < 0
+    or split not in ('train', 'val', 'test', 'dev')
+    or baselines < 2
+):
+    got = f'{batch_size}, {stride}, {shots}, {limit}, {block_size}, {split!r}, {baselines}'
+    wanted = 'batch_size >= 1, stride, shots, limit and block_size >= 0, split train, val, test or dev, baselines >= 2'
     raise ValueError(f'expected {wanted}, got {got}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -82,8 +88,9 @@ def sum_losses(model, data, length, stride):
 
 def evaluate_text(checkpoint):
     """Loss, perplexity and bits of a model on a split of a data set, in a dict."""
-    if shots or limit:
-        raise ValueError(f'shots={shots} and limit={limit} are of a task: name one, e.g. --task=sst')
+    if shots or limit or block_size:
+        given = f'shots={shots}, limit={limit} and block_size={block_size}'
+        raise ValueError(f'{given} are of a task: name one, e.g. --task=sst')
     if init_from == 'resume':
         model = build_model(checkpoint, dropout=0.0)
     else:
@@ -113,16 +120,17 @@ def evaluate_text(checkpoint):
 def evaluate_task(checkpoint):
     """The scores of a fine-tuned model on its task, or of another one on `task`, in a dict."""
     base = out_dir if init_from == 'resume' else init_from
-    if shots and (adapter or 'finetune' in checkpoint):
-        raise ValueError('shots are for a model that has not learned its task: leave them out')
+    if (shots or block_size) and (adapter or 'finetune' in checkpoint):
+        raise ValueError('shots and block_size are for a model that has not learned its task: leave them out')
     if adapter:
         model, tokenizer, settings = task_model.load_adapter(adapter, base)
     elif 'finetune' in checkpoint:
         settings = checkpoint['finetune']
         model, tokenizer = task_model.load_task_model(checkpoint, dropout=0.0)
     else:
-        settings = settings_of('finetune.py', [f'--task={task}', '--finetune_mode=full', '--use_lora=False'])
-        gpt, tokenizer = task_model.load_base(base, dropout=0.0)
+        plain = [f'--task={task}', f'--seed={seed}', '--finetune_mode=full', '--use_lora=False']
+        settings = settings_of('finetune.py', plain)
+        gpt, tokenizer = task_model.load_base(base, 0.0, block_size)
         model = task_model.make_task_model(gpt, tokenizer, settings)
     name, part = settings['task'], 'dev' if split == 'val' else split
     if part == 'test':

@@ -52,7 +52,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def check(self, hf):
-        """ValueError for a model whose logits this one does not give, or whose tokens see those after them."""
+        """ValueError for a model whose logits this one does not give, with a cache too, or whose tokens see later ones."""
         idx, training = torch.arange(8, device=self.lm_head.weight.device)[None], hf.training
         hf.eval()
         x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits
@@ -62,6 +62,14 @@ class CausalLM(nn.Module):
             raise ValueError(f'the tokens of {type(hf).__name__} see those after them: it is no causal language model')
         if not torch.allclose(self.lm_head(x), logits, **close):
             raise ValueError(f'{type(hf).__name__} changes the logits of its head: this is not supported')
+        try:
+            caches = self.new_caches()
+            last = [self.features(part, caches) for part in (idx[:, :7], idx[:, 7:])][1]
+            works = torch.allclose(self.lm_head(last), self.lm_head(x[:, 7:]), **close)
+        except (AttributeError, TypeError, ValueError, IndexError):  # models without attention have caches of their own
+            works = False
+        if not works:
+            raise ValueError(f'{type(hf).__name__} has no cache of keys and values that goes on: this is not supported')
         hf.train(training)
 
     def features(self, idx, caches=None, lengths=None):
@@ -187,9 +195,10 @@ def rebuild(causal_lm, block_size, dropout):
 
 def build_hf(description, dropout=0.0):
     """The same as a model of transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with one_line(f'a {description.get("model_type", "model")}'):
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(set_dropout(AutoConfig.for_model(**description), dropout))
+        return AutoModelForCausalLM.from_config(set_dropout(AutoConfig.for_model(**description), dropout))
 
 
 def name_in_hf(path, hf):
@@ -226,9 +235,11 @@ def place_of(source):
 
 
 def set_dropout(config, dropout):
-    """Every kind of it that a model has."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ('dropout' in name or name.endswith('_pdrop')):
+    """Every kind of it that a model has, in the parts of its config too; one that is a whole number stays."""
+    for name, value in vars(config).items():
+        if hasattr(value, 'to_dict'):
+            set_dropout(value, dropout)
+        elif isinstance(value, float) and ('dropout' in name or name.endswith('_pdrop')):
             setattr(config, name, dropout)
     return config
 
@@ -239,7 +250,7 @@ def one_line(source):
     try:
         yield
     except ImportError:
-        raise ValueError(f'loading {source!r} needs transformers: pip install -r requirements-all.txt') from None
+        raise ValueError(f'loading {source} needs transformers: pip install -r requirements-all.txt') from None
     except Exception as error:  # damaged files raise errors of all kinds
         if 'trust_remote_code' in str(error):
             raise ValueError(

@@ -80,16 +80,26 @@ def load_pretrained(init_from, dropout, dtype):
         wanted = 'best.pt or ckpt.pt of train.py, or a model of transformers'
         raise ValueError(f'{init_from} holds no model: expected {wanted}')
     if init_from not in GPT2S and not (is_folder and causal_lm.load_config(init_from).model_type == 'gpt2'):
-        tokenizer = own_tokenizer(init_from)
-        return causal_lm.load_causal_lm(init_from, dropout, dtype), tokenizer
+        tokenizer, model = own_tokenizer(init_from), causal_lm.load_causal_lm(init_from, dropout, dtype)
+        check_vocabulary(init_from, tokenizer, model)
+        return model, tokenizer
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     if is_folder and os.path.exists(os.path.join(init_from, 'tokenizer.json')):
-        return model, own_tokenizer(init_from)
+        tokenizer = own_tokenizer(init_from)
+        check_vocabulary(init_from, tokenizer, model)
+        return model, tokenizer
     n = model.config.vocab_size
     try:
         return model, load_tokenizer({}, n)
     except ValueError:
         raise ValueError(f'{init_from} has {n} tokens and no tokenizer: those of GPT-2 are 50257') from None
+
+
+def check_vocabulary(init_from, tokenizer, model):
+    """ValueError for tokens that the model has no embedding of; a model may have more rows than tokens."""
+    n = model.config.vocab_size
+    if tokenizer.vocab_size > n:
+        raise ValueError(f'the tokenizer of {init_from} has {tokenizer.vocab_size} tokens, the model {n}: not its own')
 
 
 def own_tokenizer(init_from):
@@ -144,8 +154,9 @@ class TaskModel(nn.Module):
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
         if self.head is not None:
             return self.head(x.to(self.head.weight.dtype))
-        if has_rows(self.gpt):  # those of the answers alone, of 50257
-            return F.linear(x, *rows_of(self.gpt.lm_head, self.answers))
+        if has_rows(self.gpt):  # those of the answers alone, of 50257; in float32, where few logits are equal
+            weight, bias = rows_of(self.gpt.lm_head, self.answers)
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return self.gpt.lm_head(x)[:, self.answers]
 
 

@@ -31,7 +31,7 @@ class Task:
     name: str
     before: tuple  # what stands before each sentence
     question: str
-    answers: tuple  # the words for the labels 0, 1, ...: one token each
+    answers: tuple  # the words for the labels 0, 1, ...: the first token of each tells them apart
     column: str  # of the course's files of predictions
 
     suffix = 'csv'  # of its files in data/<name>
@@ -166,17 +166,20 @@ def encode_in_a_row(pieces, tokenizer, follows):
 
 def encode_shots(name, tokenizer, n, seed, longest=100):
     """The token ids of n examples of train, drawn by a seed, each with its answer: of each label as many, if n allows.
-    Their prompts have `longest` tokens at most.
+    Their prompts have `longest` tokens at most; stderr says how many are cut.
     """
-    task, ids = find_task(name), []
+    task, ids, n_cut = find_task(name), [], 0
     if not task.answers:
         raise ValueError(f'shots are answered examples, and {name} has no answers')
     rows = task.read('train')
     if n > len(rows):
         raise ValueError(f'{n} shots of {name} are more than the {len(rows)} examples of train')
     for _, *sentences, label in draw_evenly(rows, n, random.Random(seed)):
-        ids, _ = encode_prompt(task, sentences, tokenizer, len(ids) + longest, ids)
+        ids, cut = encode_prompt(task, sentences, tokenizer, len(ids) + longest, ids)
         ids += tokenizer.encode_next(task.answers[label])
+        n_cut += cut
+    if n_cut:
+        print(f'{n_cut} of {n} shots of {name} are cut to {longest} tokens', file=sys.stderr)
     return ids
 
 

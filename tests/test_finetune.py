@@ -622,10 +622,12 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     base, found = evaluate(workshop, '--out_dir=base', '--task=sst'), evaluate(workshop, '--out_dir=out-early')
     shown = evaluate(workshop, '--out_dir=base', '--task=sst', '--shots=1')
     assert (base['shots'], shown['shots']) == (0, 1) and shown['loss'] != base['loss']
+    wrong = ['--out_dir=base', '--task=sst', '--block_size=5']  # which the longest text, and no other, exceeds
+    assert evaluate(workshop, *wrong)['loss'] != base['loss']
     for wrong, words in (
-        (['--out_dir=out-early', '--shots=1'], 'shots are for a model that has not learned its task'),
-        (['--out_dir=base', '--shots=1'], 'shots=1 and limit=0 are of a task: name one'),
-        (['--out_dir=base', '--limit=3'], 'shots=0 and limit=3 are of a task: name one'),
+        (['--out_dir=out-early', '--shots=1'], 'shots and block_size are for a model that has not learned its task'),
+        (['--out_dir=base', '--shots=1'], 'shots=1, limit=0 and block_size=0 are of a task: name one'),
+        (['--out_dir=base', '--limit=3'], 'shots=0, limit=3 and block_size=0 are of a task: name one'),
     ):
         done = enter(workshop, 'eval.py', '--device=cpu', *wrong)
         assert done.returncode == 1 and words in done.stderr

@@ -10,7 +10,7 @@ from torch import nn
 from data.tokenizer import PretrainedTokenizer, tokenizer_from_dict
 from helpers import byte_fallback, byte_pairs
 from kan import KANLinear
-from surgery.causal_lm import CausalLM, load_causal_lm, load_tokenizer_of, rebuild
+from surgery.causal_lm import CausalLM, load_causal_lm, load_tokenizer_of, rebuild, set_dropout
 from surgery.kanify import kanify
 
 transformers = pytest.importorskip('transformers')
@@ -144,12 +144,22 @@ def test_models_that_are_not_causal_or_not_a_head_on_features_are_refused():
         CausalLM(make('cohere'))
     with pytest.raises(ValueError, match='the tokens of BertLMHeadModel see those after them'):
         CausalLM(make('bert', hidden_act='gelu', tie_word_embeddings=False))
+    with pytest.raises(ValueError, match='MambaForCausalLM has no cache of keys and values that goes on'):
+        CausalLM(make('mamba'))
     sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
     sizes.update(encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=64, max_position_embeddings=24)
     bart = transformers.BartForCausalLM(transformers.BartConfig(**sizes, is_encoder_decoder=True))
     bart.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match='BartForCausalLM is not a decoder with a linear head'):
         CausalLM(bart)
+
+
+def test_dropout_is_set_wherever_a_config_has_it():
+    config = transformers.LlamaConfig()
+    config.part = transformers.LlamaConfig(attention_dropout=0.1)
+    assert set_dropout(config, 0.25).part.attention_dropout == config.attention_dropout == 0.25
+    config = set_dropout(transformers.MptConfig(), 0.25)
+    assert (config.resid_pdrop, config.emb_pdrop) == (0.25, 0.25)
 
 
 def one_line(error):

@@ -9,7 +9,7 @@ import torch
 
 from configurator import settings_of
 from data.loader import load_tokenizer
-from helpers import Words
+from helpers import Words, byte_pairs
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
@@ -461,6 +461,18 @@ def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path)
     monkeypatch.setattr(task_model, 'load_tokenizer', load_tokenizer)
     with pytest.raises(ValueError, match='has 52000 tokens and no tokenizer: those of GPT-2 are 50257$'):
+        load_base(str(tmp_path), 0.0)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_base_with_fewer_rows_than_tokens_is_refused(family, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.AutoConfig.for_model(family, vocab_size=100, max_position_embeddings=16, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=byte_pairs()).save_pretrained(tmp_path)
+    n = byte_pairs().get_vocab_size()
+    with pytest.raises(ValueError, match=f'has {n} tokens, the model 100: not its own'):
         load_base(str(tmp_path), 0.0)
 
 

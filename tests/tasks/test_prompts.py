@@ -112,7 +112,7 @@ def test_of_several_tokens_the_first_is_the_answer_if_it_tells_them_apart(gpt2, 
         prompts.answer_ids(same, gpt2)
 
 
-def test_shots_are_answered_prompts_before_the_prompt(gpt2, data):
+def test_shots_are_answered_prompts_before_the_prompt(gpt2, data, capsys):
     write_table(data, 'quora', 'train', ['one', 'two', 'three'])
     write_table(data, 'quora', 'dev', ['four'])
     shots = prompts.encode_shots('quora', gpt2, 2, seed=1)
@@ -127,6 +127,9 @@ def test_shots_are_answered_prompts_before_the_prompt(gpt2, data):
     assert prompts.encode_shots('quora', gpt2, 2, seed=1) == shots
     (cut,) = prompts.read_examples('quora', 'dev', gpt2, len(shown.ids) - 1, shots)
     assert gpt2.decode(cut.ids).startswith(gpt2.decode(shots)) and len(cut.ids) == len(shown.ids) - 1
+    capsys.readouterr()
+    prompts.encode_shots('quora', gpt2, 2, seed=1, longest=16)
+    assert re.fullmatch('1 of 2 shots of quora are cut to 16 tokens\n', capsys.readouterr().err)
     with pytest.raises(ValueError, match='4 shots of quora are more than the 3 examples of train'):
         prompts.encode_shots('quora', gpt2, 4, seed=1)
     with pytest.raises(ValueError, match='shots are answered examples, and sonnets has no answers'):
