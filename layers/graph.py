@@ -39,8 +39,8 @@ def check_graph(config):
 
 
 def add_graph(model, last=0, **settings):
-    """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return it.
-    At first its logits stay.
+    """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return
+    it. At first its logits stay.
     """
     unknown = [name for name in settings if not name.startswith('graph_')]
     if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':

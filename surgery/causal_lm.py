@@ -52,7 +52,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def check(self, hf):
-        """ValueError for a model whose logits this one does not give, with a cache too, or whose tokens see later ones."""
+        """ValueError for a model whose logits this one does not give, cached or not, or whose tokens see later ones."""
         idx, training = torch.arange(8, device=self.lm_head.weight.device)[None], hf.training
         hf.eval()
         x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits

@@ -56,8 +56,8 @@ class FrozenBlocks:
 
     @torch.no_grad()
     def read(self, examples, batch_size, device, dtype, stop=()):
-        """Keep what the frozen blocks make of these, until `stop` holds something; returns how many are new. One batch is
-        made anew in any case: ValueError where it is not what is kept.
+        """Keep what the frozen blocks make of these, until `stop` holds something; returns how many are new. One batch
+        is made anew in any case: ValueError where it is not what is kept.
         """
         n = len(self.kept)
         for i, batch in enumerate(tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None)):
