@@ -38,7 +38,7 @@ dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train', 'val' or, where there is one, 'test'; of a task 'train' or 'dev', which 'val' means too
 task = ''  # sst, cfimdb, quora or sonnets; a fine-tuned model has its own
 shots = 0  # of a task with labels, for a model that has not learned it: answered examples of train before each prompt
-limit = 0  # of a task, score that many examples at most, the first; 0 is all
+limit = 0  # of a task, score that many examples at most, drawn the same way each time; 0 is all
 block_size = 0  # of a model that has not learned its task: tokens of the longest prompt; 0 is what the model takes
 adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
 seed = 1337  # of a model that has not learned its task: draws the shots, and sonnets
@@ -141,7 +141,7 @@ def evaluate_task(checkpoint):
     prompts.prepare_task(name)
     before = prompts.encode_shots(name, tokenizer, shots, seed) if shots else ()
     examples = prompts.read_examples(name, part, tokenizer, model.gpt.config.block_size, before)
-    examples = examples[: limit or None]
+    examples = prompts.draw_some(examples, limit)
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
     scores, _ = score.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)

@@ -32,7 +32,7 @@ from run.trackers import names_of_trackers
 from surgery.lora import save_lora
 from tasks import model as task_model
 from tasks.frozen import FrozenBlocks
-from tasks.prompts import collate, find_task, hold_out, make_batches, prepare_task, read_examples
+from tasks.prompts import collate, draw_some, find_task, hold_out, make_batches, prepare_task, read_examples
 from tasks.score import check_packages, predict, score, sonnet_baselines, write_predictions
 
 # -----------------------------------------------------------------------------
@@ -51,7 +51,7 @@ log_to = ''  # wandb, tensorboard, or both joined by a comma
 task = 'sst'  # sst, cfimdb, quora, sonnets
 form = 'cloze'  # labels by the logits of their words after the prompt, or by a new 'linear' head
 train_limit = 0  # learn from that many examples at most; 0 is all
-dev_limit = 0  # score that many of dev at most, the first; 0 is all
+dev_limit = 0  # score that many of dev at most, drawn the same way in every run; 0 is all
 valid_fraction = 0.1  # of train, held out to stop by
 predict_test = True  # write the predictions for test, too
 # what trains
@@ -167,7 +167,7 @@ if train_limit:
     train_examples = train_examples[:train_limit]
     valid_examples = valid_examples[: max(1, round(train_limit * valid_fraction))]
 dev_examples = read_examples(task, 'dev', tokenizer, longest)
-scored = {'dev': dev_examples[: dev_limit or None]}
+scored = {'dev': draw_some(dev_examples, dev_limit)}
 if predict_test and find_task(task).path('test').exists():
     scored['test'] = read_examples(task, 'test', tokenizer, longest)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()

@@ -27,7 +27,7 @@ BASE = Path(ROOT, 'out-smollm2')  # the model in float32, which loads sooner tha
 FROZEN = BASE / 'frozen'  # what the blocks below the first trained one make of the texts
 BLOCKS = range(24, 30)  # of 30, with adapters
 TASKS = {  # settings of finetune.py: how much of each task two cores can learn from
-    'sst': dict(train_limit=1000, dev_limit=500, block_size=64, batch_size=16, epochs=2),
+    'sst': dict(train_limit=1000, block_size=64, batch_size=16, epochs=2),
     'cfimdb': dict(train_limit=400, block_size=128, batch_size=16, epochs=2),
     'quora': dict(train_limit=1000, dev_limit=500, block_size=96, batch_size=16, epochs=2),
     'sonnets': dict(block_size=256, batch_size=8, epochs=3),

@@ -223,6 +223,15 @@ def hold_out(examples, fraction, seed=0):
     return examples[n:], examples[:n]
 
 
+def draw_some(examples, n):
+    """n of the examples, the same in every run, in their order; all of them where n is 0. The first n would not do: the
+    files of the tasks are sorted here and there, that of SST by sentiment.
+    """
+    if not n or n >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), n))]
+
+
 def make_batches(examples, batch_size, seed=None):
     """Batches (lists of examples) of about the same length. Without a seed in the order of length; with one shuffled by
     it: batches of like lengths are cut out of every twenty batches' worth of examples, and shuffled again.

@@ -423,6 +423,11 @@ def test_sample_writes_on_from_a_fine_tuned_model(workshop):
 def test_part_of_train_is_enough(workshop):
     tune(workshop, 'out-part', epochs=1, train_limit=10, valid_fraction=0.2, **ADAPTERS)
     record = read_json(workshop, 'out-part', 'run.json')
+    tune(workshop, 'out-few', epochs=1, train_limit=10, valid_fraction=0.2, dev_limit=3, **ADAPTERS)
+    of_part, of_few = (
+        (workshop / f'out-{name}/predictions/sst-dev-out.csv').read_text().splitlines() for name in ('part', 'few')
+    )
+    assert len(of_few) == 1 + 3 and set(of_few) < set(of_part) and of_few[1:] != of_part[1:4]
     assert (
         record['dataset'] == {'name': 'sst', 'train': 10, 'valid': 2, 'dev': COUNTS['dev']}
         and record['final']['steps'] == 3

@@ -136,6 +136,14 @@ def test_shots_are_answered_prompts_before_the_prompt(gpt2, data, capsys):
         prompts.encode_shots('sonnets', gpt2, 1, seed=1)
 
 
+def test_some_are_drawn_the_same_way_each_time_and_from_all_parts():
+    examples = [*range(1000)]
+    drawn = prompts.draw_some(examples, 100)
+    assert drawn == prompts.draw_some(examples, 100) == sorted(set(drawn)) and len(drawn) == 100
+    assert 30 < sum(i < 500 for i in drawn) < 70
+    assert all(prompts.draw_some(examples, n) == examples for n in (0, 1000, 2000))
+
+
 def test_shots_are_of_every_label():
     rows = [(str(i), f'text {i}', i % 3 if i < 30 else 0) for i in range(100)]
     drawn = [prompts.draw_evenly(rows, 6, random.Random(seed)) for seed in (1, 1, 2)]
