@@ -41,6 +41,7 @@ from tasks.score import check_packages, predict, score, sonnet_baselines, write_
 out_dir = ''  # empty: by the names of the config files, e.g. out-finetune-sst-lora
 init_from = 'gpt2'  # or a run of train.py, or any causal language model of transformers: a name, a folder, a GGUF file
 resume = False  # go on with the run in out_dir
+save_base = True  # in checkpoints; False leaves its frozen weights where init_from says, where they have to stay
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'finetune'
@@ -258,7 +259,7 @@ def score_held_out():
 
 def save(is_best=False):
     checkpoint = {
-        'model': model.state_dict(),
+        **task_model.state_of(model, save_base),
         'optimizer': optimizer.state_dict(),
         'model_args': model_args,
         'finetune': config,
@@ -279,7 +280,7 @@ def save(is_best=False):
 def finish():
     """Score dev with the weights that did best, and write down all that a run leaves; False when told to stop."""
     best = ckpt.load_checkpoint(out_dir, ['best.pt'])
-    model.load_state_dict(best['model'])
+    task_model.load_state(model, best)
     torch.manual_seed(seed)
     sampling = dict(temperature=temperature, top_p=top_p, n_beams=n_beams, best_of=best_of)
     for split, examples in scored.items():

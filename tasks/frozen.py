@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from run.device import autocast
 from run.files import write_atomically
+from tasks.model import digest_of
 from tasks.prompts import collate, make_batches
 
 
@@ -90,13 +91,11 @@ class FrozenBlocks:
 
     def path_in(self, folder, about):
         """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""
-        found = hashlib.sha256(repr((self.n, about)).encode())
         later = tuple(f'{self.gpt.blocks_path}.{i}.' for i in range(self.n, self.gpt.config.n_layer))
-        for name, x in self.gpt.state_dict().items():
-            if not name.startswith((*later, 'lm_head.')):
-                found.update(name.encode())
-                found.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return os.path.join(folder, f'frozen-{found.hexdigest()[:16]}.safetensors')
+        state = self.gpt.state_dict()
+        weights = digest_of({name: x for name, x in state.items() if not name.startswith((*later, 'lm_head.'))})
+        digest = hashlib.sha256(repr((self.n, about, weights)).encode()).hexdigest()
+        return os.path.join(folder, f'frozen-{digest[:16]}.safetensors')
 
 
 def count_frozen(gpt, blocks):

@@ -13,6 +13,7 @@ The function of the GPT stays what it was until something has trained.
 
 import contextlib
 import functools
+import hashlib
 import os
 import sys
 from dataclasses import asdict
@@ -329,8 +330,12 @@ def trained_report(model, settings):
 def count_trained(model):
     """(parameters that train, all), the layers that an adapter has a trained copy of counted once."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copied = [layer.base_layer for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy)]
-    return trained, count_numbers(model) - sum(map(count_numbers, copied))
+    return trained, count_numbers(model) - sum(map(count_numbers, copied_layers(model)))
+
+
+def copied_layers(model):
+    """The layers that adapters have trained copies of."""
+    return [layer.base_layer for layer in lora_layers(model).values() if isinstance(layer.adapter, TrainedCopy)]
 
 
 def count_numbers(module):
@@ -347,15 +352,56 @@ def count_targets(examples):
     return sum(len(example.ids) - 1 if example.text else 1 for example in examples)
 
 
+def state_of(model, save_base):
+    """What a checkpoint holds of a TaskModel: {'model': its state}; without the frozen weights of the base these are
+    told by their digest, {'model', 'base'}.
+    """
+    state = model.state_dict()
+    if save_base:
+        return {'model': state}
+    frozen = frozen_weights(model)
+    return {'model': {name: x for name, x in state.items() if name not in frozen}, 'base': digest_of(frozen)}
+
+
+def load_state(model, checkpoint):
+    """The other way round. ValueError where the frozen weights, if the checkpoint lacks them, are others by now."""
+    missing, unknown = model.load_state_dict(checkpoint['model'], strict='base' not in checkpoint)
+    frozen = frozen_weights(model)
+    if unknown or set(missing) - frozen.keys():
+        raise RuntimeError(f'missing {missing}, unknown {unknown}')
+    if checkpoint.get('base', '') not in ('', digest_of(frozen)):
+        raise ValueError('the model at init_from is not the one that the checkpoint was trained on')
+
+
+def frozen_weights(model):
+    """{name: weight} of those of the base that stay as they are; where a copy of a layer trains, the layer is none."""
+    copied = {id(p) for layer in copied_layers(model) for p in layer.parameters()}
+    weights = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in weights if not p.requires_grad and id(p) not in copied}
+
+
+def digest_of(tensors):
+    found = hashlib.sha256()
+    for name, x in tensors.items():
+        found.update(name.encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def load_task_model(checkpoint, **overrides):
-    """(TaskModel, tokenizer) of a checkpoint of finetune.py, which holds all weights, those of its base too."""
+    """(TaskModel, tokenizer) of a checkpoint of finetune.py; of one without its base that is read from init_from."""
     settings = checkpoint['finetune']
     try:
-        gpt = cast(build({**checkpoint['model_args'], **overrides}), getattr(torch, settings.get('weights', 'float32')))
+        if 'base' in checkpoint:
+            dropout = overrides.get('dropout', settings['dropout'])
+            gpt, _ = load_base(settings['init_from'], dropout, **longest_and_weights(settings))
+        else:
+            gpt = build({**checkpoint['model_args'], **overrides})
+            cast(gpt, getattr(torch, settings.get('weights', 'float32')))
         tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
         with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
             model = make_task_model(gpt, tokenizer, settings)
-        model.load_state_dict(checkpoint['model'])
+        load_state(model, checkpoint)
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f'the checkpoint does not fit its own settings: {shorten(error)}') from None
     return model, tokenizer

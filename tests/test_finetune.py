@@ -400,12 +400,19 @@ def test_its_adapter_goes_to_peft(workshop, llama, kind, targets):
 
 def test_a_llama_resumed_is_one_not_stopped(place, workshop, llama):
     shutil.copytree(workshop / 'llama', place / 'llama')
-    settings = dict(init_from='llama', task='sst', weights='bfloat16', **ADAPTERS)
+    settings = dict(init_from='llama', task='sst', weights='bfloat16', save_base=False, **ADAPTERS)
     tune(place, 'whole', **settings)
     tune(place, 'parts', env={'STOP_AT': '7'}, **settings)
     assert load(place / 'parts')['iter_num'] < load(place / 'whole')['iter_num']
     tune(place, 'parts', resume=True, **settings)
     assert same_run(place / 'whole', place / 'parts')
+    assert all('.adapters.' in name for name in load(place / 'whole')['model'])
+    scores = read_json(place / 'whole', 'metrics.json')['dev']
+    found = evaluate(place, '--out_dir=whole')
+    assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
+    shutil.rmtree(place / 'llama')
+    done = enter(place, 'eval.py', '--device=cpu', '--out_dir=whole', env={'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == 1 and done.stderr.startswith('error: cannot load llama (')
 
 
 def test_sample_writes_on_from_a_fine_tuned_model(workshop):

@@ -344,6 +344,33 @@ def test_checkpoint_gives_the_same_model(variant, head, tmp_path):
     assert names[0] == names[1]
 
 
+@every_variant
+def test_checkpoint_without_the_base_gives_the_same_model(variant, tmp_path):
+    base = make_base()
+    whole = {'model': base.state_dict(), 'model_args': asdict(base.config), 'tokenizer': TOKENIZER.to_dict()}
+    save_checkpoint(str(tmp_path), whole, is_best=False)
+    model, settings = make(variant, 'cloze', base, init_from=str(tmp_path), block_size=0)
+    train(model, settings)
+    checkpoint = {**task_model.state_of(model, False), 'finetune': settings, 'model_args': asdict(base.config)}
+    torch.manual_seed(9)
+    again, _ = load_task_model(checkpoint, dropout=0.0)
+    idx, lengths = tokens()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(idx, lengths), model.eval()(idx, lengths))
+    of_base = {name.replace('.base_layer', '') for name in model.state_dict().keys() - checkpoint['model'].keys()}
+    made_of_it = {name for name in of_base if name.endswith(('base_weight', 'spline_weight'))}  # KAN layers
+    assert of_base - made_of_it <= {f'gpt.{name}' for name in whole['model']}
+    assert bool(made_of_it) == (variant == 'kan-base')
+    assert (len(of_base) > 20) == (settings['finetune_mode'] != 'full')
+    if of_base:
+        whole['model']['transformer.wpe.weight'] += 1
+        save_checkpoint(str(tmp_path), whole, is_best=False)
+        with pytest.raises(
+            ValueError, match='the model at init_from is not the one that the checkpoint was trained on'
+        ):
+            load_task_model(checkpoint)
+
+
 @pytest.mark.parametrize('variant', ['full', 'graph-lora'])
 def test_checkpoint_gives_a_model_without_dropout(variant):
     base = make_base()
