@@ -155,9 +155,10 @@ class TaskModel(nn.Module):
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
         if self.head is not None:
             return self.head(x.to(self.head.weight.dtype))
-        if has_rows(self.gpt):  # those of the answers alone, of 50257; in float32, where few logits are equal
+        if has_rows(self.gpt):  # those of the answers alone, of 50257; in float32 at least, where few logits are equal
             weight, bias = rows_of(self.gpt.lm_head, self.answers)
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return self.gpt.lm_head(x)[:, self.answers]
 
 
