@@ -209,27 +209,31 @@ def name_in_hf(path, hf):
 
 
 def load_config(source):
+    place = place_of(source)
     with one_line(source):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(**place_of(source))
+        return AutoConfig.from_pretrained(**place)
 
 
 def load_tokenizer_of(source):
     """The fast tokenizer of a model, one of transformers."""
+    place = place_of(source)
     with one_line(source):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(**place_of(source))
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     if not tokenizer.is_fast:
         raise ValueError(f'{source} has a {type(tokenizer).__name__}, expected a fast tokenizer (tokenizer.json)')
     return tokenizer
 
 
 def place_of(source):
-    """Arguments of transformers' from_pretrained."""
+    """Arguments of transformers' from_pretrained. ValueError for a GGUF file that is not there."""
     place = dict(pretrained_model_name_or_path=source, trust_remote_code=False)
     if source.endswith('.gguf'):
+        if not os.path.isfile(source):
+            raise ValueError(f'{source} is not there')
         place.update(pretrained_model_name_or_path=os.path.dirname(source) or '.', gguf_file=os.path.basename(source))
     return place
 

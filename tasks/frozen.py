@@ -106,9 +106,8 @@ def count_frozen(gpt, blocks):
     while n < len(blocks) and not trained[n].requires_grad:
         n += 1
     if n == 0:
-        raise ValueError(
-            'frozen_cache keeps what the blocks below the first trained one make, and here it is the first'
-        )
+        advice = 'name the last ones alone in lora_targets'
+        raise ValueError(f'frozen_cache wants frozen blocks below those that train: {advice}')
     if not is_close(trained[n - 1], still[n - 1]):
         raise ValueError('frozen_cache keeps what is the same in every step: it wants dropout=0')
     return n

@@ -192,6 +192,8 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path, monkeypatch):
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-100])
     refused('cannot load .*SafetensorError')
+    with pytest.raises(ValueError, match='^nowhere.gguf is not there$'):
+        load_causal_lm('nowhere.gguf')
     with pytest.raises(ValueError, match='cannot load nobody/nothing-of-this-name') as error:
         load_causal_lm('nobody/nothing-of-this-name')
     assert one_line(error)
