@@ -330,7 +330,7 @@ def compare(runs, out, baseline='', mix=False, over='', scaling=False):
         with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
             f.write(text)
     if figures.has_curves(shown):
-        figures.draw_curves(shown).savefig(os.path.join(out, 'curves.png'), dpi=120)
+        figures.draw_curves(shown, base).savefig(os.path.join(out, 'curves.png'), dpi=120)
     if grids:
         figures.draw_grids(grids, settings).savefig(os.path.join(out, 'grids.png'), dpi=120)
     if laws:

@@ -22,6 +22,7 @@ LOGARITHMIC = ('FLOPs', 'seconds')
 COLORS = [colors.to_hex(color) for color in rcParams['axes.prop_cycle'].by_key()['color']]
 MARGIN = dict(l=50, r=10, t=10, b=40)
 LAYOUT = dict(template='plotly_white', height=480, margin=MARGIN, legend=dict(orientation='h', y=-0.2))
+N_LINES = 6  # in a panel at most
 LOSS = 'validation loss, nats per token'
 
 
@@ -33,7 +34,11 @@ def has_curves(groups):
     return any(len(group['curve']['iterations']) > 1 for group in groups if group['finished'])
 
 
-def draw_curves(groups):
+def draw_curves(groups, base):
+    """Of more than six groups `base` and those that end lowest."""
+    by_end = sorted(groups, key=lambda group: (group is not base, group['curve']['mean'][-1]))
+    drawn, others = {group['name'] for group in by_end[:N_LINES]}, len(groups[N_LINES:])
+    groups = [group for group in groups if group['name'] in drawn]
     figure = Figure(figsize=(10, 7.5), layout='constrained')
     panels = figure.subplots(2, 2, sharey=True)
     for panel, (axis, unit) in zip(panels.flat, AXES.items()):
@@ -50,9 +55,13 @@ def draw_curves(groups):
             panel.xaxis.set_minor_locator(ticker.NullLocator())
         panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
         panel.grid(alpha=0.3)
+    best = min(groups, key=lambda group: group['curve']['mean'][-1])
+    title = f'{best["name"]} ends lowest, at {best["curve"]["mean"][-1]:.3f}'
+    highest = 'the highest' if others == 1 else f'the {others} highest'
+    figure.suptitle(f'{title}; not drawn: {highest}' if others else title)
     figure.supylabel(f'{LOSS}; band: one standard deviation over seeds')
     columns = max(1, 100 // (max(len(group['name']) for group in groups) + 8))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=columns)
     return figure
 
 
