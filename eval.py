@@ -24,7 +24,7 @@ from configurator import configure, settings_of
 from data import loader
 from data.tokenizer import measure_text
 from model import GPT
-from run.checkpoint import build_model, is_export, load_checkpoint
+from run.checkpoint import build_model, holds_model, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
 from run.records import perplexity
@@ -32,7 +32,7 @@ from tasks import model as task_model
 from tasks import prompts, score
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # from out_dir; or gpt2 ... gpt2-xl, a folder with one; of a task any model that finetune.py takes
+init_from = 'resume'  # from an out_dir; or the folder of a run, gpt2 ... gpt2-xl; of a task all that finetune.py takes
 out_dir = 'out'  # ignored if init_from is not 'resume'
 dataset = ''  # by default the one the checkpoint was trained on
 split = 'val'  # 'train', 'val' or, where there is one, 'test'; of a task 'train' or 'dev', which 'val' means too
@@ -49,7 +49,7 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
-if is_export(init_from):
+if holds_model(init_from):
     init_from, out_dir = 'resume', init_from
 if (
     batch_size < 1

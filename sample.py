@@ -16,12 +16,12 @@ from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, TextStream
 from layers.generation import stream
 from model import GPT
-from run.checkpoint import build_model, is_export, load_checkpoint
+from run.checkpoint import build_model, holds_model, load_checkpoint
 from run.device import autocast, pick_device, pick_dtype
 from run.files import decode_text
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # either 'resume' (from an out_dir) or a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
+init_from = 'resume'  # from an out_dir; or the folder of a run, a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
 out_dir = 'out'  # ignored if init_from is not 'resume'
 start = '\n'  # the prompt, or '<|endoftext|>' etc.; a file with it as "FILE:prompt.txt"
 num_samples = 10  # number of samples to draw
@@ -37,7 +37,7 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 compile = False  # torch.compile the model to be faster
 # -----------------------------------------------------------------------------
 configure(globals())
-if is_export(init_from):
+if holds_model(init_from):
     init_from, out_dir = 'resume', init_from
 if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')

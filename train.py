@@ -153,9 +153,7 @@ if not eval_only:
     session.reserve(out_dir)
 
 # the run to go on from or to begin with, then the data
-is_run = init_from not in ('scratch', 'resume') and any(
-    os.path.exists(os.path.join(init_from, name)) for name in (*ckpt.STATES, ckpt.EXPORT)
-)
+is_run = init_from not in ('scratch', 'resume') and ckpt.holds_model(init_from)
 state = load_state() if init_from == 'resume' else None
 base = load_base() if is_run else None
 loader.prepare_dataset(dataset)

@@ -126,6 +126,11 @@ def is_export(folder):
     return os.path.exists(os.path.join(folder, EXPORT))
 
 
+def holds_model(folder):
+    """Whether train.py, finetune.py or export.py has left a model there."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in (*STATES, EXPORT))
+
+
 def read_export(folder):
     """The checkpoint that export.py took there, less the state of its training."""
     from safetensors.torch import load_file

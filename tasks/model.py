@@ -27,7 +27,7 @@ from data.tokenizer import PretrainedTokenizer
 from kan import KANLinear
 from layers.graph import add_graph
 from model import GPT, MLP, GPTConfig
-from run.checkpoint import EXPORT, build_model, load_checkpoint, shorten
+from run.checkpoint import build_model, holds_model, load_checkpoint, shorten
 from run.records import read_record
 from surgery import causal_lm
 from surgery.causal_lm import CausalLM
@@ -47,7 +47,7 @@ def load_base(init_from, dropout, block_size=0, weights='float32'):
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r}: expected {", ".join(WEIGHTS)}')
     dtype = getattr(torch, weights)
-    if any(os.path.exists(os.path.join(init_from, name)) for name in ('best.pt', 'ckpt.pt', EXPORT)):
+    if holds_model(init_from):
         checkpoint = load_checkpoint(init_from)
         if 'finetune' in checkpoint:
             raise ValueError(

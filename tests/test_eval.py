@@ -68,6 +68,7 @@ def test_batch_size_changes_nothing(model_and_data):
     folder, dataset, _ = model_and_data
     one, many = (evaluate(folder, f'--dataset={dataset}', f'--batch_size={n}')['loss'] for n in (1, 64))
     assert one == pytest.approx(many, rel=1e-6)
+    assert evaluate(folder, '--init_from=out', f'--dataset={dataset}', '--batch_size=1')['loss'] == one
 
 
 def test_agrees_with_training_on_the_same_windows(tmp_path):
