@@ -49,7 +49,7 @@ device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 # -----------------------------------------------------------------------------
 configure(globals())
-if holds_model(init_from):
+if init_from != 'resume' and holds_model(init_from):
     init_from, out_dir = 'resume', init_from
 if (
     batch_size < 1

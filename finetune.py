@@ -41,7 +41,7 @@ from tasks.score import check_packages, predict, score, sonnet_baselines, write_
 out_dir = ''  # empty: by the names of the config files, e.g. out-finetune-sst-lora
 init_from = 'gpt2'  # or a run of train.py, or any causal language model of transformers: a name, a folder, a GGUF file
 resume = False  # go on with the run in out_dir
-save_base = True  # in checkpoints; False leaves its frozen weights where init_from says, where they have to stay
+save_base = True  # in checkpoints; False: frozen weights are not saved, and init_from has to stay as it is
 # wandb logging
 wandb_log = False  # disabled by default
 wandb_project = 'finetune'
@@ -137,14 +137,14 @@ micro_steps = session.micro_steps(gradient_accumulation_steps)
 session.join(backend)
 session.reserve(out_dir)
 
-# model: with resume all of it is in the checkpoint
+# model: with resume all of it is in the checkpoint, or all but the base
 torch.manual_seed(seed)
 state, step, log, best_loss, seconds, train_loss = None, 0, [], math.inf, 0.0, 0.0
 if resume:
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
-    free = {*INCIDENTAL, 'resume', 'predict_test'} - {'init_from'}
+    free = {*INCIDENTAL, 'resume', 'predict_test', 'save_base', 'frozen_cache'} - {'init_from'}
     then = {**settings_of('finetune.py', []), **state['finetune']}  # a setting younger than the run had its default
     then = {name: then[name] for name in config if name not in free}
     changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
@@ -185,15 +185,21 @@ say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {sessio
 session.listen()
 if frozen_cache:
     frozen = FrozenBlocks(model.gpt)
-    path = frozen.path_in(frozen_cache, (model_args, dtype, ckpt.versions()))
+    os.makedirs(frozen_cache, exist_ok=True)
+    path = frozen.path_in(frozen_cache, (task, model_args, dtype, session.device_type, torch.__version__))
     frozen.load(path)
     examples = [*train_examples, *valid_examples, *sum(scored.values(), [])]
     n_new = frozen.read(examples, batch_size, device, dtype, session.signals)
-    if n_new and session.master:
-        frozen.save(path)
     what = f'texts as the first {frozen.n} of {model.gpt.config.n_layer} blocks give them'
-    say(f'{path}: {what}, {n_new:,} of {len(frozen.kept):,} are new')
+    megabytes = sum(x.nbytes for x in frozen.kept.values()) / 1e6
+    say(f'{path}: {what}, {n_new:,} of {len(frozen.kept):,} are new, {megabytes:.0f} MB in memory')
+    if n_new and session.master:
+        try:
+            frozen.save(path)
+        except OSError as error:
+            say(f'warning: the next run has to read them again: {error}')
 
+base_digest = None if save_base else task_model.digest_of(task_model.frozen_weights(model))
 trained = [p for p in model.parameters() if p.requires_grad]
 groups, fused = task_model.param_groups(model, config), session.device_type in ('cpu', 'cuda')
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
@@ -259,7 +265,7 @@ def score_held_out():
 
 def save(is_best=False):
     checkpoint = {
-        **task_model.state_of(model, save_base),
+        **task_model.state_of(model, base_digest),
         'optimizer': optimizer.state_dict(),
         'model_args': model_args,
         'finetune': config,

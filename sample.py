@@ -37,7 +37,7 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 compile = False  # torch.compile the model to be faster
 # -----------------------------------------------------------------------------
 configure(globals())
-if holds_model(init_from):
+if init_from != 'resume' and holds_model(init_from):
     init_from, out_dir = 'resume', init_from
 if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')

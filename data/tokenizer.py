@@ -132,6 +132,7 @@ class PretrainedTokenizer(JsonTokenizer):
         own, whole = self.split('a'), self.tokenizer.encode('a').ids
         self.start = whole[: next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)]
         self.end_of_text = end_of_text  # an id
+        self.last_of_text = max(self.tokenizer.get_vocab(with_added_tokens=False).values())  # not of added tokens
         has_lead = self.decode(own * 2) != 'aa'  # a space before each text, as Llama's has it
         self.lead, self.lead_ids = ('a', own) if has_lead else ('', [])  # what a text that goes on is encoded behind
 

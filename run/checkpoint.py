@@ -128,7 +128,7 @@ def is_export(folder):
 
 def holds_model(folder):
     """Whether train.py, finetune.py or export.py has left a model there."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in (*STATES, EXPORT))
+    return any(os.path.exists(os.path.join(folder, name)) for name in ('best.pt', 'ckpt.pt', EXPORT))
 
 
 def read_export(folder):

@@ -57,8 +57,7 @@ def draw_curves(groups, base):
         panel.grid(alpha=0.3)
     best = min(groups, key=lambda group: group['curve']['mean'][-1])
     title = f'{best["name"]} ends lowest, at {best["curve"]["mean"][-1]:.3f}'
-    highest = 'the highest' if others == 1 else f'the {others} highest'
-    figure.suptitle(f'{title}; not drawn: {highest}' if others else title)
+    figure.suptitle(f'{title}; not drawn: {others} of those that end higher' if others else title)
     figure.supylabel(f'{LOSS}; band: one standard deviation over seeds')
     columns = max(1, 100 // (max(len(group['name']) for group in groups) + 8))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=columns)

@@ -119,32 +119,35 @@ def runs_of(stage, task, method=None):
 
 def best_rate(task, method):
     """The learning rate with the lowest loss on the part of train that is held out."""
-    runs, rates = runs_of('search', task, method), METHODS[method][1]
-    if len(runs) < len(rates):
+    found, records = jobs_of('search', task, method), STUDY.read()
+    if not found.keys() <= records.keys():
         raise ValueError(f'stage final wants all learning rates of {method} on {task} first: --stages=search')
-    whole = [run for run in runs if 'failed' not in run]
+    whole = [records[name] for name in found if 'failed' not in records[name]]
     return min(whole, key=lambda run: run['valid']['loss'])['settings']['learning_rate']
 
 
-def check_records(jobs):
-    """ValueError for a record that was made with other settings."""
-    for name, run in STUDY.read().items():
-        if name in jobs and run['settings'] != jobs[name][1]:
-            raise ValueError(
-                f'the record {name} was made with {run["settings"]}, the study has {jobs[name][1]}: move it'
-            )
+def check_records():
+    """ValueError for a record that was made with other settings than those of the study."""
+    for run in STUDY.read().values():
+        if run['stage'] != 'prompts':
+            settings, (task, method) = run['settings'], (run['task'], run['method'])
+            more = SEARCH if run['stage'] == 'search' else {}
+            now = settings_of(task, method, **more, learning_rate=settings['learning_rate'], seed=settings['seed'])
+            if settings != now:
+                raise ValueError(
+                    f'the record {run["name"]} was made with {settings}, the study has {now}: move it away'
+                )
 
 
 def run(stages, tasks, methods):
+    check_records()
     for task in tasks:
         if 'prompts' in stages:
             STUDY.run_all(prompt_jobs(task), make_prompts)
         for method in methods:
             for stage in 'search', 'final':
                 if stage in stages:
-                    jobs = jobs_of(stage, task, method)
-                    check_records(jobs)
-                    STUDY.run_all(jobs, make)
+                    STUDY.run_all(jobs_of(stage, task, method), make)
 
 
 def make_page():

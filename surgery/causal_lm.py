@@ -232,14 +232,15 @@ def place_of(source):
     """Arguments of transformers' from_pretrained. ValueError for a GGUF file that is not there."""
     place = dict(pretrained_model_name_or_path=source, trust_remote_code=False)
     if source.endswith('.gguf'):
-        if not os.path.isfile(source):
+        folder, name = os.path.split(source)
+        if not os.path.isfile(source) and (os.path.isdir(folder or '.') or os.path.isabs(source)):  # else on the hub
             raise ValueError(f'{source} is not there')
-        place.update(pretrained_model_name_or_path=os.path.dirname(source) or '.', gguf_file=os.path.basename(source))
+        place.update(pretrained_model_name_or_path=folder or '.', gguf_file=name)
     return place
 
 
 def set_dropout(config, dropout):
-    """Every kind of it that a model has, in the parts of its config too; one that is a whole number stays."""
+    """Every kind of it that a model has, in the parts of its config too; those that are integers stay."""
     for name, value in vars(config).items():
         if hasattr(value, 'to_dict'):
             set_dropout(value, dropout)

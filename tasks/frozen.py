@@ -7,6 +7,7 @@ import hashlib
 import os
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
@@ -21,11 +22,11 @@ class FrozenBlocks:
     """Takes the place of gpt.features, for a GPT or a CausalLM: texts that are `kept` begin at the first trained block.
     ValueError where no block is frozen, or where a frozen one has dropout.
 
-    kept: {digest of the token ids: what the last frozen block gives, (T, C)}
+    kept: {digest of the token ids: what the last frozen block gives, (T, C)}, of which `loaded` come from a file
     """
 
     def __init__(self, gpt):
-        self.gpt, self.compute, self.kept = gpt, gpt.features, {}
+        self.gpt, self.compute, self.kept, self.loaded = gpt, gpt.features, {}, set()
         self.given = None  # in a pass over kept texts: what the trained blocks get, (B, T, C)
         self.made, self.in_tuple = None, False  # what the last frozen block gave, and whether as the first of a tuple
         blocks = gpt.get_submodule(gpt.blocks_path)
@@ -58,9 +59,9 @@ class FrozenBlocks:
     @torch.no_grad()
     def read(self, examples, batch_size, device, dtype, stop=()):
         """Keep what the frozen blocks make of these, until `stop` holds something; returns how many are new. One batch
-        is made anew in any case: ValueError where it is not what is kept.
+        is made anew in any case: ValueError where a file has something else of it.
         """
-        n = len(self.kept)
+        n, tolerance = len(self.kept), 1e-3 if (dtype, device) == ('float32', 'cpu') else 0.1
         for i, batch in enumerate(tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None)):
             if stop:
                 break
@@ -71,23 +72,27 @@ class FrozenBlocks:
             with autocast(device, dtype):
                 self.compute(idx, lengths=lengths)
             for name, x, length in zip(names, self.made, lengths.tolist()):
-                x = x[:length].cpu()
-                if not is_close(self.kept.setdefault(name, x.clone()), x):
+                x = x[:length].cpu().clone()
+                if not is_close(self.kept.setdefault(name, x), x, tolerance) and name in self.loaded:
                     raise ValueError('the file of frozen_cache is not of these blocks: delete it')
         self.made = None
         return len(self.kept) - n
 
     def load(self, path):
+        """Keep what a file has, if it is there. ValueError for a damaged one."""
         if os.path.exists(path):
             try:
                 self.kept = load_file(path)
             except SafetensorError as error:
                 raise ValueError(f'{path} is damaged ({error}): delete it') from None
+            self.loaded = {*self.kept}
 
     def save(self, path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with write_atomically(path) as f:
-            f.write(save(self.kept))
+        """Add what is kept to a file, which other processes may add to as well."""
+        with FileLock(f'{path}.lock'):
+            others = load_file(path) if os.path.exists(path) else {}
+            with write_atomically(path) as f:
+                f.write(save({**others, **self.kept}))
 
     def path_in(self, folder, about):
         """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""
@@ -106,9 +111,9 @@ def count_frozen(gpt, blocks):
     while n < len(blocks) and not trained[n].requires_grad:
         n += 1
     if n == 0:
-        advice = 'name the last ones alone in lora_targets'
+        advice = "finetune_mode='head', or lora_targets that name the last blocks alone"
         raise ValueError(f'frozen_cache wants frozen blocks below those that train: {advice}')
-    if not is_close(trained[n - 1], still[n - 1]):
+    if not is_close(trained[n - 1], still[n - 1], 1e-3 if still[n - 1].dtype == torch.float32 else 0.1):
         raise ValueError('frozen_cache keeps what is the same in every step: it wants dropout=0')
     return n
 
@@ -129,10 +134,9 @@ def first_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def is_close(x, y):
+def is_close(x, y, tolerance):
     """Whether they differ by rounding alone."""
-    tolerance = 1e-3 if x.dtype == torch.float32 else 0.1
-    return torch.allclose(x, y, atol=tolerance * y.float().std().item(), rtol=tolerance)
+    return torch.allclose(x, y, atol=tolerance * y.float().std().nan_to_num().item(), rtol=tolerance)
 
 
 def digests(idx, lengths):

@@ -97,10 +97,10 @@ def load_pretrained(init_from, dropout, dtype):
 
 
 def check_vocabulary(init_from, tokenizer, model):
-    """ValueError for tokens that the model has no embedding of; a model may have more rows than tokens."""
-    n = model.config.vocab_size
-    if tokenizer.vocab_size > n:
-        raise ValueError(f'the tokenizer of {init_from} has {tokenizer.vocab_size} tokens, the model {n}: not its own')
+    """ValueError for tokens of texts that the model has no row for; it may have more rows than tokens."""
+    n, last = model.config.vocab_size, max(tokenizer.last_of_text, tokenizer.end_of_text or 0)
+    if last >= n:
+        raise ValueError(f'the tokenizer of {init_from} has tokens up to {last}, the model {n} rows: not its own')
 
 
 def own_tokenizer(init_from):
@@ -153,13 +153,14 @@ class TaskModel(nn.Module):
         if not self.answers:
             return self.gpt.lm_head(x)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
-        if self.head is not None:
-            return self.head(x.to(self.head.weight.dtype))
-        if has_rows(self.gpt):  # those of the answers alone, of 50257; in float32 at least, where few logits are equal
-            weight, bias = rows_of(self.gpt.lm_head, self.answers)
+        if self.head is None and not has_rows(self.gpt):
+            return self.gpt.lm_head(x)[:, self.answers]
+        with torch.autocast(x.device.type, enabled=False):  # in half precision many logits would be equal
+            if self.head is not None:
+                return self.head(x.to(self.head.weight.dtype))
+            weight, bias = rows_of(self.gpt.lm_head, self.answers)  # those of the answers alone, of 50257
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return self.gpt.lm_head(x)[:, self.answers]
 
 
 def make_task_model(gpt, tokenizer, settings):
@@ -353,25 +354,25 @@ def count_targets(examples):
     return sum(len(example.ids) - 1 if example.text else 1 for example in examples)
 
 
-def state_of(model, save_base):
-    """What a checkpoint holds of a TaskModel: {'model': its state}; without the frozen weights of the base these are
-    told by their digest, {'model', 'base'}.
+def state_of(model, base_digest=None):
+    """What a checkpoint holds of a TaskModel: {'model': its state}; with the digest of its frozen weights that digest in
+    their place, {'model', 'base'}.
     """
-    state = model.state_dict()
-    if save_base:
+    state, frozen = model.state_dict(), frozen_weights(model)
+    if base_digest is None or not frozen:
         return {'model': state}
-    frozen = frozen_weights(model)
-    return {'model': {name: x for name, x in state.items() if name not in frozen}, 'base': digest_of(frozen)}
+    return {'model': {name: x for name, x in state.items() if name not in frozen}, 'base': base_digest}
 
 
 def load_state(model, checkpoint):
     """The other way round. ValueError where the frozen weights, if the checkpoint lacks them, are others by now."""
-    missing, unknown = model.load_state_dict(checkpoint['model'], strict='base' not in checkpoint)
+    if 'base' not in checkpoint:
+        model.load_state_dict(checkpoint['model'])
+        return
     frozen = frozen_weights(model)
-    if unknown or set(missing) - frozen.keys():
-        raise RuntimeError(f'missing {missing}, unknown {unknown}')
-    if checkpoint.get('base', '') not in ('', digest_of(frozen)):
-        raise ValueError('the model at init_from is not the one that the checkpoint was trained on')
+    if digest_of(frozen) != checkpoint['base']:
+        raise ValueError('the weights at init_from are not those that the checkpoint was trained on')
+    model.load_state_dict({**frozen, **checkpoint['model']})
 
 
 def frozen_weights(model):
@@ -384,7 +385,7 @@ def frozen_weights(model):
 def digest_of(tensors):
     found = hashlib.sha256()
     for name, x in tensors.items():
-        found.update(name.encode())
+        found.update(f'{name} {x.dtype} {tuple(x.shape)}'.encode())
         found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
@@ -394,8 +395,7 @@ def load_task_model(checkpoint, **overrides):
     settings = checkpoint['finetune']
     try:
         if 'base' in checkpoint:
-            dropout = overrides.get('dropout', settings['dropout'])
-            gpt, _ = load_base(settings['init_from'], dropout, **longest_and_weights(settings))
+            gpt = load_same_base(checkpoint, **overrides)
         else:
             gpt = build({**checkpoint['model_args'], **overrides})
             cast(gpt, getattr(torch, settings.get('weights', 'float32')))
@@ -406,6 +406,26 @@ def load_task_model(checkpoint, **overrides):
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f'the checkpoint does not fit its own settings: {shorten(error)}') from None
     return model, tokenizer
+
+
+def load_same_base(checkpoint, **overrides):
+    """The base of a checkpoint without it. ValueError where init_from has none any more, or another one."""
+    settings, then = checkpoint['finetune'], checkpoint['model_args']
+    init_from, dropout = settings['init_from'], overrides.get('dropout', settings['dropout'])
+    try:
+        gpt, _ = load_base(init_from, dropout, **longest_and_weights(settings))
+    except ValueError as error:
+        raise ValueError(f'the checkpoint was saved without its base, init_from={init_from}: {error}') from None
+    if what_computes(describe(gpt)) != what_computes(then):
+        raise ValueError(f'the model at init_from={init_from} is made otherwise than that of the checkpoint')
+    return gpt
+
+
+def what_computes(model_args):
+    """Of a description what decides what a model computes: not its dropout, where it lay, and who has read it."""
+    flat = {**model_args, **model_args.get('causal_lm', {})}
+    free = {name for name in flat if 'drop' in name or name[0] == '_'} | {'causal_lm', 'transformers_version'}
+    return {name: value for name, value in flat.items() if name not in free}
 
 
 def load_adapter(out_dir, init_from):

@@ -412,7 +412,8 @@ def test_a_llama_resumed_is_one_not_stopped(place, workshop, llama):
     assert {key: found[key] for key in scores} == pytest.approx(scores, rel=1e-5)
     shutil.rmtree(place / 'llama')
     done = enter(place, 'eval.py', '--device=cpu', '--out_dir=whole', env={'HF_HUB_OFFLINE': '1'})
-    assert done.returncode == 1 and done.stderr.startswith('error: cannot load llama (')
+    gone = 'error: the checkpoint was saved without its base, init_from=llama: cannot load llama ('
+    assert done.returncode == 1 and done.stderr.startswith(gone)
 
 
 def test_sample_writes_on_from_a_fine_tuned_model(workshop):
@@ -513,7 +514,7 @@ def test_frozen_blocks_are_read_once(place):
     assert 0 < len(load_file(begun)) < n
     n_batches = math.ceil(sum(COUNTS.values()) / TINY['batch_size'])
     tune(place, 'parts', env={'STOP_AT': str(n_batches + 7)}, **settings)
-    assert load(place / 'parts')['iter_num'] < load(place / 'whole')['iter_num']
+    assert 0 < load(place / 'parts')['iter_num'] < load(place / 'whole')['iter_num']
     done = tune(place, 'parts', resume=True, **settings)
     assert f'0 of {n} are new' in done.stdout and path.stat().st_mtime_ns == before
     assert same_run(place / 'whole', place / 'parts')
@@ -634,8 +635,7 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     base, found = evaluate(workshop, '--out_dir=base', '--task=sst'), evaluate(workshop, '--out_dir=out-early')
     shown = evaluate(workshop, '--out_dir=base', '--task=sst', '--shots=1')
     assert (base['shots'], shown['shots']) == (0, 1) and shown['loss'] != base['loss']
-    wrong = ['--out_dir=base', '--task=sst', '--block_size=5']  # which the longest text, and no other, exceeds
-    assert evaluate(workshop, *wrong)['loss'] != base['loss']
+    assert evaluate(workshop, '--out_dir=base', '--task=sst', '--block_size=5')['loss'] != base['loss']
     for wrong, words in (
         (['--out_dir=out-early', '--shots=1'], 'shots and block_size are for a model that has not learned its task'),
         (['--out_dir=base', '--shots=1'], 'shots=1, limit=0 and block_size=0 are of a task: name one'),

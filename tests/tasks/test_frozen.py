@@ -1,10 +1,13 @@
 """What is kept of frozen blocks: the same features and gradients, no block run twice, and no file of other blocks."""
 
+import functools
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configurator import settings_of
-from helpers import Words
+from helpers import Words, together
 from model import GPT, GPTConfig
 from surgery.causal_lm import CausalLM
 from tasks.frozen import FrozenBlocks
@@ -101,6 +104,25 @@ def test_a_file_takes_the_place_of_the_blocks(tmp_path):
     again.load(path)
     assert again.read(EXAMPLES, 2, 'cpu', 'float32') == 0
     assert torch.equal(model(idx, lengths), expected)
+
+
+def test_half_precision_is_no_other_file(tmp_path):
+    """Texts that come twice, in batches of other sizes, and then from a file."""
+    model, path = tuned('gpt'), tmp_path / 'kept'
+    for batch_size in 2, 3, 5:
+        frozen = FrozenBlocks(model.gpt)
+        frozen.load(path)
+        frozen.read(EXAMPLES + EXAMPLES, batch_size, 'cpu', 'bfloat16')
+        frozen.save(path)
+    assert len(load_file(path)) == len(EXAMPLES)
+
+
+def test_two_that_save_at_once_lose_nothing(tmp_path):
+    path, parts = tmp_path / 'kept', [keep(tuned('gpt')) for _ in range(3)]
+    for i, frozen in enumerate(parts):
+        frozen.kept = {f'{i} {name}': torch.randn(300, 400) for name in frozen.kept}
+    together(*(functools.partial(frozen.save, path) for frozen in parts))
+    assert load_file(path).keys() == set().union(*(frozen.kept for frozen in parts))
 
 
 def test_the_name_of_the_file_is_that_of_the_frozen_weights(tmp_path):

@@ -162,6 +162,13 @@ def test_a_row_alone_is_a_row_among_longer_ones(variant, head):
     assert (together[0, -1] - together[1, -1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize('variant, head', [('lora', 'cloze'), ('head', 'cloze')])
+def test_answers_are_read_off_in_single_precision(variant, head):
+    model, _ = make(variant, head)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert model(*tokens()).dtype == torch.float32
+
+
 @every_variant
 @pytest.mark.parametrize('head, dtype', [('linear', torch.float16), ('sonnets', torch.bfloat16)], ids=str)
 def test_half_precision_is_near_single_precision(variant, head, dtype):
@@ -174,7 +181,7 @@ def test_half_precision_is_near_single_precision(variant, head, dtype):
         found = model(idx, lengths)
         loss = sum_losses(found, torch.tensor([3, 0, 4]) if head == 'linear' else idx)
     loss.backward()
-    assert found.dtype == dtype and loss.dtype == torch.float32
+    assert found.dtype == (torch.float32 if head == 'linear' else dtype) and loss.dtype == torch.float32
     rows = torch.arange(9) < lengths[:, None] if head == 'sonnets' else slice(None)
     assert (found - expected)[rows].abs().mean() < 0.1 * expected[rows].std()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -349,9 +356,11 @@ def test_checkpoint_without_the_base_gives_the_same_model(variant, tmp_path):
     base = make_base()
     whole = {'model': base.state_dict(), 'model_args': asdict(base.config), 'tokenizer': TOKENIZER.to_dict()}
     save_checkpoint(str(tmp_path), whole, is_best=False)
+    model_args = asdict(base.config)
     model, settings = make(variant, 'cloze', base, init_from=str(tmp_path), block_size=0)
     train(model, settings)
-    checkpoint = {**task_model.state_of(model, False), 'finetune': settings, 'model_args': asdict(base.config)}
+    digest = task_model.digest_of(task_model.frozen_weights(model))
+    checkpoint = {**task_model.state_of(model, digest), 'finetune': settings, 'model_args': model_args}
     torch.manual_seed(9)
     again, _ = load_task_model(checkpoint, dropout=0.0)
     idx, lengths = tokens()
@@ -365,10 +374,19 @@ def test_checkpoint_without_the_base_gives_the_same_model(variant, tmp_path):
     if of_base:
         whole['model']['transformer.wpe.weight'] += 1
         save_checkpoint(str(tmp_path), whole, is_best=False)
-        with pytest.raises(
-            ValueError, match='the model at init_from is not the one that the checkpoint was trained on'
-        ):
+        with pytest.raises(ValueError, match='the weights at init_from are not those that the checkpoint was'):
             load_task_model(checkpoint)
+        whole['model_args']['n_head'] = 4
+        save_checkpoint(str(tmp_path), whole, is_best=False)
+        with pytest.raises(ValueError, match='the model at init_from=.* is made otherwise than that of the checkpoint'):
+            load_task_model(checkpoint)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    if of_base:
+        with pytest.raises(ValueError, match='was saved without its base, init_from=.*: .* holds no model'):
+            load_task_model(checkpoint)
+    else:  # it holds all of it
+        load_task_model(checkpoint)
 
 
 @pytest.mark.parametrize('variant', ['full', 'graph-lora'])
@@ -499,7 +517,7 @@ def test_base_with_fewer_rows_than_tokens_is_refused(family, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     transformers.PreTrainedTokenizerFast(tokenizer_object=byte_pairs()).save_pretrained(tmp_path)
     n = byte_pairs().get_vocab_size()
-    with pytest.raises(ValueError, match=f'has {n} tokens, the model 100: not its own'):
+    with pytest.raises(ValueError, match=f'has tokens up to {n - 1}, the model 100 rows: not its own'):
         load_base(str(tmp_path), 0.0)
 
 
