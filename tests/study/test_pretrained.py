@@ -41,7 +41,9 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
     study.run(['prompts', 'search', 'final'], ['sst', 'sonnets'], ['LoRA', 'KAN-LoRA'])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(study.TASKS, 'sst', dict(study.TASKS['sst'], epochs=3))
-        with pytest.raises(ValueError, match="the record .*, sst, .* was made with .*'epochs': 2.* the study has .*'epochs': 3"):
+        with pytest.raises(
+            ValueError, match="the record .*, sst, .* was made with .*'epochs': 2.* the study has .*'epochs': 3"
+        ):
             study.run(['search'], ['sst'], ['LoRA'])
     for task in 'sst', 'sonnets':
         for method in 'LoRA', 'KAN-LoRA':
