@@ -355,8 +355,8 @@ def count_targets(examples):
 
 
 def state_of(model, base_digest=None):
-    """What a checkpoint holds of a TaskModel: {'model': its state}; with the digest of its frozen weights that digest in
-    their place, {'model', 'base'}.
+    """What a checkpoint holds of a TaskModel: {'model': its state}; if the digest of its frozen weights is given, that
+    in their place, {'model', 'base'}.
     """
     state, frozen = model.state_dict(), frozen_weights(model)
     if base_digest is None or not frozen:
