@@ -97,6 +97,16 @@ def make_final(stage, size):
     return table([*heads, 'to SwiGLU', 'to GELU'], rows)
 
 
+def make_controls(size):
+    """What the learning adds: how far a family is from itself with one thing changed, on the seeds of both."""
+    groups, rows = groups_of('final', size), []
+    for control in groups.keys() & CONTROLS.keys():
+        family, change = control.split(', ', 1)
+        found = [difference(groups.get(family, {}), groups[control], key) for key in (held_out, validation)]
+        rows += [[family, change, *map(cell, found)]] if any(found) else []
+    return table(['family', 'less itself with', 'unseen text', 'last validation loss'], sorted(rows))
+
+
 def make_steps(size):
     run, rows = STUDY.read().get(f'steps, {size}'), []
     first = run['rows'][0]['seconds']['total'] if run else None
@@ -139,6 +149,7 @@ def make_page():
     for size in SIZES:
         tables = {
             f'{size}: fresh seeds': make_final('final', size),
+            f'{size}: what the learning adds': make_controls(size),
             f'{size}: at the seconds of SwiGLU': make_final('seconds', size),
             f'{size}: {LONG:,} iterations': make_final('longer', size),
             f'{size}: steps taken in turn': make_steps(size),
@@ -155,17 +166,22 @@ def make_page():
 # the figures
 
 
+def gaps_of(groups):
+    """{family: its `difference` to SwiGLU on unseen text}, the largest first, of at least five seeds."""
+    gaps = {family: difference(runs, groups.get('SwiGLU', {}), held_out) for family, runs in groups.items()}
+    gaps = {family: gap for family, gap in gaps.items() if gap and gap[3] >= 5}
+    return dict(sorted(gaps.items(), key=lambda pair: -pair[1][0]))
+
+
 def draw_gaps(path):
     """Of each size how far the families are from SwiGLU on unseen text, with 95 % intervals."""
-    groups = {size: groups_of('final', size) for size in SIZES}
-    groups = {size: found for size, found in groups.items() if len(found.get('SwiGLU', {})) > 1}
-    if not groups:
+    found = {size: gaps_of(groups_of('final', size)) for size in SIZES}
+    found = {size: gaps for size, gaps in found.items() if gaps}
+    if not found:
         return
-    height = 1.5 + 0.35 * max(map(len, groups.values()))
-    figure, panels = panels_of(1, len(groups), 5 * len(groups), height)
-    for panel, (size, found) in zip(panels, groups.items()):
-        gaps = {family: difference(runs, found['SwiGLU'], held_out) for family, runs in found.items()}
-        gaps = dict(sorted(((family, gap) for family, gap in gaps.items() if gap), key=lambda pair: -pair[1][0]))
+    height = 1.5 + 0.35 * max(map(len, found.values()))
+    figure, panels = panels_of(1, len(found), 5 * len(found), height)
+    for panel, (size, gaps) in zip(panels, found.items()):
         for place, (family, (mean, half, *_)) in enumerate(gaps.items()):
             colour = COLOURS.get(family, '#999999')
             panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)

@@ -116,6 +116,10 @@ def test_controls_can_be_had_alone_and_take_the_settings_of_theirs(study):
     finals = [run for run in study.STUDY.read().values() if run['stage'] == 'final']
     assert {run['family'] for run in finals} == {*study.CONTROLS} and len(finals) == 10 * len(study.CONTROLS)
     assert {(run['config']['learning_rate'], run['config']['init_std']) for run in finals} == {(4e-3, 0.16)}
+    assert 'what the learning adds' not in win_page.make_page()  # before the families themselves
+    study.run(['final'], ['0.23M'], ['main'])
+    lines = win_page.make_controls('0.23M')
+    assert len(lines) == 2 + len(study.CONTROLS) and lines[2].startswith('| KAN-GLU | rate of splines x 1 | ')
 
 
 def test_seconds_want_steps_that_were_timed(study):
