@@ -29,7 +29,7 @@ from run.device import autocast, device_name, peak_memory
 from run.files import write_atomically
 from run.session import Session
 from run.trackers import names_of_trackers
-from surgery.lora import save_lora
+from surgery.lora import digest_of, save_lora
 from tasks import model as task_model
 from tasks.frozen import FrozenBlocks
 from tasks.prompts import collate, draw_some, find_task, hold_out, make_batches, prepare_task, read_examples
@@ -199,7 +199,7 @@ if frozen_cache:
         except OSError as error:
             say(f'warning: the next run has to read them again: {error}')
 
-base_digest = None if save_base else task_model.digest_of(task_model.frozen_weights(model))
+base_digest = None if save_base else digest_of(task_model.frozen_weights(model).items())
 trained = [p for p in model.parameters() if p.requires_grad]
 groups, fused = task_model.param_groups(model, config), session.device_type in ('cpu', 'cuda')
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)

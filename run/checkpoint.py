@@ -29,6 +29,7 @@ import torch
 from model import GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
+MODELS = ('best.pt', 'ckpt.pt')  # what a model is loaded from, the first that is there
 STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
 # in a folder of export.py: model_args, tokenizer, config, iter_num, best_val_loss; gpt2: whether it is one; tied: the
 # names that have the weight of the token embeddings
@@ -93,7 +94,7 @@ def set_aside(out_dir, names=LEFT):
     return folder
 
 
-def load_checkpoint(out_dir, names=('best.pt', 'ckpt.pt')):
+def load_checkpoint(out_dir, names=MODELS):
     """The first of the files `names` in out_dir. ValueError where there is none, or one damaged or not plain data."""
     paths = [os.path.join(out_dir, name) for name in names]
     path = next(filter(os.path.exists, paths), None)
@@ -128,7 +129,7 @@ def is_export(folder):
 
 def holds_model(folder):
     """Whether train.py, finetune.py or export.py has left a model there."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in ('best.pt', 'ckpt.pt', EXPORT))
+    return any(os.path.exists(os.path.join(folder, name)) for name in (*MODELS, EXPORT))
 
 
 def read_export(folder):

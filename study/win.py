@@ -211,8 +211,8 @@ def make(name, job, folder):
     run.update(about)
     if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
         run['test'] = run_json('eval.py', out_dir=folder, **TESTS[settings['dataset']])['loss']
-        n_curves = 8 if run['seed'] == SEEDS[about['stage']][0] else 0
-        run['shapes'] = describe_shapes(folder, settings['dataset'], n_curves)
+        is_drawn = about['stage'] == 'final' and about['family'] in FAMILIES and run['seed'] == SEEDS['final'][0]
+        run['shapes'] = describe_shapes(folder, settings['dataset'], 8 if is_drawn else 0)
     return run
 
 

@@ -720,14 +720,20 @@ def base_identity(model, copied=(), moving=()):
     buffers `moving`, which a file has.
     """
     left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
-    digest, count = hashlib.sha256(), 0
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(left_out) and base_name(name) not in moving:
-            tensor = tensor.cpu().contiguous()
-            digest.update(f'{base_name(name)} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-            count += tensor.numel()
-    return {'class': type(model).__name__, 'numbers': count, 'sha256': digest.hexdigest()}
+    state = sorted(model.state_dict().items(), key=lambda pair: pair[0])
+    state = [(base_name(name), x) for name, x in state if not name.startswith(left_out)]
+    kept = [(name, x) for name, x in state if name not in moving]
+    numbers = sum(x.numel() for _, x in kept)
+    return {'class': type(model).__name__, 'numbers': numbers, 'sha256': digest_of(kept)}
+
+
+def digest_of(named):
+    """The sha256 of tensors and their names, [(name, tensor)], in this order."""
+    digest = hashlib.sha256()
+    for name, x in named:
+        digest.update(f'{name} {x.dtype} {tuple(x.shape)}'.encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_lora(model, folder, name='default', check_base=True):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from run.device import autocast
 from run.files import write_atomically
-from tasks.model import digest_of
+from surgery.lora import digest_of
 from tasks.prompts import collate, make_batches
 
 
@@ -73,8 +73,9 @@ class FrozenBlocks:
                 self.compute(idx, lengths=lengths)
             for name, x, length in zip(names, self.made, lengths.tolist()):
                 x = x[:length].cpu().clone()
-                if not is_close(self.kept.setdefault(name, x), x, tolerance) and name in self.loaded:
+                if name in self.loaded and not is_close(self.kept[name], x, tolerance):
                     raise ValueError('the file of frozen_cache is not of these blocks: delete it')
+                self.kept.setdefault(name, x)
         self.made = None
         return len(self.kept) - n
 
@@ -97,8 +98,8 @@ class FrozenBlocks:
     def path_in(self, folder, about):
         """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""
         later = tuple(f'{self.gpt.blocks_path}.{i}.' for i in range(self.n, self.gpt.config.n_layer))
-        state = self.gpt.state_dict()
-        weights = digest_of({name: x for name, x in state.items() if not name.startswith((*later, 'lm_head.'))})
+        state = self.gpt.state_dict().items()
+        weights = digest_of((name, x) for name, x in state if not name.startswith((*later, 'lm_head.')))
         digest = hashlib.sha256(repr((self.n, about, weights)).encode()).hexdigest()
         return os.path.join(folder, f'frozen-{digest[:16]}.safetensors')
 

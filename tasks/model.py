@@ -13,7 +13,6 @@ The function of the GPT stays what it was until something has trained.
 
 import contextlib
 import functools
-import hashlib
 import os
 import sys
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from run.records import read_record
 from surgery import causal_lm
 from surgery.causal_lm import CausalLM
 from surgery.kanify import kanify
-from surgery.lora import LoRAConfig, TrainedCopy, add_lora, load_lora, lora_layers, lora_param_groups
+from surgery.lora import LoRAConfig, TrainedCopy, add_lora, digest_of, load_lora, lora_layers, lora_param_groups
 from tasks.prompts import answer_ids, find_task
 
 GPT2S = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -370,7 +369,7 @@ def load_state(model, checkpoint):
         model.load_state_dict(checkpoint['model'])
         return
     frozen = frozen_weights(model)
-    if digest_of(frozen) != checkpoint['base']:
+    if digest_of(frozen.items()) != checkpoint['base']:
         raise ValueError('the weights at init_from are not those that the checkpoint was trained on')
     model.load_state_dict({**frozen, **checkpoint['model']})
 
@@ -380,14 +379,6 @@ def frozen_weights(model):
     copied = {id(p) for layer in copied_layers(model) for p in layer.parameters()}
     weights = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in weights if not p.requires_grad and id(p) not in copied}
-
-
-def digest_of(tensors):
-    found = hashlib.sha256()
-    for name, x in tensors.items():
-        found.update(f'{name} {x.dtype} {tuple(x.shape)}'.encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def load_task_model(checkpoint, **overrides):
