@@ -1,17 +1,15 @@
 // Learned activations on a CPU, forward and backward, in one pass over the data each: see channel.py.
 //
-// ORDER of the splines (1 to 3), GATED (0 or 1) and ACTIVATION (a struct below) are given when this is compiled.
-// A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
+// ORDER of the splines (1 to 3), GATED (0 or 1) and ACTIVATION (a struct of activations.h) are given when this is
+// compiled. A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
 // coefficients. Here these have ORDER zeros on both sides, so that every interval has its neighbours.
 //
 // Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; K coefficients of a channel, S with the
 // zeros; P knots, evenly spaced.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "activations.h"
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -22,83 +20,6 @@ constexpr int64_t TILE = 256;  // channels at a time, whose numbers stay in the 
 constexpr int64_t ROWS = 64;   // of a block of the forward pass
 constexpr int NEAR = ORDER + 1;
 constexpr int64_t SPARE = 4;   // numbers behind the last coefficient, for loads of four
-
-// The exponential, within 2 units in the last place between -87 and 88: a line in n and a polynomial, which compilers
-// turn into vector instructions (constants of Cephes, expf).
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    const float n = std::nearbyint(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float power;  // 2^n
-    std::memcpy(&power, &bits, sizeof power);
-    return (p * r * r + r + 1.0f) * power;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-struct silu {
-    static float value(float x) { return x * sigmoid(x); }
-    static float slope(float x) {
-        const float s = sigmoid(x);
-        return s * (1.0f + x * (1.0f - s));
-    }
-};
-
-struct gelu {
-    // The normal distribution, by formula 7.1.26 of Abramowitz and Stegun for erf: an error of 1.5e-7 at most.
-    static float cdf(float x, float density) {
-        const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::abs(x));
-        float p = 1.061405429f;
-        p = p * t - 1.453152027f;
-        p = p * t + 1.421413741f;
-        p = p * t - 0.284496736f;
-        p = p * t + 0.254829592f;
-        const float tail = 0.5f * p * t * density;  // beyond |x|; the density is exp(-x^2 / 2)
-        return x > 0 ? 1.0f - tail : tail;
-    }
-    static float value(float x) { return x * cdf(x, exponential(-0.5f * x * x)); }
-    static float slope(float x) {
-        const float density = exponential(-0.5f * x * x);
-        return cdf(x, density) + 0.39894228f * x * density;
-    }
-};
-
-struct gelu_tanh {
-    // x (1 + tanh z) / 2 is x sigmoid(2 z)
-    static float argument(float x) { return 1.59576912f * x * (1.0f + 0.044715f * x * x); }
-    static float value(float x) { return x * sigmoid(argument(x)); }
-    static float slope(float x) {
-        const float s = sigmoid(argument(x));
-        return s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
-    }
-};
-
-struct relu {
-    static float value(float x) { return x < 0 ? 0.0f : x; }  // NaN stays
-    static float slope(float x) { return x > 0 ? 1.0f : 0.0f; }
-};
-
-struct hyperbolic {  // tanh
-    static float value(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
-    static float slope(float x) { return 1.0f - value(x) * value(x); }
-};
-
-struct logistic {
-    static float value(float x) { return sigmoid(x); }
-    static float slope(float x) { return sigmoid(x) * (1.0f - sigmoid(x)); }
-};
-
-struct identity {
-    static float value(float x) { return x; }
-    static float slope(float) { return 1.0f; }
-};
 
 // The bases that are not zero at u in [0, 1], the place in an interval, and their derivatives by u.
 inline void bases(float u, float *b) {

@@ -23,6 +23,7 @@ from layers.spline import (
     activation_gradient,
     bases_derivative,
     basis_function,
+    is_batched,
     is_transformed,
     name_of,
     no_autocast,
@@ -35,15 +36,6 @@ from layers.spline import (
 
 BACKEND = 'auto'  # the first of 'triton', 'native' and 'plain' that suits the input, or one of them
 OPERATORS = __name__.replace('.', '_')  # their namespace, as in spline.py
-NATIVE = {  # names of activations, in spline.py and in channel.cpp
-    'SiLU()': 'silu',
-    "GELU(approximate='none')": 'gelu',
-    "GELU(approximate='tanh')": 'gelu_tanh',
-    'ReLU()': 'relu',
-    'Tanh()': 'hyperbolic',
-    'Sigmoid()': 'logistic',
-    'Identity()': 'identity',
-}
 ROWS = 256  # of a block, whose sum of the gradient of the coefficients is added to those of the others
 CHUNK = 1 << 20  # numbers of the bases of a chunk of the plain formula
 
@@ -160,7 +152,7 @@ class ChannelSplineFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return differentiate(ctx, grad, run_backward)
+        return differentiate(ctx, grad, channel_backward if is_batched(grad) else run_backward)
 
 
 def plain_gradients(grad, x, weight, knots, k, activation, gated, derivative):
@@ -187,7 +179,9 @@ def choose_backend(x, weight, knots, k, activation, gated):
     """The fastest way that suits the input: the fused ones want an order from 1 to 3, no float64, `native` uniform
     knots, too.
     """
-    if k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype) or activation not in NATIVE:
+    if BACKEND == 'plain' or k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype):
+        return 'plain'
+    if activation not in native.ACTIVATIONS:
         return 'plain'
     if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
         return 'triton'
@@ -220,11 +214,11 @@ def triton_works(device):
 
 
 def compiled(k, activation, gated):
-    return native.compile('channel.cpp', ORDER=k, GATED=int(gated), ACTIVATION=NATIVE[activation])
+    return native.compile('channel.cpp', ORDER=k, GATED=int(gated), ACTIVATION=native.ACTIVATIONS[activation])
 
 
 def native_forward(x, weight, knots, k, activation, gated):
-    tensors = to_floats(x, weight, knots)
+    tensors = native.to_floats(x, weight, knots)
     y = x.new_empty(len(x), len(weight), dtype=torch.float32)
     sizes = native.integers(*y.shape, weight.size(1), torch.get_num_threads())
     compiled(k, activation, gated).forward(*map(native.address, (*tensors, y)), *sizes)
@@ -232,12 +226,8 @@ def native_forward(x, weight, knots, k, activation, gated):
 
 
 def native_backward(grad, x, weight, knots, k, activation, gated):
-    tensors = to_floats(grad, x, weight, knots)
+    tensors = native.to_floats(grad, x, weight, knots)
     dx, dw = torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
     sizes = native.integers(*grad.shape, weight.size(1), ROWS, torch.get_num_threads())
     compiled(k, activation, gated).backward(*map(native.address, (*tensors, dx, dw)), *sizes)
     return dx.to(x.dtype), dw.to(weight.dtype)
-
-
-def to_floats(*tensors):
-    return [tensor.float().contiguous() for tensor in tensors]

@@ -3,7 +3,7 @@
     functions = compile('channel.cpp', ORDER=3, GATED=1, ACTIVATION='silu')   # None where there is no compiler
 
 The functions take pointers and integers, by ctypes. A library is kept under a name made of all that it depends on: the
-source, the definitions, the compiler and the processor that it found.
+source with the headers beside it, the definitions, the compiler and the processor that it found.
 """
 
 import ctypes
@@ -18,6 +18,15 @@ import warnings
 from pathlib import Path
 
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -x c++'
+ACTIVATIONS = {  # names in spline.py and in activations.h
+    'SiLU()': 'silu',
+    "GELU(approximate='none')": 'gelu',
+    "GELU(approximate='tanh')": 'gelu_tanh',
+    'ReLU()': 'relu',
+    'Tanh()': 'hyperbolic',
+    'Sigmoid()': 'logistic',
+    'Identity()': 'identity',
+}
 LOCK = threading.Lock()
 PARALLEL = ('-fopenmp', '')  # without it one thread does the work
 
@@ -40,14 +49,15 @@ def compile_once(name, defined):
         except (OSError, subprocess.CalledProcessError) as error:
             problem = getattr(error, 'stderr', '') or str(error)
     first = (problem.strip().splitlines() or ['no reason given'])[0]
-    warnings.warn(f'no C++ compiler works here, learned activations run without it, slower: {first}', stacklevel=3)
+    warnings.warn(f'no C++ compiler works here, KAN layers run without it, slower: {first}', stacklevel=3)
     return None
 
 
 def build(source, command):
     """The path of the library, compiled if it is not there. Several processes may do so at the same time."""
     asked = subprocess.run([*command, '-E', '-v', os.devnull], capture_output=True, text=True, check=True)
-    key = hashlib.sha256(repr([command, asked.stderr]).encode() + source.read_bytes()).hexdigest()[:24]
+    code = b''.join(file.read_bytes() for file in (source, *sorted(source.parent.glob('*.h'))))
+    key = hashlib.sha256(repr([command, asked.stderr]).encode() + code).hexdigest()[:24]
     path = folder() / f'{source.stem}-{key}.so'
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as part:
@@ -75,3 +85,7 @@ def address(tensor):
 
 def integers(*numbers):
     return [ctypes.c_int64(number) for number in numbers]
+
+
+def to_floats(*tensors):
+    return [tensor.float().contiguous() for tensor in tensors]

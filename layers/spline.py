@@ -3,13 +3,13 @@ wherever they are needed, so that of the data the input alone is kept.
 
     plain_spline_linear   the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
     spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and
-                          one matrix product takes them from the cache. On uniform grids torch.compile fuses a pass
-                          where it works (on a CPU it needs a C++ compiler), elsewhere it is plain PyTorch. Small inputs
-                          on a CPU, transforms of torch.func and exports take the plain formula instead
+                          one matrix product takes them from the cache. On uniform grids a pass is one loop, by
+                          spline.cpp on a CPU with a C++ compiler, by torch.compile elsewhere; without them it is plain
+                          PyTorch. Small inputs on a CPU, transforms of torch.func and exports take the plain formula
     spline_triton.py      on a GPU, the operator with columns that never reach its memory
 
-The splines themselves stand in uniform_bases and recursive_bases, for compilers in fused_columns, in Triton's language
-in spline_triton.py; whoever changes one changes all, and the tests compare them.
+The splines themselves stand in uniform_bases and recursive_bases, for torch.compile in fused_columns, and in the
+languages of spline.cpp and spline_triton.py; whoever changes one changes all, and the tests compare them.
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows, n of them in a chunk.
 The knots of one feature are P = G + 2k + 1 numbers: G intervals on the grid and k more on either side.
@@ -28,12 +28,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-BACKEND = 'auto'  # the first of 'triton', 'compiled' and 'plain' that suits the input, or one of them
-CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 32 << 20}  # of the columns of one row chunk on a CPU, by backend
+from layers import native
+
+BACKEND = 'auto'  # the first of 'triton', 'native', 'compiled' and 'plain' that suits the input, or one of them
+NUMBERS = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}  # of columns, in spline.cpp
+CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 8 << 20, 'native': 8 << 20}  # of the columns of a row chunk on a CPU
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
-CHUNK_BYTES_NARROW = 8 << 20  # on a CPU at most, for layers of few outputs, whose products wait for the columns
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
-WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a compiled pass costs what it saves
+WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a pass of torch.compile costs what it saves
+SMALL = 1 << 15  # numbers in the input on a CPU that may as well keep their columns
 OPERATORS = __name__.replace('.', '_')  # their namespace: another copy of this file has another, and takes nothing over
 UNIFORM = WeakTensorKeyDictionary()  # knots: (a copy of their numbers, whether they are uniform)
 
@@ -222,16 +225,21 @@ def spline_linear(x, weight, knots, k, activation, dtype):
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
+    settings = k, name_of(activation), dtype
+    # compilers, and tensors without data, want an operator; calling one by itself takes a fifth of a millisecond
+    is_eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+    if not is_eager:
+        return spline_linear_forward(x, weight, knots, *settings)
     if is_small(x):
         return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases(knots))
-    return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
+    return SplineLinear.apply(x, weight, knots, *settings)
 
 
 def is_small(x):
-    """Whether calling the operator costs more time than the memory that it saves is worth."""
-    if BACKEND != 'auto' or x.device.type != 'cpu' or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+    """Whether the memory that the operator saves is too little to pay for what its second derivatives take."""
+    if BACKEND != 'auto' or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
         return False
-    return torch.is_grad_enabled() and x.numel() < WORTH_COMPILING and type(x) in (Tensor, torch.nn.Parameter)
+    return torch.is_grad_enabled() and x.numel() < SMALL
 
 
 def no_autocast(x):
@@ -241,6 +249,11 @@ def no_autocast(x):
 def is_transformed():
     """Whether forward mode or a transform of torch.func is at work: operators of one's own lose tangents silently."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(grad):
+    """Whether torch.autograd.grad was given several gradients at once (is_grads_batched): operators take them apart."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 ACTIVATIONS = {}  # modules by name: the arguments of an operator are tensors, numbers and strings
@@ -268,11 +281,8 @@ def name_of(activation):
     return name
 
 
-@torch.library.custom_op(f'{OPERATORS}::spline_linear', mutates_args=())
-def spline_linear_forward(
-    x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype
-) -> Tensor:
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+def run_forward(x, weight, knots, k, activation, dtype):
+    with torch.no_grad(), no_autocast(x):
         x, w = x.contiguous(), weight.to(dtype)
         backend = choose_backend(x, knots, k, activation, dtype)
         if backend == 'triton':
@@ -286,13 +296,9 @@ def spline_linear_forward(
         return y
 
 
-@torch.library.custom_op(f'{OPERATORS}::spline_linear_backward', mutates_args=())
-def spline_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def run_backward(grad, x, weight, knots, k, activation, dtype, needed):
     """The gradients of x and of weight; an empty tensor in place of one that is not needed."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(x):
         grad, x, w = grad.to(dtype).contiguous(), x.contiguous(), weight.to(dtype)
         backend = choose_backend(x, knots, k, activation, dtype)
         if backend == 'triton':
@@ -311,6 +317,21 @@ def spline_linear_backward(
         return dx, dw.to(weight.dtype)
 
 
+@torch.library.custom_op(f'{OPERATORS}::spline_linear', mutates_args=())
+def spline_linear_forward(
+    x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype
+) -> Tensor:
+    return run_forward(x, weight, knots, k, activation, dtype)
+
+
+@torch.library.custom_op(f'{OPERATORS}::spline_linear_backward', mutates_args=())
+def spline_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, knots: Tensor, k: int, activation: str, dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return run_backward(grad, x, weight, knots, k, activation, dtype, needed)
+
+
 @spline_linear_forward.register_fake
 def _(x, weight, knots, k, activation, dtype):
     return x.new_empty(x.size(0), weight.size(0), dtype=dtype)
@@ -326,13 +347,13 @@ def keep(ctx, inputs, output):
     ctx.save_for_backward(x, weight, knots)
 
 
-def differentiate(ctx, grad):
+def differentiate(ctx, grad, backward=spline_linear_backward):
     needed = list(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled() or is_transformed():  # the gradients are to be differentiated in their turn
         with no_autocast(grad):
             gradients = plain_gradients(grad, *ctx.saved_tensors, *ctx.settings, needed)
     else:
-        gradients = spline_linear_backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
+        gradients = backward(grad, *ctx.saved_tensors, *ctx.settings, needed)
     return *(gradient if need else None for gradient, need in zip(gradients, needed)), None, None, None, None
 
 
@@ -355,11 +376,20 @@ def plain_gradients(grad, x, weight, knots, k, activation, dtype, needed):
 spline_linear_forward.register_autograd(differentiate, setup_context=keep)
 
 
+class SplineLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        keep(ctx, inputs, None)
+        return run_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return differentiate(ctx, grad, spline_linear_backward if is_batched(grad) else run_backward)
+
+
 def chunks(x, w, backend):
     """Slices of rows, about equal, whose columns in the dtype of w (O, (K + 1) * I) fill CHUNK_BYTES; 64 at least."""
     N, size = x.size(0), CHUNK_BYTES[backend] if x.device.type == 'cpu' else CHUNK_BYTES_GPU
-    if x.device.type == 'cpu' and w.size(0) <= 64:
-        size = min(size, CHUNK_BYTES_NARROW)
     n = max(64, size // (w.size(1) * w.element_size()))
     n = math.ceil(N / math.ceil(N / n)) if N else 1
     return [slice(start, start + n) for start in range(0, N, n)]
@@ -374,7 +404,9 @@ def accumulate(total, a, b):
 
 
 def choose_backend(x, knots, k, activation, dtype):
-    """The fastest way that suits the input: the fused ones want an order from 1 to 3, `compiled` uniform knots, too."""
+    """The fastest way that suits the input: the fused ones want an order from 1 to 3, and all but `triton` uniform
+    knots.
+    """
     if k not in FUSED_ORDERS:
         return 'plain'
     is_for_triton = BACKEND == 'auto' and x.is_cuda and torch.float64 not in (x.dtype, dtype)
@@ -382,8 +414,13 @@ def choose_backend(x, knots, k, activation, dtype):
         return 'triton'
     if basis_function(knots) is not uniform_bases:
         return 'plain'
-    if BACKEND != 'auto':
+    is_for_native = x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS
+    if BACKEND == 'compiled' or (BACKEND == 'native' and is_for_native):
         return BACKEND
+    if BACKEND != 'auto':
+        return 'plain'
+    if is_for_native:
+        return 'native' if library(k, activation, dtype) is not None else 'plain'
     return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
 
 
@@ -424,14 +461,16 @@ def warn(message, error):
 
 def passes(backend, knots, k, activation):
     """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
-    if backend == 'compiled':
-        K = knots.size(1) - 1 - k
-        make_columns = compiled(fused_columns, K, k, activation)
-        take_back = compiled(fused_input_gradient, K, k, activation)
-        settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
-    else:
+    if backend == 'plain':
         make_columns, take_back = columns, input_gradient
         settings = knots, k, ACTIVATIONS[activation], basis_function(knots)
+    else:
+        K = knots.size(1) - 1 - k
+        make_columns, take_back = native_columns, native_input_gradient
+        if backend == 'compiled':
+            make_columns = compiled(fused_columns, K, k, activation)
+            take_back = compiled(fused_input_gradient, K, k, activation)
+        settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
     return lambda x, dtype: make_columns(x, *settings, dtype), lambda dcolumns, x: take_back(dcolumns, x, *settings)
 
 
@@ -441,3 +480,31 @@ def compiled(function, K, k, activation):
     # its code is a copy, because PyTorch counts recompilations by code and gives up after a few
     code = function.__code__.replace(co_name=f'{function.__name__}_{K}_{k}_{activation}')
     return torch.compile(types.FunctionType(code, function.__globals__), dynamic=True)
+
+
+def library(k, activation, dtype):
+    """spline.cpp for columns in `dtype`; an activation that it does not have is zero there."""
+    name = native.ACTIVATIONS.get(activation, 'zero')
+    return native.compile('spline.cpp', ORDER=k, ACTIVATION=name, NUMBER=NUMBERS[dtype])
+
+
+def native_columns(x, first, per_spacing, K, k, activation, dtype):
+    """fused_columns by spline.cpp."""
+    (x,) = native.to_floats(x)
+    made = x.new_empty(len(x), K + 1, x.size(1), dtype=dtype)
+    sizes = native.integers(*x.shape, K, torch.get_num_threads())
+    library(k, activation, dtype).columns(*map(native.address, (x, first, per_spacing, made)), *sizes)
+    if activation not in native.ACTIVATIONS:
+        made[:, -1] = ACTIVATIONS[activation](x)
+    return made
+
+
+def native_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
+    """fused_input_gradient by spline.cpp."""
+    (x,), dcolumns = native.to_floats(x), dcolumns.contiguous()
+    dx, sizes = torch.empty_like(x), native.integers(*x.shape, K, torch.get_num_threads())
+    tensors = dcolumns, x, first, per_spacing, dx
+    library(k, activation, dcolumns.dtype).input_gradient(*map(native.address, tensors), *sizes)
+    if activation not in native.ACTIVATIONS:
+        dx += activation_gradient(ACTIVATIONS[activation], x, dcolumns[:, -1])
+    return dx

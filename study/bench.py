@@ -107,7 +107,7 @@ def list_cases():
     for wheres, names in SUITES[suite]:
         cases += [[dtype, where, name] for where in wheres for dtype in precisions for name in names]
     if not device.startswith('cuda'):
-        cases = [case for case in cases if not case[2].endswith('compiled passes')]  # KANLinear itself takes them
+        cases = [case for case in cases if not case[2].endswith('compiled passes')]  # C++ is faster
     cases = [case for case in cases if case[1:] != ['nano', 'vanilla, 16 layers']]  # there is none
     named = {peer: package for peer, package in PEERS.items() if any(case[2].endswith(peer) for case in cases)}
     missing = [peer for peer, package in named.items() if importlib.util.find_spec(package) is None]

@@ -94,6 +94,20 @@ def test_on_a_knot_and_at_the_ends(monkeypatch, k):
 
 
 @needs_compiler
+def test_several_gradients_at_once():
+    """As torch.autograd.functional.jacobian asks for them with vectorize=True."""
+    x, weight, knots, grad = make()
+    x.requires_grad_()
+    y = channel_spline(x, weight.requires_grad_(), knots, 3, nn.SiLU(), True)
+    grads = torch.stack([grad, 2 * grad])
+    for at_once, one in zip(
+        torch.autograd.grad(y, [x, weight], grads, is_grads_batched=True, retain_graph=True),
+        torch.autograd.grad(y, [x, weight], grad),
+    ):
+        torch.testing.assert_close(at_once, torch.stack([one, 2 * one]))
+
+
+@needs_compiler
 def test_a_nan_stays_one_and_spares_its_neighbours(monkeypatch):
     x, weight, knots, grad = make()
     x[3, 2] = torch.nan

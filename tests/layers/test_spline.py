@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch.nn as nn
 
 from helpers import ENV, ROOT, run_forked
 from kan import KANLinear
-from layers import channel, spline
+from layers import channel, native, spline
 from layers.spline import plain_spline_linear, spline_linear
 
 needs_compiler = pytest.mark.skipif(
@@ -30,7 +31,7 @@ def nothing_compiled():
 
 def make(N, I, O, k=3, G=5, dtype=torch.float32, irregular=False):
     """x, weight, knots, gradient of y. Some inputs are outside the knots, which differ from feature to feature."""
-    steps = torch.arange(-k, G + k + 1.0)
+    steps = torch.arange(-k, G + k + 1.0, dtype=torch.promote_types(dtype, torch.float32))
     knots = torch.stack([-1 - i / 7 + (0.4 + i / 50) * steps for i in range(I)])
     if irregular:
         knots = (knots + 0.1 * torch.rand_like(knots)).sort(1).values
@@ -68,43 +69,94 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03, to
 @pytest.mark.parametrize('irregular', [False, True])
 def test_plain_passes(k, G, dtype, irregular):
     x, weight, knots, grad = make(37, 5, 3, k, G, dtype, irregular)
-    knots = knots.double() if dtype == torch.float64 else knots
     close(results(spline_linear, x, weight, knots, grad, k), in_float64(x, weight, knots, grad, k=k), TOLERANCES[dtype])
+
+
+class Power(nn.Module):
+    def __init__(self, exponent):
+        super().__init__()
+        self.exponent = exponent
+
+    def forward(self, x):
+        return x**self.exponent
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    'k, G, dtype, activation',
+    'backend, k, G, dtype, activation',
     [
-        (1, 6, torch.float32, nn.SiLU()),
-        (2, 1, torch.float32, nn.GELU('tanh')),
-        (3, 5, torch.float32, nn.SiLU()),
-        (3, 5, torch.float64, nn.Identity()),
-        (3, 5, torch.bfloat16, nn.SiLU()),
-        (3, 5, torch.float16, nn.SiLU()),
+        ('native', 1, 6, torch.float32, nn.SiLU()),
+        ('native', 2, 1, torch.float32, nn.GELU('tanh')),
+        ('native', 3, 5, torch.float32, nn.SiLU()),
+        ('native', 3, 5, torch.float32, Power(2)),
+        ('native', 1, 6, torch.bfloat16, nn.Identity()),
+        ('native', 2, 7, torch.bfloat16, Power(2)),
+        ('native', 3, 5, torch.bfloat16, nn.SiLU()),
+        ('compiled', 1, 6, torch.float32, nn.SiLU()),
+        ('compiled', 2, 1, torch.float64, nn.GELU('tanh')),
+        ('compiled', 3, 5, torch.float16, nn.SiLU()),
     ],
     ids=str,
 )
-def test_compiled_passes(monkeypatch, k, G, dtype, activation):
-    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
-    monkeypatch.setitem(spline.CHUNK_BYTES, 'compiled', 1)  # chunks of 64 rows and less
+def test_fused_passes(monkeypatch, backend, k, G, dtype, activation):
+    monkeypatch.setattr(spline, 'BACKEND', backend)
+    monkeypatch.setitem(spline.CHUNK_BYTES, backend, 1)  # chunks of 64 rows and less
     shapes = [(150, 19, 3), (64, 16, 1), (0, 4, 3)]
-    if (k, dtype) == (3, torch.float32):  # shapes with a one in them are compiled once more
-        shapes += [(1, 33, 2), (70, 1, 2)]
+    if backend == 'native':  # several tiles, and sizes of one
+        shapes += [(40, 600, 2), (1, 33, 2), (70, 1, 2)]
     for N, I, O in shapes:
         x, weight, knots, grad = make(N, I, O, k, G, dtype)
-        knots = knots.double() if dtype == torch.float64 else knots
+        assert choose(x, knots, k, spline.name_of(activation), dtype) == backend
         actual = results(spline_linear, x, weight, knots, grad, k, activation)
         expected = in_float64(x, weight, knots, grad, k=k, activation=activation)
         close(actual, expected, TOLERANCES[dtype])
         again = results(spline_linear, x, weight, knots, grad, k, activation)
         assert all(torch.equal(a, b) for a, b in zip(actual, again))
     x, before, knots, grad = make(150, 19, 3, k, G, dtype)
-    knots, weight = knots.double() if dtype == torch.float64 else knots, before.clone()
+    weight = before.clone()
     weight[0, -1] += 1  # of an activation, in an output of order ten
     with pytest.raises(AssertionError):  # the comparison notices one weight
         actual = results(spline_linear, x, weight, knots, grad, k, activation)
         close(actual, in_float64(x, before, knots, grad, k=k, activation=activation), TOLERANCES[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize('activation', [*native.ACTIVATIONS, 'Mish()'])
+def test_columns_of_every_activation(activation):
+    """Also far outside the knots, at them, and of what is no number."""
+    made = spline.name_of(eval(f'nn.{activation}'))
+    knots = torch.arange(-4.0, 9).repeat(8, 1)  # G = 6, k = 3
+    x = torch.cat([torch.linspace(-6, 10, 500), torch.tensor([-80.0, -1e6, 1e6, 1e30, -0.0, -4, 8, 1])])
+    x = x.repeat(8, 1).t().contiguous()
+    x[3, 2] = torch.nan
+    dcolumns = torch.randn(len(x), 10, 8)
+    outcomes = []
+    for backend in 'native', 'plain':
+        make_columns, take_back = spline.passes(backend, knots, 3, made)
+        outcomes.append((make_columns(x, torch.float32), take_back(dcolumns, x)))
+    for actual, expected in zip(*outcomes):
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_to_even():
+    x = torch.cat([torch.randn(10_000), torch.tensor([1.00390625, 1.01171875, -1.00390625, 3e38, 3.4e38, 0.0])])
+    x = x.unsqueeze(1)
+    make_columns, _ = spline.passes('native', torch.arange(5.0).unsqueeze(0), 1, spline.name_of(nn.Identity()))
+    assert torch.equal(make_columns(x, torch.bfloat16)[:, -1], x.bfloat16())
+
+
+@needs_compiler
+def test_native_passes_give_the_same_bits_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(spline, 'BACKEND', 'native')
+    x, weight, knots, grad = make(150, 19, 3)
+    make_columns, take_back = spline.passes('native', knots, 3, spline.name_of(nn.SiLU()))
+    outcomes = []
+    for threads in 1, 3:
+        torch.set_num_threads(threads)
+        outcomes.append((make_columns(x, torch.float32), take_back(torch.ones(150, 9, 19), x)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
 
 
 @needs_compiler
@@ -113,7 +165,7 @@ def test_mixed_precision(monkeypatch, x_dtype, dtype):
     x, weight, knots, grad = make(100, 12, 5)
     x = x.to(x_dtype)
     expected = in_float64(x, weight, knots, grad)
-    for backend in ('plain', 'compiled'):
+    for backend in ('plain', 'native'):
         monkeypatch.setattr(spline, 'BACKEND', backend)
         actual = results(spline_linear, x, weight, knots, grad, dtype=dtype)
         assert [tensor.dtype for tensor in actual] == [dtype, x_dtype, torch.float32]
@@ -130,21 +182,15 @@ def test_only_the_gradients_asked_for_are_computed():
             assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
 
 
-def test_autocast_around_the_operator_changes_nothing():
+@needs_compiler
+@pytest.mark.parametrize('backend', ['plain', 'native'])
+def test_autocast_around_the_operator_changes_nothing(monkeypatch, backend):
+    monkeypatch.setattr(spline, 'BACKEND', backend)
     x, weight, knots, grad = make(20, 4, 3)
     expected = results(spline_linear, x, weight, knots, grad)
     with torch.autocast('cpu', torch.bfloat16):
         actual = results(spline_linear, x, weight, knots, grad)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
-
-
-class Power(nn.Module):
-    def __init__(self, exponent):
-        super().__init__()
-        self.exponent = exponent
-
-    def forward(self, x):
-        return x**self.exponent
 
 
 def test_activations_that_print_alike_are_not_taken_for_each_other():
@@ -244,9 +290,9 @@ def test_more_grids_than_the_compiler_counts(monkeypatch):
     monkeypatch.setattr(spline, 'BACKEND', 'compiled')
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
     spline.compiled.cache_clear()
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        for G in range(1, 5):
-            x, weight, knots, grad = make(70, 5, 2, k=1, G=G)
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for G, (N, I) in itertools.product(range(1, 5), [(70, 5), (1, 5), (70, 1)]):
+            x, weight, knots, grad = make(N, I, 2, k=1, G=G)
             close(results(spline_linear, x, weight, knots, grad, 1), in_float64(x, weight, knots, grad, k=1), 1e-5)
     spline.compiled.cache_clear()
 
@@ -291,12 +337,17 @@ def choose(x, knots, k=3, activation='SiLU()', dtype=torch.float32):
 def test_backend_follows_the_input_and_the_override(monkeypatch):
     _, _, knots, _ = make(1, 32, 1)
     small, large = torch.randn(100, 32), torch.randn(4096, 32)
-    assert choose(small, knots) == 'plain' and choose(large, knots) == 'compiled'
+    double, half = make(1, 32, 1, dtype=torch.float64)[2], torch.float16
+    assert choose(small, knots) == choose(large, knots, dtype=torch.bfloat16) == 'native'
+    assert choose(small, knots, dtype=half) == choose(small.double(), double, dtype=torch.float64) == 'plain'
+    assert choose(large, knots, dtype=half) == choose(large.double(), double, dtype=torch.float64) == 'compiled'
     assert choose(large, make(1, 32, 1, k=4)[2], k=4) == choose(large, make(1, 32, 1, irregular=True)[2]) == 'plain'
     monkeypatch.setattr(spline, 'BACKEND', 'plain')
     assert choose(large, knots) == 'plain'
-    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
-    assert choose(small, knots) == 'compiled' and choose(small, make(1, 32, 1, irregular=True)[2]) == 'plain'
+    for backend in 'compiled', 'native':
+        monkeypatch.setattr(spline, 'BACKEND', backend)
+        assert choose(small, knots) == backend and choose(small, make(1, 32, 1, irregular=True)[2]) == 'plain'
+    assert choose(large, knots, dtype=half) == choose(large.double(), double, dtype=torch.float64) == 'plain'
 
 
 def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
@@ -314,23 +365,27 @@ def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
 WITHOUT_A_COMPILER = """
 import torch, warnings
 from kan import KANLinear
+from layers import spline
 torch.manual_seed(0)
 layer, x = KANLinear(64, 3), torch.randn(1024, 64)
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter('always')
-    y = layer(x)
-    layer(x).sum().backward()
-messages = [str(warning.message) for warning in seen if 'fused' in str(warning.message)]
-assert len(messages) == 1 and 'torch.compile does not work here' in messages[0] and chr(10) not in messages[0], messages
-from layers import spline
-spline.BACKEND = 'plain'
-assert torch.equal(layer(x), y)
+for dtype, message in (torch.float32, 'no C++ compiler works here'), (torch.float16, 'torch.compile does not work here'):
+    spline.BACKEND = 'auto'
+    with warnings.catch_warnings(record=True) as seen, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        warnings.simplefilter('always')
+        y = layer(x)
+        layer(x).sum().backward()
+    messages = [str(warning.message) for warning in seen if 'slower' in str(warning.message)]
+    assert len(messages) == 1 and message in messages[0] and chr(10) not in messages[0], messages
+    spline.BACKEND = 'plain'
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        assert torch.equal(layer(x), y)
 """
 
 
 def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
     (tmp_path / 'script.py').write_text(WITHOUT_A_COMPILER)
-    env = dict(CXX=f'{tmp_path}/no-compiler', PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/cache')
+    caches = dict(XDG_CACHE_HOME=f'{tmp_path}/cache', TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/cache')
+    env = dict(CXX=f'{tmp_path}/no-compiler', PATH=str(tmp_path), **caches)
     done = run_forked(tmp_path, tmp_path / 'script.py', modules=str(ROOT), env=env)
     assert done.returncode == 0, done.stderr
 

@@ -11,7 +11,6 @@ import kan
 from helpers import complaint
 from inside.formulas import Formula
 from kan import KAN
-from layers import spline
 from study import symbolic
 from study.runner import Study, add_run
 
@@ -89,7 +88,6 @@ def test_rows_are_those_of_the_function(function):
 def test_a_run_finds_the_function(study, monkeypatch):
     for name, value in dict(STARTS=2, FIRST=2, STEPS=6, GRIDS=(10,), ROWS=300).items():
         monkeypatch.setattr(symbolic, name, value)
-    monkeypatch.setattr(spline, 'WORTH_COMPILING', 10**9)  # a compiler takes longer than the run
     study.STUDY.run_all({'one': ('Feynman I.6.20a', 'ours', 1)}, study.make)
     (run,) = study.STUDY.read().values()
     assert study.is_right(run) and run['formula'] == '0.399*exp(-0.5*x_1**2)'

@@ -117,8 +117,7 @@ def test_layers_share_the_passes_that_are_compiled(monkeypatch):
 
     config = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, eos_token_id=2)
     model = kanify(transformers.GPT2LMHeadModel(config), 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
-    monkeypatch.setattr(spline, 'WORTH_COMPILING', 1)
-    monkeypatch.setattr(spline, 'compiler_works', lambda device_type: True)
+    monkeypatch.setattr(spline, 'BACKEND', 'compiled')
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
     spline.compiled.cache_clear()
     run(model).square().sum().backward()

@@ -1,0 +1,112 @@
+// The passes of the spline layer on a CPU over uniform knots: see spline.py, whose formulas these are.
+//
+// ORDER of the splines (1 to 3), ACTIVATION (a struct of activations.h) and NUMBER (float or bfloat16, of the columns)
+// are given when this is compiled.
+//
+// Legend: N rows of I features; K bases, so that a row has (K + 1) I columns, basis-major, the activation last.
+
+#include "activations.h"
+
+namespace {
+
+constexpr int64_t TILE = 256;  // features at a time, whose numbers stay in the nearest cache
+constexpr int64_t ROWS = 16;   // that a thread takes at once
+
+struct bfloat16 {
+    uint16_t bits;
+    bfloat16() = default;
+    explicit bfloat16(float x) {  // to the nearest, of two as near the even one; NaN stays
+        uint32_t wide;
+        std::memcpy(&wide, &x, sizeof wide);
+        const uint32_t rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+        bits = static_cast<uint16_t>(x == x ? rounded : wide >> 16 | 0x40);
+    }
+    explicit operator float() const {
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, sizeof x);
+        return x;
+    }
+};
+
+inline float positive(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+
+// The B-spline of order k on the integers, d behind its centre: cardinal_spline of spline.py.
+template <int k>
+inline float spline(float d) {
+    if (k == 0) return d >= -0.5f && d < 0.5f ? 1.0f : 0.0f;  // a knot belongs to the interval behind it
+    d = std::abs(d);
+    if (k == 1) return positive(1.0f - d);
+    if (k == 2) {
+        const float a = positive(1.5f - d), b = positive(0.5f - d);
+        return 0.5f * a * a - 1.5f * b * b;
+    }
+    const float a = positive(2.0f - d), b = positive(1.0f - d);
+    const float sixth = 1.0f / 6.0f, four_sixths = 4.0f / 6.0f;
+    return sixth * a * a * a - four_sixths * b * b * b;
+}
+
+// Places in knot spacings.
+inline void place(const float *x, const float *first, const float *per_spacing, int64_t n, float *t) {
+    for (int64_t i = 0; i < n; i++) t[i] = (x[i] - first[i]) * per_spacing[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+// out (N, K + 1, I): the bases of x (N, I) on the knots first + m / per_spacing, (I,) each, and then its activation
+void columns(const float *x, const float *first, const float *per_spacing, NUMBER *out, int64_t N, int64_t I,
+             int64_t K, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        float t[TILE];
+        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
+                const int64_t n = std::min(TILE, I - i0);
+                const float *in = x + row * I + i0;
+                NUMBER *to = out + row * (K + 1) * I + i0;
+                place(in, first + i0, per_spacing + i0, n, t);
+                for (int64_t m = 0; m < K; m++, to += I) {
+                    const float centre = m + 0.5f * (ORDER + 1);
+                    for (int64_t i = 0; i < n; i++) to[i] = NUMBER(spline<ORDER>(t[i] - centre));
+                }
+                for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
+            }
+        }
+    }
+}
+
+// dx (N, I): the gradient dcolumns (N, K + 1, I) of the columns taken back to x
+void input_gradient(const NUMBER *dcolumns, const float *x, const float *first, const float *per_spacing, float *dx,
+                    int64_t N, int64_t I, int64_t K, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        float t[TILE], lower[TILE], slope[TILE];
+        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
+                const int64_t n = std::min(TILE, I - i0);
+                const float *in = x + row * I + i0;
+                const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
+                float *to = dx + row * I + i0;
+                place(in, first + i0, per_spacing + i0, n, t);
+                for (int64_t i = 0; i < n; i++) {
+                    lower[i] = spline<ORDER - 1>(t[i] - 0.5f * ORDER);
+                    slope[i] = 0.0f;
+                }
+                for (int64_t m = 0; m < K; m++, from += I) {  // dB_m/dt = B'_m - B'_{m+1}, B' of one order less
+                    const float centre = m + 1 + 0.5f * ORDER;
+                    for (int64_t i = 0; i < n; i++) {
+                        const float next = spline<ORDER - 1>(t[i] - centre);
+                        slope[i] += float(from[i]) * (lower[i] - next);
+                        lower[i] = next;
+                    }
+                }
+                for (int64_t i = 0; i < n; i++) {
+                    to[i] = slope[i] * per_spacing[i0 + i] + float(from[i]) * ACTIVATION::slope(in[i]);
+                }
+            }
+        }
+    }
+}
+}
