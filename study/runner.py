@@ -183,6 +183,16 @@ def mean_and_std(values, digits):
     return f'{np.mean(values):.{digits}f}{spread}'
 
 
+def holm(tests):
+    """The names of the tests {name: p} that hold at 0.05 when all are counted (Holm 1979)."""
+    held = []
+    for place, (name, p) in enumerate(sorted(tests.items(), key=lambda pair: pair[1])):
+        if not p <= 0.05 / (len(tests) - place):
+            break
+        held.append(name)
+    return held
+
+
 def paired_p(values, baseline):
     """p of a two-sided paired t-test; NaN for fewer than two pairs."""
     from scipy.stats import ttest_rel

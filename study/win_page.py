@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
-from study.runner import deviation, mean_and_std, paired_p
+from study.runner import deviation, holm, mean_and_std, paired_p
 from study.win import ABLATION, CONTROLS, FAMILIES, LONG, MAIN, RATES, SCALES, SIZES, STUDY, USUAL, best_settings, tried
 
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
@@ -42,6 +42,18 @@ def difference(runs, others, key):
 
 def cell(found):
     return '{:+.4f} ± {:.4f} (p = {:.2g}, n = {})'.format(*found) if found else ''
+
+
+def corrected(where, found):
+    """What of the differences {name: `difference`} holds when all of them are counted, as a line of the page."""
+    tests = {name: each[2] for name, each in found.items() if each}
+    return [f'- {where}, {len(tests)} tests: {"; ".join(holm(tests)) or "none"}'] if tests else []
+
+
+def with_holm(lines, columns):
+    """A table, and below it which differences of its columns {name: {row: `difference`}} hold."""
+    held = [line for name, found in columns.items() for line in corrected(name, found)]
+    return [*lines, '', "At 0.05 these hold by Holm's correction:", '', *held] if held else lines
 
 
 def validation(run):
@@ -87,24 +99,32 @@ def make_tuning(size):
 def make_final(stage, size):
     """The families by their loss on unseen text, and how far they are from two of them."""
     groups, rows = groups_of(stage, size), []
+    gaps = {f'to {name}': {} for name in ('SwiGLU', 'GELU')}
     for family, runs in sorted(groups.items(), key=lambda pair: np.mean([*map(held_out, pair[1].values())])):
         first = next(iter(runs.values()))
         cells = [family, f'{first["parameters"]["total"]:,}', f'{first["config"]["max_iters"]:,}']
         for key in validation, lambda run: run['final']['best_val_loss'], held_out:
             cells.append(mean_and_std([key(run) for run in runs.values()], 4))
-        rows.append(cells + [cell(difference(runs, groups.get(name, {}), held_out)) for name in ('SwiGLU', 'GELU')])
+        for column, found in gaps.items():
+            found[family] = difference(runs, groups.get(column.removeprefix('to '), {}), held_out)
+        rows.append(cells + [cell(found[family]) for found in gaps.values()])
     heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'unseen text']
-    return table([*heads, 'to SwiGLU', 'to GELU'], rows)
+    tests = {name: {key: gap for key, gap in found.items() if key in FAMILIES} for name, found in gaps.items()}
+    return with_holm(table([*heads, *gaps], rows), tests)
 
 
 def make_controls(size):
     """What the learning adds: how far a family is from itself with one thing changed, on the seeds of both."""
     groups, rows = groups_of('final', size), []
-    for control in groups.keys() & CONTROLS.keys():
+    columns = {'unseen text': {}, 'last validation loss': {}}
+    for control in sorted(groups.keys() & CONTROLS.keys()):
         family, change = control.split(', ', 1)
         found = [difference(groups.get(family, {}), groups[control], key) for key in (held_out, validation)]
-        rows += [[family, change, *map(cell, found)]] if any(found) else []
-    return table(['family', 'less itself with', 'unseen text', 'last validation loss'], sorted(rows))
+        if any(found):
+            rows.append([family, change, *map(cell, found)])
+            for column, gap in zip(columns.values(), found):
+                column[control] = gap
+    return with_holm(table(['family', 'less itself with', *columns], rows), columns)
 
 
 def make_steps(size):
@@ -187,7 +207,8 @@ def draw_gaps(path):
             panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)
         panel.axvline(0, color='black', linewidth=0.8)
         panel.set_yticks(range(len(gaps)), gaps)
-        panel.set(title=size, xlabel='loss less that of SwiGLU (nats per token)')
+        unit = 'token' if 'dataset' in SIZES[size] else 'character'
+        panel.set(title=size, xlabel=f'loss less that of SwiGLU (nats per {unit})')
         panel.set_ylim(-0.6, len(gaps) - 0.4)
         panel.locator_params(axis='x', nbins=5)
         panel.grid(alpha=0.3, axis='x')
@@ -196,7 +217,9 @@ def draw_gaps(path):
 
 
 def draw_curves(path):
-    """Validation losses in training, less those of SwiGLU of the same seed: mean and standard deviation."""
+    """Validation losses in training, less those of SwiGLU of the same seed, with 95 % intervals."""
+    from scipy.stats import t
+
     groups = {(stage, size): groups_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
     groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
     if not groups:
@@ -207,13 +230,15 @@ def draw_curves(path):
             seeds = sorted(found[family].keys() & found['SwiGLU'].keys())
             steps = [line['iter'] for line in found[family][seeds[0]]['log'][1:]]
             apart = np.subtract(*(losses_of(found[name], seeds) for name in (family, 'SwiGLU')))
-            mean, sd = apart.mean(0), deviation(apart)
+            mean, half = apart.mean(0), t.ppf(0.975, len(seeds) - 1) * deviation(apart) / len(seeds) ** 0.5
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
-            panel.fill_between(steps, mean - sd, mean + sd, color=COLOURS[family], alpha=0.15, linewidth=0)
+            panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
-        panel.set(title=f'{size}, {steps[-1]:,} iterations', xlabel='iteration', ylabel='loss less that of SwiGLU')
+        panel.set(title=f'{size}, {steps[-1]:,} iterations', xlabel='iteration')
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
+    panels[0].set_ylabel('validation loss less that of SwiGLU')
+    figure.suptitle('In training, below SwiGLU is better (95 % intervals)')
     figure.savefig(path, dpi=130)
 
 
@@ -262,6 +287,7 @@ def draw_functions(path, size, family):
             panel.grid(alpha=0.3)
         panels[row * n].set_ylabel(f'layer {row}')
     panels[0].legend(frameon=False, fontsize=8, handlelength=1)
+    figure.supxlabel('input of the channel', fontsize=9)
     figure.suptitle(f'{family}, {size}: what {began} became, from the channel that changed least to the most')
     figure.savefig(path, dpi=130)
 

@@ -252,3 +252,9 @@ def test_p_is_that_of_the_textbook_and_of_scipy():
     assert paired_p(ours, theirs) == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
     assert paired_p(ours, theirs) != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
     assert math.isnan(paired_p([1.0], [2.0])) and math.isnan(paired_p([], []))
+
+
+def test_what_holds_when_all_tests_are_counted():
+    assert runner.holm({'a': 0.04, 'b': 0.001, 'c': 0.02}) == ['b', 'c', 'a']
+    assert runner.holm({'a': 0.04, 'b': 0.001, 'c': 0.03}) == ['b']  # 0.03 is above 0.05 / 2, and so a falls, too
+    assert runner.holm({'a': float('nan')}) == runner.holm({}) == []

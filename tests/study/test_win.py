@@ -119,7 +119,8 @@ def test_controls_can_be_had_alone_and_take_the_settings_of_theirs(study):
     assert 'what the learning adds' not in win_page.make_page()  # before the families themselves
     study.run(['final'], ['0.23M'], ['main'])
     lines = win_page.make_controls('0.23M')
-    assert len(lines) == 2 + len(study.CONTROLS) and lines[2].startswith('| KAN-GLU | rate of splines x 1 | ')
+    assert len(lines) == 2 + len(study.CONTROLS) + 5 and lines[2].startswith('| KAN-GLU | rate of splines x 1 | ')
+    assert lines[-2].startswith(f'- unseen text, {len(study.CONTROLS)} tests: ')
 
 
 def test_seconds_want_steps_that_were_timed(study):
