@@ -1,9 +1,13 @@
-// The passes of the spline layer on a CPU over uniform knots: see spline.py, whose formulas these are.
+// The passes of the spline layer on a CPU: see spline.py, whose formulas these are. Those named _any are for knots that
+// are not evenly spaced.
 //
 // ORDER of the splines (1 to 3), ACTIVATION (a struct of activations.h) and NUMBER (float or bfloat16, of the columns)
 // are given when this is compiled.
 //
-// Legend: N rows of I features; K bases, so that a row has (K + 1) I columns, basis-major, the activation last.
+// Legend: N rows of I features; K bases, so that a row has (K + 1) I columns, basis-major, the activation last;
+// P = K + ORDER + 1 knots of a feature.
+
+#include <vector>
 
 #include "activations.h"
 
@@ -50,6 +54,42 @@ inline float spline(float d) {
 inline void place(const float *x, const float *first, const float *per_spacing, int64_t n, float *t) {
     for (int64_t i = 0; i < n; i++) t[i] = (x[i] - first[i]) * per_spacing[i];
 }
+
+// Any knots, and the recursion of Cox and de Boor over them: recursive_bases of spline.py.
+struct Knots {
+    int64_t I, P;
+    std::vector<float> t, r;  // (P, I), and for each order (P, I): one over the supports of the order below, 0 for none
+
+    Knots(const float *knots, int64_t I, int64_t K) : I(I), P(K + ORDER + 1), t(P * I), r((ORDER + 1) * P * I, 0.0f) {
+        for (int64_t m = 0; m < P; m++) {
+            for (int64_t i = 0; i < I; i++) t[m * I + i] = knots[i * P + m];
+        }
+        for (int64_t p = 1; p <= ORDER; p++) {
+            for (int64_t j = 0; j < (P - p) * I; j++) {
+                const float width = t[j + p * I] - t[j];
+                r[p * P * I + j] = width > 0.0f ? 1.0f / width : 0.0f;
+            }
+        }
+    }
+
+    // b (P - 1 - order, TILE): the bases of n features from i0 on at x; b has room for P - 1 of them.
+    void bases(const float *x, int64_t i0, int64_t n, int order, float *b) const {
+        for (int64_t m = 0; m < P - 1; m++) {
+            const float *knot = t.data() + m * I + i0;
+            for (int64_t i = 0; i < n; i++) b[m * TILE + i] = x[i] >= knot[i] && x[i] < knot[i + I] ? 1.0f : 0.0f;
+        }
+        for (int64_t p = 1; p <= order; p++) {
+            for (int64_t m = 0; m < P - 1 - p; m++) {
+                const float *knot = t.data() + m * I + i0, *per = r.data() + (p * P + m) * I + i0;
+                float *low = b + m * TILE;
+                for (int64_t i = 0; i < n; i++) {
+                    const float rise = (x[i] - knot[i]) * per[i], fall = (knot[(p + 1) * I + i] - x[i]) * per[I + i];
+                    low[i] = rise * low[i] + fall * low[TILE + i];
+                }
+            }
+        }
+    }
+};
 
 }  // namespace
 
@@ -105,6 +145,52 @@ void input_gradient(const NUMBER *dcolumns, const float *x, const float *first, 
                 for (int64_t i = 0; i < n; i++) {
                     to[i] = slope[i] * per_spacing[i0 + i] + float(from[i]) * ACTIVATION::slope(in[i]);
                 }
+            }
+        }
+    }
+}
+
+void columns_any(const float *x, const float *knots, NUMBER *out, int64_t N, int64_t I, int64_t K, int64_t threads) {
+    const Knots any(knots, I, K);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        std::vector<float> b((any.P - 1) * TILE);
+        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
+                const int64_t n = std::min(TILE, I - i0);
+                const float *in = x + row * I + i0;
+                NUMBER *to = out + row * (K + 1) * I + i0;
+                any.bases(in, i0, n, ORDER, b.data());
+                for (int64_t m = 0; m < K; m++, to += I) {
+                    for (int64_t i = 0; i < n; i++) to[i] = NUMBER(b[m * TILE + i]);
+                }
+                for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
+            }
+        }
+    }
+}
+
+void input_gradient_any(const NUMBER *dcolumns, const float *x, const float *knots, float *dx, int64_t N, int64_t I,
+                        int64_t K, int64_t threads) {
+    const Knots any(knots, I, K);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        std::vector<float> b((any.P - 1) * TILE);
+        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
+                const int64_t n = std::min(TILE, I - i0);
+                const float *in = x + row * I + i0;
+                const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
+                float *to = dx + row * I + i0;
+                any.bases(in, i0, n, ORDER - 1, b.data());
+                for (int64_t i = 0; i < n; i++) to[i] = 0.0f;
+                for (int64_t m = 0; m < K; m++, from += I) {
+                    const float *low = b.data() + m * TILE, *per = any.r.data() + (ORDER * any.P + m) * I + i0;
+                    for (int64_t i = 0; i < n; i++) {
+                        to[i] += float(from[i]) * ORDER * (low[i] * per[i] - low[TILE + i] * per[I + i]);
+                    }
+                }
+                for (int64_t i = 0; i < n; i++) to[i] += float(from[i]) * ACTIVATION::slope(in[i]);
             }
         }
     }

@@ -3,8 +3,8 @@ wherever they are needed, so that of the data the input alone is kept.
 
     plain_spline_linear   the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
     spline_linear         the same function as one operator, in row chunks: a pass writes the columns of a chunk, and
-                          one matrix product takes them from the cache. On uniform grids a pass is one loop, by
-                          spline.cpp on a CPU with a C++ compiler, by torch.compile elsewhere; without them it is plain
+                          one matrix product takes them from the cache. A pass is one loop, by spline.cpp on a CPU with
+                          a C++ compiler, and on uniform grids by torch.compile elsewhere; without them it is plain
                           PyTorch. Small inputs on a CPU, transforms of torch.func and exports take the plain formula
     spline_triton.py      on a GPU, the operator with columns that never reach its memory
 
@@ -404,23 +404,18 @@ def accumulate(total, a, b):
 
 
 def choose_backend(x, knots, k, activation, dtype):
-    """The fastest way that suits the input: the fused ones want an order from 1 to 3, and all but `triton` uniform
-    knots.
-    """
-    if k not in FUSED_ORDERS:
+    """The fastest way that suits the input: the fused ones want an order from 1 to 3, and `compiled` uniform knots."""
+    if BACKEND == 'plain' or k not in FUSED_ORDERS:
         return 'plain'
     is_for_triton = BACKEND == 'auto' and x.is_cuda and torch.float64 not in (x.dtype, dtype)
     if BACKEND == 'triton' or (is_for_triton and triton_works(activation, x.device, dtype)):
         return 'triton'
-    if basis_function(knots) is not uniform_bases:
-        return 'plain'
-    is_for_native = x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS
-    if BACKEND == 'compiled' or (BACKEND == 'native' and is_for_native):
-        return BACKEND
-    if BACKEND != 'auto':
-        return 'plain'
-    if is_for_native:
+    if BACKEND != 'compiled' and x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS:
         return 'native' if library(k, activation, dtype) is not None else 'plain'
+    if BACKEND == 'native' or basis_function(knots) is not uniform_bases:
+        return 'plain'
+    if BACKEND == 'compiled':
+        return 'compiled'
     return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
 
 
@@ -461,16 +456,16 @@ def warn(message, error):
 
 def passes(backend, knots, k, activation):
     """The two passes of a backend: (x, dtype) -> columns and (dcolumns, x) -> dx."""
-    if backend == 'plain':
+    if backend == 'native':
+        return native_passes(knots, k, activation)
+    if backend == 'compiled':
+        K = knots.size(1) - 1 - k
+        make_columns = compiled(fused_columns, K, k, activation)
+        take_back = compiled(fused_input_gradient, K, k, activation)
+        settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
+    else:
         make_columns, take_back = columns, input_gradient
         settings = knots, k, ACTIVATIONS[activation], basis_function(knots)
-    else:
-        K = knots.size(1) - 1 - k
-        make_columns, take_back = native_columns, native_input_gradient
-        if backend == 'compiled':
-            make_columns = compiled(fused_columns, K, k, activation)
-            take_back = compiled(fused_input_gradient, K, k, activation)
-        settings = *measure_knots(*to_working_dtype(knots)), K, k, activation
     return lambda x, dtype: make_columns(x, *settings, dtype), lambda dcolumns, x: take_back(dcolumns, x, *settings)
 
 
@@ -488,23 +483,30 @@ def library(k, activation, dtype):
     return native.compile('spline.cpp', ORDER=k, ACTIVATION=name, NUMBER=NUMBERS[dtype])
 
 
-def native_columns(x, first, per_spacing, K, k, activation, dtype):
-    """fused_columns by spline.cpp."""
-    (x,) = native.to_floats(x)
-    made = x.new_empty(len(x), K + 1, x.size(1), dtype=dtype)
-    sizes = native.integers(*x.shape, K, torch.get_num_threads())
-    library(k, activation, dtype).columns(*map(native.address, (x, first, per_spacing, made)), *sizes)
-    if activation not in native.ACTIVATIONS:
-        made[:, -1] = ACTIVATIONS[activation](x)
-    return made
+def native_passes(knots, k, activation):
+    """The passes by spline.cpp."""
+    is_even, K = basis_function(knots) is uniform_bases, knots.size(1) - 1 - k
+    knots = native.to_floats(knots)
+    places, ending = (measure_knots(*knots), '') if is_even else (knots, '_any')
 
+    def call(name, x, dtype, *tensors):
+        function = getattr(library(k, activation, dtype), name + ending)
+        function(*map(native.address, tensors), *native.integers(*x.shape, K, torch.get_num_threads()))
 
-def native_input_gradient(dcolumns, x, first, per_spacing, K, k, activation):
-    """fused_input_gradient by spline.cpp."""
-    (x,), dcolumns = native.to_floats(x), dcolumns.contiguous()
-    dx, sizes = torch.empty_like(x), native.integers(*x.shape, K, torch.get_num_threads())
-    tensors = dcolumns, x, first, per_spacing, dx
-    library(k, activation, dcolumns.dtype).input_gradient(*map(native.address, tensors), *sizes)
-    if activation not in native.ACTIVATIONS:
-        dx += activation_gradient(ACTIVATIONS[activation], x, dcolumns[:, -1])
-    return dx
+    def make_columns(x, dtype):
+        (x,) = native.to_floats(x)
+        made = x.new_empty(len(x), K + 1, x.size(1), dtype=dtype)
+        call('columns', x, dtype, x, *places, made)
+        if activation not in native.ACTIVATIONS:
+            made[:, -1] = ACTIVATIONS[activation](x)
+        return made
+
+    def take_back(dcolumns, x):
+        (x,), dcolumns = native.to_floats(x), dcolumns.contiguous()
+        dx = torch.empty_like(x)
+        call('input_gradient', x, dcolumns.dtype, dcolumns, x, *places, dx)
+        if activation not in native.ACTIVATIONS:
+            dx += activation_gradient(ACTIVATIONS[activation], x, dcolumns[:, -1])
+        return dx
+
+    return make_columns, take_back

@@ -84,7 +84,7 @@ class Power(nn.Module):
 @needs_compiler
 @pytest.mark.parametrize(
     'backend, k, G, dtype, activation',
-    [
+    [  # native-any is native on irregular knots
         ('native', 1, 6, torch.float32, nn.SiLU()),
         ('native', 2, 1, torch.float32, nn.GELU('tanh')),
         ('native', 3, 5, torch.float32, nn.SiLU()),
@@ -92,6 +92,10 @@ class Power(nn.Module):
         ('native', 1, 6, torch.bfloat16, nn.Identity()),
         ('native', 2, 7, torch.bfloat16, Power(2)),
         ('native', 3, 5, torch.bfloat16, nn.SiLU()),
+        ('native-any', 1, 6, torch.float32, nn.SiLU()),
+        ('native-any', 2, 1, torch.float32, Power(2)),
+        ('native-any', 3, 5, torch.float32, nn.SiLU()),
+        ('native-any', 3, 5, torch.bfloat16, nn.SiLU()),
         ('compiled', 1, 6, torch.float32, nn.SiLU()),
         ('compiled', 2, 1, torch.float64, nn.GELU('tanh')),
         ('compiled', 3, 5, torch.float16, nn.SiLU()),
@@ -99,20 +103,21 @@ class Power(nn.Module):
     ids=str,
 )
 def test_fused_passes(monkeypatch, backend, k, G, dtype, activation):
+    backend, _, irregular = backend.partition('-')
     monkeypatch.setattr(spline, 'BACKEND', backend)
     monkeypatch.setitem(spline.CHUNK_BYTES, backend, 1)  # chunks of 64 rows and less
     shapes = [(150, 19, 3), (64, 16, 1), (0, 4, 3)]
     if backend == 'native':  # several tiles, and sizes of one
         shapes += [(40, 600, 2), (1, 33, 2), (70, 1, 2)]
     for N, I, O in shapes:
-        x, weight, knots, grad = make(N, I, O, k, G, dtype)
+        x, weight, knots, grad = make(N, I, O, k, G, dtype, irregular)
         assert choose(x, knots, k, spline.name_of(activation), dtype) == backend
         actual = results(spline_linear, x, weight, knots, grad, k, activation)
         expected = in_float64(x, weight, knots, grad, k=k, activation=activation)
         close(actual, expected, TOLERANCES[dtype])
         again = results(spline_linear, x, weight, knots, grad, k, activation)
         assert all(torch.equal(a, b) for a, b in zip(actual, again))
-    x, before, knots, grad = make(150, 19, 3, k, G, dtype)
+    x, before, knots, grad = make(150, 19, 3, k, G, dtype, irregular)
     weight = before.clone()
     weight[0, -1] += 1  # of an activation, in an output of order ten
     with pytest.raises(AssertionError):  # the comparison notices one weight
@@ -121,11 +126,14 @@ def test_fused_passes(monkeypatch, backend, k, G, dtype, activation):
 
 
 @needs_compiler
+@pytest.mark.parametrize('irregular', [False, True], ids=['uniform', 'irregular'])
 @pytest.mark.parametrize('activation', [*native.ACTIVATIONS, 'Mish()'])
-def test_columns_of_every_activation(activation):
-    """Also far outside the knots, at them, and of what is no number."""
+def test_columns_of_every_activation(activation, irregular):
+    """Also far outside the knots, at them, at several that coincide, and of what is no number."""
     made = spline.name_of(eval(f'nn.{activation}'))
     knots = torch.arange(-4.0, 9).repeat(8, 1)  # G = 6, k = 3
+    if irregular:
+        knots[:, 6:8] = knots[:, 5:6]
     x = torch.cat([torch.linspace(-6, 10, 500), torch.tensor([-80.0, -1e6, 1e6, 1e30, -0.0, -4, 8, 1])])
     x = x.repeat(8, 1).t().contiguous()
     x[3, 2] = torch.nan
@@ -341,12 +349,15 @@ def test_backend_follows_the_input_and_the_override(monkeypatch):
     assert choose(small, knots) == choose(large, knots, dtype=torch.bfloat16) == 'native'
     assert choose(small, knots, dtype=half) == choose(small.double(), double, dtype=torch.float64) == 'plain'
     assert choose(large, knots, dtype=half) == choose(large.double(), double, dtype=torch.float64) == 'compiled'
-    assert choose(large, make(1, 32, 1, k=4)[2], k=4) == choose(large, make(1, 32, 1, irregular=True)[2]) == 'plain'
+    irregular = make(1, 32, 1, irregular=True)[2]
+    assert choose(large, irregular) == 'native' and choose(large, irregular, dtype=half) == 'plain'
+    assert choose(large, make(1, 32, 1, k=4)[2], k=4) == 'plain'
     monkeypatch.setattr(spline, 'BACKEND', 'plain')
     assert choose(large, knots) == 'plain'
     for backend in 'compiled', 'native':
         monkeypatch.setattr(spline, 'BACKEND', backend)
-        assert choose(small, knots) == backend and choose(small, make(1, 32, 1, irregular=True)[2]) == 'plain'
+        assert choose(small, knots) == backend
+        assert choose(small, irregular) == ('plain' if backend == 'compiled' else 'native')
     assert choose(large, knots, dtype=half) == choose(large.double(), double, dtype=torch.float64) == 'plain'
 
 
