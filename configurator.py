@@ -187,8 +187,12 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
 def report(kind, error, trace):
     """
     The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's
-    or of the world and prints as one line; anything else is a fault of the program and keeps its traceback.
+    or of the world and prints as one line, as does Ctrl-C; anything else is a fault of the program and keeps its
+    traceback.
     """
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+        return
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     last = os.path.realpath(files[-1]) if files else ''
     ours = last.startswith(ROOT + os.sep) and 'site-packages' not in last

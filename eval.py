@@ -20,7 +20,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from configurator import configure, settings_of
+from configurator import check_ranges, configure, settings_of
 from data import loader
 from data.tokenizer import measure_text
 from model import GPT
@@ -51,15 +51,11 @@ dtype = 'float32'  # or 'bfloat16', 'float16', by autocast
 configure(globals())
 if init_from != 'resume' and holds_model(init_from):
     init_from, out_dir = 'resume', init_from
-if (
-    batch_size < 1
-    or min(stride, shots, limit, block_size) < 0
-    or split not in ('train', 'val', 'test', 'dev')
-    or baselines < 2
-):
-    got = f'{batch_size}, {stride}, {shots}, {limit}, {block_size}, {split!r}, {baselines}'
-    wanted = 'batch_size >= 1, stride, shots, limit and block_size >= 0, split train, val, test or dev, baselines >= 2'
-    raise ValueError(f'expected {wanted}, got {got}')
+check_ranges(globals(), at_least_one='batch_size', not_negative='stride shots limit block_size seed')
+if split not in ('train', 'val', 'test', 'dev'):
+    raise ValueError(f'split={split!r}: expected train, val, test or dev')
+if baselines < 2:
+    raise ValueError(f'baselines must be at least 2, got {baselines}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

@@ -125,8 +125,10 @@ check_ranges(
 )
 if valid_fraction == 0:
     raise ValueError('valid_fraction must be greater than 0: what is held out tells when to stop')
-if not 0 < top_p <= 1 or min(n_beams, best_of) > 1:
-    raise ValueError(f'expected 0 < top_p <= 1 and n_beams or best_of to be 1, got {top_p}, {n_beams} and {best_of}')
+if not 0 < top_p <= 1:
+    raise ValueError(f'top_p must be greater than 0 and at most 1, got {top_p}')
+if min(n_beams, best_of) > 1:
+    raise ValueError(f'one of n_beams and best_of must be 1, got {n_beams} and {best_of}')
 names_of_trackers(config)  # which checks them
 check_packages(task)
 prepare_task(task)

@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from configurator import configure
+from configurator import check_ranges, configure
 from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, TextStream
 from layers.generation import stream
@@ -39,11 +39,9 @@ compile = False  # torch.compile the model to be faster
 configure(globals())
 if init_from != 'resume' and holds_model(init_from):
     init_from, out_dir = 'resume', init_from
-if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-    raise ValueError(f'expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
-if num_samples < 1 or max_new_tokens < 1 or not 0 <= seed < 2**63:
-    got = f'{num_samples}, {max_new_tokens}, {seed}'
-    raise ValueError(f'expected num_samples >= 1, max_new_tokens >= 1, 0 <= seed < 2**63, got {got}')
+check_ranges(globals(), at_least_one='num_samples max_new_tokens', not_negative='temperature top_k seed')
+if not 0 < top_p <= 1:
+    raise ValueError(f'top_p must be greater than 0 and at most 1, got {top_p}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import check_ranges, configure
+from configurator import INCIDENTAL, check_ranges, configure
 from data import loader
 from model import GPT, GPTConfig, model_settings
 from run import checkpoint as ckpt
@@ -116,7 +116,9 @@ names_of_trackers(config)  # which checks them
 session = Session(device, dtype)
 device, dtype, say, master = session.device, session.dtype, session.say, session.master
 rank, world_size, ddp, device_type = session.rank, session.world_size, session.ddp, session.device_type
-config.update(device=device, dtype=dtype)
+config.update(device=device, dtype=dtype, dataset=loader.name_from_anywhere(dataset))
+# settings that a resumed run may have otherwise without a word
+FREE = 'max_iters', 'eval_only', 'eval_interval', 'always_save_checkpoint', 'backend', 'dataset'
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -129,7 +131,7 @@ def load_state():
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
         raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
     before = state.get('config', {}).get('dataset', dataset)
-    if before != dataset and not loader.is_prepared(dataset):
+    if before != config['dataset'] and not loader.is_prepared(dataset):
         advice = f'name the config file of that run or --dataset={before}, or prepare the other first'
         raise ValueError(f'{out_dir} is a run on data set {before!r}, and {dataset!r} is not prepared: {advice}')
     return state
@@ -148,6 +150,11 @@ def check_vocabulary(state, place):
         raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: name one that has the same')
 
 
+def count_windows(then):
+    """How many windows the loss is evaluated on, under settings `then` where they name them."""
+    return then.get('eval_iters', eval_iters) * then.get('batch_size', batch_size)
+
+
 session.join(backend)
 if not eval_only:
     session.reserve(out_dir)
@@ -160,7 +167,8 @@ loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 session.check_same(f'data set {dataset!r}', meta.get('splits'))
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-is_another_text = bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
+is_measured_anew = bool(state and count_windows(state.get('config', {})) != count_windows({}))
+is_measured_anew |= bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
 
 
 def make_model(state, base):
@@ -174,6 +182,8 @@ def make_model(state, base):
         model = GPT(GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config)))
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        if meta:
+            loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     else:
         names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
@@ -187,6 +197,15 @@ def make_model(state, base):
         say(f'warning: {init_from} decides the shape of the model: {", ".join(changed)}')
     config.update(made)
     return model
+
+
+def say_what_changed(then):
+    """A warning where a resumed run goes on with other settings than it had."""
+    free = {*INCIDENTAL, *FREE, *model_settings(config)}
+    changed = [name for name in config if name in then and name not in free and then[name] != config[name]]
+    if changed:
+        shown = ', '.join(f'{name}={config[name]} (it had {then[name]})' for name in changed)
+        say(f'warning: the run goes on with other settings: {shown}')
 
 
 def make_optimizer(model, state):
@@ -213,10 +232,12 @@ if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
 raw_model.to(device)
 optimizer, scaler = make_optimizer(raw_model, state)
-iter_num, best_val_loss, seconds = 0, math.inf, 0.0
+iter_num, tokens, best_val_loss, seconds = 0, 0, math.inf, 0.0
 if state:
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
-if is_another_text:
+    tokens = state.get('tokens', iter_num * tokens_per_iter)
+    say_what_changed(state.get('config', {}))
+if is_measured_anew:
     best_val_loss = math.inf
 
 
@@ -253,7 +274,9 @@ if state:
 
 @torch.no_grad()
 def estimate_loss():
-    """{'train', 'val'}: the mean loss over windows that are the same for every model; None when told to stop."""
+    """{'train', 'val'}: the mean loss over eval_iters batches of windows, the same for every model with these settings;
+    None when told to stop.
+    """
     losses = {}
     n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)  # of train as many as val has
     raw_model.eval()
@@ -295,6 +318,7 @@ def save(is_best=False):
         'optimizer': optimizer.state_dict(),
         'model_args': asdict(raw_model.config),
         'iter_num': iter_num,
+        'tokens': tokens,
         'best_val_loss': best_val_loss,
         'config': config,
         'seconds': seconds,
@@ -322,8 +346,8 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
-if is_another_text and not eval_only:
-    say(f'warning: the tokens of data set {dataset!r} are not those this run began with: its best loss starts anew')
+if is_measured_anew and not eval_only:
+    say('warning: the tokens or windows of the validation are not those this run began with: its best loss starts anew')
     log = []
     if master:
         ckpt.set_aside(out_dir, ['best.pt', 'log.jsonl', 'tensorboard'])
@@ -360,9 +384,9 @@ while True:
         session.give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        tokens = (iter_num - iter_timed) * tokens_per_iter
-        tokens_per_s = tokens / (seconds - timed_from) if tokens else None
-        line = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, seconds=seconds)
+        timed = (iter_num - iter_timed) * tokens_per_iter
+        tokens_per_s = timed / (seconds - timed_from) if timed else None
+        line = dict(iter=iter_num, tokens=tokens, seconds=seconds)
         line.update(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(iter_num))
         line.update(tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
         timed_from, iter_timed = seconds, iter_num
@@ -397,6 +421,7 @@ while True:
         scaler.scale(loss).backward()
     loss = session.update(optimizer, scaler, raw_model.parameters(), total_loss / world_size, grad_clip, iter_num)
     iter_num += 1
+    tokens += tokens_per_iter
     bar.update()
 
     # timing and logging, for which alone a single process waits for its GPU

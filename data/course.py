@@ -155,6 +155,14 @@ def write_splits(task, folder, files, source, divide=None):
     print(f'source: {description}')
 
 
+def check_file(path):
+    """ValueError where a file of a task is not what its meta.json says, if there is one."""
+    meta = path.with_name('meta.json')
+    known = json.loads(meta.read_text(encoding='utf-8')).get('splits', {}).get(path.stem) if meta.exists() else None
+    if known and hashlib.sha256(path.read_bytes()).hexdigest() != known['sha256']:
+        raise ValueError(f'{path} does not match its checksum in meta.json: prepare the data set again')
+
+
 def inspect_file(task, name, content):
     """What meta.json says of a file. Of a test table no row has a label, and none is left out for it."""
     about, is_test = {'sha256': hashlib.sha256(content).hexdigest()}, Path(name).stem == 'test'

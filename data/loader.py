@@ -62,6 +62,11 @@ def dataset_folder(dataset):
     return os.path.abspath(dataset) if os.path.dirname(dataset) else os.path.join(DATA, dataset)
 
 
+def name_from_anywhere(dataset):
+    """The name of a data set, with which a process in another folder finds it, too."""
+    return dataset_folder(dataset) if os.path.dirname(dataset) else dataset
+
+
 def is_prepared(dataset, made=TOKENS):
     return all(os.path.exists(os.path.join(dataset_folder(dataset), name)) for name in made)
 
@@ -196,11 +201,15 @@ def load_tokenizer_of(dataset, vocab_size):
     meta = read_meta(dataset)
     if not meta:
         raise ValueError(f'data set {dataset!r} has no meta.json, which data/{dataset}/prepare.py writes')
-    tokenizer = tokenizer_from_dict(meta['tokenizer'])
-    n = tokenizer.vocab_size
+    check_vocab_size(dataset, meta, vocab_size)
+    return tokenizer_from_dict(meta['tokenizer'])
+
+
+def check_vocab_size(dataset, meta, vocab_size):
+    """ValueError where a data set has another number of tokens than a model with vocab_size rows."""
+    n = meta['vocab_size']
     if vocab_size not in (n, model_vocab_size(meta)):
         raise ValueError(f'data set {dataset!r} has {n} different tokens, the model {vocab_size}: not its vocabulary')
-    return tokenizer
 
 
 def open_text(checkpoint, dataset, split, vocab_size):

@@ -52,7 +52,7 @@ def read_json(path, read, nothing):
     except (FileNotFoundError, NotADirectoryError):
         return nothing
     except ValueError as error:
-        raise ValueError(f'{path} is damaged ({error}): move its folder away') from None
+        raise ValueError(f'{path} is damaged ({error}): move it away') from None
 
 
 def write_log(out_dir, lines):

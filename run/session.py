@@ -25,7 +25,8 @@ class Session:
 
     def __init__(self, device, dtype):
         self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
-        self.ddp, self.world_size = 'WORLD_SIZE' in os.environ, int(os.environ.get('WORLD_SIZE', 1))
+        self.ddp = 'RANK' in os.environ  # by torchrun
+        self.world_size = int(os.environ.get('WORLD_SIZE', 1)) if self.ddp else 1
         self.master = self.rank == 0
         if self.ddp and device == 'auto' and not torch.cuda.is_available():
             device = 'cpu'  # not mps, on which processes cannot talk

@@ -108,7 +108,8 @@ class LoRAConfig:
             raise ValueError("squash='norm' makes a zero of a single number: rank must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout must be at least 0 and less than 1, got {self.dropout}')
-        KANLinear(1, 1, self.grid_size, self.spline_order, grid_range=self.grid_range)  # names a grid that cannot be
+        with torch.device('meta'):  # names a grid that cannot be, and draws nothing
+            KANLinear(1, 1, self.grid_size, self.spline_order, grid_range=self.grid_range)
 
     @property
     def scaling(self):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from data import loader
-from data.course import N_PROMPT_LINES, read_rows, read_sonnets
+from data.course import N_PROMPT_LINES, check_file, read_rows, read_sonnets
 
 
 @dataclass
@@ -95,6 +95,7 @@ def read_examples(name, split, tokenizer, block_size, shots=()):
     path = task.path(split)
     if not path.exists():
         raise ValueError(f'{os.path.relpath(path)} is not there: python data/{name}/prepare.py writes it')
+    check_file(path)
     check_english(task, tokenizer)
     coded = [task.encode(row, tokenizer, block_size, shots) for row in task.read(split)]
     n_cut = sum(cut for _, cut in coded)

@@ -183,6 +183,11 @@ def test_arguments_come_from_the_command_line(monkeypatch):
     assert sys.excepthook is configurator.report
 
 
+def test_an_interrupted_script_says_so_in_a_line(capsys):
+    configurator.report(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
 # refusals
 
 

@@ -151,7 +151,9 @@ def test_a_third_part_of_a_text(model_and_data, tmp_path):
 def test_mistakes_are_named(model_and_data, tmp_path):
     folder, dataset, checkpoint = model_and_data
     assert 'no checkpoint' in complaint(tmp_path, 'eval.py', f'--dataset={dataset}')
-    assert 'split train, val, test or dev' in complaint(folder, 'eval.py', f'--dataset={dataset}', '--split=all')
+    assert "split='all': expected train, val, test or dev" in complaint(
+        folder, 'eval.py', f'--dataset={dataset}', '--split=all'
+    )
     for split in 'test', 'dev':
         found = complaint(folder, 'eval.py', f'--dataset={dataset}', f'--split={split}')
         assert f'has the splits train and val, and no {split}' in found

@@ -698,9 +698,9 @@ def complain(workshop):
         (dict(valid_fraction=0.99), 'valid_fraction=0.99 of 20 examples leaves none to learn from'),
         (
             dict(n_beams=2, best_of=3),
-            'expected 0 < top_p <= 1 and n_beams or best_of to be 1, got 0.9, 2 and 3',
+            'one of n_beams and best_of must be 1, got 2 and 3',
         ),
-        (dict(top_p=2.0), 'got 2.0, 1 and 1'),
+        (dict(top_p=2.0), 'top_p must be greater than 0 and at most 1, got 2.0'),
     ],
     ids=str,
 )

@@ -52,7 +52,7 @@ def test_layer_that_runs_in_triton_equals_the_one_on_the_cpu(dtype, tolerance):
 def test_a_step_waits_for_nothing(monkeypatch, moved):
     """Forward, backward and update of a KAN-GPT, its grid moved or not: the loss is read when all is under way."""
     pytest.importorskip('triton')
-    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    monkeypatch.delenv('RANK', raising=False)
     session, scaler = Session('cuda', 'bfloat16'), torch.amp.GradScaler('cuda', enabled=False)
     model = GPT(GPTConfig(use_kan=True, vocab_size=50, **SHAPE)).cuda()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cuda')

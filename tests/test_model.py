@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from configurator import settings_of
@@ -69,6 +70,54 @@ def test_logits_are_those_of_transformers(tmp_path, activation):
     assert expected.std() > 0.5
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()), atol=1e-5, rtol=1e-5)
+
+
+def save_gpt2(folder, **settings):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=97, n_positions=16, n_embd=48, n_layer=2, n_head=3)
+    peer = stir(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **settings)), 0.1).eval()
+    peer.save_pretrained(folder)
+    return peer
+
+
+def test_width_of_the_mlp_is_that_of_the_config(tmp_path):
+    peer, idx = save_gpt2(tmp_path, n_inner=72), tokens(3, 16, vocab_size=97)
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    assert model.config.mlp_hidden == 1.5
+    torch.testing.assert_close(model(idx, idx)[0], peer(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(tie_word_embeddings=False),
+        dict(layer_norm_epsilon=0.1),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+    ],
+    ids=str,
+)
+def test_a_gpt2_of_other_settings_is_refused(tmp_path, settings):
+    save_gpt2(tmp_path, **settings)
+    with pytest.raises(ValueError, match='is no GPT-2 as OpenAI made it'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_what_is_no_whole_gpt2_is_refused_in_one_line(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=72)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / 'llama')
+    with pytest.raises(ValueError, match="llama' is a llama, expected a GPT-2"):
+        GPT.from_pretrained(str(tmp_path / 'llama'))
+    weights = save_gpt2(tmp_path / 'part').state_dict()
+    file = tmp_path / 'part/model.safetensors'
+    save_file({name: p.clone() for name, p in weights.items() if 'h.1' not in name and 'lm_head' not in name}, file)
+    with pytest.raises(ValueError, match=r'no weights that fit for transformer.h.1.'):
+        GPT.from_pretrained(str(tmp_path / 'part'))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='cannot load .*SafetensorError') as error:
+        GPT.from_pretrained(str(tmp_path / 'part'))
+    assert '\n' not in str(error.value)
 
 
 def test_pretrained_takes_known_names_and_overrides_only():
@@ -161,8 +210,9 @@ def test_names_are_those_of_nanogpkant():
 
 @pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
 def test_targets_become_kan_layers_and_nothing_else_does(slots):
-    model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, kan_hidden=1.5, **slots)
     targets = slots.get('kan_targets', '').split(',')
+    width = dict(kan_hidden=1.5) if 'mlp' in targets else {}
+    model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, **width, **slots)
     block = model.transformer.h[0]
     assert isinstance(block.attn.c_attn, KAN) == isinstance(block.attn.c_proj, KAN) == ('attn' in targets)
     assert isinstance(block.mlp.c_proj, KANLinear) == ('mlp' in targets)
@@ -617,6 +667,10 @@ def test_random_functions_at_first():
         (dict(CHANNEL, spline_init_std=-0.1), 'spline_init_std must not be negative'),
         (dict(use_kan=True, spline_init_std=0.1), 'spline_init_std must not be negative, and wants'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
+        (dict(use_kan=True, mlp='swiglu'), 'mlp and mlp_hidden are of MLPs without KAN layers on edges'),
+        (dict(use_kan=True, mlp_hidden=2.0), 'whose width is kan_hidden'),
+        (dict(use_kan=True, kan_targets='attn', kan_norm=True), "kan_norm and kan_hidden are of .*kan_targets='attn'"),
+        (dict(use_kan=True, kan_targets='attn,head', kan_hidden=2.0), 'kan_norm and kan_hidden are of KAN layers in'),
     ],
 )
 def test_families_that_cannot_be(settings, message):

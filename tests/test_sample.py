@@ -294,12 +294,20 @@ def test_sample_from_a_folder_of_gpt2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'setting', [dict(temperature=-1), dict(top_p=2), dict(top_k=-3), dict(num_samples=0), dict(seed=-1)]
+    'setting, words',
+    [
+        (dict(temperature=-1), 'temperature must not be negative, got -1.0'),
+        (dict(top_p=2), 'top_p must be greater than 0 and at most 1, got 2.0'),
+        (dict(top_k=-3), 'top_k must not be negative, got -3'),
+        (dict(num_samples=0), 'num_samples must be at least 1, got 0'),
+        (dict(seed=-1), 'seed must not be negative, got -1'),
+    ],
+    ids=str,
 )
-def test_numbers_out_of_range_are_refused_before_the_prompt(tmp_path, setting):
+def test_numbers_out_of_range_are_refused_before_the_prompt(tmp_path, setting, words):
     make_checkpoint(tmp_path / 'out')
     done = run_forked(tmp_path, 'sample.py', *flags(out_dir='out', device='cpu', **setting))
-    assert done.returncode == 1 and done.stdout == '' and done.stderr.startswith('error: expected ')
+    assert done.returncode == 1 and done.stdout == '' and done.stderr == f'error: {words}\n'
 
 
 def test_very_small_temperature_is_greedy(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from data.loader import write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
+    ENV,
     FAKE_WANDB,
     KAN,
     ROOT,
@@ -230,6 +231,50 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     again = train(tmp_path, other, init_from='resume', max_iters=6)
     assert [line['iter'] for line in read_log(tmp_path / 'out')][0] == 2  # of the text before there is another log
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
+
+
+def test_a_resumed_run_with_other_settings_says_so_and_counts_its_tokens(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=4)
+    (n,) = {line['tokens'] / line['iter'] for line in read_log(tmp_path / 'out') if line['iter']}
+    changed = dict(gradient_accumulation_steps=6, beta2=0.5)
+    done = train(tmp_path, dataset, init_from='resume', max_iters=6, **changed)
+    words = 'warning: the run goes on with other settings: gradient_accumulation_steps=6 (it had 2), beta2=0.5 (it had '
+    assert words in done.stdout and 'max_iters=6' not in done.stdout and 'starts anew' not in done.stdout
+    assert read_log(tmp_path / 'out')[-1]['tokens'] == 4 * n + 2 * 3 * n
+    again = train(tmp_path, dataset, init_from='resume', max_iters=6, **changed)
+    assert 'warning: the run goes on' not in again.stdout
+
+
+def test_other_windows_have_a_best_loss_of_their_own(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    done = train(tmp_path, dataset, init_from='resume', max_iters=4, eval_iters=2 * TINY['eval_iters'])
+    assert 'windows of the validation are not those this run began with: its best loss starts anew' in done.stdout
+    assert (tmp_path / 'out' / 'earlier-1' / 'best.pt').exists()
+    assert [line['iter'] for line in read_log(tmp_path / 'out')][0] > 0
+
+
+def test_a_data_set_of_ones_own_is_found_from_elsewhere(tmp_path):
+    write_dataset(tmp_path / 'mine')
+    train(tmp_path, './mine', max_iters=2)
+    (tmp_path / 'elsewhere').mkdir()
+    done = run(tmp_path / 'elsewhere', 'eval.py', '--out_dir=../out', '--device=cpu')
+    assert done.returncode == 0, done.stderr
+
+
+def test_gpt2_weights_want_a_data_set_of_their_vocabulary(tmp_path, dataset):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=97, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'hf')
+    args = flags(**{**TINY, 'dataset': dataset, 'init_from': './hf', 'out_dir': 'x'})
+    done = run_forked(tmp_path, 'train.py', *args)
+    assert done.returncode == 1 and done.stderr.endswith('different tokens, the model 97: not its vocabulary\n')
+
+
+def test_a_size_of_the_world_without_a_rank_is_one_process(tmp_path, dataset):
+    """As some launchers of clusters leave it to every program."""
+    env = {**ENV, 'WORLD_SIZE': '2'}
+    done = run_forked(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'max_iters': 2}), env=env)
+    assert done.returncode == 0 and '1 process(es)' in done.stdout, done.stderr
 
 
 def test_a_run_may_begin_with_another_one(tmp_path, dataset):

@@ -20,6 +20,7 @@ def join(monkeypatch):
     """A session of several processes that have these values, of which this is the first."""
 
     def join(values):
+        monkeypatch.setenv('RANK', '0')
         monkeypatch.setenv('WORLD_SIZE', str(len(values)))
         monkeypatch.setattr(dist, 'all_gather_object', lambda gathered, own: gathered.__setitem__(slice(None), values))
         return Session('cpu', 'float32')
@@ -40,7 +41,7 @@ def test_process_with_another_is_named(join, values, first):
 
 
 def test_single_process_agrees_with_itself(monkeypatch):
-    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(dist, 'all_gather_object', lambda *args: pytest.fail('there is no group'))
     Session('cpu', 'float32').check_same('data set', {'train': 1})
 
@@ -50,7 +51,7 @@ def test_single_process_agrees_with_itself(monkeypatch):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    monkeypatch.delenv('RANK', raising=False)
     alone = Session('cpu', 'float32')
     monkeypatch.setattr(alone, 'give_up', pytest.fail)
     return alone

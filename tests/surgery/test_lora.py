@@ -751,6 +751,12 @@ def test_a_config_that_cannot_be_says_so(config, message):
         LoRAConfig(**config)
 
 
+def test_a_config_draws_nothing():
+    before = torch.get_rng_state()
+    LoRAConfig(grid_size=9)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class ScaledEmbedding(nn.Embedding):
     def forward(self, x):
         return 8 * super().forward(x)

@@ -1,5 +1,7 @@
 """The one prompt of each task, what is cut from it, what is held out, and batches, against plain Python."""
 
+import hashlib
+import json
 import math
 import os
 import random
@@ -245,6 +247,17 @@ def test_files_that_are_not_there(data, name):
     ) as error:
         read_examples(name, 'dev', None, 8)
     assert '\n' not in str(error.value)
+
+
+def test_a_file_that_is_not_what_was_prepared(data):
+    write_table(data, 'sst', 'train', ['abc'])
+    content = (data / 'sst' / 'train.csv').read_bytes()
+    about = dict(splits=dict(train=dict(sha256=hashlib.sha256(content).hexdigest())))
+    (data / 'sst' / 'meta.json').write_text(json.dumps(about))
+    course.check_file(data / 'sst' / 'train.csv')
+    (data / 'sst' / 'train.csv').write_bytes(content[:-1])
+    with pytest.raises(ValueError, match='train.csv does not match its checksum in meta.json: prepare the data set'):
+        read_examples('sst', 'train', None, 8)
 
 
 def test_missing_data_is_prepared_once(data, capfd):
