@@ -176,8 +176,9 @@ def to_peft(checkpoint, target):
     check_adapter(record, checkpoint['finetune'])
     base, is_plain, name_of = base_of(checkpoint['model_args'])
     names = {path: name_of(path) for path in record['layers']}
-    config = peft_config(record, [*names.values()], is_plain, checkpoint['finetune']['init_from'])
+    config = peft_config(record, [*names.values()], is_plain)
     model = get_peft_model(base, config)
+    config.base_model_name_or_path = checkpoint['finetune']['init_from']  # PEFT has put the base without a name there
     for path, name in names.items():
         layer = model.base_model.model.get_submodule(name)
         fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
@@ -197,22 +198,26 @@ def base_of(model_args):
 
 
 def check_adapter(record, settings):
-    """ValueError for what PEFT cannot hold: another base than the run began with, heads, adapters of kind kan_base."""
+    """ValueError for what PEFT cannot hold: another base than the run began with, heads, adapters of kind kan_base; and
+    for adapters of embeddings.
+    """
     kinds = {kind for kind, _ in record['layers'].values()}
+    embeddings = [path for path, (_, shapes) in record['layers'].items() if shapes.startswith('Embedding(')]
+    if embeddings:
+        raise ValueError(f'adapters of embeddings are not exported, and {out_dir} has one of {embeddings[0]}')
     if settings['use_kan'] or settings['use_graph'] or kinds not in ({'lora'}, {'kan'}):
         found = f'use_kan={settings["use_kan"]}, use_graph={settings["use_graph"]}, adapters {", ".join(sorted(kinds))}'
         wanted = 'PEFT has adapters of kind lora or kan on a base as it was, and no head'
         raise ValueError(f'{wanted}; {out_dir} has {found}')
 
 
-def peft_config(record, names, is_plain, base):
+def peft_config(record, names, is_plain):
     """What an adapter of lora.py is called by PEFT."""
     from peft import LoraConfig
 
     ours = record['config']
     settings = dict(r=ours['rank'], lora_alpha=ours['alpha'], lora_dropout=ours['dropout'], use_dora=ours['use_dora'])
     settings.update(use_rslora=ours['rs_lora'], target_modules=names, task_type='CAUSAL_LM')
-    settings.update(base_model_name_or_path=base)
     if ours['kind'] == 'lora':
         return LoraConfig(**settings, fan_in_fan_out=is_plain)  # GPT-2's layers hold their weights the other way round
     from surgery.peft_kan import SHARED, KanLoraConfig  # tells PEFT of the kind

@@ -199,6 +199,8 @@ class Splines(nn.Module):
         """L1 of the spline weights and entropy of the splines' shares: Liu et al. eq. 2.20 as in efficient-kan."""
         tiny = torch.finfo(self.spline_weight.dtype).tiny
         strength = self.spline_weight.abs().mean(-1)  # of each spline
+        if getattr(self, 'mask', None) is not None:
+            strength = strength * self.mask
         total = strength.sum()
         share = strength / total.clamp_min(tiny**0.5)
         entropy = -(share * share.clamp_min(tiny).log()).sum()
@@ -272,7 +274,8 @@ class KANLinear(Splines):
     def compute_dtype(self):
         device_type = self.base_weight.device.type
         autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
-        return torch.get_autocast_dtype(device_type) if autocast else self.base_weight.dtype
+        is_cast = autocast and self.base_weight.dtype != torch.float64  # as nn.Linear
+        return torch.get_autocast_dtype(device_type) if is_cast else self.base_weight.dtype
 
     def packed_weight(self, base_weight=None, spline_weight=None):
         """(O, (K + 1) * I), basis-major, so that loops over columns run over neighbouring features; base last."""

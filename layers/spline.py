@@ -275,7 +275,7 @@ def name_of(activation):
         name = repr(activation)
     else:
         values = [id(value) if callable(value) else repr(value) for value in settings.values()]
-        name = ' '.join(map(str, [kind.__name__, id(kind), *settings, *values]))
+        name = ' '.join(map(str, [kind.__name__, id(kind), activation.training, *settings, *values]))
     if name not in ACTIVATIONS:
         ACTIVATIONS[name] = copy.copy(activation)  # the settings of the original may change: it then has another name
     return name

@@ -52,6 +52,7 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
     absorbed = find_absorbed(model, paths, absorb or {})
+    refuse_hooks(model, [*paths, *absorbed.values()])
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation = model.get_submodule(absorbed[path]) if path in absorbed else None
@@ -81,6 +82,7 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
     refuse_adapters(model)
     paths = find_activations(model, [targets] if isinstance(targets, str) else targets)
+    refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
@@ -98,6 +100,13 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 def refuse_adapters(model):
     if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
         raise ValueError('the model has adapters: kanify comes before them')
+
+
+def refuse_hooks(model, paths):
+    for path in paths:
+        module = model.get_submodule(path)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(f'{path} has hooks, which go with it: remove them before kanify, and register them anew')
 
 
 def choose_what_trains(model, layers, train):
@@ -178,6 +187,8 @@ def to_kan(layer, init, activation, settings):
     with torch.device(weight.device):
         kan = KANLinear(I, O, bias=layer.bias is not None, **settings).to(weight.dtype).train(layer.training)
     kan.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        kan.bias.requires_grad_(layer.bias.requires_grad)
     if init == 'preserve':
         kan.base_weight.copy_(weight)
         kan.spline_weight.zero_()

@@ -141,6 +141,8 @@ def kinds_of(layer):
         return ('kan', 'kan_base')
     if is_linear(layer) or is_conv1d(layer):
         return ('lora', 'kan')
+    if getattr(layer, 'max_norm', None) is not None:  # an embedding whose forward pass changes its weight
+        return ()
     forwards = [kind.forward for kind in (nn.Embedding, *CONVOLUTIONS)]  # a class of one's own may compute otherwise
     return ('lora',) if type(layer).forward in forwards and has_plain_weight(layer) else ()
 
@@ -200,7 +202,7 @@ class Dropout(nn.Dropout):
     """On a CPU from 16 random bits a number, p to the nearest 1 / 65536: six times as fast as PyTorch's own."""
 
     def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != 'cpu':
+        if not self.training or self.p == 0 or x.device.type != 'cpu' or torch.compiler.is_compiling():
             return super().forward(x)
         n_out = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values of 16 bits
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -278,7 +280,8 @@ class LowRank(Adapter):
 
     def merged(self, layer):
         layer = copy.copy(layer)
-        layer._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights
+        layer._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights and its grid
+        layer._buffers = {name: None if p is None else p.clone() for name, p in layer._buffers.items()}
         for name, w in self.adapted(layer).items():
             setattr(layer, name, nn.Parameter(w, requires_grad=False))
         return layer
@@ -379,6 +382,10 @@ class LoRALayer(nn.Module):
         except AttributeError:
             if name.startswith('__') or name in ('base_layer', 'adapters', 'active', 'off'):  # while this one is made
                 raise
+            if name in ('update_grid', 'refine_grid') and self.acting is self.base_layer:
+                raise AttributeError(
+                    f'{name} would change the splines beneath an adapter: remove_lora comes first'
+                ) from None
             return getattr(self.acting, name)
 
     @property
@@ -521,6 +528,9 @@ def find_modules_to_save(model, config):
         kind = type(model.get_submodule(path))
         if kind in (nn.ModuleList, nn.ModuleDict):
             raise ValueError(f'modules_to_save: {path} is a {kind.__name__}, which is never called: name what is in it')
+    for path, others in tied_modules(model).items():
+        if path in found:
+            print(f'{path} gets a copy that trains by itself, apart from {", ".join(others)}, which shares its weight')
     return [path for path in found if not path.startswith(tuple(other + '.' for other in found))]
 
 
@@ -655,7 +665,8 @@ def save_lora(model, folder):
     }
     tensors = tensors_of({path: layer.adapter for path, layer in layers.items()})
     tensors.update({f'statistics of the base: {name}': buffer for name, buffer in moving.items()})
-    tensors = {name: p.clone() for name, p in tensors.items()}  # a file holds each by itself, also shared ones
+    # a file holds each by itself, also shared ones, in the usual order of its dimensions
+    tensors = {name: p.clone(memory_format=torch.contiguous_format) for name, p in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
     write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
@@ -815,6 +826,7 @@ def lora_param_groups(model, lr, weight_decay):
 
 def lora_report(model):
     """What trains of the active adapter, as text: a line for each layer and one for all, with the share of the base."""
+    refuse_merged(model)
     layers, lines, trainable = active_lora(model), [], 0
     for path, layer in layers.items():
         n = sum(p.numel() for p in layer.adapter.parameters())

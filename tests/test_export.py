@@ -289,7 +289,7 @@ def tuned(folder, name, run=(), **settings):
     """Leave a run of finetune.py (its settings in `run`) with an adapter that has learned; returns its GPT."""
     gpt = ours(folder, f'out-{name}')
     tuned = nn.ModuleDict(dict(gpt=gpt))
-    add_lora(tuned, LoRAConfig(rank=3, dropout=0.0, target_modules=('attn', 'mlp'), **settings))
+    add_lora(tuned, LoRAConfig(**{'rank': 3, 'dropout': 0.0, 'target_modules': ('attn', 'mlp'), **settings}))
     torch.manual_seed(3)
     for key, p in tuned.named_parameters():
         if p.requires_grad:
@@ -316,6 +316,8 @@ def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
     gpt = tuned(folder, base, **settings)
     done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
     assert done.returncode == 0, done.stderr
+    about = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
+    assert about.base_model_name_or_path == f'hf-{base}'
     model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{base}', trust_remote_code=True).eval()
     with torch.no_grad():
         plain = model(ids).logits
@@ -331,6 +333,8 @@ def test_what_peft_cannot_hold_is_refused(folder):
     assert 'on a base as it was, and no head' in complaint(folder, *command)
     tuned(folder, 'kan', kind='kan_base')
     assert 'adapters kan_base' in complaint(folder, *command)
+    tuned(folder, 'vanilla', target_modules=('wte',))
+    assert 'adapters of embeddings are not exported' in complaint(folder, *command)
     assert not (folder / 'peft-tuned-adapter').exists()
 
 

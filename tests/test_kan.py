@@ -591,6 +591,23 @@ def test_regularization_is_that_of_efficient_kan(peer):
         close(actual, expected, 1e-12)
 
 
+def test_regularization_is_of_the_edges_that_act():
+    layer = KANLinear(4, 3, mask=True)
+    layer.mask[0] = False
+    loss = layer.regularization_loss()
+    loss.backward()
+    assert not layer.spline_weight.grad[0].any() and layer.spline_weight.grad[1:].any()
+    with torch.no_grad():
+        layer.spline_weight[0] = 0
+    close(layer.regularization_loss(), loss, 1e-6)
+
+
+def test_double_precision_is_not_cast_by_autocast():
+    layer, x = KANLinear(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.float64 == nn.Linear(4, 3).double()(x).dtype
+
+
 @pytest.mark.parametrize('rows', [[0], [0, 1, 2]])
 def test_regularization_of_zero_weights_is_finite(rows):
     layer = make_layer(3)

@@ -222,6 +222,20 @@ def test_an_activation_without_state_is_named_by_its_type_and_settings():
     assert torch.equal(spline.ACTIVATIONS[old](x), x**2)
 
 
+class Mode(nn.Module):
+    def forward(self, x):
+        return 2 * x if self.training else x
+
+
+def test_an_activation_may_depend_on_the_mode():
+    x, weight, knots, grad = make(20, 4, 3)
+    for training in True, False:
+        activation = Mode().train(training)
+        actual = results(spline_linear, x, weight, knots, grad, activation=activation)
+        close(actual, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
+        assert torch.equal(spline.ACTIVATIONS[spline.name_of(activation)](x), x * (1 + training))
+
+
 def with_parameter():
     activation = Power(2)
     activation.scale = nn.Parameter(torch.ones(1))

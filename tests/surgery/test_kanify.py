@@ -211,6 +211,20 @@ def test_a_module_of_tied_layers_alone_is_named_as_such():
             replace()
 
 
+def test_a_layer_with_hooks_is_refused_and_a_bias_trains_as_before():
+    model = make('GPT2LMHeadModel')
+    name, layer = next((name, module) for name, module in model.named_modules() if name.endswith('c_fc'))
+    layer.bias.requires_grad_(False)
+    handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=f'{name} has hooks, which go with it'):
+        kanify(model, 'c_fc')
+    assert model.get_submodule(name) is layer
+    handle.remove()
+    kanify(model, 'c_fc')
+    made = model.get_submodule(name)
+    assert made.base_weight.requires_grad and not made.bias.requires_grad
+
+
 def test_it_comes_before_adapters():
     with pytest.raises(ValueError, match='kanify comes before'):
         kanify(add_lora(make('GPT2LMHeadModel'), LoRAConfig()))

@@ -595,6 +595,38 @@ def test_report_counts_what_is_there(settings, each):
     assert 2 * each == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_report_is_of_adapters_beside_their_base():
+    model, _ = make('Linear', 'lora')
+    merge_lora(model)
+    with pytest.raises(ValueError, match='an adapter is merged into the model'):
+        lora_report(model)
+
+
+@pytest.mark.parametrize('method', ['update_grid', 'refine_grid'])
+def test_splines_beneath_an_adapter_keep_their_grid(method):
+    model, x = make('KANLinear', 'kan_base')
+    with pytest.raises(AttributeError, match=f'{method} would change the splines beneath an adapter: remove_lora'):
+        getattr(model.layer, method)
+    before = randomise(model).layer(x)
+    merge_lora(model)
+    model.layer.base_layer.update_grid(x.flatten(0, 1))
+    unmerge_lora(model)
+    assert torch.equal(model.layer(x), before)
+
+
+def test_a_compiler_sees_one_graph_in_training():
+    model, x = make('Linear', 'lora', dropout=0.5)
+    compiled = torch.compile(model.train().layer, fullgraph=True, backend='aot_eager')
+    dropped = compiled(torch.ones_like(x)).flatten(0, 1)
+    assert dropped.shape == (28, O)
+
+
+def test_a_copy_of_one_of_two_tied_modules_is_told(capsys):
+    add_lora(make_gpt(), LoRAConfig(modules_to_save=('lm_head',)))
+    said = capsys.readouterr().out
+    assert said == 'lm_head gets a copy that trains by itself, apart from transformer.wte, which shares its weight\n'
+
+
 # which layers
 
 
@@ -764,6 +796,7 @@ class ScaledEmbedding(nn.Embedding):
 
 OTHERS = [ScaledEmbedding(I, O), nn.utils.parametrizations.weight_norm(nn.Linear(I, O)), nn.LazyConv1d(O, 1)]
 OTHERS += [nn.utils.weight_norm(layer) for layer in (nn.Linear(I, O), nn.Conv1d(I, O, 1))]
+OTHERS.append(nn.Embedding(I, O, max_norm=1.0))  # whose forward pass changes its weight
 
 
 @pytest.mark.filterwarnings('ignore:`torch.nn.utils.weight_norm` is deprecated')
@@ -811,6 +844,16 @@ def test_what_is_saved_comes_back(kind, layer, tmp_path):
     assert fresh.layer.adapter.config == model.layer.adapter.config
     assert all(p.requires_grad == ('.adapters.' in name) for name, p in fresh.named_parameters())
     assert json.loads((tmp_path / 'adapter_config.json').read_text())['config']['kind'] == kind
+
+
+def test_weights_in_another_order_are_saved(tmp_path):
+    """As those of a convolutional network in channels_last."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 12, 3)), nn.Conv2d(12, 4, 3)).to(memory_format=torch.channels_last)
+    fresh, x = copy.deepcopy(model), torch.randn(2, 8, 7, 7)
+    add_lora(model, LoRAConfig(target_modules=('0',), modules_to_save=('1',), dropout=0.0))
+    randomise(model)
+    save_lora(model, str(tmp_path))
+    torch.testing.assert_close(load_lora(fresh, str(tmp_path))(x), model(x))
 
 
 def test_another_process_gets_the_same_outputs(tmp_path):
