@@ -91,6 +91,24 @@ struct Knots {
     }
 };
 
+// body(row, i0, n) for each row, and in it for each tile of features i0 ... i0 + n
+template <class Body>
+void for_tiles(int64_t N, int64_t I, int64_t threads, const Body &body) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t start = 0; start < N; start += ROWS) {
+        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
+            for (int64_t i0 = 0; i0 < I; i0 += TILE) body(row, i0, std::min(TILE, I - i0));
+        }
+    }
+}
+
+// Room for n numbers, of each thread its own.
+float *room(int64_t n) {
+    static thread_local std::vector<float> numbers;
+    if (static_cast<int64_t>(numbers.size()) < n) numbers.resize(n);
+    return numbers.data();
+}
+
 }  // namespace
 
 extern "C" {
@@ -98,101 +116,76 @@ extern "C" {
 // out (N, K + 1, I): the bases of x (N, I) on the knots first + m / per_spacing, (I,) each, and then its activation
 void columns(const float *x, const float *first, const float *per_spacing, NUMBER *out, int64_t N, int64_t I,
              int64_t K, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += ROWS) {
+    for_tiles(N, I, threads, [&](int64_t row, int64_t i0, int64_t n) {
+        const float *in = x + row * I + i0;
+        NUMBER *to = out + row * (K + 1) * I + i0;
         float t[TILE];
-        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
-            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
-                const int64_t n = std::min(TILE, I - i0);
-                const float *in = x + row * I + i0;
-                NUMBER *to = out + row * (K + 1) * I + i0;
-                place(in, first + i0, per_spacing + i0, n, t);
-                for (int64_t m = 0; m < K; m++, to += I) {
-                    const float centre = m + 0.5f * (ORDER + 1);
-                    for (int64_t i = 0; i < n; i++) to[i] = NUMBER(spline<ORDER>(t[i] - centre));
-                }
-                for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
-            }
+        place(in, first + i0, per_spacing + i0, n, t);
+        for (int64_t m = 0; m < K; m++, to += I) {
+            const float centre = m + 0.5f * (ORDER + 1);
+            for (int64_t i = 0; i < n; i++) to[i] = NUMBER(spline<ORDER>(t[i] - centre));
         }
-    }
+        for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
+    });
 }
 
 // dx (N, I): the gradient dcolumns (N, K + 1, I) of the columns taken back to x
 void input_gradient(const NUMBER *dcolumns, const float *x, const float *first, const float *per_spacing, float *dx,
                     int64_t N, int64_t I, int64_t K, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += ROWS) {
+    for_tiles(N, I, threads, [&](int64_t row, int64_t i0, int64_t n) {
+        const float *in = x + row * I + i0;
+        const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
         float t[TILE], lower[TILE], slope[TILE];
-        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
-            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
-                const int64_t n = std::min(TILE, I - i0);
-                const float *in = x + row * I + i0;
-                const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
-                float *to = dx + row * I + i0;
-                place(in, first + i0, per_spacing + i0, n, t);
-                for (int64_t i = 0; i < n; i++) {
-                    lower[i] = spline<ORDER - 1>(t[i] - 0.5f * ORDER);
-                    slope[i] = 0.0f;
-                }
-                for (int64_t m = 0; m < K; m++, from += I) {  // dB_m/dt = B'_m - B'_{m+1}, B' of one order less
-                    const float centre = m + 1 + 0.5f * ORDER;
-                    for (int64_t i = 0; i < n; i++) {
-                        const float next = spline<ORDER - 1>(t[i] - centre);
-                        slope[i] += float(from[i]) * (lower[i] - next);
-                        lower[i] = next;
-                    }
-                }
-                for (int64_t i = 0; i < n; i++) {
-                    to[i] = slope[i] * per_spacing[i0 + i] + float(from[i]) * ACTIVATION::slope(in[i]);
-                }
+        place(in, first + i0, per_spacing + i0, n, t);
+        for (int64_t i = 0; i < n; i++) {
+            lower[i] = spline<ORDER - 1>(t[i] - 0.5f * ORDER);
+            slope[i] = 0.0f;
+        }
+        for (int64_t m = 0; m < K; m++, from += I) {  // dB_m/dt = B'_m - B'_{m+1}, B' of one order less
+            const float centre = m + 1 + 0.5f * ORDER;
+            for (int64_t i = 0; i < n; i++) {
+                const float next = spline<ORDER - 1>(t[i] - centre);
+                slope[i] += float(from[i]) * (lower[i] - next);
+                lower[i] = next;
             }
         }
-    }
+        float *to = dx + row * I + i0;
+        for (int64_t i = 0; i < n; i++) {
+            to[i] = slope[i] * per_spacing[i0 + i] + float(from[i]) * ACTIVATION::slope(in[i]);
+        }
+    });
 }
 
 void columns_any(const float *x, const float *knots, NUMBER *out, int64_t N, int64_t I, int64_t K, int64_t threads) {
     const Knots any(knots, I, K);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += ROWS) {
-        std::vector<float> b((any.P - 1) * TILE);
-        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
-            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
-                const int64_t n = std::min(TILE, I - i0);
-                const float *in = x + row * I + i0;
-                NUMBER *to = out + row * (K + 1) * I + i0;
-                any.bases(in, i0, n, ORDER, b.data());
-                for (int64_t m = 0; m < K; m++, to += I) {
-                    for (int64_t i = 0; i < n; i++) to[i] = NUMBER(b[m * TILE + i]);
-                }
-                for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
-            }
+    for_tiles(N, I, threads, [&](int64_t row, int64_t i0, int64_t n) {
+        const float *in = x + row * I + i0;
+        NUMBER *to = out + row * (K + 1) * I + i0;
+        float *b = room((any.P - 1) * TILE);
+        any.bases(in, i0, n, ORDER, b);
+        for (int64_t m = 0; m < K; m++, to += I) {
+            for (int64_t i = 0; i < n; i++) to[i] = NUMBER(b[m * TILE + i]);
         }
-    }
+        for (int64_t i = 0; i < n; i++) to[i] = NUMBER(ACTIVATION::value(in[i]));
+    });
 }
 
 void input_gradient_any(const NUMBER *dcolumns, const float *x, const float *knots, float *dx, int64_t N, int64_t I,
                         int64_t K, int64_t threads) {
     const Knots any(knots, I, K);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t start = 0; start < N; start += ROWS) {
-        std::vector<float> b((any.P - 1) * TILE);
-        for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
-            for (int64_t i0 = 0; i0 < I; i0 += TILE) {
-                const int64_t n = std::min(TILE, I - i0);
-                const float *in = x + row * I + i0;
-                const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
-                float *to = dx + row * I + i0;
-                any.bases(in, i0, n, ORDER - 1, b.data());
-                for (int64_t i = 0; i < n; i++) to[i] = 0.0f;
-                for (int64_t m = 0; m < K; m++, from += I) {
-                    const float *low = b.data() + m * TILE, *per = any.r.data() + (ORDER * any.P + m) * I + i0;
-                    for (int64_t i = 0; i < n; i++) {
-                        to[i] += float(from[i]) * ORDER * (low[i] * per[i] - low[TILE + i] * per[I + i]);
-                    }
-                }
-                for (int64_t i = 0; i < n; i++) to[i] += float(from[i]) * ACTIVATION::slope(in[i]);
+    for_tiles(N, I, threads, [&](int64_t row, int64_t i0, int64_t n) {
+        const float *in = x + row * I + i0;
+        const NUMBER *from = dcolumns + row * (K + 1) * I + i0;
+        float *b = room((any.P - 1) * TILE), slope[TILE] = {};
+        any.bases(in, i0, n, ORDER - 1, b);
+        for (int64_t m = 0; m < K; m++, from += I) {
+            const float *low = b + m * TILE, *per = any.r.data() + (ORDER * any.P + m) * I + i0;
+            for (int64_t i = 0; i < n; i++) {
+                slope[i] += float(from[i]) * ORDER * (low[i] * per[i] - low[TILE + i] * per[I + i]);
             }
         }
-    }
+        float *to = dx + row * I + i0;
+        for (int64_t i = 0; i < n; i++) to[i] = slope[i] + float(from[i]) * ACTIVATION::slope(in[i]);
+    });
 }
 }
