@@ -263,7 +263,9 @@ def draw_scaling(path):
         means = [loss.mean() for loss in losses]
         panel.errorbar(counts, means, yerr=halves, fmt='o-', capsize=3, color=COLOURS[family], label=family)
     panel.set(xscale='log', xlabel='parameters', ylabel='loss on unseen text (nats per character)')
-    panel.set_title('Loss over parameters, 95 % intervals')
+    panel.set_xticks(counts, sizes, minor=False)
+    panel.set_xticks([], minor=True)
+    panel.set_title('On unseen text by size, lower is better (95 % intervals)')
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     figure.savefig(path, dpi=130)

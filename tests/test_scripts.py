@@ -285,10 +285,10 @@ def test_main_tables_are_those_of_their_studies():
     rows, page = read_rows(ROOT / 'README.md'), (ROOT / 'results/win/table.md').read_text(encoding='utf-8')
     sections = {part.split('\n')[0]: part for part in page.split('## ')}
     for name in 'GELU', 'SwiGLU', 'channel KAN', 'KAN-GLU':
-        for section, cells in ('0.23M: fresh seeds', 2 + (name != 'SwiGLU')), ('0.23M: steps taken in turn', 1):
+        for section in '0.23M: fresh seeds', '0.45M: fresh seeds', '0.23M: steps taken in turn':
             (line,) = [line for line in sections[section].split('\n') if line.startswith(f'| {name} |')]
             found = {cell.strip() for cell in line.split('|')[2:-1]} - {''}
-            assert len(rows[name] & found) >= cells, (name, section)
+            assert rows[name] & found, (name, section)
 
 
 def test_no_text_of_the_repository_names_a_folder_of_one_machine():
