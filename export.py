@@ -289,6 +289,9 @@ def load():
         raise ValueError(f'{out_dir} holds no adapter: --to=peft is for runs of finetune.py with use_lora')
     if not unfinished and record and 'finished' not in record:
         raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
+    config = checkpoint.get('config', {})
+    if 'dataset' in config:  # a name, and no folder of this machine
+        config['dataset'] = os.path.basename(config['dataset'])
     return checkpoint
 
 

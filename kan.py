@@ -341,7 +341,10 @@ class KAN(nn.Module):
 
     def refine_grid(self, grid_size):
         """KANLinear.refine_grid of each layer; returns the largest of the differences."""
-        difference = max(layer.refine_grid(grid_size) for layer in self.layers)
+        refine = [
+            layer.refine_grid for layer in self.layers
+        ]  # which a layer with an adapter has not: before any changes
+        difference = max(refine_one(grid_size) for refine_one in refine)
         self.grid_size = grid_size
         return difference
 

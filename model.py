@@ -87,17 +87,18 @@ class GPTConfig:
             raise ValueError(f"{wanted}, and kan_kind is 'channel', where mlp_hidden is the width")
         if is_channel and self.is_kan('mlp') and self.activation == 'swish':
             raise ValueError("activation='swish' learns a slope: a learned function begins as one of the others")
-        if self.mlp_form() == 'kan' and (self.mlp != 'mlp' or self.mlp_hidden != 4.0):
-            raise ValueError('mlp and mlp_hidden are of MLPs without KAN layers on edges, whose width is kan_hidden')
-        if self.use_kan and not self.is_kan('mlp') and (self.kan_norm or self.kan_hidden != 4.0):
-            raise ValueError(
-                f'kan_norm and kan_hidden are of KAN layers in the MLP, and kan_targets={self.kan_targets!r}'
-            )
         if self.mlp_form() == 'kan' and self.activation:
             raise ValueError(f'activation={self.activation!r}: between KAN layers in the MLP there is none')
         if self.spline_init_std < 0 or (self.spline_init_std and not is_channel):
             wanted = "spline_init_std must not be negative, and wants use_kan and kan_kind='channel'"
             raise ValueError(f'{wanted}, got {self.spline_init_std}')
+
+    def refuse_idle(self):
+        """ValueError for more settings that would do nothing; models that were made with them are loaded."""
+        if self.mlp_form() == 'kan' and (self.mlp != 'mlp' or self.mlp_hidden != 4.0):
+            raise ValueError('mlp and mlp_hidden are of MLPs without KAN layers on edges, whose width is kan_hidden')
+        if self.use_kan and not self.is_kan('mlp') and (self.kan_norm or self.kan_hidden != 4.0):
+            raise ValueError(f'kan_norm and kan_hidden are of KAN layers in the MLP: kan_targets={self.kan_targets!r}')
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
@@ -366,12 +367,14 @@ class GPT(nn.Module):
             raise ValueError(f'expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {model_type!r}')
         if set(override_args) - {'dropout'}:
             raise ValueError(f'of a pretrained model only dropout can be overridden, got {override_args}')
-        from surgery.causal_lm import load_hf  # transformers, which nothing else here needs
-
-        model_hf = load_hf(model_type).eval()
-        hf = model_hf.config
+        try:
+            from surgery.causal_lm import load_config, load_hf
+        except ImportError:  # in an export, which is loaded by transformers itself
+            raise ValueError('this copy of the code loads no GPT-2') from None
+        hf = load_config(model_type)
         if hf.model_type != 'gpt2':
             raise ValueError(f'{model_type!r} is a {hf.model_type}, expected a GPT-2')
+        model_hf = load_hf(model_type).eval()
         sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size)
         sizes.update(block_size=hf.n_positions, mlp_hidden=(hf.n_inner or 4.0 * hf.n_embd) / hf.n_embd)
         gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)
@@ -383,12 +386,14 @@ class GPT(nn.Module):
         for name in state:  # OpenAI's Conv1D keeps its weights the other way round
             if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
                 state[name] = state[name].t()
-        model.load_state_dict(state)
-        idx = torch.arange(min(8, hf.n_positions, hf.vocab_size)).unsqueeze(0)
-        with torch.no_grad():
-            ours, theirs = model(idx, idx)[0], model_hf(idx).logits
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.std().item()):
-            settings = 'a head of its own, another layer_norm_epsilon, or scale_attn_weights'
+        idx, is_same = torch.arange(min(8, hf.n_positions, hf.vocab_size)).unsqueeze(0), False
+        if state.keys() == model.state_dict().keys():
+            model.load_state_dict(state)
+            with torch.no_grad():
+                ours, theirs = model(idx, idx)[0], model_hf(idx).logits
+            is_same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.std().item())
+        if not is_same:
+            settings = 'a head of its own, cross-attention, another layer_norm_epsilon, or scale_attn_weights'
             raise ValueError(f'{model_type!r} is no GPT-2 as OpenAI made it: look in its config for {settings}')
         return model.train()
 

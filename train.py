@@ -151,8 +151,9 @@ def check_vocabulary(state, place):
 
 
 def count_windows(then):
-    """How many windows the loss is evaluated on, under settings `then` where they name them."""
-    return then.get('eval_iters', eval_iters) * then.get('batch_size', batch_size)
+    """How many windows the loss is evaluated on, of each split, under settings `then` where they name them."""
+    wanted = then.get('eval_iters', eval_iters) * then.get('batch_size', batch_size)
+    return min(wanted, (len(val_data) - 1) // block_size)  # of train as many as val has
 
 
 session.join(backend)
@@ -179,7 +180,9 @@ def make_model(state, base):
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
-        model = GPT(GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config)))
+        sizes = GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config))
+        sizes.refuse_idle()
+        model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
         if meta:
@@ -278,7 +281,7 @@ def estimate_loss():
     None when told to stop.
     """
     losses = {}
-    n_windows = min(eval_iters * batch_size, (len(val_data) - 1) // block_size)  # of train as many as val has
+    n_windows = count_windows({})
     raw_model.eval()
     for split, data in (('train', train_data), ('val', val_data)):
         starts = loader.fixed_starts(data, block_size, n_windows)

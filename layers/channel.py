@@ -24,6 +24,7 @@ from layers.spline import (
     bases_derivative,
     basis_function,
     is_batched,
+    is_eager,
     is_transformed,
     name_of,
     no_autocast,
@@ -66,9 +67,7 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_channel_spline(x, weight, knots, k, activation, gated)
-    # compilers, and tensors without data, want an operator; calling one by itself takes a third of a millisecond
-    is_plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
-    function = ChannelSplineFunction.apply if is_plain else channel_forward
+    function = ChannelSplineFunction.apply if is_eager(x) else channel_forward
     return function(x, weight, knots, k, name_of(activation), gated)
 
 

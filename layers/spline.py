@@ -36,7 +36,7 @@ CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 8 << 20, 'native': 8 << 20}  # of t
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
 FUSED_ORDERS = {1: 1, 2: 2, 3: 3}  # looked up, an order is a constant to the compiler
 WORTH_COMPILING = 1 << 15  # numbers in the input; below, calling a pass of torch.compile costs what it saves
-SMALL = 1 << 15  # numbers in the input on a CPU that may as well keep their columns
+SMALL = 1 << 15  # numbers in the input on a CPU, below which the columns may stay in memory
 OPERATORS = __name__.replace('.', '_')  # their namespace: another copy of this file has another, and takes nothing over
 UNIFORM = WeakTensorKeyDictionary()  # knots: (a copy of their numbers, whether they are uniform)
 
@@ -225,14 +225,19 @@ def spline_linear(x, weight, knots, k, activation, dtype):
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
-    settings = k, name_of(activation), dtype
-    # compilers, and tensors without data, want an operator; calling one by itself takes a fifth of a millisecond
-    is_eager = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
-    if not is_eager:
-        return spline_linear_forward(x, weight, knots, *settings)
+    if not is_eager(x):
+        return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
     if is_small(x):
         return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases(knots))
-    return SplineLinear.apply(x, weight, knots, *settings)
+    return SplineLinear.apply(x, weight, knots, k, name_of(activation), dtype)
+
+
+def is_eager(x):
+    """Whether an autograd.Function will do. Compilers, tracers and tensors without data want an operator, and calling one
+    takes a fifth of a millisecond.
+    """
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_traced
 
 
 def is_small(x):
@@ -477,6 +482,7 @@ def compiled(function, K, k, activation):
     return torch.compile(types.FunctionType(code, function.__globals__), dynamic=True)
 
 
+@functools.cache
 def library(k, activation, dtype):
     """spline.cpp for columns in `dtype`; an activation that it does not have is zero there."""
     name = native.ACTIVATIONS.get(activation, 'zero')
@@ -485,7 +491,8 @@ def library(k, activation, dtype):
 
 def native_passes(knots, k, activation):
     """The passes by spline.cpp."""
-    is_even, K = basis_function(knots) is uniform_bases, knots.size(1) - 1 - k
+    K = knots.size(1) - 1 - k
+    is_even = k > 1 and basis_function(knots) is uniform_bases  # the slopes of order 1 jump at the knots as they are
     knots = native.to_floats(knots)
     places, ending = (measure_knots(*knots), '') if is_even else (knots, '_any')
 

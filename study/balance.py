@@ -53,12 +53,11 @@ dtype = pick_dtype(settings['dtype'], device)
 set_up(device)
 
 loader.prepare_dataset(settings['dataset'])
-both = dict(model_settings(settings), vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
-kan = {**both, 'mlp': 'mlp', 'mlp_hidden': 4.0} if settings['kan_kind'] == 'edge' else both
+kan = dict(model_settings(settings), vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
 
 
 def vanilla(**shape):
-    return {**both, 'use_kan': False, **shape}
+    return {**kan, 'use_kan': False, **shape}
 
 
 def measure_seconds(*models):
@@ -96,7 +95,7 @@ def closest(f, start):
 def fit_hidden(shape):
     """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
     n_embd = shape.get('n_embd', kan['n_embd'])
-    start = round(both['mlp_hidden'] * n_embd)
+    start = round(kan['mlp_hidden'] * n_embd)
     n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start)
     return dict(shape, mlp_hidden=n / n_embd), found
 

@@ -185,7 +185,7 @@ def mean_and_std(values, digits):
 
 def holm(tests):
     """The names of the tests {name: p} that hold at 0.05 when all are counted (Holm 1979)."""
-    held = []
+    held, tests = [], {name: p for name, p in tests.items() if not math.isnan(p)}
     for place, (name, p) in enumerate(sorted(tests.items(), key=lambda pair: pair[1])):
         if not p <= 0.05 / (len(tests) - place):
             break

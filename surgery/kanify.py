@@ -106,7 +106,9 @@ def refuse_hooks(model, paths):
     for path in paths:
         module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise ValueError(f'{path} has hooks, which go with it: remove them before kanify, and register them anew')
+            raise ValueError(
+                f'{path} has hooks, which would be lost: remove them before kanify, and register them anew'
+            )
 
 
 def choose_what_trains(model, layers, train):

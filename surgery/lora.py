@@ -382,7 +382,8 @@ class LoRALayer(nn.Module):
         except AttributeError:
             if name.startswith('__') or name in ('base_layer', 'adapters', 'active', 'off'):  # while this one is made
                 raise
-            if name in ('update_grid', 'refine_grid') and self.acting is self.base_layer:
+            is_below = self.acting is self.base_layer and isinstance(self.acting, KANLinear)
+            if name in ('update_grid', 'refine_grid') and is_below:
                 raise AttributeError(
                     f'{name} would change the splines beneath an adapter: remove_lora comes first'
                 ) from None

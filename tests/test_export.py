@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data.tokenizer import END, CharTokenizer, GPT2Tokenizer, JsonTokenizer, as_fast
+from forked import ROOMS
 from helpers import TOKENIZER, byte_pairs, complaint, make_checkpoint, run_forked
 from run.checkpoint import build_model, load_checkpoint, save_checkpoint
 from surgery.lora import LoRAConfig, add_lora, save_lora
@@ -283,6 +284,15 @@ def test_the_log_likelihoods_of_lm_eval_are_ours(folder, tmp_path, name):
     nats = -sum(log_likelihood(gpt, '\n', line['start']) for line in LINES)
     n_bytes = sum(len(line['start']) for line in LINES)
     assert found['results']['starts']['bits_per_byte,none'] == pytest.approx(nats / n_bytes / np.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize('name', ['kan', 'kan-glu'])
+def test_code_of_an_export_wants_no_package_of_this_repository(folder, name):
+    """As transformers asks before it runs code of the hub."""
+    from transformers.dynamic_module_utils import get_imports
+
+    wanted = {package for file in (folder / f'hf-{name}').glob('*.py') for package in get_imports(file)}
+    assert 'torch' in wanted and not wanted & {*ROOMS, 'model', 'kan', 'configurator'}
 
 
 def tuned(folder, name, run=(), **settings):

@@ -210,9 +210,8 @@ def test_names_are_those_of_nanogpkant():
 
 @pytest.mark.parametrize('slots', SLOTS, ids=name_of_slots)
 def test_targets_become_kan_layers_and_nothing_else_does(slots):
+    model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, kan_hidden=1.5, **slots)
     targets = slots.get('kan_targets', '').split(',')
-    width = dict(kan_hidden=1.5) if 'mlp' in targets else {}
-    model = make(n_layer=1, grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0, **width, **slots)
     block = model.transformer.h[0]
     assert isinstance(block.attn.c_attn, KAN) == isinstance(block.attn.c_proj, KAN) == ('attn' in targets)
     assert isinstance(block.mlp.c_proj, KANLinear) == ('mlp' in targets)
@@ -667,15 +666,26 @@ def test_random_functions_at_first():
         (dict(CHANNEL, spline_init_std=-0.1), 'spline_init_std must not be negative'),
         (dict(use_kan=True, spline_init_std=0.1), 'spline_init_std must not be negative, and wants'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
-        (dict(use_kan=True, mlp='swiglu'), 'mlp and mlp_hidden are of MLPs without KAN layers on edges'),
-        (dict(use_kan=True, mlp_hidden=2.0), 'whose width is kan_hidden'),
-        (dict(use_kan=True, kan_targets='attn', kan_norm=True), "kan_norm and kan_hidden are of .*kan_targets='attn'"),
-        (dict(use_kan=True, kan_targets='attn,head', kan_hidden=2.0), 'kan_norm and kan_hidden are of KAN layers in'),
     ],
 )
 def test_families_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(mlp='swiglu'), 'mlp and mlp_hidden are of MLPs without KAN layers on edges'),
+        (dict(mlp_hidden=2.0), 'whose width is kan_hidden'),
+        (dict(kan_targets='attn', kan_norm=True), "kan_norm and kan_hidden are of .*kan_targets='attn'"),
+        (dict(kan_targets='attn,head', kan_hidden=2.0), 'kan_norm and kan_hidden are of KAN layers in'),
+    ],
+)
+def test_idle_settings_are_refused_of_new_models_alone(settings, message):
+    config = make(use_kan=True, **settings).config
+    with pytest.raises(ValueError, match=message):
+        config.refuse_idle()
 
 
 def test_activations_of_the_mlp():

@@ -251,6 +251,9 @@ def test_other_windows_have_a_best_loss_of_their_own(tmp_path, dataset):
     assert 'windows of the validation are not those this run began with: its best loss starts anew' in done.stdout
     assert (tmp_path / 'out' / 'earlier-1' / 'best.pt').exists()
     assert [line['iter'] for line in read_log(tmp_path / 'out')][0] > 0
+    train(tmp_path, dataset, 'all', max_iters=2, eval_iters=NEVER)
+    done = train(tmp_path, dataset, 'all', init_from='resume', max_iters=4, eval_iters=2 * NEVER)
+    assert 'starts anew' not in done.stdout  # all windows that there are
 
 
 def test_a_data_set_of_ones_own_is_found_from_elsewhere(tmp_path):

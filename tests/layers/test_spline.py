@@ -147,23 +147,50 @@ def test_columns_of_every_activation(activation, irregular):
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
+@needs_compiler
 def test_bfloat16_is_rounded_to_the_nearest_and_to_even():
-    x = torch.cat([torch.randn(10_000), torch.tensor([1.00390625, 1.01171875, -1.00390625, 3e38, 3.4e38, 0.0])])
-    x = x.unsqueeze(1)
+    special = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3e38, 3.4e38, 0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([torch.randn(10_000), special]).unsqueeze(1)
     make_columns, _ = spline.passes('native', torch.arange(5.0).unsqueeze(0), 1, spline.name_of(nn.Identity()))
-    assert torch.equal(make_columns(x, torch.bfloat16)[:, -1], x.bfloat16())
+    made, expected = make_columns(x, torch.bfloat16)[:, -1], x.bfloat16()
+    assert made[-1].isnan() and torch.equal(made[:-1], expected[:-1])
 
 
 @needs_compiler
-def test_native_passes_give_the_same_bits_on_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(spline, 'BACKEND', 'native')
-    x, weight, knots, grad = make(150, 19, 3)
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_slopes_at_the_knots_are_those_of_the_plain_passes(k):
+    """Of order 1 they jump there."""
+    for G in range(1, 13):
+        layer = KANLinear(32, 1, grid_size=G, spline_order=k)
+        x, dcolumns = layer.grid.t().contiguous(), torch.randn(layer.grid.size(1), G + k + 1, 32)
+        outcomes = [
+            spline.passes(backend, layer.grid, k, spline.name_of(nn.SiLU()))[1](dcolumns, x)
+            for backend in ('native', 'plain')
+        ]
+        torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
+
+
+def test_tracers_of_real_tensors_see_the_operator():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer, x = KANLinear(4, 3), torch.randn(5, 4)
+    traced = make_fx(lambda x: layer(x))(x)
+    assert any('spline_linear' in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize('irregular', [False, True])
+def test_native_passes_give_the_same_bits_on_any_number_of_threads(irregular):
+    x, weight, knots, grad = make(150, 19, 3, irregular=irregular)
     make_columns, take_back = spline.passes('native', knots, 3, spline.name_of(nn.SiLU()))
     outcomes = []
-    for threads in 1, 3:
-        torch.set_num_threads(threads)
-        outcomes.append((make_columns(x, torch.float32), take_back(torch.ones(150, 9, 19), x)))
-    torch.set_num_threads(1)
+    try:
+        for threads in 1, 3:
+            torch.set_num_threads(threads)
+            outcomes.append((make_columns(x, torch.float32), take_back(torch.ones(150, 9, 19), x)))
+    finally:
+        torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*outcomes))
 
 

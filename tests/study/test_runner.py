@@ -257,4 +257,5 @@ def test_p_is_that_of_the_textbook_and_of_scipy():
 def test_what_holds_when_all_tests_are_counted():
     assert runner.holm({'a': 0.04, 'b': 0.001, 'c': 0.02}) == ['b', 'c', 'a']
     assert runner.holm({'a': 0.04, 'b': 0.001, 'c': 0.03}) == ['b']  # 0.03 is above 0.05 / 2, and so a falls, too
+    assert runner.holm({'a': math.nan, 'b': 1e-4}) == runner.holm({'b': 1e-4, 'a': math.nan}) == ['b']
     assert runner.holm({'a': float('nan')}) == runner.holm({}) == []

@@ -216,7 +216,7 @@ def test_a_layer_with_hooks_is_refused_and_a_bias_trains_as_before():
     name, layer = next((name, module) for name, module in model.named_modules() if name.endswith('c_fc'))
     layer.bias.requires_grad_(False)
     handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
-    with pytest.raises(ValueError, match=f'{name} has hooks, which go with it'):
+    with pytest.raises(ValueError, match=f'{name} has hooks, which would be lost'):
         kanify(model, 'c_fc')
     assert model.get_submodule(name) is layer
     handle.remove()

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from helpers import ROOT, run_forked, run_group
-from kan import KANLinear
+from kan import KAN, KANLinear
 from layers.spline import plain_spline_linear
 from model import GPT, GPTConfig
 from surgery import lora
@@ -612,6 +612,16 @@ def test_splines_beneath_an_adapter_keep_their_grid(method):
     model.layer.base_layer.update_grid(x.flatten(0, 1))
     unmerge_lora(model)
     assert torch.equal(model.layer(x), before)
+
+
+def test_layers_in_a_row_are_refined_all_or_none():
+    model = nn.ModuleDict({'net': KAN([I, 4, O])})
+    add_lora(model, LoRAConfig(kind='kan_base', target_modules=('net.layers.1',)))
+    with pytest.raises(AttributeError, match='refine_grid would change the splines beneath an adapter'):
+        model.net.refine_grid(8)
+    assert model.net.layers[0].grid_size == 5
+    add_lora(linear := nn.ModuleDict({'layer': nn.Linear(I, O)}), LoRAConfig(target_modules=('layer',)))
+    assert not hasattr(linear.layer, 'update_grid')
 
 
 def test_a_compiler_sees_one_graph_in_training():
