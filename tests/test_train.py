@@ -788,6 +788,10 @@ def test_resume_on_another_vocabulary(tmp_path, complain):
     assert 'another vocabulary' in complain(init_from='resume', dataset=other)
 
 
+def test_settings_that_would_do_nothing(complain):
+    assert 'whose width is kan_hidden' in complain(use_kan=True, mlp='swiglu')
+
+
 def test_resume_at_another_size(tmp_path, complain):
     make_checkpoint(tmp_path / 'out')
     assert 'block_size=8, but the model was made with 16' in complain(init_from='resume', block_size=8)
