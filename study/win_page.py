@@ -199,21 +199,24 @@ def draw_gaps(path):
     found = {size: gaps for size, gaps in found.items() if gaps}
     if not found:
         return
-    height = 1.5 + 0.35 * max(map(len, found.values()))
-    figure, panels = panels_of(1, len(found), 5 * len(found), height)
+    names = sorted({name for gaps in found.values() for name in gaps}, key=[*FAMILIES, *CONTROLS].index)
+    figure, panels = panels_of(1, len(found), 1.5 + 3 * len(found), 1.5 + 0.35 * len(names))
     for panel, (size, gaps) in zip(panels, found.items()):
-        for place, (family, (mean, half, *_)) in enumerate(gaps.items()):
+        for family, (mean, half, *_) in gaps.items():
             colour = COLOURS.get(family, '#999999')
-            panel.errorbar(mean, place, xerr=half, fmt='o', capsize=3, color=colour)
+            panel.errorbar(mean, names.index(family), xerr=half, fmt='o', capsize=3, color=colour)
         panel.axvline(0, color='black', linewidth=0.8)
-        panel.set_yticks(range(len(gaps)), gaps)
-        unit = 'token' if 'dataset' in SIZES[size] else 'character'
-        panel.set(title=size, xlabel=f'loss less that of SwiGLU (nats per {unit})')
-        panel.set_ylim(-0.6, len(gaps) - 0.4)
-        panel.locator_params(axis='x', nbins=5)
+        panel.set_yticks(range(len(names)), names if panel is panels[0] else [''] * len(names))
+        panel.set(title=titled(size), xlabel=f'nats per {"token" if "dataset" in SIZES[size] else "character"}')
+        panel.set_ylim(-0.6, len(names) - 0.4)
+        panel.locator_params(axis='x', nbins=4)
         panel.grid(alpha=0.3, axis='x')
-    figure.suptitle('On unseen text, left of SwiGLU is better (95 % intervals)')
+    figure.suptitle('Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)')
     figure.savefig(path, dpi=130)
+
+
+def titled(size):
+    return size if 'dataset' in SIZES[size] else f'{size} Shakespeare'
 
 
 def draw_curves(path):
@@ -224,7 +227,7 @@ def draw_curves(path):
     groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
     if not groups:
         return
-    figure, panels = panels_of(1, len(groups), 4.5 * len(groups), 4)
+    figure, panels = panels_of(1, len(groups), 0.8 + 3.4 * len(groups), 3.6)
     for panel, ((_, size), found) in zip(panels, groups.items()):
         for family in [name for name in MAIN if name in found and name != 'SwiGLU']:
             seeds = sorted(found[family].keys() & found['SwiGLU'].keys())
@@ -234,11 +237,12 @@ def draw_curves(path):
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
-        panel.set(title=f'{size}, {steps[-1]:,} iterations', xlabel='iteration')
+        panel.set(title=f'{titled(size)}, {steps[-1]:,}', xlabel='iteration')
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    panels[0].set_ylabel('validation loss less that of SwiGLU')
-    figure.suptitle('In training, below SwiGLU is better (95 % intervals)')
+        panel.locator_params(axis='x', nbins=5)
+    panels[0].legend(frameon=False)
+    panels[0].set_ylabel("validation loss less SwiGLU's")
+    figure.suptitle('In training: below SwiGLU is better (95 % intervals)')
     figure.savefig(path, dpi=130)
 
 
