@@ -118,6 +118,28 @@ def model_settings(settings):
     return {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
 
 
+def load_gpt2(name):
+    """The GPT-2 of transformers by a name of the hub or a folder, in eval mode; ValueError for what is none."""
+    try:
+        from transformers import AutoConfig, GPT2LMHeadModel
+    except ImportError:
+        raise ValueError(f'loading {name!r} needs transformers: pip install transformers') from None
+    found = {}
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind == 'gpt2':
+            model, found = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # damaged files raise errors of all kinds
+        what = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise ValueError(f'cannot load {name!r} ({what[:200]})') from None
+    if kind != 'gpt2':
+        raise ValueError(f'{name!r} is a {kind}, expected a GPT-2')
+    missing = sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']]))
+    if missing:
+        raise ValueError(f'{name!r} has no weights that fit for {missing[0]}')
+    return model.eval()
+
+
 def make_kan(config, *widths):
     settings = dict(grid_range=(config.grid_min, config.grid_max), bias=config.kan_bias, mask=config.kan_mask)
     return KAN(widths, config.grid_size, config.spline_order, **settings)
@@ -367,14 +389,8 @@ class GPT(nn.Module):
             raise ValueError(f'expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {model_type!r}')
         if set(override_args) - {'dropout'}:
             raise ValueError(f'of a pretrained model only dropout can be overridden, got {override_args}')
-        try:
-            from surgery.causal_lm import load_config, load_hf
-        except ImportError:  # in an export, which is loaded by transformers itself
-            raise ValueError('this copy of the code loads no GPT-2') from None
-        hf = load_config(model_type)
-        if hf.model_type != 'gpt2':
-            raise ValueError(f'{model_type!r} is a {hf.model_type}, expected a GPT-2')
-        model_hf = load_hf(model_type).eval()
+        model_hf = load_gpt2(model_type)
+        hf = model_hf.config
         sizes = dict(n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd, vocab_size=hf.vocab_size)
         sizes.update(block_size=hf.n_positions, mlp_hidden=(hf.n_inner or 4.0 * hf.n_embd) / hf.n_embd)
         gelu = {'gelu_new': 'tanh', 'gelu': 'none'}.get(hf.activation_function)

@@ -233,8 +233,8 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
 
 def is_eager(x):
-    """Whether an autograd.Function will do. Compilers, tracers and tensors without data want an operator, and calling one
-    takes a fifth of a millisecond.
+    """Whether an autograd.Function will do. Compilers, tracers and tensors without data want an operator, and calling
+    one takes a fifth of a millisecond.
     """
     is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_traced

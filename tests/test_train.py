@@ -155,9 +155,10 @@ def test_sigterm_during_evaluation_saves_and_exits_0(tmp_path, dataset):
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin < 10
     assert stopped_at(done.stdout) == load(tmp_path / 'parts')['iter_num'] == 4
-    assert 'step 4' not in done.stdout and [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3]
+    assert 'step 4' not in done.stdout and read_log(tmp_path / 'parts') == []  # of these windows
+    assert [line['iter'] for line in read_log(tmp_path / 'parts/earlier-1')] == [0, 2, 3]
     train(tmp_path, long, 'parts', max_iters=6, init_from='resume')
-    assert [line['iter'] for line in read_log(tmp_path / 'parts')] == [0, 2, 3, 4, 6]
+    assert [line['iter'] for line in read_log(tmp_path / 'parts')] == [4, 6]
     assert same_state(load(tmp_path / 'straight'), load(tmp_path / 'parts'))
 
 

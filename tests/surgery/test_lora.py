@@ -624,13 +624,6 @@ def test_layers_in_a_row_are_refined_all_or_none():
     assert not hasattr(linear.layer, 'update_grid')
 
 
-def test_a_compiler_sees_one_graph_in_training():
-    model, x = make('Linear', 'lora', dropout=0.5)
-    compiled = torch.compile(model.train().layer, fullgraph=True, backend='aot_eager')
-    dropped = compiled(torch.ones_like(x)).flatten(0, 1)
-    assert dropped.shape == (28, O)
-
-
 def test_a_copy_of_one_of_two_tied_modules_is_told(capsys):
     add_lora(make_gpt(), LoRAConfig(modules_to_save=('lm_head',)))
     said = capsys.readouterr().out
