@@ -169,8 +169,18 @@ def check(name, value, settings, where):
     raise ConfigError(f'{expected}, got {type(value).__name__} {value!r}')
 
 
-def check_ranges(settings, at_least_one='', not_negative='', fractions=''):
-    """ValueError for a number out of range. An argument names settings, between spaces; fractions are in [0, 1)."""
+def differing(then, now, free):
+    """The names of settings that a run had otherwise `then` than `now`, but for those `free`."""
+    return [name for name in now if name in then and name not in free and then[name] != now[name]]
+
+
+def check_ranges(settings, at_least_one='', not_negative='', fractions='', shares=''):
+    """ValueError for a number out of range. An argument names settings, between spaces; fractions are in [0, 1), shares
+    in (0, 1].
+    """
+    for name in shares.split():
+        if not 0 < settings[name] <= 1:
+            raise ValueError(f'{name} must be greater than 0 and at most 1, got {settings[name]}')
     for name in at_least_one.split():
         if settings[name] < 1:
             raise ValueError(f'{name} must be at least 1, got {settings[name]}')

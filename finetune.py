@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, names_of_configs, settings_of
+from configurator import INCIDENTAL, check_ranges, configure, differing, names_of_configs, settings_of
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
@@ -122,11 +122,10 @@ check_ranges(
     at_least_one='batch_size gradient_accumulation_steps epochs n_beams best_of lora_rank lora_grid_size',
     not_negative='train_limit dev_limit block_size patience learning_rate weight_decay grad_clip seed temperature',
     fractions='dropout lora_dropout beta1 beta2 warmup_fraction valid_fraction',
+    shares='top_p',
 )
 if valid_fraction == 0:
     raise ValueError('valid_fraction must be greater than 0: what is held out tells when to stop')
-if not 0 < top_p <= 1:
-    raise ValueError(f'top_p must be greater than 0 and at most 1, got {top_p}')
 if min(n_beams, best_of) > 1:
     raise ValueError(f'one of n_beams and best_of must be 1, got {n_beams} and {best_of}')
 names_of_trackers(config)  # which checks them
@@ -148,8 +147,7 @@ if resume:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
     free = {*INCIDENTAL, 'resume', 'predict_test', 'save_base', 'frozen_cache'} - {'init_from'}
     then = {**settings_of('finetune.py', []), **state['finetune']}  # a setting younger than the run had its default
-    then = {name: then[name] for name in config if name not in free}
-    changed = [f'{name}={value}' for name, value in then.items() if value != config[name]]
+    changed = [f'{name}={then[name]}' for name in differing(then, config, free)]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
     model, tokenizer = task_model.load_task_model(state)

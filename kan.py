@@ -341,10 +341,8 @@ class KAN(nn.Module):
 
     def refine_grid(self, grid_size):
         """KANLinear.refine_grid of each layer; returns the largest of the differences."""
-        refine = [
-            layer.refine_grid for layer in self.layers
-        ]  # which a layer with an adapter has not: before any changes
-        difference = max(refine_one(grid_size) for refine_one in refine)
+        methods = [layer.refine_grid for layer in self.layers]  # an adapted layer has none: an error before any change
+        difference = max(refine(grid_size) for refine in methods)
         self.grid_size = grid_size
         return difference
 

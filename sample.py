@@ -39,9 +39,12 @@ compile = False  # torch.compile the model to be faster
 configure(globals())
 if init_from != 'resume' and holds_model(init_from):
     init_from, out_dir = 'resume', init_from
-check_ranges(globals(), at_least_one='num_samples max_new_tokens', not_negative='temperature top_k seed')
-if not 0 < top_p <= 1:
-    raise ValueError(f'top_p must be greater than 0 and at most 1, got {top_p}')
+check_ranges(
+    globals(),
+    at_least_one='num_samples max_new_tokens',
+    not_negative='temperature top_k seed',
+    shares='top_p',
+)
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

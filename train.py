@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure
+from configurator import INCIDENTAL, check_ranges, configure, differing
 from data import loader
 from model import GPT, GPTConfig, model_settings
 from run import checkpoint as ckpt
@@ -150,10 +150,9 @@ def check_vocabulary(state, place):
         raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: name one that has the same')
 
 
-def count_windows(then):
-    """How many windows the loss is evaluated on, of each split, under settings `then` where they name them."""
-    wanted = then.get('eval_iters', eval_iters) * then.get('batch_size', batch_size)
-    return min(wanted, (len(val_data) - 1) // block_size)  # of train as many as val has
+def count_windows(settings):
+    """How many windows of each split the loss is evaluated on: of train at most as many as val has."""
+    return min(settings['eval_iters'] * settings['batch_size'], (len(val_data) - 1) // block_size)
 
 
 session.join(backend)
@@ -168,8 +167,9 @@ loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 session.check_same(f'data set {dataset!r}', meta.get('splits'))
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-is_measured_anew = bool(state and count_windows(state.get('config', {})) != count_windows({}))
-is_measured_anew |= bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
+is_another_text = bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
+has_other_windows = bool(state) and count_windows(config | state.get('config', {})) != count_windows(config)
+is_measured_anew = is_another_text or has_other_windows
 
 
 def make_model(state, base):
@@ -204,8 +204,7 @@ def make_model(state, base):
 
 def say_what_changed(then):
     """A warning where a resumed run goes on with other settings than it had."""
-    free = {*INCIDENTAL, *FREE, *model_settings(config)}
-    changed = [name for name in config if name in then and name not in free and then[name] != config[name]]
+    changed = differing(then, config, {*INCIDENTAL, *FREE, *model_settings(config)})
     if changed:
         shown = ', '.join(f'{name}={config[name]} (it had {then[name]})' for name in changed)
         say(f'warning: the run goes on with other settings: {shown}')
@@ -281,7 +280,7 @@ def estimate_loss():
     None when told to stop.
     """
     losses = {}
-    n_windows = count_windows({})
+    n_windows = count_windows(config)
     raw_model.eval()
     for split, data in (('train', train_data), ('val', val_data)):
         starts = loader.fixed_starts(data, block_size, n_windows)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from data.download import download
-from run.files import decode_text, write_atomically
+from run.files import decode_text, sha256_of, write_atomically
+from run.records import read_json
 
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
     'sst': (('sentence',), 'sentiment', 5),
@@ -157,9 +158,8 @@ def write_splits(task, folder, files, source, divide=None):
 
 def check_file(path):
     """ValueError where a file of a task is not what its meta.json says, if there is one."""
-    meta = path.with_name('meta.json')
-    known = json.loads(meta.read_text(encoding='utf-8')).get('splits', {}).get(path.stem) if meta.exists() else None
-    if known and hashlib.sha256(path.read_bytes()).hexdigest() != known['sha256']:
+    known = read_json(path.with_name('meta.json'), json.load, {}).get('splits', {}).get(path.stem)
+    if known and sha256_of(path) != known['sha256']:
         raise ValueError(f'{path} does not match its checksum in meta.json: prepare the data set again')
 
 

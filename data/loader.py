@@ -59,12 +59,12 @@ def describe_split(path):
 
 def dataset_folder(dataset):
     """data/<dataset>, or a folder of your own given by a path with a slash in it."""
-    return os.path.abspath(dataset) if os.path.dirname(dataset) else os.path.join(DATA, dataset)
+    return os.path.join(DATA, name_from_anywhere(dataset))
 
 
 def name_from_anywhere(dataset):
     """The name of a data set, with which a process in another folder finds it, too."""
-    return dataset_folder(dataset) if os.path.dirname(dataset) else dataset
+    return os.path.abspath(dataset) if os.path.dirname(dataset) else dataset
 
 
 def is_prepared(dataset, made=TOKENS):

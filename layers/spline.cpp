@@ -35,10 +35,9 @@ struct bfloat16 {
 
 inline float positive(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
 
-// The B-spline of order k on the integers, d behind its centre: cardinal_spline of spline.py.
+// The B-spline of order k >= 1 on the integers, d behind its centre: cardinal_spline of spline.py.
 template <int k>
 inline float spline(float d) {
-    if (k == 0) return d >= -0.5f && d < 0.5f ? 1.0f : 0.0f;  // a knot belongs to the interval behind it
     d = std::abs(d);
     if (k == 1) return positive(1.0f - d);
     if (k == 2) {
@@ -113,6 +112,8 @@ float *room(int64_t n) {
 
 extern "C" {
 
+#if ORDER > 1  // the slopes of order 1 jump at the knots, where a rounded place may be on the other side
+
 // out (N, K + 1, I): the bases of x (N, I) on the knots first + m / per_spacing, (I,) each, and then its activation
 void columns(const float *x, const float *first, const float *per_spacing, NUMBER *out, int64_t N, int64_t I,
              int64_t K, int64_t threads) {
@@ -155,6 +156,8 @@ void input_gradient(const NUMBER *dcolumns, const float *x, const float *first, 
         }
     });
 }
+
+#endif
 
 void columns_any(const float *x, const float *knots, NUMBER *out, int64_t N, int64_t I, int64_t K, int64_t threads) {
     const Knots any(knots, I, K);

@@ -492,18 +492,18 @@ def library(k, activation, dtype):
 def native_passes(knots, k, activation):
     """The passes by spline.cpp."""
     K = knots.size(1) - 1 - k
-    is_even = k > 1 and basis_function(knots) is uniform_bases  # the slopes of order 1 jump at the knots as they are
+    is_even = k > 1 and basis_function(knots) is uniform_bases  # order 1 has no other passes
     knots = native.to_floats(knots)
     places, ending = (measure_knots(*knots), '') if is_even else (knots, '_any')
 
-    def call(name, x, dtype, *tensors):
+    def call(name, shape, dtype, *tensors):
         function = getattr(library(k, activation, dtype), name + ending)
-        function(*map(native.address, tensors), *native.integers(*x.shape, K, torch.get_num_threads()))
+        function(*map(native.address, tensors), *native.integers(*shape, K, torch.get_num_threads()))
 
     def make_columns(x, dtype):
         (x,) = native.to_floats(x)
         made = x.new_empty(len(x), K + 1, x.size(1), dtype=dtype)
-        call('columns', x, dtype, x, *places, made)
+        call('columns', x.shape, dtype, x, *places, made)
         if activation not in native.ACTIVATIONS:
             made[:, -1] = ACTIVATIONS[activation](x)
         return made
@@ -511,7 +511,7 @@ def native_passes(knots, k, activation):
     def take_back(dcolumns, x):
         (x,), dcolumns = native.to_floats(x), dcolumns.contiguous()
         dx = torch.empty_like(x)
-        call('input_gradient', x, dcolumns.dtype, dcolumns, x, *places, dx)
+        call('input_gradient', x.shape, dcolumns.dtype, dcolumns, x, *places, dx)
         if activation not in native.ACTIVATIONS:
             dx += activation_gradient(ACTIVATIONS[activation], x, dcolumns[:, -1])
         return dx

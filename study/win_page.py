@@ -29,15 +29,19 @@ def difference(runs, others, key):
     """Of the seeds of both the mean difference, half its 95 % interval, p of a paired t-test, and their number, or None
     for fewer than two.
     """
-    from scipy.stats import t
-
     seeds = sorted(runs.keys() & others.keys())
     if len(seeds) < 2 or runs is others:
         return None
     values, baseline = ([key(some[seed]) for seed in seeds] for some in (runs, others))
     apart = np.subtract(values, baseline)
-    half = t.ppf(0.975, len(seeds) - 1) * apart.std(ddof=1) / len(seeds) ** 0.5
-    return apart.mean(), half, paired_p(values, baseline), len(seeds)
+    return apart.mean(), half_interval(apart), paired_p(values, baseline), len(seeds)
+
+
+def half_interval(values):
+    """Half the 95 % interval of a mean over the first axis."""
+    from scipy.stats import t
+
+    return t.ppf(0.975, len(values) - 1) * deviation(values) / len(values) ** 0.5
 
 
 def cell(found):
@@ -99,18 +103,21 @@ def make_tuning(size):
 def make_final(stage, size):
     """The families by their loss on unseen text, and how far they are from two of them."""
     groups, rows = groups_of(stage, size), []
-    gaps = {f'to {name}': {} for name in ('SwiGLU', 'GELU')}
+    gaps = {'SwiGLU': {}, 'GELU': {}}  # of each family, to these
     for family, runs in sorted(groups.items(), key=lambda pair: np.mean([*map(held_out, pair[1].values())])):
         first = next(iter(runs.values()))
         cells = [family, f'{first["parameters"]["total"]:,}', f'{first["config"]["max_iters"]:,}']
         for key in validation, lambda run: run['final']['best_val_loss'], held_out:
             cells.append(mean_and_std([key(run) for run in runs.values()], 4))
-        for column, found in gaps.items():
-            found[family] = difference(runs, groups.get(column.removeprefix('to '), {}), held_out)
+        for baseline, found in gaps.items():
+            found[family] = difference(runs, groups.get(baseline, {}), held_out)
         rows.append(cells + [cell(found[family]) for found in gaps.values()])
     heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'unseen text']
-    tests = {name: {key: gap for key, gap in found.items() if key in FAMILIES} for name, found in gaps.items()}
-    return with_holm(table([*heads, *gaps], rows), {f'{name} (controls apart)': found for name, found in tests.items()})
+    tests = {
+        f'to {baseline} (controls apart)': {family: gap for family, gap in found.items() if family in FAMILIES}
+        for baseline, found in gaps.items()
+    }
+    return with_holm(table([*heads, *(f'to {baseline}' for baseline in gaps)], rows), tests)
 
 
 def make_controls(size):
@@ -187,10 +194,9 @@ def make_page():
 
 
 def gaps_of(groups):
-    """{family: its `difference` to SwiGLU on unseen text}, the largest first, of at least five seeds."""
+    """{family: its `difference` to SwiGLU on unseen text}, of at least five seeds."""
     gaps = {family: difference(runs, groups.get('SwiGLU', {}), held_out) for family, runs in groups.items()}
-    gaps = {family: gap for family, gap in gaps.items() if gap and gap[3] >= 5}
-    return dict(sorted(gaps.items(), key=lambda pair: -pair[1][0]))
+    return {family: gap for family, gap in gaps.items() if gap and gap[3] >= 5}
 
 
 def draw_gaps(path):
@@ -221,8 +227,6 @@ def titled(size):
 
 def draw_curves(path):
     """Validation losses in training, less those of SwiGLU of the same seed, with 95 % intervals."""
-    from scipy.stats import t
-
     groups = {(stage, size): groups_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
     groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
     if not groups:
@@ -233,7 +237,7 @@ def draw_curves(path):
             seeds = sorted(found[family].keys() & found['SwiGLU'].keys())
             steps = [line['iter'] for line in found[family][seeds[0]]['log'][1:]]
             apart = np.subtract(*(losses_of(found[name], seeds) for name in (family, 'SwiGLU')))
-            mean, half = apart.mean(0), t.ppf(0.975, len(seeds) - 1) * deviation(apart) / len(seeds) ** 0.5
+            mean, half = apart.mean(0), half_interval(apart)
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
@@ -253,8 +257,6 @@ def losses_of(runs, seeds):
 
 def draw_scaling(path):
     """The loss on unseen Shakespeare over the parameters, with 95 % intervals."""
-    from scipy.stats import t
-
     sizes = [size for size in SIZES if 'dataset' not in SIZES[size] and 'SwiGLU' in groups_of('final', size)]
     if len(sizes) < 2:
         return
@@ -262,7 +264,7 @@ def draw_scaling(path):
     for family in MAIN:
         groups = [runs for runs in (groups_of('final', size).get(family) for size in sizes) if runs]
         losses = [np.array([*map(held_out, runs.values())]) for runs in groups]
-        halves = [t.ppf(0.975, len(loss) - 1) * loss.std(ddof=1) / len(loss) ** 0.5 for loss in losses]
+        halves = [half_interval(loss) for loss in losses]
         counts = [next(iter(runs.values()))['parameters']['total'] for runs in groups]
         means = [loss.mean() for loss in losses]
         panel.errorbar(counts, means, yerr=halves, fmt='o-', capsize=3, color=COLOURS[family], label=family)

@@ -81,6 +81,12 @@ class Power(nn.Module):
         return x**self.exponent
 
 
+def trace(monkeypatch):
+    """Passes of torch.compile as it traces them, run by PyTorch itself."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    monkeypatch.setattr(spline, 'compiled', functools.cache(spline.compiled.__wrapped__))
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     'backend, k, G, dtype, activation',
@@ -96,6 +102,9 @@ class Power(nn.Module):
         ('native-any', 2, 1, torch.float32, Power(2)),
         ('native-any', 3, 5, torch.float32, nn.SiLU()),
         ('native-any', 3, 5, torch.bfloat16, nn.SiLU()),
+        ('compiled-eager', 2, 1, torch.float32, nn.GELU('tanh')),  # as torch.compile traces it, without a C++ compiler
+        ('compiled-eager', 3, 5, torch.float32, nn.SiLU()),
+        ('compiled-eager', 3, 5, torch.bfloat16, nn.SiLU()),
         ('compiled', 1, 6, torch.float32, nn.SiLU()),
         ('compiled', 2, 1, torch.float64, nn.GELU('tanh')),
         ('compiled', 3, 5, torch.float16, nn.SiLU()),
@@ -103,11 +112,14 @@ class Power(nn.Module):
     ids=str,
 )
 def test_fused_passes(monkeypatch, backend, k, G, dtype, activation):
-    backend, _, irregular = backend.partition('-')
+    backend, _, kind = backend.partition('-')
+    irregular = kind == 'any'
+    if kind == 'eager':
+        trace(monkeypatch)
     monkeypatch.setattr(spline, 'BACKEND', backend)
     monkeypatch.setitem(spline.CHUNK_BYTES, backend, 1)  # chunks of 64 rows and less
     shapes = [(150, 19, 3), (64, 16, 1), (0, 4, 3)]
-    if backend == 'native':  # several tiles, and sizes of one
+    if backend == 'native' or kind == 'eager':  # several tiles, and sizes of one
         shapes += [(40, 600, 2), (1, 33, 2), (70, 1, 2)]
     for N, I, O in shapes:
         x, weight, knots, grad = make(N, I, O, k, G, dtype, irregular)
@@ -200,7 +212,8 @@ def test_mixed_precision(monkeypatch, x_dtype, dtype):
     x, weight, knots, grad = make(100, 12, 5)
     x = x.to(x_dtype)
     expected = in_float64(x, weight, knots, grad)
-    for backend in ('plain', 'native'):
+    trace(monkeypatch)
+    for backend in ('plain', 'native', 'compiled'):
         monkeypatch.setattr(spline, 'BACKEND', backend)
         actual = results(spline_linear, x, weight, knots, grad, dtype=dtype)
         assert [tensor.dtype for tensor in actual] == [dtype, x_dtype, torch.float32]
