@@ -57,22 +57,18 @@ FAMILIES = {
     'KAN-GLU': dict(SPLINES, mlp='swiglu'),
 }
 MAIN = ('GELU', 'SwiGLU', 'channel KAN', 'KAN-GLU')
-CONTROLS = {  # of the families whose names they begin with, at their rate and scale
-    f'{family}, {change}': {**FAMILIES[family], **settings}
-    for family in ('channel KAN', 'KAN-GLU')
-    for change, settings in {
-        'splines frozen at zero': dict(spline_lr_scale=0.0),
-        'splines frozen at random': dict(spline_lr_scale=0.0, spline_init_std=0.1),
-        'straight lines': dict(grid_size=1, spline_order=1),
-        'rate of splines x 1': dict(spline_lr_scale=1.0),
-    }.items()
+CHANGES = {
+    'splines frozen at zero': dict(spline_lr_scale=0.0),
+    'splines frozen at random': dict(spline_lr_scale=0.0, spline_init_std=0.1),
+    'straight lines': dict(grid_size=1, spline_order=1),
+    'rate of splines x 1': dict(spline_lr_scale=1.0),
+    'rate of splines x 16': dict(spline_lr_scale=16.0),
+}
+CONTROLS = {  # name: (family, change): the family at its best settings, but for the change
+    f'{family}, {change}': (family, change) for family in ('channel KAN', 'KAN-GLU') for change in CHANGES
 }
 GATES = dict(CHANNEL, mlp='swiglu', spline_weight_decay=0.0)
-GROUPS = {  # of families; the controls take the rate and scale of theirs
-    'main': {name: FAMILIES[name] for name in MAIN},
-    'others': {name: settings for name, settings in FAMILIES.items() if name not in MAIN},
-    'controls': CONTROLS,
-}
+GROUPS = {'main': MAIN, 'others': [name for name in FAMILIES if name not in MAIN], 'controls': [*CONTROLS]}
 ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by name
     'SwiGLU': dict(mlp='swiglu'),
     'order 3, 8 intervals': dict(GATES, spline_order=3),
@@ -94,7 +90,9 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
     'edge KAN, rate of splines x 16': dict(FAMILIES['edge KAN'], spline_lr_scale=16.0),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
-RATES, SCALES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.04, 0.16)  # the scales at the best rate alone
+RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)) | {'2.2M': (2e-3, 4e-3, 8e-3)}
+SCALES = 0.04, 0.16  # at the best rate
+REFINED = '2.2M', '0.33M Python'  # sizes with two more trials at the best of these: other rates, of the splines if any
 LONG = 5000  # iterations of stage longer
 SEEDS = {
     'ablation': range(1, 5),
@@ -137,14 +135,13 @@ def name_of(stage, size, family, seed, **changed):
     return f'{stage}, {size}, {family}, {changed}, seed={seed}'
 
 
-def jobs_of(stage, size, families, settings=None, **more):
-    """{name: (stage, size and family, settings of train.py)} of all seeds; `settings` {family: rate and scale}, by
-    default the usual ones. `more` are settings that names leave out.
+def jobs_of(stage, size, families, **more):
+    """{name: (stage, size and family, settings of train.py)} of all seeds, of {family: (settings, what is tuned)}.
+    `more` are settings that names leave out.
     """
     jobs = {}
     for seed in SEEDS[stage]:
-        for family, about in families.items():
-            chosen = (settings or {}).get(family, USUAL)
+        for family, (about, chosen) in families.items():
             name = name_of(stage, size, family, seed, **chosen)
             flags = {**settings_for(about, size), **chosen, **more, 'seed': seed}
             jobs[name] = dict(stage=stage, size=size, family=family), flags
@@ -152,50 +149,78 @@ def jobs_of(stage, size, families, settings=None, **more):
 
 
 def trials(size, families):
-    """The rates of families, and the scales at the best of them once all have been tried."""
+    """The jobs of families' trials, as far as they are known."""
     jobs = {}
-    for rate in RATES:
-        settings = dict.fromkeys(families, dict(USUAL, learning_rate=rate))
-        jobs |= jobs_of('tuning', size, families, settings, eval_interval=1000)
-    best = best_settings(size)
-    for scale in SCALES:
-        found = {name: dict(best[name], init_std=scale) for name in families if len(tried(size, name)) >= len(RATES)}
-        jobs |= jobs_of('tuning', size, {name: families[name] for name in found}, found, eval_interval=1000)
+    for family in families:
+        for trial in trials_of(size, family):
+            jobs |= jobs_of('tuning', size, {family: (FAMILIES[family], trial)}, eval_interval=1000)
     return jobs
 
 
+def trials_of(size, family):
+    """What a family tries, as far as the losses of those before tell: rates, scales at the best one, finer settings."""
+    found = [dict(USUAL, learning_rate=rate) for rate in RATES[size]]
+    for finer in scales_at, *([rates_at] if size in REFINED else []):
+        best = best_of(size, family, found)
+        found += finer(family, best) if best else []
+    return found
+
+
+def scales_at(family, best):
+    return [dict(best, init_std=scale) for scale in SCALES]
+
+
+def rates_at(family, best):
+    if 'spline_lr_scale' in FAMILIES[family]:
+        return [dict(best, spline_lr_scale=scale) for scale in (1.0, 4.0)]
+    return [dict(best, learning_rate=round(best['learning_rate'] * scale, 4)) for scale in (0.7, 1.4)]
+
+
+def best_of(size, family, trials):
+    """The trial of the lowest loss; None where one is not on record yet, or all diverged."""
+    losses = tried(size, family)
+    losses = [losses.get(key_of(family, trial)) for trial in trials]
+    if None in losses or min(losses) == float('inf'):
+        return None
+    return trials[losses.index(min(losses))]
+
+
+def best_settings(size, family):
+    return best_of(size, family, trials_of(size, family))
+
+
 def tried(size, family):
-    """{(learning_rate, init_std): final validation loss} of the trials on record; of one that diverged infinite."""
+    """{`key_of` a trial: its final validation loss} of those on record; of one that diverged infinite."""
     losses = {}
     for run in STUDY.read().values():
         if run['stage'] == 'tuning' and (run['size'], run['family']) == (size, family):
-            losses[run['config']['learning_rate'], run['config']['init_std']] = last_loss(run)
+            losses[key_of(family, run['config'])] = last_loss(run)
     return losses
+
+
+def key_of(family, settings):
+    settings = FAMILIES[family] | settings
+    return settings['learning_rate'], settings['init_std'], settings.get('spline_lr_scale', 1.0)
 
 
 def last_loss(run):
     return run['final']['val_loss'] if 'finished' in run else float('inf')
 
 
-def best_settings(size):
-    """{family: the rate and scale of its best trial}"""
+def tuned(size, names):
+    """{name: (settings, the best trial)} of families and controls, without controls that change nothing. ValueError
+    where a family lacks trials.
+    """
     found = {}
-    for family in FAMILIES:
-        losses = tried(size, family)
-        if losses and min(losses.values()) < float('inf'):
-            rate, scale = min(losses, key=losses.get)
-            found[family] = dict(learning_rate=rate, init_std=scale)
+    for name in names:
+        family, change = CONTROLS.get(name, (name, None))
+        best, changed = best_settings(size, family), CHANGES.get(change, {})
+        if best is None:
+            raise ValueError(f'unseen text is for families with all their trials; {size} lacks trials of {family}')
+        if change is None or not changed.items() <= (FAMILIES[family] | best).items():
+            kept = {key: value for key, value in best.items() if key not in changed}
+            found[name] = FAMILIES[family] | changed, kept
     return found
-
-
-def tuned(size, families):
-    """`best_settings` of families, and of controls those of theirs; ValueError where one lacks trials."""
-    best, of = best_settings(size), {name: name.split(',')[0] if name in CONTROLS else name for name in families}
-    untried = {name for name in of.values() if len(tried(size, name)) < len(RATES) + len(SCALES) or name not in best}
-    if untried:
-        lacking = ', '.join(name for name in FAMILIES if name in untried)
-        raise ValueError(f'unseen text is for families with all their trials; {size} lacks: {lacking}')
-    return {name: best[family] for name, family in of.items()}
 
 
 def make(name, job, folder):
@@ -249,38 +274,41 @@ def tally(turns):
     return [(turns == n).sum().item() for n in range(3)] + [(turns > 2).sum().item()]
 
 
-def by_seconds(size, best):
-    """{family: `best` with as many iterations as take the seconds of SwiGLU's}, by the steps that were timed"""
+def by_seconds(size, families):
+    """Families as `tuned` has them, with as many iterations as take the seconds of SwiGLU's, by the steps timed."""
     run = STUDY.read().get(f'steps, {size}')
     if run is None:
         raise ValueError(f'stage seconds wants the times of stage steps first: --stages=steps --sizes={size}')
     seconds = {row['name']: np.median(row['seconds']['total']) for row in run['rows']}
     whole = settings_of('train.py', [CONFIG])['max_iters']
-    iters = {family: round(whole * seconds['SwiGLU'] / seconds[family]) for family in MAIN}
-    return {family: dict(best[family], max_iters=n, lr_decay_iters=n) for family, n in iters.items()}
+    iters = {name: round(whole * seconds['SwiGLU'] / seconds[name]) for name in families}
+    return {
+        name: (about, dict(best, max_iters=iters[name], lr_decay_iters=iters[name]))
+        for name, (about, best) in families.items()
+    }
 
 
 def run(stages, sizes, groups):
     if 'ablation' in stages and '0.23M' not in sizes:
         raise ValueError('stage ablation has the size 0.23M alone: add it to sizes, or leave the stage out')
-    main = GROUPS['main']
-    to_tune = {name: settings for name, settings in FAMILIES.items() if any(name in GROUPS[group] for group in groups)}
-    chosen = {name: settings for group in groups for name, settings in GROUPS[group].items()}
+    chosen = [name for group in groups for name in GROUPS[group]]
+    to_tune = [name for name in FAMILIES if name in {CONTROLS.get(each, [each])[0] for each in chosen}]
     for size in sizes:
         if 'ablation' in stages and size == '0.23M':
-            STUDY.run_all(jobs_of('ablation', size, ABLATION), make)
+            ablation = {name: (settings, USUAL) for name, settings in ABLATION.items()}
+            STUDY.run_all(jobs_of('ablation', size, ablation), make)
         if 'tuning' in stages:
-            STUDY.run_all(trials(size, to_tune), make)  # the rates
-            STUDY.run_all(trials(size, to_tune), make)  # then the scales
+            for _ in 'rates', 'scales', 'finer settings':
+                STUDY.run_all(trials(size, to_tune), make)
         if 'final' in stages:
-            STUDY.run_all(jobs_of('final', size, chosen, tuned(size, chosen)), make)
+            STUDY.run_all(jobs_of('final', size, tuned(size, chosen)), make)
         if 'steps' in stages:
             STUDY.run_all({f'steps, {size}': (dict(stage='steps', size=size), {})}, make)
         if 'seconds' in stages:
-            STUDY.run_all(jobs_of('seconds', size, main, by_seconds(size, tuned(size, main))), make)
+            STUDY.run_all(jobs_of('seconds', size, by_seconds(size, tuned(size, MAIN))), make)
         if 'longer' in stages:
-            more = dict(max_iters=LONG, lr_decay_iters=LONG)
-            STUDY.run_all(jobs_of('longer', size, main, tuned(size, main), **more, eval_interval=LONG // 5), make)
+            more = dict(max_iters=LONG, lr_decay_iters=LONG, eval_interval=LONG // 5)
+            STUDY.run_all(jobs_of('longer', size, tuned(size, MAIN), **more), make)
 
 
 if __name__ == '__main__':

@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
+from study import win
 from study.runner import deviation, holm, mean_and_std, paired_p
-from study.win import ABLATION, CONTROLS, FAMILIES, LONG, MAIN, RATES, SCALES, SIZES, STUDY, USUAL, best_settings, tried
+from study.win import ABLATION, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
 
@@ -89,15 +90,26 @@ def make_ablation(size):
 
 
 def make_tuning(size):
-    """A line for each family: its loss at each rate, with the usual scale, and at the other scales at its best rate."""
-    rows = []
-    for family, chosen in best_settings(size).items():
-        losses = tried(size, family)
-        numbers = [losses.get((rate, USUAL['init_std'])) for rate in RATES]
-        numbers += [next((loss for (_, std), loss in losses.items() if std == scale), None) for scale in SCALES]
-        cells = [family, *('' if loss is None else f'{loss:.4f}' for loss in numbers)]
-        rows.append([*cells, '{learning_rate:g}, {init_std:g}'.format(**chosen)])
-    return table(['family', *(f'{x:g}' for x in RATES), *(f'scale {x:g}' for x in SCALES), 'chosen'], rows)
+    """A line for each family: its loss at each rate with the usual scale, at the other scales at its best rate, and at
+    finer settings.
+    """
+    heads = [*(f'{rate:g}' for rate in win.RATES[size]), *(f'scale {scale:g}' for scale in win.SCALES)]
+    rows, n = [], len(heads)
+    for family in FAMILIES:
+        losses, trials = win.tried(size, family), win.trials_of(size, family)
+        found = [losses.get(win.key_of(family, trial)) for trial in trials] + [None] * (n - len(trials))
+        cells = ['' if loss is None else f'{loss:.4f}' for loss in found]
+        finer = [f'{named(trial)}: {cell}' for trial, cell in zip(trials[n:], cells[n:]) if cell]
+        best = win.best_settings(size, family)
+        if losses:
+            rows.append([family, *cells[:n], '; '.join(finer), named(best) if best else ''])
+    return table(['family', *heads, 'finer', 'chosen'], rows)
+
+
+def named(trial):
+    """A trial in a few words."""
+    splines = f', splines x {trial["spline_lr_scale"]:g}' if 'spline_lr_scale' in trial else ''
+    return f'{trial["learning_rate"]:g}, {trial["init_std"]:g}{splines}'
 
 
 def make_final(stage, size):
@@ -125,7 +137,7 @@ def make_controls(size):
     groups, rows = groups_of('final', size), []
     columns = {'unseen text': {}, 'last validation loss': {}}
     for control in sorted(groups.keys() & CONTROLS.keys()):
-        family, change = control.split(', ', 1)
+        family, change = CONTROLS[control]
         found = [difference(groups.get(family, {}), groups[control], key) for key in (held_out, validation)]
         if any(found):
             rows.append([family, change, *map(cell, found)])

@@ -19,7 +19,8 @@ SHAPES = {
         channels=4, flat=1, turns=[1, 1, 1, 1], turns_before=[4, 0, 0, 0], change=0.5, curves=[CURVE, CURVE]
     )
 }
-EVERYONE = {**win.FAMILIES, **win.CONTROLS, **win.ABLATION}
+CONTROLS = {name: win.FAMILIES[family] | win.CHANGES[change] for name, (family, change) in win.CONTROLS.items()}
+EVERYONE = {**win.FAMILIES, **CONTROLS, **win.ABLATION}
 
 
 @pytest.mark.parametrize('size', win.SIZES)
@@ -36,8 +37,8 @@ def test_all_families_have_as_many_parameters(size):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study whose runs take no time: the loss is lowest at 4e-3 and 0.16, and KAN-GLU is ahead, by steps that take a
-    quarter longer.
+    """A study whose runs take no time: the loss is lowest at 4e-3, 0.16 and splines at 4 times the rate, and KAN-GLU is
+    ahead, by steps that take a quarter longer.
     """
     for module in win, win_page:
         monkeypatch.setattr(module, 'STUDY', Study('win', tmp_path))
@@ -49,9 +50,8 @@ def study(tmp_path, monkeypatch):
             rows = [dict(name=key, seconds=dict(total=[one]), peak_bytes=1) for key, one in seconds.items()]
             return dict(about, rows=rows)
         rate, std = flags['learning_rate'], flags['init_std']
-        loss = (
-            1.6 + 20 * abs(rate - 4e-3) - 0.1 * std - 0.01 * (about['family'] == 'KAN-GLU') + 1e-4 * (flags['seed'] % 7)
-        )
+        loss = 1.6 + 20 * abs(rate - 4e-3) - 0.1 * std + 1e-4 * (flags['seed'] % 7)
+        loss -= 0.01 * (about['family'] == 'KAN-GLU') + 1e-3 * (flags.get('spline_lr_scale') == 4.0)
         log = [dict(iter=n, val_loss=loss + 1 / (n + 1)) for n in (0, 500, 1000)]
         final = dict(val_loss=loss, best_val_loss=loss)
         run = dict(about, seed=flags['seed'], parameters=dict(total=1), finished='now', final=final, log=log)
@@ -66,12 +66,13 @@ def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
     study.run(['ablation', 'tuning', 'final'], ['0.23M'], study.GROUPS)
     runs = study.STUDY.read().values()
     for family in study.FAMILIES:
-        assert len(study.tried('0.23M', family)) == len(study.RATES) + len(study.SCALES)
+        assert len(study.tried('0.23M', family)) == 7
         finals = [run for run in runs if (run['stage'], run['family']) == ('final', family)]
         assert len(finals) == 10 and {run['config']['learning_rate'] for run in finals} == {4e-3}
         assert {run['config']['init_std'] for run in finals} == {0.16}
         assert not {run['seed'] for run in finals} & {*study.SEEDS['tuning'], *study.SEEDS['ablation']}
-    assert {run['family'] for run in runs if run['stage'] == 'final'} == {*study.FAMILIES, *study.CONTROLS}
+    unlike = {name for name, (_, change) in study.CONTROLS.items() if change != 'rate of splines x 16'}
+    assert {run['family'] for run in runs if run['stage'] == 'final'} == {*study.FAMILIES, *unlike}
     page = win_page.make_page()
     assert page.index('| KAN-GLU | 1 |') < page.index('| SwiGLU | 1 |')  # the best first
     assert '-0.0100 ± 0.0000' in page and '| 0.004, 0.16 |' in page and '## 0.23M: splines varied' in page
@@ -114,13 +115,13 @@ def test_controls_can_be_had_alone_and_take_the_settings_of_theirs(study):
     study.run(['tuning'], ['0.23M'], ['main'])
     study.run(['final'], ['0.23M'], ['controls'])
     finals = [run for run in study.STUDY.read().values() if run['stage'] == 'final']
-    assert {run['family'] for run in finals} == {*study.CONTROLS} and len(finals) == 10 * len(study.CONTROLS)
+    assert len({run['family'] for run in finals}) == 8 and len(finals) == 80  # 16 is the rate of the families
     assert {(run['config']['learning_rate'], run['config']['init_std']) for run in finals} == {(4e-3, 0.16)}
     assert 'what the learning adds' not in win_page.make_page()  # before the families themselves
     study.run(['final'], ['0.23M'], ['main'])
     lines = win_page.make_controls('0.23M')
-    assert len(lines) == 2 + len(study.CONTROLS) + 5 and lines[2].startswith('| KAN-GLU | rate of splines x 1 | ')
-    assert lines[-2].startswith(f'- unseen text, {len(study.CONTROLS)} tests: ')
+    assert len(lines) == 2 + 8 + 5 and lines[2].startswith('| KAN-GLU | rate of splines x 1 | ')
+    assert lines[-2].startswith('- unseen text, 8 tests: ')
 
 
 def test_seconds_want_steps_that_were_timed(study):
@@ -145,17 +146,31 @@ def test_no_scale_is_tried_before_all_rates(study):
 
 def test_a_run_that_diverged_is_not_chosen(study):
     def try_rate(rate, make):
-        jobs = study.jobs_of('tuning', '0.23M', {'GELU': {}}, {'GELU': dict(learning_rate=rate, init_std=0.08)})
-        study.STUDY.run_all(jobs, make)
+        trial = dict(learning_rate=rate, init_std=0.08)
+        study.STUDY.run_all(study.jobs_of('tuning', '2.2M', {'GELU': ({}, trial)}), make)
+        return trial
 
-    try_rate(4e-3, functools.partial(failed, study))
-    assert study.tried('0.23M', 'GELU') == {(4e-3, 0.08): float('inf')} and not study.best_settings('0.23M')
-    try_rate(1.6e-2, study.make)
-    assert study.best_settings('0.23M') == {'GELU': dict(learning_rate=1.6e-2, init_std=0.08)}
+    trials = [try_rate(4e-3, functools.partial(failed, study))]
+    assert study.tried('2.2M', 'GELU') == {(4e-3, 0.08, 1.0): float('inf')} and not study.best_of(
+        '2.2M', 'GELU', trials
+    )
+    trials += [try_rate(rate, study.make) for rate in (2e-3, 8e-3)]
+    assert study.best_of('2.2M', 'GELU', trials) == dict(learning_rate=2e-3, init_std=0.08)
+    assert {trial['init_std'] for trial in study.trials_of('2.2M', 'GELU')} == {0.04, 0.08, 0.16}
+
+
+def test_finer_trials_are_rates_of_splines_or_of_all_weights(study):
+    study.run(['tuning', 'final'], ['0.33M Python'], ['main'])
+    assert [trial['learning_rate'] for trial in study.trials_of('0.33M Python', 'GELU')[-2:]] == [2.8e-3, 5.6e-3]
+    scales = [trial['spline_lr_scale'] for trial in study.trials_of('0.33M Python', 'KAN-GLU')[-2:]]
+    assert scales == [1.0, 4.0]
+    assert study.best_settings('0.33M Python', 'KAN-GLU') == dict(
+        learning_rate=4e-3, init_std=0.16, spline_lr_scale=4.0
+    )
 
 
 def test_the_last_tenth_is_not_spent_before_all_trials(study):
-    with pytest.raises(ValueError, match='0.23M lacks: GELU, squared ReLU'):
+    with pytest.raises(ValueError, match='0.23M lacks trials of GELU'):
         study.run(['final'], ['0.23M'], study.GROUPS)
     with pytest.raises(ValueError, match='stage ablation has the size 0.23M alone'):
         study.run(['ablation'], ['0.45M'], study.GROUPS)
