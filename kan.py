@@ -103,8 +103,9 @@ class Splines(nn.Module):
         return spline_weight
 
     def check_input(self, x):
-        if x.size(-1) != self.in_features:
-            raise ValueError(f'expected {self.in_features} features in the last dimension, got shape {tuple(x.shape)}')
+        if x.size(-1) != self.in_features or not x.is_floating_point():
+            wanted = f'{self.in_features} features in the last dimension, of floating point numbers'
+            raise ValueError(f'expected {wanted}, got shape {tuple(x.shape)} of {x.dtype}')
 
     def b_splines(self, x):
         """The bases of each feature, (..., I) -> (..., I, K). Differentiable in x."""
@@ -187,7 +188,7 @@ class Splines(nn.Module):
         """(N, I) -> (I, G + 2k + 1)"""
         G, k = self.grid_size, self.spline_order
         x = x.sort(0).values
-        quantiles = x[torch.linspace(0, x.size(0) - 1, G + 1, device=x.device).long()]  # (G + 1, I)
+        quantiles = x[torch.linspace(0, x.size(0) - 1, G + 1, dtype=x.dtype, device=x.device).long()]  # (G + 1, I)
         spacing = (x[-1] - x[0] + 2 * margin) / G  # (I,)
         steps = torch.arange(-k, G + k + 1, dtype=x.dtype, device=x.device).unsqueeze(1)  # (G + 2k + 1, 1)
         even = x[0] - margin + spacing * steps[k : k + G + 1]

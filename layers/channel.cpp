@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t TILE = 256;  // channels at a time, whose numbers stay in the nearest cache
 constexpr int64_t ROWS = 64;   // of a block of the forward pass
 constexpr int NEAR = ORDER + 1;
-constexpr int64_t SPARE = 4;   // numbers behind the last coefficient, for loads of four
+constexpr int64_t SPARE = 4;   // numbers behind the last coefficient, for loads of four; native.py has it, too
 
 // The bases that are not zero at u in [0, 1], the place in an interval, and their derivatives by u.
 inline void bases(float u, float *b) {
@@ -58,12 +58,12 @@ inline void slopes(float u, float *d) {
 }
 
 struct Functions {
-    int64_t K, S;
+    int64_t S, P;
+    const float *knots;
     std::vector<float> w, first, per;  // (C, S); first knots and intervals per unit of x, (C,)
 
     Functions(const float *weight, const float *knots, int64_t C, int64_t K)
-        : K(K), S(K + 2 * ORDER), w(C * S + SPARE, 0.0f), first(C), per(C) {
-        const int64_t P = K + ORDER + 1;
+        : S(K + 2 * ORDER), P(K + ORDER + 1), knots(knots), w(C * S + SPARE, 0.0f), first(C), per(C) {
         for (int64_t c = 0; c < C; c++) {
             std::copy_n(weight + c * K, K, w.data() + c * S + ORDER);
             first[c] = knots[c * P];
@@ -78,8 +78,8 @@ struct Tile {
     int32_t at[TILE];         // of the first neighbour in w
     float near[NEAR][TILE];
 
-    // Find the intervals of the channels c0 ... c0 + n of a row, and the coefficients of the neighbours. Outside, and
-    // for NaN, these are the zeros at the ends.
+    // Find the intervals of the channels c0 ... c0 + n of a row, and the coefficients of the neighbours. Outside these
+    // are the zeros at the ends. NaN is at NaN of the first interval, so that no result hides it.
     void place(const float *x, const Functions &functions, int64_t c0, int64_t n) {
         const float *first = functions.first.data() + c0, *per = functions.per.data() + c0;
         const int64_t S = functions.S;
@@ -89,9 +89,16 @@ struct Tile {
             const float t = (x[c] - first[c]) * per[c];
             const float above = t > 0.0f ? t : 0.0f;
             const float clamped = above < last ? above : last;
-            const float interval = std::min(std::floor(clamped), last - 1.0f);
-            u[c] = clamped - interval;
-            per_spacing[c] = clamped == t && t < last ? per[c] : 0.0f;
+            float interval = std::min(std::floor(clamped), last - 1.0f);
+            bool inside = clamped == t && t < last;
+            if (ORDER == 1) {  // the slope jumps at the knots, where a rounded place may be on the other side
+                const float *knot = functions.knots + (c0 + c) * functions.P;
+                inside = x[c] >= knot[0] && x[c] < knot[functions.P - 1];
+                const int64_t i = static_cast<int64_t>(interval);
+                interval += inside ? (x[c] >= knot[i + 1]) - (x[c] < knot[i]) : 0;
+            }
+            u[c] = t == t ? clamped - interval : t;
+            per_spacing[c] = inside ? per[c] : 0.0f;
             at[c] = static_cast<int32_t>(interval) + static_cast<int32_t>(c * S);
         }
         gather(w, n);
@@ -162,21 +169,20 @@ void forward(const float *x, const float *weight, const float *knots, float *y, 
     }
 }
 
-// dx (N, R) and dw (C, K) of grad (N, C). Each block of `rows` rows has a sum of its own, so that the order of the sums
-// does not depend on the threads.
-void backward(const float *grad, const float *x, const float *weight, const float *knots, float *dx, float *dw,
-              int64_t N, int64_t C, int64_t K, int64_t rows, int64_t threads) {
+// dx (N, R) and dw (C, K) of grad (N, C). Each block of `rows` rows has its part of `partial`, zero at first, so that the
+// order of the sums does not depend on the threads.
+void backward(const float *grad, const float *x, const float *weight, const float *knots, float *partial, float *dx,
+              float *dw, int64_t N, int64_t C, int64_t K, int64_t rows, int64_t threads) {
     const Functions functions(weight, knots, C, K);
     const int64_t R = GATED ? 2 * C : C, S = functions.S, blocks = (N + rows - 1) / rows;
     const int64_t size = C * S + SPARE;  // of the sums of a block
-    std::vector<float> partial(blocks * size, 0.0f);
 #pragma omp parallel for num_threads(threads)
     for (int64_t start = 0; start < N; start += rows) {
         Tile tile;
         float added[NEAR][TILE];
         for (int64_t c0 = 0; c0 < C; c0 += TILE) {
             const int64_t n = std::min(TILE, C - c0);
-            float *sums = partial.data() + start / rows * size + c0 * S;
+            float *sums = partial + start / rows * size + c0 * S;
             for (int64_t row = start; row < std::min(N, start + rows); row++) {
                 const float *in = x + row * R + c0, *dy = grad + row * C + c0;
                 float *out = dx + row * R + c0;
@@ -201,7 +207,7 @@ void backward(const float *grad, const float *x, const float *weight, const floa
     std::fill_n(dw, C * K, 0.0f);
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t c = 0; c < C; c++) {
-            const float *from = partial.data() + block * size + c * S + ORDER;
+            const float *from = partial + block * size + c * S + ORDER;
             for (int64_t m = 0; m < K; m++) dw[c * K + m] += from[m];
         }
     }

@@ -13,6 +13,7 @@ of the input, C or gated 2 C.
 
 import functools
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -57,13 +58,15 @@ def halves(x, weight, gated):
 
 def channel_spline(x, weight, knots, k, activation, gated=False):
     """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise
-    module without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32, of a
-    float64 x in that.
-    Deterministic. Differentiable in every mode and order.
+    module without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32, or in
+    float64 if x is. Deterministic. Differentiable in every mode and order.
     """
     if not x.is_floating_point() or x.size(1) != (1 + gated) * len(weight):
         wanted = f'floating point numbers (N, {(1 + gated) * len(weight)})'
         raise ValueError(f'expected {wanted}, got {x.dtype} {tuple(x.shape)}')
+    (C, K), wanted = weight.shape, (len(weight), weight.size(1) + k + 1)
+    if knots.shape != wanted:
+        raise ValueError(f'expected knots {wanted} for weight {(C, K)} and order {k}, got {tuple(knots.shape)}')
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_channel_spline(x, weight, knots, k, activation, gated)
@@ -188,7 +191,7 @@ def choose_backend(x, weight, knots, k, activation, gated):
         return 'plain'
     if BACKEND != 'auto':
         return BACKEND
-    return 'native' if compiled(k, activation, gated) is not None else 'plain'
+    return 'native' if library(k, activation, gated) is not None else 'plain'
 
 
 @functools.cache
@@ -212,7 +215,7 @@ def triton_works(device):
 # on a CPU
 
 
-def compiled(k, activation, gated):
+def library(k, activation, gated):
     return native.compile('channel.cpp', ORDER=k, GATED=int(gated), ACTIVATION=native.ACTIVATIONS[activation])
 
 
@@ -220,13 +223,14 @@ def native_forward(x, weight, knots, k, activation, gated):
     tensors = native.to_floats(x, weight, knots)
     y = x.new_empty(len(x), len(weight), dtype=torch.float32)
     sizes = native.integers(*y.shape, weight.size(1), torch.get_num_threads())
-    compiled(k, activation, gated).forward(*map(native.address, (*tensors, y)), *sizes)
+    library(k, activation, gated).forward(*map(native.address, (*tensors, y)), *sizes)
     return y.to(x.dtype)
 
 
 def native_backward(grad, x, weight, knots, k, activation, gated):
     tensors = native.to_floats(grad, x, weight, knots)
-    dx, dw = torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
-    sizes = native.integers(*grad.shape, weight.size(1), ROWS, torch.get_num_threads())
-    compiled(k, activation, gated).backward(*map(native.address, (*tensors, dx, dw)), *sizes)
+    dx, dw, (C, K) = torch.empty_like(tensors[1]), torch.empty_like(tensors[2]), weight.shape
+    sums = dx.new_zeros(math.ceil(len(x) / ROWS), C * (K + 2 * k) + native.SPARE)  # of each block of rows
+    sizes = native.integers(*grad.shape, K, ROWS, torch.get_num_threads())
+    library(k, activation, gated).backward(*map(native.address, (*tensors, sums, dx, dw)), *sizes)
     return dx.to(x.dtype), dw.to(weight.dtype)

@@ -3,7 +3,7 @@
     functions = compile('channel.cpp', ORDER=3, GATED=1, ACTIVATION='silu')   # None where there is no compiler
 
 The functions take pointers and integers, by ctypes. A library is kept under a name made of all that it depends on: the
-source with the headers beside it, the definitions, the compiler and the processor that it found.
+source with the headers beside it, the definitions, the compiler and the processor that it found; and of its own bytes.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import shlex
+import stat
 import subprocess
 import tempfile
 import threading
@@ -27,12 +28,13 @@ ACTIVATIONS = {  # names in spline.py and in activations.h
     'Sigmoid()': 'logistic',
     'Identity()': 'identity',
 }
+PARALLEL = '-fopenmp', ''  # without it one thread does the work
+SPARE = 4  # numbers behind those that a block of channel.cpp sums
 LOCK = threading.Lock()
-PARALLEL = ('-fopenmp', '')  # without it one thread does the work
 
 
 def compile(name, **definitions):
-    """The library of a C++ file of this folder. Where no compiler works, None and a warning."""
+    """The library of a C++ file of this folder. Where none can be built, None and a warning."""
     defined = tuple(f'-D{key}={value}' for key, value in definitions.items())
     with LOCK:  # threads that ask at the same time
         return compile_once(name, defined)
@@ -40,43 +42,64 @@ def compile(name, **definitions):
 
 @functools.cache
 def compile_once(name, defined):
-    source = Path(__file__).with_name(name)
-    problem = ''
+    source, problems = Path(__file__).with_name(name), []
     for parallel in PARALLEL:
-        command = shlex.split(f'{os.environ.get("CXX", "c++")} {FLAGS} {parallel}') + [*defined]
-        try:
-            return ctypes.CDLL(str(build(source, command)))
-        except (OSError, subprocess.CalledProcessError) as error:
-            problem = getattr(error, 'stderr', '') or str(error)
-    first = (problem.strip().splitlines() or ['no reason given'])[0]
-    warnings.warn(f'no C++ compiler works here, KAN layers run without it, slower: {first}', stacklevel=3)
+        command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
+        for folder in own_folder, temporary_folder:  # the first may be full, or of a kind that runs nothing
+            try:
+                return ctypes.CDLL(str(build(source, command, folder())))
+            except (OSError, subprocess.CalledProcessError) as error:
+                problems.append(getattr(error, 'stderr', '') or str(error))
+    first = (problems[0].strip().splitlines() or ['no reason given'])[0]
+    warnings.warn(f'C++ cannot be compiled and run here, KAN layers do without it, slower: {first}', stacklevel=3)
     return None
 
 
-def build(source, command):
+def build(source, command, folder):
     """The path of the library, compiled if it is not there. Several processes may do so at the same time."""
     asked = subprocess.run([*command, '-E', '-v', os.devnull], capture_output=True, text=True, check=True)
     code = b''.join(file.read_bytes() for file in (source, *sorted(source.parent.glob('*.h'))))
-    key = hashlib.sha256(repr([command, asked.stderr]).encode() + code).hexdigest()[:24]
-    path = folder() / f'{source.stem}-{key}.so'
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as part:
-            subprocess.run([*command, source, '-o', f'{part}/{path.name}'], capture_output=True, text=True, check=True)
-            os.replace(f'{part}/{path.name}', path)
+    name = f'{source.stem}-{digest(repr([command, asked.stderr]).encode() + code)}'
+    for path in folder.glob(f'{name}-*.so'):
+        if path.stem.endswith(digest(path.read_bytes())):  # a part of a file, loaded, would end this process
+            return path
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        made = Path(part, 'made.so')
+        subprocess.run([*command, source, '-o', made], capture_output=True, text=True, check=True)
+        path = folder / f'{name}-{digest(made.read_bytes())}.so'
+        os.replace(made, path)
     return path
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def own_folder():
+    """A folder in the user's cache that nobody else can write into, or put another one in the place of: whoever could
+    might have this process run anything. OSError where there is none.
+    """
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
+    path = cache / 'kan-gpt'
+    if not cache.is_absolute():
+        raise OSError(f'{cache} is no absolute path')
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, 'getuid'):
+        states = [os.stat(folder) for folder in (path, *path.resolve().parents)]
+        is_safe = all(not state.st_mode & stat.S_IWOTH or state.st_mode & stat.S_ISVTX for state in states)
+        if states[0].st_uid != os.getuid() or states[0].st_mode & 0o077 or not is_safe:
+            raise OSError(f'others can write into {path}')
+    return path
+
+
+def temporary_folder():
+    """A folder of this process, gone at its end."""
+    return Path(make_temporary_folder().name)
+
+
 @functools.cache
-def folder():
-    """A folder of the user's own: whoever could write there could have this process run anything."""
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    path = Path(cache, 'kan-gpt')
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_own = not hasattr(os, 'getuid') or (path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o022)
-    except OSError:
-        is_own = False
-    return path if is_own and os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix='kan-gpt-'))
+def make_temporary_folder():
+    return tempfile.TemporaryDirectory(prefix='kan-gpt-')
 
 
 def address(tensor):
@@ -88,4 +111,4 @@ def integers(*numbers):
 
 
 def to_floats(*tensors):
-    return [tensor.float().contiguous() for tensor in tensors]
+    return [tensor.float().contiguous().resolve_neg() for tensor in tensors]

@@ -45,9 +45,7 @@ PART = tl.constexpr(64)  # features that one program of evenness_kernel looks at
 def even_spline(t, m, k: tl.constexpr):
     """B_m at t: spline.cardinal_spline with the factor of each power moved inside it, so that it costs nothing."""
     d = tl.abs(t - (m + (k + 1) / 2))
-    if k == 1:
-        return tl.maximum(1 - d, 0)
-    elif k == 2:  # a^2 / 2 - 3 c^2 / 2
+    if k == 2:  # a^2 / 2 - 3 c^2 / 2
         a, c = tl.maximum(1.5 * 0.5**0.5 - 0.5**0.5 * d, 0), tl.maximum(0.5 * 1.5**0.5 - 1.5**0.5 * d, 0)
         return a * a - c * c
     else:  # a^3 / 6 - 2 c^3 / 3
@@ -60,10 +58,7 @@ def even_spline(t, m, k: tl.constexpr):
 
 @triton.jit
 def even_slope(t, m, k: tl.constexpr):
-    """The derivative of B_m by t; that of order 1 is right-continuous."""
-    if k == 1:
-        step = tl.floor(t)
-        return tl.where(step == m, 1.0, 0.0) - tl.where(step == m + 1, 1.0, 0.0)
+    """The derivative of B_m by t."""
     u = t - (m + (k + 1) / 2)
     a, c = tl.maximum((k + 1) / 2 - tl.abs(u), 0), tl.maximum((k - 1) / 2 - tl.abs(u), 0)
     fall = a - 3 * c if k == 2 else 0.5 * a * a - 2 * c * c
@@ -105,13 +100,13 @@ def any_slope(x, knots, mask, m, k: tl.constexpr):
 
 @triton.jit
 def spline(t, knots, mask, m, k: tl.constexpr, EVEN: tl.constexpr):
-    return even_spline(t, m, k) if EVEN else any_spline(t, knots, mask, m, k)
+    return even_spline(t, m, k) if EVEN and k > 1 else any_spline(t, knots, mask, m, k)
 
 
 @triton.jit
 def spline_slope(t, knots, mask, m, k: tl.constexpr, EVEN: tl.constexpr):
     """The derivative by t."""
-    return even_slope(t, m, k) if EVEN else any_slope(t, knots, mask, m, k)
+    return even_slope(t, m, k) if EVEN and k > 1 else any_slope(t, knots, mask, m, k)
 
 
 @triton.jit
@@ -143,9 +138,10 @@ def activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def measure_knots(knots, i, I, K, k: tl.constexpr, EVEN: tl.constexpr):
     """What places are counted from, and one over their unit: the first knot of features i and the spacing, where knots
-    are even. Anything finite where there is no feature.
+    are even. Anything finite where there is no feature. The slopes of order 1 jump at the knots, where a place in
+    spacings may be rounded to the other side: it is for any knots alone.
     """
-    if EVEN:
+    if EVEN and k > 1:
         first = tl.load(knots + i * (K + k + 1), mask=i < I, other=0.0).to(tl.float32)
         last = tl.load(knots + i * (K + k + 1) + K + k, mask=i < I, other=1.0).to(tl.float32)
         return first, (K + k) / (last - first)
@@ -163,7 +159,8 @@ def evenness_kernel(knots, even, I, P, TOLERANCE: tl.constexpr):
     for p in range(1, P - 1):
         place = first + (last - first) * (p / (P - 1))
         knot = tl.load(knots + i * P + p, mask=i < I, other=0.0).to(tl.float32)
-        is_even = is_even & ((tl.abs(knot - place) <= TOLERANCE * largest) | (i >= I))  # no NaN is even
+        tolerance = tl.minimum(TOLERANCE * largest, (last - first) / (50 * (P - 1)))
+        is_even = is_even & ((tl.abs(knot - place) <= tolerance) | (i >= I))  # no NaN is even
     tl.store(even + tl.program_id(0), tl.min(is_even.to(tl.int32)))
 
 

@@ -138,6 +138,33 @@ def test_uniform_knots_are_recognised(kind):
     assert not spline.are_uniform(torch.ones(I, 12))
 
 
+def test_a_moved_grid_stays_itself_in_half_precision():
+    """Its knots are off by a few roundings of bfloat16, which are large parts of their spacing."""
+    for G in 5, 20, 40:
+        layer = KANLinear(2, 3, grid_size=G)
+        assert spline.are_uniform(layer.grid.half()) and (G > 5 or spline.are_uniform(layer.grid.bfloat16()))
+        layer.update_grid(2 * torch.rand(5000, 2))
+        for dtype in torch.bfloat16, torch.float16:
+            assert not spline.are_uniform(layer.grid.to(dtype))
+
+
+def test_grids_are_moved_whatever_the_default_dtype():
+    layer, x = KANLinear(3, 2), torch.randn(1000, 3)
+    twin = copy.deepcopy(layer)
+    layer.update_grid(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        twin.update_grid(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(layer.grid, twin.grid)
+
+
+def test_bases_are_of_floating_point_numbers():
+    with pytest.raises(ValueError, match='floating point'):
+        KANLinear(3, 2).b_splines(torch.ones(5, 3, dtype=torch.long))
+
+
 # the layer against references
 
 

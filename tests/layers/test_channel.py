@@ -94,6 +94,17 @@ def test_on_a_knot_and_at_the_ends(monkeypatch, k):
 
 
 @needs_compiler
+@pytest.mark.parametrize('low, high, G', [(-1, 1, 7), (-4, 4, 5), (0, 3, 20)])
+def test_slopes_of_order_1_on_rounded_knots(monkeypatch, low, high, G):
+    """They jump there, and a place in knot spacings may be rounded to the other side."""
+    monkeypatch.setattr(channel, 'BACKEND', 'native')
+    knots = (torch.arange(-1, G + 2) * ((high - low) / G) + low).unsqueeze(0)
+    x = torch.cat([knots[0], *(torch.nextafter(knots[0], torch.tensor(end)) for end in (-9.0, 9.0))]).unsqueeze(1)
+    arguments = x, torch.randn(1, G + 1), knots, torch.ones_like(x)
+    check(channel_spline, *arguments, tolerance=1e-5, k=1, gated=False, activation=nn.ReLU())
+
+
+@needs_compiler
 def test_several_gradients_at_once():
     """As torch.autograd.functional.jacobian asks for them with vectorize=True."""
     x, weight, knots, grad = make()
@@ -113,8 +124,8 @@ def test_a_nan_stays_one_and_spares_its_neighbours(monkeypatch):
     x[3, 2] = torch.nan
     for backend in 'native', 'plain':
         monkeypatch.setattr(channel, 'BACKEND', backend)
-        y, dx, _ = results(channel_spline, x, weight, knots, grad)
-        assert y.isnan().nonzero().tolist() == [[3, 2]]
+        y, dx, dw = results(channel_spline, x, weight, knots, grad)
+        assert y.isnan().nonzero().tolist() == [[3, 2]] and dw.isnan().any(1).nonzero().tolist() == [[2]]
         assert dx.isnan().nonzero().tolist() == [[3, 2], [3, 7]]
 
 
@@ -241,8 +252,8 @@ with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter('always')
     phi(x).sum().backward()
     assert torch.allclose(phi(x), torch.nn.functional.silu(x), atol=1e-6)
-messages = [str(warning.message) for warning in seen if 'compiler' in str(warning.message)]
-assert len(messages) == 1 and 'no C++ compiler works here' in messages[0] and chr(10) not in messages[0], messages
+messages = [str(warning.message) for warning in seen if 'C++' in str(warning.message)]
+assert len(messages) == 1 and 'C++ cannot be compiled and run here' in messages[0] and chr(10) not in messages[0], messages
 """
 
 
@@ -256,37 +267,44 @@ def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    native.folder.cache_clear()
     native.compile_once.cache_clear()
     yield tmp_path / 'kan-gpt'
-    native.folder.cache_clear()
     native.compile_once.cache_clear()
+
+
+def compile_again(*name, **definitions):
+    native.compile_once.cache_clear()
+    return native.compile(*name, **definitions)
+
+
+@pytest.fixture
+def one(empty_cache, monkeypatch):
+    """A file to compile, whose libraries are kept in an empty folder."""
+    source = empty_cache.parent / 'one.cpp'
+    source.write_text('extern "C" int number() { return NUMBER; }')
+    monkeypatch.setattr(native, '__file__', str(empty_cache.parent / 'native.py'))
+    return source
 
 
 @needs_compiler
-def test_a_library_is_kept_by_all_that_it_depends_on(empty_cache, monkeypatch):
-    (empty_cache.parent / 'one.cpp').write_text('extern "C" int number() { return NUMBER; }')
-    monkeypatch.setattr(native, '__file__', str(empty_cache.parent / 'native.py'))
+def test_a_library_is_kept_by_all_that_it_depends_on(empty_cache, one):
     assert native.compile('one.cpp', NUMBER=3).number() == 3
     (kept,) = empty_cache.iterdir()
-    native.compile_once.cache_clear()
     written = kept.stat().st_mtime_ns
-    assert native.compile('one.cpp', NUMBER=3).number() == 3 and kept.stat().st_mtime_ns == written
+    assert compile_again('one.cpp', NUMBER=3).number() == 3 and kept.stat().st_mtime_ns == written
     assert native.compile('one.cpp', NUMBER=4).number() == 4 and len(list(empty_cache.iterdir())) == 2
-    (empty_cache.parent / 'one.cpp').write_text('extern "C" int number() { return 2 * NUMBER; }')
-    native.compile_once.cache_clear()
-    assert native.compile('one.cpp', NUMBER=3).number() == 6 and len(list(empty_cache.iterdir())) == 3
+    one.write_text('extern "C" int number() { return 2 * NUMBER; }')
+    assert compile_again('one.cpp', NUMBER=3).number() == 6 and len(list(empty_cache.iterdir())) == 3
     assert empty_cache.stat().st_mode & 0o077 == 0
 
 
-def test_code_that_does_not_compile_is_a_warning_of_one_line(empty_cache, monkeypatch):
-    (empty_cache.parent / 'one.cpp').write_text('no code')
-    monkeypatch.setattr(native, '__file__', str(empty_cache.parent / 'native.py'))
+def test_code_that_does_not_compile_is_a_warning_of_one_line(empty_cache, one):
+    one.write_text('no code')
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         assert native.compile('one.cpp') is None and native.compile('one.cpp') is None
     (warning,) = seen
-    assert 'no C++ compiler works here' in str(warning.message) and '\n' not in str(warning.message)
+    assert 'C++ cannot be compiled and run here' in str(warning.message) and '\n' not in str(warning.message)
     assert not list(empty_cache.iterdir())
 
 
@@ -381,12 +399,13 @@ def test_inputs_of_another_width():
     for x in torch.randn(5, 4), torch.ones(5, 3, dtype=torch.long):
         with pytest.raises(ValueError, match='expected floating point numbers \\(N, 3\\)'):
             channel_spline(x, phi.spline_weight, phi.grid, 3, nn.SiLU())
+    for knots, k in (phi.grid[:1], 3), (phi.grid, 2), (phi.grid[:, 1:], 3):
+        with pytest.raises(ValueError, match='expected knots \\(3, '):
+            channel_spline(torch.randn(5, 3), phi.spline_weight, knots, k, nn.SiLU())
 
 
 @needs_compiler
-def test_threads_that_ask_at_the_same_time_get_one_library(empty_cache, monkeypatch):
-    (empty_cache.parent / 'one.cpp').write_text('extern "C" int number() { return NUMBER; }')
-    monkeypatch.setattr(native, '__file__', str(empty_cache.parent / 'native.py'))
+def test_threads_that_ask_at_the_same_time_get_one_library(empty_cache, one):
     with ThreadPoolExecutor(4) as pool:
         libraries = list(pool.map(lambda _: native.compile('one.cpp', NUMBER=3), range(4)))
     assert len(set(map(id, libraries))) == 1 and libraries[0].number() == 3
@@ -394,13 +413,40 @@ def test_threads_that_ask_at_the_same_time_get_one_library(empty_cache, monkeypa
 
 
 @needs_compiler
-def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path, monkeypatch):
-    (tmp_path / 'kan-gpt').mkdir()
-    (tmp_path / 'kan-gpt').chmod(0o777)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    native.folder.cache_clear()
-    assert native.folder() != tmp_path / 'kan-gpt'
-    native.folder.cache_clear()
+@pytest.mark.parametrize('size', [0, 0.5])
+def test_a_part_of_a_library_is_never_loaded(empty_cache, one, size):
+    """Loaded, it would end the process by a signal."""
+    native.compile('one.cpp', NUMBER=3)
+    (kept,) = empty_cache.iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # not written over: this process has it in its memory
+    kept.write_bytes(whole[: int(size * len(whole))])
+    assert compile_again('one.cpp', NUMBER=3).number() == 3
+    assert all(native.digest(path.read_bytes()) in path.name for path in empty_cache.iterdir() if path != kept)
+
+
+@needs_compiler
+def test_where_nothing_can_be_kept_a_library_lives_as_long_as_its_process(one, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    for cache in f'{tmp_path}/file', 'relative':
+        monkeypatch.setenv('XDG_CACHE_HOME', cache)
+        assert compile_again('one.cpp', NUMBER=3).number() == 3
+    assert not (tmp_path / 'kan-gpt').exists()
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_to_is_not_trusted(empty_cache, one):
+    """Nor one in whose place they can put another; in a folder like /tmp they cannot."""
+    assert native.own_folder() == empty_cache
+    for folder in empty_cache, empty_cache.parent:
+        mode = folder.stat().st_mode
+        folder.chmod(0o777)
+        with pytest.raises(OSError, match='others can write into'):
+            native.own_folder()
+        assert compile_again('one.cpp', NUMBER=4).number() == 4 and not list(empty_cache.iterdir())
+        folder.chmod(mode)
+    empty_cache.parent.chmod(0o1777)
+    assert native.own_folder() == empty_cache
 
 
 def test_a_layer_survives_a_copy_and_a_checkpoint(tmp_path):

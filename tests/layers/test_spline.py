@@ -105,7 +105,7 @@ def trace(monkeypatch):
         ('compiled-eager', 2, 1, torch.float32, nn.GELU('tanh')),  # as torch.compile traces it, without a C++ compiler
         ('compiled-eager', 3, 5, torch.float32, nn.SiLU()),
         ('compiled-eager', 3, 5, torch.bfloat16, nn.SiLU()),
-        ('compiled', 1, 6, torch.float32, nn.SiLU()),
+        ('compiled', 3, 6, torch.float32, nn.SiLU()),
         ('compiled', 2, 1, torch.float64, nn.GELU('tanh')),
         ('compiled', 3, 5, torch.float16, nn.SiLU()),
     ],
@@ -146,7 +146,7 @@ def test_columns_of_every_activation(activation, irregular):
     knots = torch.arange(-4.0, 9).repeat(8, 1)  # G = 6, k = 3
     if irregular:
         knots[:, 6:8] = knots[:, 5:6]
-    x = torch.cat([torch.linspace(-6, 10, 500), torch.tensor([-80.0, -1e6, 1e6, 1e30, -0.0, -4, 8, 1])])
+    x = torch.cat([torch.linspace(-6, 10, 500), torch.tensor([-80.0, -1e6, 1e6, -1e18, 1e18, 1e30, -0.0, -4, 8, 1])])
     x = x.repeat(8, 1).t().contiguous()
     x[3, 2] = torch.nan
     dcolumns = torch.randn(len(x), 10, 8)
@@ -248,6 +248,27 @@ def test_activations_that_print_alike_are_not_taken_for_each_other():
     for result, activation in zip(actual, (square, cube)):
         close(result, in_float64(x, weight, knots, grad, activation=activation), 1e-5)
     assert spline.name_of(nn.SiLU()) == spline.name_of(nn.SiLU()) != spline.name_of(nn.GELU())
+
+
+def test_an_activation_whose_forward_was_replaced():
+    activation, x = nn.SiLU(), torch.randn(9, 4)
+    activation.forward = torch.square
+    assert spline.name_of(activation) != spline.name_of(nn.SiLU())
+    layer = KANLinear(4, 3, base_activation=activation)
+    nn.init.zeros_(layer.spline_weight)
+    assert torch.allclose(layer(x), x.square() @ layer.base_weight.t(), atol=1e-5)
+
+
+def test_knots_and_weights_of_other_shapes():
+    x, weight, knots, _ = make(5, 4, 3)
+    for wrong in (
+        (x, weight, knots[:1]),
+        (x[:, :3], weight, knots),
+        (x, weight[:, :-1], knots),
+        (x, weight, knots[:, 1:]),
+    ):
+        with pytest.raises(ValueError, match='do not fit'):
+            spline_linear(*wrong, 3, nn.SiLU(), torch.float32)
 
 
 def test_an_activation_without_state_is_named_by_its_type_and_settings():
@@ -406,6 +427,7 @@ def test_backend_follows_the_input_and_the_override(monkeypatch):
     irregular = make(1, 32, 1, irregular=True)[2]
     assert choose(large, irregular) == 'native' and choose(large, irregular, dtype=half) == 'plain'
     assert choose(large, make(1, 32, 1, k=4)[2], k=4) == 'plain'
+    assert choose(large, make(1, 32, 1, k=1)[2], k=1, dtype=half) == 'plain'
     monkeypatch.setattr(spline, 'BACKEND', 'plain')
     assert choose(large, knots) == 'plain'
     for backend in 'compiled', 'native':
@@ -433,7 +455,7 @@ from kan import KANLinear
 from layers import spline
 torch.manual_seed(0)
 layer, x = KANLinear(64, 3), torch.randn(1024, 64)
-for dtype, message in (torch.float32, 'no C++ compiler works here'), (torch.float16, 'torch.compile does not work here'):
+for dtype, message in (torch.float32, 'C++ cannot be compiled'), (torch.float16, 'torch.compile does not work here'):
     spline.BACKEND = 'auto'
     with warnings.catch_warnings(record=True) as seen, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
         warnings.simplefilter('always')
