@@ -7,8 +7,8 @@ functions are fixed and those with a function on every edge; results/win.
     python study/win_page.py                # the page from the records
 
 All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text, and on train and val of
-python. Stage `ablation` varies the splines, `tuning` gives each family the same number of trials, and
-`final` trains each at its best with fresh seeds and measures the loss on what is left, once. Two more stages train the
+python. Stage `ablation` varies the splines, `tuning` gives each family the same number of trials, `depth` compares
+shapes on the validation text, and `final` trains each at its best with fresh seeds and measures the loss on what is left, once. Two more stages train the
 main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one
 shell, on a machine that does nothing else), and `longer` for five times the iterations.
 """
@@ -36,6 +36,11 @@ SIZES = {
     '0.45M': dict(n_layer=4, n_embd=96, n_head=3),
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
     '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
+}
+DEPTHS = {  # shapes of as many parameters, within 2 %
+    '0.23M, 1 layer': dict(n_layer=1, n_embd=135, n_head=3),
+    '0.23M, 2 layers': SIZES['0.23M'],
+    '0.23M, 4 layers': dict(n_layer=4, n_embd=69, n_head=3),
 }
 VOCABULARIES = {'shakespeare_char_tuning': 65, 'python': 1024}  # tokens of the data sets
 TESTS = {  # of a data set what eval.py measures in the end
@@ -100,10 +105,11 @@ SEEDS = {
     'final': range(11, 21),
     'seconds': range(21, 31),
     'longer': range(31, 36),
+    'depth': range(41, 46),
 }
 
 # -----------------------------------------------------------------------------
-stages = 'ablation,tuning,final,steps,seconds,longer'
+stages = 'ablation,tuning,depth,final,steps,seconds,longer'
 sizes = ','.join(SIZES)
 families = ','.join(GROUPS)  # of stages tuning and final
 # -----------------------------------------------------------------------------
@@ -111,7 +117,8 @@ families = ','.join(GROUPS)  # of stages tuning and final
 
 def settings_for(family, size):
     """Settings of train.py for a family in a size."""
-    return {**COMMON, **SIZES[size], **at_equal_parameters(family, SIZES[size]['n_embd'])}
+    shape = (SIZES | DEPTHS)[size]
+    return {**COMMON, **shape, **at_equal_parameters(family, shape['n_embd'])}
 
 
 def at_equal_parameters(family, C):
@@ -289,8 +296,9 @@ def by_seconds(size, families):
 
 
 def run(stages, sizes, groups):
-    if 'ablation' in stages and '0.23M' not in sizes:
-        raise ValueError('stage ablation has the size 0.23M alone: add it to sizes, or leave the stage out')
+    for stage in 'ablation', 'depth':
+        if stage in stages and '0.23M' not in sizes:
+            raise ValueError(f'stage {stage} has the size 0.23M alone: add it to sizes, or leave the stage out')
     chosen = [name for group in groups for name in GROUPS[group]]
     to_tune = [name for name in FAMILIES if name in {CONTROLS.get(each, [each])[0] for each in chosen}]
     for size in sizes:
@@ -300,6 +308,9 @@ def run(stages, sizes, groups):
         if 'tuning' in stages:
             for _ in 'rates', 'scales', 'finer settings':
                 STUDY.run_all(trials(size, to_tune), make)
+        if 'depth' in stages and size == '0.23M':
+            for shape in DEPTHS:
+                STUDY.run_all(jobs_of('depth', shape, tuned(size, MAIN)), make)
         if 'final' in stages:
             STUDY.run_all(jobs_of('final', size, tuned(size, chosen)), make)
         if 'steps' in stages:

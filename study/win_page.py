@@ -12,7 +12,7 @@ import numpy as np
 
 from study import win
 from study.runner import deviation, holm, mean_and_std, paired_p
-from study.win import ABLATION, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
+from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
 
@@ -106,6 +106,17 @@ def make_tuning(size):
     return table(['family', *heads, 'finer', 'chosen'], rows)
 
 
+def make_depths(size):
+    """The last validation losses of other depths, of as many parameters."""
+    groups = {shape: groups_of('depth', shape) for shape in win.DEPTHS if shape.startswith(f'{size}, ')}
+    rows = []
+    for family in MAIN:
+        found = [[*map(validation, groups[shape].get(family, {}).values())] for shape in groups]
+        if any(found):
+            rows.append([family, *(mean_and_std(losses, 4) if losses else '' for losses in found)])
+    return table(['family', *(shape.removeprefix(f'{size}, ') for shape in groups)], rows)
+
+
 def named(trial):
     """A trial in a few words."""
     splines = f', splines x {trial["spline_lr_scale"]:g}' if 'spline_lr_scale' in trial else ''
@@ -193,6 +204,7 @@ def make_page():
             f'{size}: {LONG:,} iterations': make_final('longer', size),
             f'{size}: steps taken in turn': make_steps(size),
             f'{size}: trials of learning rate and initial scale': make_tuning(size),
+            f'{size}: other depths, last validation loss': make_depths(size),
             f'{size}: splines varied (of KAN-GLU, where no other family is named)': make_ablation(size),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
@@ -205,31 +217,48 @@ def make_page():
 # the figures
 
 
-def gaps_of(groups):
-    """{family: its `difference` to SwiGLU on unseen text}, of at least five seeds."""
-    gaps = {family: difference(runs, groups.get('SwiGLU', {}), held_out) for family, runs in groups.items()}
-    return {family: gap for family, gap in gaps.items() if gap and gap[3] >= 5}
-
-
 def draw_gaps(path):
-    """Of each size how far the families are from SwiGLU on unseen text, with 95 % intervals."""
-    found = {size: gaps_of(groups_of('final', size)) for size in SIZES}
-    found = {size: gaps for size, gaps in found.items() if gaps}
-    if not found:
+    """Of each size how far the families are from SwiGLU on unseen text."""
+    panels = {}
+    for size in SIZES:
+        groups = groups_of('final', size)
+        gaps = {
+            name: difference(groups[name], groups.get('SwiGLU', {}), held_out) for name in FAMILIES if name in groups
+        }
+        panels[titled(size)] = {name: (gap, COLOURS.get(name, '#999999')) for name, gap in gaps.items()}
+    title = 'Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)'
+    draw_differences(path, panels, [*FAMILIES], title)
+
+
+def draw_controls(path):
+    """Of the families that learn how far they are from themselves with one thing changed, on unseen text."""
+    panels, groups = {}, groups_of('final', '0.23M')
+    for control in groups.keys() & CONTROLS.keys():
+        family, change = CONTROLS[control]
+        gap = difference(groups.get(family, {}), groups[control], held_out)
+        panels.setdefault(family, {})[change] = gap, COLOURS[family]
+    title = 'Learning helps: loss on unseen text less that of the control (95 %)'
+    draw_differences(path, dict(sorted(panels.items())), [*CHANGES], title)
+
+
+def draw_differences(path, panels, names, title):
+    """Panels {title: {row: (`difference`, colour)}}, of at least five seeds, with their 95 % intervals."""
+    panels = {name: {row: of for row, of in rows.items() if of[0] and of[0][3] >= 5} for name, rows in panels.items()}
+    panels = {name: rows for name, rows in panels.items() if rows}
+    names = [name for name in names if any(name in rows for rows in panels.values())]
+    if not names:
         return
-    names = sorted({name for gaps in found.values() for name in gaps}, key=[*FAMILIES, *CONTROLS].index)
-    figure, panels = panels_of(1, len(found), 1.5 + 3 * len(found), 1.5 + 0.35 * len(names))
-    for panel, (size, gaps) in zip(panels, found.items()):
-        for family, (mean, half, *_) in gaps.items():
-            colour = COLOURS.get(family, '#999999')
-            panel.errorbar(mean, names.index(family), xerr=half, fmt='o', capsize=3, color=colour)
-        panel.axvline(0, color='black', linewidth=0.8)
-        panel.set_yticks(range(len(names)), names if panel is panels[0] else [''] * len(names))
-        panel.set(title=titled(size), xlabel=f'nats per {"token" if "dataset" in SIZES[size] else "character"}')
-        panel.set_ylim(-0.6, len(names) - 0.4)
-        panel.locator_params(axis='x', nbins=4)
-        panel.grid(alpha=0.3, axis='x')
-    figure.suptitle('Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)')
+    figure, axes = panels_of(1, len(panels), 1.5 + 3 * len(panels), 1.5 + 0.35 * len(names))
+    for axis, (name, rows) in zip(axes, panels.items()):
+        for row, ((mean, half, *_), colour) in rows.items():
+            axis.errorbar(mean, names.index(row), xerr=half, fmt='o', capsize=3, color=colour)
+        axis.axvline(0, color='black', linewidth=0.8)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [''] * len(names))
+        axis.set(title=name, xlabel=f'nats per {"token" if "Python" in name else "character"}')
+        axis.set_ylim(-0.6, len(names) - 0.4)
+        axis.locator_params(axis='x', nbins=4)
+        axis.grid(alpha=0.3, axis='x')
+    figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
 
@@ -323,6 +352,7 @@ def panels_of(down, across, width, height):
 if __name__ == '__main__':
     STUDY.show(make_page())
     draw_gaps(STUDY.folder / 'gaps.png')
+    draw_controls(STUDY.folder / 'controls.png')
     draw_curves(STUDY.folder / 'curves.png')
     draw_scaling(STUDY.folder / 'scaling.png')
     for family in 'channel KAN', 'KAN-GLU':
