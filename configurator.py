@@ -197,8 +197,8 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions='', share
 def report(kind, error, trace):
     """
     The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's
-    or of the world and prints as one line, as does Ctrl-C; anything else is a fault of the program and keeps its
-    traceback.
+    or of the world and prints as one line, as do a package that they miss and Ctrl-C; anything else is a fault of the
+    program and keeps its traceback.
     """
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
@@ -206,7 +206,9 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     last = os.path.realpath(files[-1]) if files else ''
     ours = last.startswith(ROOT + os.sep) and 'site-packages' not in last
-    if issubclass(kind, (ValueError, OSError)) and ours:
+    if kind is ModuleNotFoundError and ours:
+        print(f'error: {error}: pip install -r requirements-all.txt', file=sys.stderr)
+    elif issubclass(kind, (ValueError, OSError)) and ours:
         # processes of one machine mostly meet the same mistake: torchrun ends the others when the first has said so
         is_first = os.environ.get('LOCAL_RANK', '0') == '0'
         place = '' if is_first else f' on process {os.environ.get("RANK")}'

@@ -111,18 +111,25 @@ def to_transformers(checkpoint, target):
         model.config.auto_map = {auto: f'{MODULE}.{name}' for auto, name in classes.items()}
     model.save_pretrained(target)
     save_tokenizer(tokenizer, gpt, target)
-    kept = {key: checkpoint[key] for key in ('config', 'iter_num', 'best_val_loss') if key in checkpoint}
+    kept = {key: checkpoint[key] for key in ('config', 'iter_num') if key in checkpoint}
+    if 'best_val_loss' in checkpoint:
+        kept['best_val_loss'] = float(checkpoint['best_val_loss'])  # nanoGPT's is a tensor
     about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(target, EXPORT), 'w', encoding='utf-8') as f:
         json.dump(about | kept, f, indent=1)
-    more = '' if is_plain else ', trust_remote_code=True'
-    how = [
-        'from transformers import pipeline',
-        '',
-        f"write = pipeline('text-generation', '{push or target}'{more})",
-        "print(write('A', max_new_tokens=100)[0]['generated_text'])",
-    ]
-    write_card(target, how, checkpoint, gpt)
+    source = repr(push or target) + ('' if is_plain else ', trust_remote_code=True')
+    write_card(target, how_to_write(source, tokenizer, gpt.config.block_size - 1 if is_plain else 100), checkpoint, gpt)
+
+
+def how_to_write(source, tokenizer, longest):
+    """Lines of Python that generate text; from a source, up to so many tokens."""
+    n = f'max_new_tokens={min(longest, 100)}'
+    if isinstance(tokenizer, IdTokenizer):
+        make = f'model = AutoModelForCausalLM.from_pretrained({source})'
+        return ['from transformers import AutoModelForCausalLM', '', make, f'model.generate(ids, {n})  # int64 (B, T)']
+    prompt = tokenizer.decode([tokenizer.vocab_size // 2])
+    make = f"write = pipeline('text-generation', {source})"
+    return ['from transformers import pipeline', '', make, f"print(write({prompt!r}, {n})[0]['generated_text'])"]
 
 
 def save_tokenizer(tokenizer, gpt, target):
@@ -146,13 +153,21 @@ class Logits(nn.Module):
 
 def to_onnx(checkpoint, target):
     """model.onnx, for any number of sequences of any length up to block_size."""
+    import onnxscript  # noqa: F401, torch.onnx wants it
+
     gpt, tokenizer = build(checkpoint)
+    block_size = gpt.config.block_size
+    if gpt.config.use_graph or block_size == 1:
+        raise ValueError('ONNX has no graph layers here, and no models of one token: --to=transformers has both')
     path = os.path.join(target, 'model.onnx')
-    shape = {0: torch.export.Dim('batch', min=1), 1: torch.export.Dim('length', min=1, max=gpt.config.block_size)}
+    shape = {0: torch.export.Dim('batch', min=1), 1: torch.export.Dim('length', min=1, max=block_size)}
     names = dict(input_names=['idx'], output_names=['logits'])
-    example = torch.zeros(2, max(2, gpt.config.block_size // 2), dtype=torch.long)
+    example = torch.zeros(2, max(2, block_size // 2), dtype=torch.long)
     settings = dict(dynamo=True, dynamic_shapes=(shape,), opset_version=OPSET, external_data=False, verbose=False)
-    torch.onnx.export(Logits(gpt), (example,), path, **names, **settings)
+    program = torch.onnx.export(Logits(gpt).eval(), (example,), path, **names, **settings)
+    fixed = [size for size in program.model.graph.inputs[0].shape if isinstance(size, int)]
+    if fixed:  # torch.onnx falls back to that without a word
+        raise ValueError(f'torch.onnx would export this model for inputs of {fixed} alone')
     save_tokenizer(tokenizer, gpt, target)
     how = [
         'from onnxruntime import InferenceSession',
@@ -247,10 +262,13 @@ def write_card(target, how, checkpoint, gpt):
     parts.append(f'A GPT of {gpt.get_num_params(False):,} parameters, in the shape of nanoGPT.')
     parts.append('\n'.join(['```python', *how, '```']))
     if 'dataset' in record:
-        parts.append('Data: {name}, from {source}.'.format(**record['dataset']))
-    if 'best_val_loss' in checkpoint:
+        data = record['dataset']
+        parts.append(f'Data: {base_name(data["name"])}, from {data["source"]}.')
+    if {'iter_num', 'best_val_loss'} <= checkpoint.keys():
         trained = 'after {iter_num:,} iterations; the best validation loss was {best_val_loss:.4f} nats per token'
         parts.append(f'Weights: {trained.format(**checkpoint)}.')
+    if gpt.config.kan_mask:
+        parts.append('Edges of it were cut: the recipe is that of the model before.')
     if record and 'finished' not in record:
         parts.append('The run was not trained to its end.')
     if log:
@@ -291,14 +309,22 @@ def load():
         raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
     config = checkpoint.get('config', {})
     if 'dataset' in config:  # a name, and no folder of this machine
-        config['dataset'] = os.path.basename(config['dataset'])
+        config['dataset'] = base_name(config['dataset'])
+    config.pop('out_dir', None)
     return checkpoint
+
+
+def base_name(path):
+    return os.path.basename(os.path.normpath(path))
 
 
 def build(checkpoint):
     """(GPT, its tokenizer)"""
     gpt = build_model(checkpoint).eval()
-    return gpt, load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
+    tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
+    if dataset and checkpoint.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
+        raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
+    return gpt, tokenizer
 
 
 def export():
@@ -306,7 +332,7 @@ def export():
         raise ValueError(f'to={to!r}: expected {", ".join(WAYS)}')
     if push and to == 'onnx':
         raise ValueError('push uploads a folder of transformers or of PEFT')
-    name = os.path.basename(os.path.normpath(out_dir)).removeprefix('out-')
+    name = base_name(out_dir).removeprefix('out-')
     target = os.path.normpath(folder or f'{to.replace("transformers", "hf")}-{name}')
     if os.path.exists(target) and os.listdir(target):
         raise ValueError(f'folder={target!r} is not empty: name another one')
@@ -315,7 +341,7 @@ def export():
     try:
         WAYS[to](checkpoint, target)
     except BaseException:  # Ctrl-C, too: what is there is whole
-        shutil.rmtree(target)
+        shutil.rmtree(os.path.realpath(target))
         raise
     print(f'{target}: {", ".join(sorted(os.listdir(target)))}')
     if push:

@@ -55,6 +55,8 @@ device = 'auto'  # 'cuda', 'cuda:0', 'cpu'; auto takes the first there is
 # -----------------------------------------------------------------------------
 config = configure(globals())
 check_ranges(config, at_least_one='topk n_edges rows loss_rows', not_negative='tune tune_lr_scale')
+if layer < -1:
+    raise ValueError(f'layer is the number of a block, or -1 for all, got {layer}')
 if split not in ('train', 'val') or prune_by not in ('edges', 'neurons'):
     raise ValueError(f'expected split train or val, prune_by edges or neurons, got {split!r} and {prune_by!r}')
 if prune != -1 and not 0 <= prune <= 1:
@@ -86,7 +88,8 @@ def choose(model):
     names = {name: report.short(name) for name in kan_layers(model)}
     if not names:
         raise ValueError(f'{out_dir} holds a model without KAN layers: there are no learned functions to look into')
-    found = [name for name in names if layer < 0 or f'.h.{layer}.' in f'.{name}.']
+    blocks = getattr(model, 'gpt', model).blocks_path
+    found = [name for name in names if layer < 0 or f'.{blocks}.{layer}.' in f'.{name}.']
     if module:
         found = [name for name in found if any(f'.{module}.' in f'.{known}.' for known in (name, names[name]))]
     if not found:
@@ -185,14 +188,23 @@ def prune_model():
         args.update(kan_bias=True, kan_mask=surgery.complete(edge_layers(source.model)))
     kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
     state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
-    costs[f'{prune:.0%} of the {prune_by} cut'] = cost(ckpt.build_model(state).to(device))
+    cut = f'{share_cut():.3g}% of the {prune_by} cut'
+    costs[cut] = cost(ckpt.build_model(state).to(device))
     os.makedirs(save, exist_ok=True)
     ckpt.save_checkpoint(save, state, is_best=True)
     say(f'saved {save}/best.pt, for sample.py and for train.py CONFIG --init_from={save} --out_dir=...')
     if tune:
-        costs[f'{prune:.0%} of the {prune_by} cut, tuned for {tune} iterations'] = cost(tuned())
+        costs[f'{cut}, tuned for {tune} iterations'] = cost(tuned())
     print('', report.cost_table(costs), sep='\n')
     return dict(costs=costs)
+
+
+def share_cut():
+    """The edges that are cut, of all in the model, or the hidden neurons, in percent."""
+    if prune_by == 'neurons':
+        return 100 * prune
+    masks = [one.mask for one in edge_layers(source.model)]
+    return 100 * sum((~mask).sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def statistics_of(names):
@@ -269,7 +281,8 @@ def cost(model):
     mb = sum(sizes.values()) / 1e6
     T = min(1024, model.config.block_size)
     x = torch.randint(model.config.vocab_size, (max(1, 1024 // T), T), device=device)
-    return dict(loss=source.loss(model), parameters=parameters, mb=mb, ms=1000 * median_seconds(lambda: model(x, x)))
+    ms = 1000 * median_seconds(lambda: model(x, x)) * 1024 / x.numel()
+    return dict(loss=source.loss(model), parameters=parameters, mb=mb, ms=ms)
 
 
 @torch.no_grad()
@@ -288,7 +301,7 @@ def tuned():
     rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{os.path.normpath(save)}-tuned'
     changed = dict(init_from=save, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10)
     changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device)
-    changed.update(wandb_log=False, wandb_artifact=False, log_to='')
+    changed.update(wandb_log=False, wandb_artifact=False, log_to='', dataset=dataset or settings['dataset'])
     settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
     flags = [f'--{name}={value}' for name, value in settings.items()]
     say(f'python train.py --init_from={save} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')

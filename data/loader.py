@@ -214,11 +214,14 @@ def check_vocab_size(dataset, meta, vocab_size):
 
 def open_text(checkpoint, dataset, split, vocab_size):
     """(name, meta, tokenizer, tokens) of a split of `dataset`, by default that of the checkpoint, for its model with
-    vocab_size rows; prepared where it is missing. ValueError where there is none, or one of another vocabulary.
+    vocab_size rows; prepared where it is missing, but of a checkpoint by the scripts in data/ alone. ValueError where
+    there is none, or one of another vocabulary.
     """
     name = dataset or checkpoint.get('config', {}).get('dataset', '')
     if not name:
         raise ValueError('which data? name it by --dataset, e.g. --dataset=shakespeare_char')
+    if not dataset and name not in os.listdir(DATA) and not is_prepared(name):  # a checkpoint may not choose what runs
+        raise ValueError(f'the model was trained on {name!r}, which is not prepared: name its data by --dataset')
     prepare_dataset(name)
     if split not in ('train', 'val') and not os.path.exists(os.path.join(dataset_folder(name), f'{split}.bin')):
         raise ValueError(f'data set {name!r} has the splits train and val, and no {split}')

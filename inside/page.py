@@ -12,7 +12,7 @@ def write_page(path, report):
     """Write the page of `report`, a dict that JSON can hold, to the file `path`. Layers, inputs and edges:
 
     {model, about, layers: [{name, features, outputs, edges_total, grid_size, spline_order, activation,
-        summary: {affine, outside, random_affine},
+        summary: {straight, outside, random_straight},
         inputs: {feature: {low, high, knots, grid: [low, high], counts}},
         edges: [{i, o, activity, share, affine_r2, r2, family, formula, others: [[family, r2], ...], roughness,
             total, base, fit}, ...]}, ...]}

@@ -124,7 +124,8 @@ def table(rows):
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
     for row in rows:
         now, old = row['trained'], row['random']
-        cells = [row['layer'], f'{now["edges"]:,}']
+        name = 'all, mean over functions' if row['layer'] == 'all' else row['layer']
+        cells = [name, f'{now["edges"]:,}']
         for key in ('straight', 'close', 'curved_variance', 'outside'):
             cells.append(percent(now[key]) + (f' (random: {percent(old[key])})' if old else ''))
         lines.append('| ' + ' | '.join(cells) + ' |')
@@ -198,9 +199,9 @@ def page_layer(layer, fresh):
     """A layer as inside/page.py wants it."""
     kan, summary = layer.seen.layer, summarize(layer)
     shown = [{key: rounded(value) for key, value in edge.items() if key != 'x'} for edge in edges_of(layer)]
-    headline = dict(affine=summary['affine'], outside=summary['outside'])
+    headline = dict(straight=summary['straight'], outside=summary['outside'])
     if fresh:
-        headline['random_affine'] = summarize(fresh)['affine']
+        headline['random_straight'] = summarize(fresh)['straight']
     return dict(
         name=layer.name,
         features=kan.in_features,
@@ -275,7 +276,7 @@ def r2_groups(layers, fresh):
     """R2 of lines and of formulas by the place in a block, for the four places with the most edges."""
     groups = {}
     for layer, before in zip(layers, fresh or [None] * len(layers)):
-        groups.setdefault(re.sub(r'\bh\.\d+\.', '', layer.name), []).append((layer, before))
+        groups.setdefault(re.sub(r'\b(h|body)\.\d+\.', '', layer.name), []).append((layer, before))
     largest = sorted(groups, key=lambda name: -sum(layer.edges.activity.numel() for layer, _ in groups[name]))[:4]
     return [(name, *r2_of(groups[name])) for name in groups if name in largest]
 

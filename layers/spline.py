@@ -125,7 +125,7 @@ def reciprocal(width):
 
 def are_uniform(knots):
     """Whether the knots (I, P) of every feature are evenly spaced, up to the rounding of their dtype and a fiftieth of
-    their spacing. (In bfloat16 the one alone would hide grids that are not even; the default grid is off by a seventieth.)
+    their spacing. (In bfloat16 rounding alone would hide that a grid is not even; the default one is off by a 70th.)
     """
     eps = torch.finfo(knots.dtype).eps
     knots = to_float64(knots)

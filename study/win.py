@@ -8,9 +8,10 @@ functions are fixed and those with a function on every edge; results/win.
 
 All settings are chosen on shakespeare_char_tuning, which lacks the last tenth of the text, and on train and val of
 python. Stage `ablation` varies the splines, `tuning` gives each family the same number of trials, `depth` compares
-shapes on the validation text, and `final` trains each at its best with fresh seeds and measures the loss on what is left, once. Two more stages train the
-main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the steps that `steps` has timed (in one
-shell, on a machine that does nothing else), and `longer` for five times the iterations.
+shapes on the validation text, and `final` trains each at its best with fresh seeds and measures the loss on what is
+left. Two more stages train the main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the
+steps that `steps` has timed (in one shell, on a machine that does nothing else), and `longer` for five times the
+iterations.
 """
 
 import sys

@@ -198,7 +198,8 @@ def build_hf(description, dropout=0.0):
     with one_line(f'a {description.get("model_type", "model")}'):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(set_dropout(AutoConfig.for_model(**description), dropout))
+        config = set_dropout(AutoConfig.for_model(**description), dropout)
+        return AutoModelForCausalLM.from_config(without_code(config), trust_remote_code=False)
 
 
 def name_in_hf(path, hf):
@@ -213,7 +214,17 @@ def load_config(source):
     with one_line(source):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(**place)
+        return without_code(AutoConfig.from_pretrained(**place))
+
+
+def without_code(config):
+    """The config, which names no code but transformers' own. ValueError for kernels of the hub as its attention."""
+    attention = getattr(config, '_attn_implementation', None) or ''
+    if '/' in str(attention):
+        raise ValueError(f'its attention is {attention!r}, code of the hub, which is never run')
+    if hasattr(config, 'auto_map'):
+        del config.auto_map
+    return config
 
 
 def load_tokenizer_of(source):
@@ -254,8 +265,8 @@ def one_line(source):
     """Whatever transformers raises while it reads a source as a ValueError of one line."""
     try:
         yield
-    except ImportError:
-        raise ValueError(f'loading {source} needs transformers: pip install -r requirements-all.txt') from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f'loading {source} needs {error.name}: pip install -r requirements-all.txt') from None
     except Exception as error:  # damaged files raise errors of all kinds
         if 'trust_remote_code' in str(error):
             raise ValueError(

@@ -188,6 +188,14 @@ def test_an_interrupted_script_says_so_in_a_line(capsys):
     assert capsys.readouterr().err == 'interrupted\n'
 
 
+def test_a_package_that_is_missing_is_named_in_a_line(tmp_path):
+    script = f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.modules["matplotlib"] = None\nimport configurator\n'
+    (tmp_path / 'script.py').write_text(f'{script}configurator.configure(globals())\nimport inside.figures\n')
+    done = subprocess.run([sys.executable, tmp_path / 'script.py'], capture_output=True, text=True)
+    assert 'matplotlib' in done.stderr and done.stderr.endswith('pip install -r requirements-all.txt\n')
+    assert done.stderr.count('\n') == 1
+
+
 # refusals
 
 

@@ -379,6 +379,22 @@ def test_push_uploads_the_folder(folder):
     )
 
 
+def test_a_checkpoint_of_nanogpt_keeps_its_loss_as_a_number(folder):
+    checkpoint = make_checkpoint(folder / 'out-old', block_size=8)
+    checkpoint = {**checkpoint, 'best_val_loss': torch.tensor(1.5), 'iter_num': 7}
+    save_checkpoint(str(folder / 'out-old'), checkpoint, is_best=True)
+    done = run_forked(folder, 'export.py', '--out_dir=out-old')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / 'hf-old' / 'gpt.json').read_text())['best_val_loss'] == 1.5
+    assert 'max_new_tokens=7)' in (folder / 'hf-old' / 'README.md').read_text()  # where transformers' GPT-2 ends
+
+
+def test_onnx_of_a_length_that_cannot_vary_is_refused(folder):
+    pytest.importorskip('onnxscript')
+    assert 'ONNX has no graph layers here' in complaint(folder, 'export.py', '--out_dir=out-graph', '--to=onnx')
+    assert not (folder / 'onnx-graph').exists()
+
+
 def test_mistakes_are_named_and_leave_nothing(folder):
     checkpoint = make_checkpoint(folder / 'out-part')
     (folder / 'out-part' / 'run.json').write_text(json.dumps(dict(config={})))

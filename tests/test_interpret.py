@@ -118,7 +118,9 @@ def test_what_is_printed_last_is_the_report(explained, dataset):
 def test_the_table_has_every_figure_beside_that_of_random_weights(explained):
     folder, _, result = explained
     first, second, third = (folder / 'table.md').read_text().strip().split('\n\n')
-    assert [line.split(' | ')[0] for line in first.split('\n')[2:]] == [f'| {name}' for name in (*LAYERS, 'all')]
+    assert [line.split(' | ')[0] for line in first.split('\n')[2:]] == [
+        f'| {name}' for name in (*LAYERS, 'all, mean over functions')
+    ]
     for line, numbers in zip(first.split('\n')[2:], result['layers']):
         expected = [
             f'{100 * numbers["trained"][key]:.1f} % (random: {100 * numbers["random"][key]:.1f} %)'
@@ -354,6 +356,8 @@ def test_all_edges_or_none(trained, share):
     first, second = (cost['loss'] for cost in costs.values())
     model = ckpt.build_model(load(trained / f'cut-{share}', 'best.pt'))
     masks = {short(name): layer.mask for name, layer in kan_layers(model).items()}
+    cut = 100 * share * masks['h.0.mlp.0'].numel() / sum(mask.numel() for mask in masks.values())
+    assert list(costs)[1] == f'{cut:.3g}% of the edges cut'
     assert all(mask.all() for name, mask in masks.items() if name != 'h.0.mlp.0')
     assert masks['h.0.mlp.0'].all() if share == 0 else not masks['h.0.mlp.0'].any()
     assert (first == second) == (share == 0)

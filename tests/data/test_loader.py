@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, iteration, index), fixed validation windows, data checked before its use."""
 
 import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -417,6 +418,16 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
     (tmp_path / 'val.bin').unlink()
     with pytest.raises(ValueError, match='preparing data set .* failed'):
         loader.prepare_dataset(str(tmp_path))
+
+
+def test_a_checkpoint_does_not_choose_what_runs(tmp_path):
+    (tmp_path / 'prepare.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")')
+    for name in str(tmp_path), os.path.relpath(tmp_path):
+        with pytest.raises(ValueError, match='is not prepared: name its data by --dataset'):
+            loader.open_text(dict(config=dict(dataset=name)), '', 'val', 65)
+    with pytest.raises(ValueError, match='writes no'):  # by the user's own word
+        loader.open_text({}, str(tmp_path), 'val', 65)
+    assert (tmp_path / 'ran').exists()
 
 
 def test_processes_that_wait_for_a_preparation_that_fails_say_so_and_do_not_try_again(tmp_path, capfd):

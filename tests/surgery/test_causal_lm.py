@@ -10,7 +10,7 @@ from torch import nn
 from data.tokenizer import PretrainedTokenizer, tokenizer_from_dict
 from helpers import byte_fallback, byte_pairs
 from kan import KANLinear
-from surgery.causal_lm import CausalLM, load_causal_lm, load_tokenizer_of, rebuild, set_dropout
+from surgery.causal_lm import CausalLM, build_hf, load_causal_lm, load_tokenizer_of, rebuild, set_dropout
 from surgery.kanify import kanify
 
 transformers = pytest.importorskip('transformers')
@@ -197,6 +197,17 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='cannot load nobody/nothing-of-this-name') as error:
         load_causal_lm('nobody/nothing-of-this-name')
     assert one_line(error)
+
+
+def test_a_description_in_a_checkpoint_brings_no_code(tmp_path, monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'code.py').write_text('raise SystemExit("run")')
+    monkeypatch.setattr('builtins.input', lambda *prompt: 'y')
+    code = dict(auto_map={'AutoModelForCausalLM': f'{tmp_path}/mine--code.M'})
+    build_hf(make('llama').config.to_dict() | code)
+    for description in dict(model_type='clip_text_model', **code), dict(attn_implementation='some/kernel'):
+        with pytest.raises(ValueError, match='cannot load'):
+            build_hf(make('llama').config.to_dict() | description)
 
 
 def write_gguf(path, hf, tokenizer):
