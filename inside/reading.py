@@ -27,7 +27,7 @@ class Text:
         if len(starts) < 2:
             raise ValueError(f'{split} of {name!r} holds one window of {T} tokens: statistics and losses want one each')
         self.halves = spread(starts[::2], math.ceil(rows / T)), spread(starts[1::2], math.ceil(loss_rows / T))
-        self.about = f'{len(self.halves[0]) * T:,} tokens of {split} of {name}'
+        self.about = f'{min(rows, len(self.halves[0]) * T):,} tokens of {split} of {name}'
 
     def fresh(self):
         """The model with the random weights that its training began with, if the same PyTorch made them."""

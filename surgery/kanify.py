@@ -18,6 +18,8 @@ import torch.nn as nn
 
 from kan import ChannelSpline, KANLinear, is_elementwise
 
+CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
+
 
 def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind='edge', example=None, **settings):
     """Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
@@ -48,6 +50,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
         raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r}, {train!r}")
     refuse_adapters(model)
+    if init == 'preserve' and 'base_activation' in settings:
+        raise ValueError("init 'preserve' has the identity as base_activation; absorb takes an activation in")
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
@@ -69,14 +73,14 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     stays as it was: each function begins as the activation that it replaces.
 
     example   what the model is called with once, without gradients and in eval mode, to see the width of each
-              activation, whose channels are its last dimension: a tensor, or a dict of keyword arguments.
+              activation, whose channels are its last dimension: a tensor, a tuple of arguments, or a dict of them.
     targets   names of activations, or of modules that hold some; None: all within the blocks of the model.
     train     'all': the functions train beside what trains already; 'splines': they alone train in the whole model.
     settings  of ChannelSpline: grid_size, spline_order, grid_range ...
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there; for an
-    activation that the example does not reach, that is used at several places, or that has more than three dimensions,
-    as in convolutional networks, whose channels do not come last.
+    activation that the example does not reach, that is used at several places, that has more than three dimensions or
+    follows a convolution: channels do not come last there.
     """
     if train not in ('all', 'splines'):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
@@ -109,6 +113,8 @@ def refuse_hooks(model, paths):
             raise ValueError(
                 f'{path} has hooks, which would be lost: remove them before kanify, and register them anew'
             )
+        if 'forward' in vars(module):  # as accelerate puts its hooks
+            raise ValueError(f'{path} has a forward of its own in place of that of its class, which would be lost')
 
 
 def choose_what_trains(model, layers, train):
@@ -138,7 +144,12 @@ def is_activation(module):
     """Whether a module is one of PyTorch's or of transformers' that act on each number by itself."""
     is_known = type(module).__module__ in ('torch.nn.modules.activation', 'transformers.activations')
     has_parameters = any(True for _ in module.parameters())
-    return is_known and not has_parameters and not getattr(module, 'inplace', False) and is_elementwise(module)
+    is_plain = not has_parameters and not getattr(module, 'inplace', False) and not is_random(module)
+    return is_known and is_plain and is_elementwise(module)
+
+
+def is_random(module):
+    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
 
 
 @torch.no_grad()
@@ -154,14 +165,20 @@ def as_torch(activation):
 @torch.no_grad()
 def watch_inputs(model, paths, example):
     """{path: what the activation there was called with}"""
-    seen, handles = {path: [] for path in paths}, []
+    seen, handles, convolved = {path: [] for path in paths}, [], []
     for path in paths:
         module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(lambda module, inputs, path=path: seen[path].append(inputs[0])))
+        handles.append(module.register_forward_pre_hook(lambda module, inputs, path=path: seen[path].extend(inputs)))
+    for module in model.modules():
+        if isinstance(module, CHANNELS_FIRST):
+            handles.append(module.register_forward_hook(lambda module, inputs, output: convolved.append(output)))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(**example) if isinstance(example, Mapping) else model(example)
+        if isinstance(example, Mapping):
+            model(**example)
+        else:
+            model(*(example if isinstance(example, tuple) else (example,)))
     finally:
         for handle in handles:
             handle.remove()
@@ -172,9 +189,11 @@ def watch_inputs(model, paths, example):
             raise ValueError(
                 f'{path} acts on {tuple(inputs[0].shape)}: expected (..., channels), three dimensions at most'
             )
+        if any(x.dim() > 2 and x is made for x in inputs for made in convolved):
+            raise ValueError(f'{path} follows a convolution: expected (..., channels), and channels come first there')
         if len(inputs) != 1:
             raise ValueError(
-                f'{path} was called {len(inputs)} times on the example: expected once, in a place of its own'
+                f'{path} was called {len(inputs)} times on the example, by position: expected once, in a place of its own'
             )
     return {path: inputs[0] for path, inputs in seen.items()}
 
@@ -253,13 +272,16 @@ def in_block(model, path):
 
 def find_absorbed(model, paths, absorb):
     """{path of a layer: path of the activation that it takes in}, both under the same parent"""
-    modules, found = dict(model.named_modules()), {}
+    modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for layer, activation in absorb.items():
         pairs = [(path, path.removesuffix(layer) + activation) for path in paths if is_named(path, [layer])]
         pairs = {path: other for path, other in pairs if other in modules}
         if not pairs:
             raise ValueError(f'absorb: found no layer {layer!r} among the targets with {activation!r} beside it')
         found.update(pairs)
+    random = next((path for path in found.values() if is_random(modules[path])), None)
+    if random:
+        raise ValueError(f'absorb: {random} is a {type(modules[random]).__name__}, which draws random numbers')
     return found
 
 

@@ -225,6 +225,23 @@ def test_a_layer_with_hooks_is_refused_and_a_bias_trains_as_before():
     assert made.base_weight.requires_grad and not made.bias.requires_grad
 
 
+def test_a_forward_put_on_a_layer_is_not_lost():
+    """accelerate puts its hooks there."""
+    model = make('GPT2LMHeadModel')
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.forward = functools.partial(type(layer).forward, layer)
+    with pytest.raises(ValueError, match='h.0.mlp.c_fc has a forward of its own'):
+        kanify(model, 'c_fc')
+
+
+def test_an_activation_of_a_block_at_two_places_moves_once():
+    model = make('GPT2LMHeadModel')
+    model.transformer.h[1] = model.transformer.h[0]
+    before = run(model)
+    kanify(model, 'mlp.c_proj', absorb={'mlp.c_proj': 'mlp.act'})
+    assert torch.allclose(run(model), before, rtol=1e-4, atol=1e-5)
+
+
 def test_it_comes_before_adapters():
     with pytest.raises(ValueError, match='kanify comes before'):
         kanify(add_lora(make('GPT2LMHeadModel'), LoRAConfig()))
@@ -235,6 +252,8 @@ BAD = [
     (dict(init='keep'), "expected init 'preserve' or 'fresh'"),
     (dict(train='spline'), "train 'all' or 'splines'"),
     (dict(absorb={'c_proj': 'gelu'}), "no layer 'c_proj' among the targets with 'gelu' beside it"),
+    (dict(absorb={'c_proj': 'dropout'}), 'is a Dropout, which draws random numbers'),
+    (dict(base_activation=nn.SiLU), 'has the identity as base_activation; absorb takes an activation in'),
     (dict(grid_size=0), 'grid_size must be at least 1'),
 ]
 
@@ -357,8 +376,26 @@ def test_images_and_what_is_not_elementwise_are_refused():
     convolutions = nn.Sequential(OrderedDict(blocks=nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))))
     with pytest.raises(ValueError, match='expected \\(..., channels\\), three dimensions at most'):
         kanify_activations(convolutions, torch.randn(1, 3, 5, 5))
+    for layers in [nn.Conv1d(3, 4, 1)], [nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)]:
+        in_one_dimension = nn.Sequential(OrderedDict(blocks=nn.Sequential(nn.Sequential(*layers, nn.ReLU()))))
+        with pytest.raises(ValueError, match='follows a convolution'):
+            kanify_activations(in_one_dimension, torch.randn(2, 3, 5))
     for activation in nn.GLU(), nn.Softmax(0), nn.Softmax(-1):
         assert not is_elementwise(activation)
+    with pytest.raises(ValueError, match='found no activations'):
+        kanify_activations(make_block_model(nn.RReLU), torch.randn(3, 4))
+
+
+def test_an_example_of_several_arguments():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.SiLU()))
+
+        def forward(self, x, y):
+            return self.blocks(x + y)
+
+    assert type(kanify_activations(Sum(), (torch.ones(2, 4), torch.ones(2, 4))).blocks[0][1]) is ChannelSpline
 
 
 @pytest.mark.parametrize('settings', [dict(kind='channel'), dict(kind='neuron'), dict(example=torch.ones(1))])
