@@ -34,8 +34,8 @@ STUDY = Study('smollm2')
 STEPS, BATCH, LENGTH = 60, 2, 128  # windows of LENGTH tokens
 WINDOWS = 32  # of each of the two parts that measure
 RATES = {  # of AdamW, rising over a tenth of the steps and then falling to zero in a line
-    'functions': (1e-3, 4e-3, 1.6e-2),
-    'LoRA': (4e-4, 1.6e-3, 6.4e-3),
+    'functions': (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+    'LoRA': (4e-4, 1.6e-3, 6.4e-3, 2.56e-2),
 }
 SEEDS = {'search': (1,), 'final': (11, 12, 13)}
 
@@ -142,7 +142,7 @@ def make_page():
         '|---|--:|--:|--:|--:|--:|',
     ]
     for kind in RATES:
-        runs = runs_of('final', kind)
+        runs = [run for run in runs_of('final', kind) if run['rate'] == best_rate(kind)]
         if runs:
             cells = [kind, f'{runs[0]["parameters"]:,}', f'{runs[0]["rate"]:g}', f'{runs[0]["before"]["held_out"]:.4f}']
             cells += [mean_and_std([run['after']['held_out'] for run in runs], 4)]
