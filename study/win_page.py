@@ -282,7 +282,7 @@ def draw_curves(path):
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
-        panel.set(title=f'{titled(size)}, {steps[-1]:,}', xlabel='iteration')
+        panel.set(title=f'{titled(size)}, {steps[-1]:,} iterations', xlabel='iteration')
         panel.grid(alpha=0.3)
         panel.locator_params(axis='x', nbins=5)
     panels[0].legend(frameon=False)
