@@ -192,9 +192,8 @@ def watch_inputs(model, paths, example):
         if any(x.dim() > 2 and x is made for x in inputs for made in convolved):
             raise ValueError(f'{path} follows a convolution: expected (..., channels), and channels come first there')
         if len(inputs) != 1:
-            raise ValueError(
-                f'{path} was called {len(inputs)} times on the example, by position: expected once, in a place of its own'
-            )
+            wanted = 'expected once, by position, in a place of its own'
+            raise ValueError(f'{path} was called {len(inputs)} times on the example: {wanted}')
     return {path: inputs[0] for path, inputs in seen.items()}
 
 

@@ -62,3 +62,7 @@ def test_windows_are_even_and_whole():
     found = smollm2.even_windows(tokens)
     assert found.shape == (smollm2.WINDOWS, smollm2.LENGTH + 1)
     assert found[0, 0] == 0 and found[-1, -1] == 4999
+
+
+def test_the_page_is_made_from_the_records():
+    assert smollm2.make_page() == (smollm2.STUDY.folder / 'table.md').read_text(encoding='utf-8')
