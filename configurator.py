@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 KINDS = (bool, int, float, str)  # a variable of any other type is not a setting, nor is a CONSTANT or a _private one
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
@@ -194,6 +195,12 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions='', share
         raise ValueError(f'seed must be less than 2**63, got {settings["seed"]}')
 
 
+def is_ours(module):
+    """Whether a module, by its name, would be one of this repository."""
+    first = module.partition('.')[0]
+    return Path(ROOT, f'{first}.py').exists() or any(Path(ROOT, first).glob('*.py'))
+
+
 def report(kind, error, trace):
     """
     The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's
@@ -206,7 +213,7 @@ def report(kind, error, trace):
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     last = os.path.realpath(files[-1]) if files else ''
     ours = last.startswith(ROOT + os.sep) and 'site-packages' not in last
-    if kind is ModuleNotFoundError and ours:
+    if kind is ModuleNotFoundError and ours and not is_ours(error.name):
         print(f'error: {error}: pip install -r requirements-all.txt', file=sys.stderr)
     elif issubclass(kind, (ValueError, OSError)) and ours:
         # processes of one machine mostly meet the same mistake: torchrun ends the others when the first has said so

@@ -123,13 +123,20 @@ def to_transformers(checkpoint, target):
 
 def how_to_write(source, tokenizer, longest):
     """Lines of Python that generate text; from a source, up to so many tokens."""
-    n = f'max_new_tokens={min(longest, 100)}'
+    n = f'max_new_tokens={max(1, min(longest, 100))}'
     if isinstance(tokenizer, IdTokenizer):
         make = f'model = AutoModelForCausalLM.from_pretrained({source})'
         return ['from transformers import AutoModelForCausalLM', '', make, f'model.generate(ids, {n})  # int64 (B, T)']
-    prompt = tokenizer.decode([tokenizer.vocab_size // 2])
+    tokens = range(tokenizer.vocab_size // 2, tokenizer.vocab_size)  # behind the bytes, in most vocabularies
+    texts = (tokenizer.decode([i]) for i in tokens)
+    prompt = next((text for text in texts if is_text(text, tokenizer)), 'A')
     make = f"write = pipeline('text-generation', {source})"
     return ['from transformers import pipeline', '', make, f"print(write({prompt!r}, {n})[0]['generated_text'])"]
+
+
+def is_text(text, tokenizer):
+    """Whether it can be printed, and is one token."""
+    return text.isprintable() and '\ufffd' not in text and len(tokenizer.encode(text)) == 1
 
 
 def save_tokenizer(tokenizer, gpt, target):

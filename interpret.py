@@ -200,7 +200,7 @@ def prune_model():
 
 
 def share_cut():
-    """The edges that are cut, of all in the model, or the hidden neurons, in percent."""
+    """What is cut, in percent: of the model's edges, or of its hidden neurons."""
     if prune_by == 'neurons':
         return 100 * prune
     masks = [one.mask for one in edge_layers(source.model)]

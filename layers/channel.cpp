@@ -1,7 +1,7 @@
 // Learned activations on a CPU, forward and backward, in one pass over the data each: see channel.py.
 //
-// ORDER of the splines (1 to 3), GATED (0 or 1) and ACTIVATION (a struct of activations.h) are given when this is
-// compiled. A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
+// ORDER of the splines (1 to 3), GATED (0 or 1), ACTIVATION (a struct of activations.h) and SPARE (numbers behind the
+// last coefficient, for loads of four) are given when this is compiled. A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
 // coefficients. Here these have ORDER zeros on both sides, so that every interval has its neighbours.
 //
 // Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; K coefficients of a channel, S with the
@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t TILE = 256;  // channels at a time, whose numbers stay in the nearest cache
 constexpr int64_t ROWS = 64;   // of a block of the forward pass
 constexpr int NEAR = ORDER + 1;
-constexpr int64_t SPARE = 4;   // numbers behind the last coefficient, for loads of four; native.py has it, too
 
 // The bases that are not zero at u in [0, 1], the place in an interval, and their derivatives by u.
 inline void bases(float u, float *b) {

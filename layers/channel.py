@@ -38,6 +38,7 @@ from layers.spline import (
 
 BACKEND = 'auto'  # the first of 'triton', 'native' and 'plain' that suits the input, or one of them
 OPERATORS = __name__.replace('.', '_')  # their namespace, as in spline.py
+SPARE = 4  # numbers behind the sums of a block, for loads of four
 ROWS = 256  # of a block, whose sum of the gradient of the coefficients is added to those of the others
 CHUNK = 1 << 20  # numbers of the bases of a chunk of the plain formula
 
@@ -64,12 +65,14 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
     if not x.is_floating_point() or x.size(1) != (1 + gated) * len(weight):
         wanted = f'floating point numbers (N, {(1 + gated) * len(weight)})'
         raise ValueError(f'expected {wanted}, got {x.dtype} {tuple(x.shape)}')
-    (C, K), wanted = weight.shape, (len(weight), weight.size(1) + k + 1)
-    if knots.shape != wanted:
-        raise ValueError(f'expected knots {wanted} for weight {(C, K)} and order {k}, got {tuple(knots.shape)}')
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_channel_spline(x, weight, knots, k, activation, gated)
+    wanted = len(weight), weight.size(1) + k + 1
+    if knots.shape != wanted:
+        raise ValueError(
+            f'expected knots {wanted} for weight {tuple(weight.shape)} and order {k}, got {tuple(knots.shape)}'
+        )
     function = ChannelSplineFunction.apply if is_eager(x) else channel_forward
     return function(x, weight, knots, k, name_of(activation), gated)
 
@@ -216,7 +219,8 @@ def triton_works(device):
 
 
 def library(k, activation, gated):
-    return native.compile('channel.cpp', ORDER=k, GATED=int(gated), ACTIVATION=native.ACTIVATIONS[activation])
+    definitions = dict(ORDER=k, GATED=int(gated), ACTIVATION=native.ACTIVATIONS[activation], SPARE=SPARE)
+    return native.compile('channel.cpp', **definitions)
 
 
 def native_forward(x, weight, knots, k, activation, gated):
@@ -230,7 +234,7 @@ def native_forward(x, weight, knots, k, activation, gated):
 def native_backward(grad, x, weight, knots, k, activation, gated):
     tensors = native.to_floats(grad, x, weight, knots)
     dx, dw, (C, K) = torch.empty_like(tensors[1]), torch.empty_like(tensors[2]), weight.shape
-    sums = dx.new_zeros(math.ceil(len(x) / ROWS), C * (K + 2 * k) + native.SPARE)  # of each block of rows
+    partial = dx.new_zeros(math.ceil(len(x) / ROWS), C * (K + 2 * k) + SPARE)  # the sums of each block of rows
     sizes = native.integers(*grad.shape, K, ROWS, torch.get_num_threads())
-    library(k, activation, gated).backward(*map(native.address, (*tensors, sums, dx, dw)), *sizes)
+    library(k, activation, gated).backward(*map(native.address, (*tensors, partial, dx, dw)), *sizes)
     return dx.to(x.dtype), dw.to(weight.dtype)

@@ -2,15 +2,18 @@
 
     functions = compile('channel.cpp', ORDER=3, GATED=1, ACTIVATION='silu')   # None where there is no compiler
 
-The functions take pointers and integers, by ctypes. A library is kept under a name made of all that it depends on: the
-source with the headers beside it, the definitions, the compiler and the processor that it found; and of its own bytes.
+The functions take pointers and integers, by ctypes. A library is kept under a digest of all that it depends on, which
+is the source with the headers beside it, the definitions, the compiler and the processor that it found, and under a
+digest of its own bytes.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import shlex
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -29,7 +32,6 @@ ACTIVATIONS = {  # names in spline.py and in activations.h
     'Identity()': 'identity',
 }
 PARALLEL = '-fopenmp', ''  # without it one thread does the work
-SPARE = 4  # numbers behind those that a block of channel.cpp sums
 LOCK = threading.Lock()
 
 
@@ -45,11 +47,14 @@ def compile_once(name, defined):
     source, problems = Path(__file__).with_name(name), []
     for parallel in PARALLEL:
         command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
-        for folder in own_folder, temporary_folder:  # the first may be full, or of a kind that runs nothing
+        for folder in own_folder, temporary_folder:
             try:
                 return ctypes.CDLL(str(build(source, command, folder())))
-            except (OSError, subprocess.CalledProcessError) as error:
-                problems.append(getattr(error, 'stderr', '') or str(error))
+            except subprocess.CalledProcessError as error:  # of the compiler, for which no other folder helps
+                problems.append(error.stderr)
+                break
+            except OSError as error:  # a folder where nothing can be written, or run
+                problems.append(str(error))
     first = (problems[0].strip().splitlines() or ['no reason given'])[0]
     warnings.warn(f'C++ cannot be compiled and run here, KAN layers do without it, slower: {first}', stacklevel=3)
     return None
@@ -84,22 +89,30 @@ def own_folder():
     if not cache.is_absolute():
         raise OSError(f'{cache} is no absolute path')
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = path.resolve()
     if hasattr(os, 'getuid'):
-        states = [os.stat(folder) for folder in (path, *path.resolve().parents)]
-        is_safe = all(not state.st_mode & stat.S_IWOTH or state.st_mode & stat.S_ISVTX for state in states)
-        if states[0].st_uid != os.getuid() or states[0].st_mode & 0o077 or not is_safe:
+        own, *parents = map(os.stat, (path, *path.parents))
+        if own.st_uid != os.getuid() or own.st_mode & 0o077 or not all(map(is_safe, parents)):
             raise OSError(f'others can write into {path}')
     return path
 
 
+def is_safe(state):
+    """Whether nobody else can rename what is in a folder of this state."""
+    is_shared = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not state.st_mode & stat.S_ISVTX
+    return state.st_uid in (0, os.getuid()) and not is_shared
+
+
 def temporary_folder():
     """A folder of this process, gone at its end."""
-    return Path(make_temporary_folder().name)
+    return make_temporary_folder(os.getpid())
 
 
 @functools.cache
-def make_temporary_folder():
-    return tempfile.TemporaryDirectory(prefix='kan-gpt-')
+def make_temporary_folder(process):
+    path = Path(tempfile.mkdtemp(prefix='kan-gpt-'))
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(path, ignore_errors=True))  # and not in a fork
+    return path
 
 
 def address(tensor):

@@ -221,11 +221,11 @@ def spline_linear(x, weight, knots, k, activation, dtype):
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
-    if len(knots) != x.size(1) or weight.size(1) != (knots.size(1) - k) * x.size(1):
-        raise ValueError(f'x {tuple(x.shape)}, weight {tuple(weight.shape)} and knots {tuple(knots.shape)} do not fit')
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
+    if len(knots) != x.size(1) or weight.size(1) != (knots.size(1) - k) * x.size(1):
+        raise ValueError(f'x {tuple(x.shape)}, weight {tuple(weight.shape)} and knots {tuple(knots.shape)} do not fit')
     if not is_eager(x):
         return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
     if is_small(x):

@@ -138,14 +138,14 @@ def run(stages):
 
 def make_page():
     lines = [
-        '| what learns | parameters | learning rate | loss before | loss after | seconds |',
-        '|---|--:|--:|--:|--:|--:|',
+        '| what learns | parameters | learning rate | loss before | loss after | ninth tenth after | seconds |',
+        '|---|--:|--:|--:|--:|--:|--:|',
     ]
     for kind in RATES:
         runs = [run for run in runs_of('final', kind) if run['rate'] == best_rate(kind)]
         if runs:
             cells = [kind, f'{runs[0]["parameters"]:,}', f'{runs[0]["rate"]:g}', f'{runs[0]["before"]["held_out"]:.4f}']
-            cells += [mean_and_std([run['after']['held_out'] for run in runs], 4)]
+            cells += [mean_and_std([run['after'][part] for run in runs], 4) for part in ('held_out', 'choosing')]
             lines.append('| ' + ' | '.join([*cells, f'{np.mean([run["seconds"] for run in runs]):.0f}']) + ' |')
     lines += ['', '| what learns | learning rate | loss after, ninth tenth |', '|---|--:|--:|']
     for kind in RATES:

@@ -38,7 +38,7 @@ SIZES = {
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
     '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
 }
-DEPTHS = {  # shapes of as many parameters, within 2 %
+DEPTHS = {  # shapes of as many parameters, within 2 %, for what was tuned at two layers
     '0.23M, 1 layer': dict(n_layer=1, n_embd=135, n_head=3),
     '0.23M, 2 layers': SIZES['0.23M'],
     '0.23M, 4 layers': dict(n_layer=4, n_embd=69, n_head=3),
@@ -98,7 +98,7 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)) | {'2.2M': (2e-3, 4e-3, 8e-3)}
 SCALES = 0.04, 0.16  # at the best rate
-REFINED = '2.2M', '0.33M Python'  # sizes with two more trials at the best of these: other rates, of the splines if any
+REFINED = '2.2M', '0.33M Python'  # sizes with two more trials at the best of these: other rates, of splines where set
 LONG = 5000  # iterations of stage longer
 SEEDS = {
     'ablation': range(1, 5),
@@ -224,7 +224,8 @@ def tuned(size, names):
         family, change = CONTROLS.get(name, (name, None))
         best, changed = best_settings(size, family), CHANGES.get(change, {})
         if best is None:
-            raise ValueError(f'unseen text is for families with all their trials; {size} lacks trials of {family}')
+            lacks = f'{size} lacks trials of {family}, or all of them diverged'
+            raise ValueError(f'unseen text is for families with all their trials; {lacks}')
         if change is None or not changed.items() <= (FAMILIES[family] | best).items():
             kept = {key: value for key, value in best.items() if key not in changed}
             found[name] = FAMILIES[family] | changed, kept

@@ -18,12 +18,23 @@ COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
 
 
 def groups_of(stage, size):
-    """{family: {seed: record}} of the runs of a stage that finished, in the order of the families."""
+    """{family: {seed: record}} of the runs of a stage that finished, in the order of the families; of stages after the
+    trials those with the settings that these chose.
+    """
     found = {family: {} for family in (ABLATION if stage == 'ablation' else {**FAMILIES, **CONTROLS})}
+    chosen = {family: settings_of(size.partition(',')[0], family) for family in found} if stage != 'ablation' else {}
     for run in STUDY.read().values():
         if (run['stage'], run['size']) == (stage, size) and 'finished' in run and run['family'] in found:
-            found[run['family']][run['seed']] = run
+            if stage == 'ablation' or win.key_of('GELU', run['config']) == chosen[run['family']]:
+                found[run['family']][run['seed']] = run
     return {family: runs for family, runs in found.items() if runs}
+
+
+def settings_of(size, name):
+    """The `key_of` the best trial of a family, or of that of a control with its change; None before all trials."""
+    family, change = CONTROLS.get(name, (name, None))
+    best = win.best_settings(size, family)
+    return best and win.key_of(family, best | CHANGES.get(change, {}))
 
 
 def difference(runs, others, key):
@@ -237,7 +248,7 @@ def draw_controls(path):
         family, change = CONTROLS[control]
         gap = difference(groups.get(family, {}), groups[control], held_out)
         panels.setdefault(family, {})[change] = gap, COLOURS[family]
-    title = 'Learning helps: loss on unseen text less that of the control (95 %)'
+    title = 'Loss on unseen text less that of the same GPT with one change (95 %)'
     draw_differences(path, dict(sorted(panels.items())), [*CHANGES], title)
 
 

@@ -80,7 +80,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 
     Prints the number of parameters before and after. ValueError where nothing matches, naming what is there; for an
     activation that the example does not reach, that is used at several places, that has more than three dimensions or
-    follows a convolution: channels do not come last there.
+    follows a convolution: channels do not come last there. In a model with convolutions targets must name those of
+    three dimensions.
     """
     if train not in ('all', 'splines'):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
@@ -88,6 +89,13 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     paths = find_activations(model, [targets] if isinstance(targets, str) else targets)
     refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
+    if targets is None and any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+        doubtful = [path for path, x in inputs.items() if x.dim() > 2]
+        if doubtful:
+            advice = 'name in targets those whose last dimension holds channels'
+            raise ValueError(
+                f'the model has convolutions, behind which channels come first, and {doubtful[0]}: {advice}'
+            )
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation, x = model.get_submodule(path), inputs[path]

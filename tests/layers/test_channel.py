@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -422,7 +423,7 @@ def test_a_part_of_a_library_is_never_loaded(empty_cache, one, size):
     kept.unlink()  # not written over: this process has it in its memory
     kept.write_bytes(whole[: int(size * len(whole))])
     assert compile_again('one.cpp', NUMBER=3).number() == 3
-    assert all(native.digest(path.read_bytes()) in path.name for path in empty_cache.iterdir() if path != kept)
+    assert all(native.digest(path.read_bytes()) in path.name for path in empty_cache.iterdir())
 
 
 @needs_compiler
@@ -435,18 +436,22 @@ def test_where_nothing_can_be_kept_a_library_lives_as_long_as_its_process(one, t
 
 
 @needs_compiler
-def test_a_folder_that_others_can_write_to_is_not_trusted(empty_cache, one):
+def test_a_folder_that_others_can_write_to_is_not_trusted(empty_cache, one, monkeypatch):
     """Nor one in whose place they can put another; in a folder like /tmp they cannot."""
     assert native.own_folder() == empty_cache
-    for folder in empty_cache, empty_cache.parent:
-        mode = folder.stat().st_mode
-        folder.chmod(0o777)
+    for folder, mode in (empty_cache, 0o777), (empty_cache.parent, 0o777), (empty_cache.parent, 0o770):
+        before = folder.stat().st_mode
+        folder.chmod(mode)
         with pytest.raises(OSError, match='others can write into'):
             native.own_folder()
         assert compile_again('one.cpp', NUMBER=4).number() == 4 and not list(empty_cache.iterdir())
-        folder.chmod(mode)
+        folder.chmod(before)
     empty_cache.parent.chmod(0o1777)
     assert native.own_folder() == empty_cache
+    assert not native.is_safe(os.stat_result((0o40755, 0, 0, 0, os.getuid() + 1, 0, 0, 0, 0, 0)))  # another user's
+    (empty_cache.parent / 'link').symlink_to(empty_cache.parent)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(empty_cache.parent / 'link'))
+    assert native.own_folder() == empty_cache  # by a path that has no link to be changed
 
 
 def test_a_layer_survives_a_copy_and_a_checkpoint(tmp_path):

@@ -32,7 +32,7 @@ def test_all_families_have_as_many_parameters(size):
         assert width / 8 == pytest.approx(round(width / 8)) or family == 'edge KAN'
         counts[family] = count_parameters(dict(model_settings(settings), vocab_size=65))
     for family, count in counts.items():
-        assert count == pytest.approx(counts['GELU'], rel=0.01 if size in win.SIZES else 0.015), family
+        assert count == pytest.approx(counts['GELU'], rel=0.01 if size in win.SIZES else 0.02), family
 
 
 @pytest.fixture
