@@ -40,7 +40,6 @@ SIZES = {
 }
 DEPTHS = {  # shapes of as many parameters, within 2 %, for what was tuned at two layers
     '0.23M, 1 layer': dict(n_layer=1, n_embd=135, n_head=3),
-    '0.23M, 2 layers': SIZES['0.23M'],
     '0.23M, 4 layers': dict(n_layer=4, n_embd=69, n_head=3),
 }
 VOCABULARIES = {'shakespeare_char_tuning': 65, 'python': 1024}  # tokens of the data sets

@@ -118,14 +118,15 @@ def make_tuning(size):
 
 
 def make_depths(size):
-    """The last validation losses of other depths, of as many parameters."""
+    """The last validation losses of other depths, of as many parameters, beside those of the final runs."""
     groups = {shape: groups_of('depth', shape) for shape in win.DEPTHS if shape.startswith(f'{size}, ')}
-    rows = []
+    if not any(groups.values()):
+        return []
+    groups[size], rows = groups_of('final', size), []
     for family in MAIN:
         found = [[*map(validation, groups[shape].get(family, {}).values())] for shape in groups]
-        if any(found):
-            rows.append([family, *(mean_and_std(losses, 4) if losses else '' for losses in found)])
-    return table(['family', *(shape.removeprefix(f'{size}, ') for shape in groups)], rows)
+        rows.append([family, *(f'{mean_and_std(losses, 4)} (n = {len(losses)})' if losses else '' for losses in found)])
+    return table(['family', *groups], rows)
 
 
 def named(trial):

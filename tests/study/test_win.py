@@ -104,9 +104,9 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
 def test_depths_are_compared_at_the_best_settings(study):
     study.run(['tuning', 'depth'], ['0.23M'], ['main'])
     runs = [run for run in study.STUDY.read().values() if run['stage'] == 'depth']
-    assert len(runs) == len(study.DEPTHS) * 4 * 5 and {run['config']['n_layer'] for run in runs} == {1, 2, 4}
+    assert len(runs) == len(study.DEPTHS) * 4 * 5 and {run['config']['n_layer'] for run in runs} == {1, 4}
     assert {run['config']['init_std'] for run in runs} == {0.16}
-    assert '| family | 1 layer | 2 layers | 4 layers |' in win_page.make_page()
+    assert '| family | 0.23M, 1 layer | 0.23M, 4 layers | 0.23M |' in win_page.make_page()
 
 
 def test_losses_are_drawn_over_parameters(study):
