@@ -1,8 +1,9 @@
 // Learned activations on a CPU, forward and backward, in one pass over the data each: see channel.py.
 //
 // ORDER of the splines (1 to 3), GATED (0 or 1), ACTIVATION (a struct of activations.h) and SPARE (numbers behind the
-// last coefficient, for loads of four) are given when this is compiled. A spline of that order is a polynomial on each interval between two knots, made of ORDER + 1 neighbouring
-// coefficients. Here these have ORDER zeros on both sides, so that every interval has its neighbours.
+// last coefficient, for loads of four) are given when this is compiled. A spline of that order is a polynomial on each
+// interval between two knots, made of ORDER + 1 neighbouring coefficients. Here these have ORDER zeros on both sides, so
+// that every interval has its neighbours.
 //
 // Legend: N rows of C channels; R numbers in a row of x: C, or gated 2 C; K coefficients of a channel, S with the
 // zeros; P knots, evenly spaced.

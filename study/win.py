@@ -99,6 +99,7 @@ RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)) | {'2.2M': (2e-3,
 SCALES = 0.04, 0.16  # at the best rate
 REFINED = '2.2M', '0.33M Python'  # sizes with two more trials at the best of these: other rates, of splines where set
 LONG = 5000  # iterations of stage longer
+DRAWN = '0.23M'  # the size whose functions and controls are drawn
 SEEDS = {
     'ablation': range(1, 5),
     'tuning': (1337,),
@@ -186,7 +187,7 @@ def rates_at(family, best):
 def best_of(size, family, trials):
     """The trial of the lowest loss; None where one is not on record yet, or all diverged."""
     losses = tried(size, family)
-    losses = [losses.get(key_of(family, trial)) for trial in trials]
+    losses = [losses.get(key_of(FAMILIES[family] | trial)) for trial in trials]
     if None in losses or min(losses) == float('inf'):
         return None
     return trials[losses.index(min(losses))]
@@ -201,12 +202,12 @@ def tried(size, family):
     losses = {}
     for run in STUDY.read().values():
         if run['stage'] == 'tuning' and (run['size'], run['family']) == (size, family):
-            losses[key_of(family, run['config'])] = last_loss(run)
+            losses[key_of(run['config'])] = last_loss(run)
     return losses
 
 
-def key_of(family, settings):
-    settings = FAMILIES[family] | settings
+def key_of(settings):
+    """What of the settings of a run is tuned."""
     return settings['learning_rate'], settings['init_std'], settings.get('spline_lr_scale', 1.0)
 
 
@@ -244,7 +245,8 @@ def make(name, job, folder):
     run.update(about)
     if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
         run['test'] = run_json('eval.py', out_dir=folder, **TESTS[settings['dataset']])['loss']
-        is_drawn = about['stage'] == 'final' and about['family'] in FAMILIES and run['seed'] == SEEDS['final'][0]
+        is_drawn = (about['stage'], about['size'], run['seed']) == ('final', DRAWN, SEEDS['final'][0])
+        is_drawn = is_drawn and about['family'] in FAMILIES
         run['shapes'] = describe_shapes(folder, settings['dataset'], 8 if is_drawn else 0)
     return run
 

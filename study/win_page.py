@@ -22,19 +22,21 @@ def groups_of(stage, size):
     trials those with the settings that these chose.
     """
     found = {family: {} for family in (ABLATION if stage == 'ablation' else {**FAMILIES, **CONTROLS})}
-    chosen = {family: settings_of(size.partition(',')[0], family) for family in found} if stage != 'ablation' else {}
-    for run in STUDY.read().values():
-        if (run['stage'], run['size']) == (stage, size) and 'finished' in run and run['family'] in found:
-            if stage == 'ablation' or win.key_of('GELU', run['config']) == chosen[run['family']]:
-                found[run['family']][run['seed']] = run
+    runs = [run for run in STUDY.read().values() if (run['stage'], run['size']) == (stage, size) and 'finished' in run]
+    if stage != 'ablation' and runs:
+        chosen = {family: chosen_key(size.partition(',')[0], family) for family in found}
+        runs = [run for run in runs if win.key_of(run['config']) == chosen.get(run['family'])]
+    for run in runs:
+        if run['family'] in found:
+            found[run['family']][run['seed']] = run
     return {family: runs for family, runs in found.items() if runs}
 
 
-def settings_of(size, name):
+def chosen_key(size, name):
     """The `key_of` the best trial of a family, or of that of a control with its change; None before all trials."""
     family, change = CONTROLS.get(name, (name, None))
     best = win.best_settings(size, family)
-    return best and win.key_of(family, best | CHANGES.get(change, {}))
+    return best and win.key_of(FAMILIES[family] | best | CHANGES.get(change, {}))
 
 
 def difference(runs, others, key):
@@ -108,7 +110,7 @@ def make_tuning(size):
     rows, n = [], len(heads)
     for family in FAMILIES:
         losses, trials = win.tried(size, family), win.trials_of(size, family)
-        found = [losses.get(win.key_of(family, trial)) for trial in trials] + [None] * (n - len(trials))
+        found = [losses.get(win.key_of(FAMILIES[family] | trial)) for trial in trials] + [None] * (n - len(trials))
         cells = ['' if loss is None else f'{loss:.4f}' for loss in found]
         finer = [f'{named(trial)}: {cell}' for trial, cell in zip(trials[n:], cells[n:]) if cell]
         best = win.best_settings(size, family)
@@ -244,7 +246,7 @@ def draw_gaps(path):
 
 def draw_controls(path):
     """Of the families that learn how far they are from themselves with one thing changed, on unseen text."""
-    panels, groups = {}, groups_of('final', '0.23M')
+    panels, groups = {}, groups_of('final', win.DRAWN)
     for control in groups.keys() & CONTROLS.keys():
         family, change = CONTROLS[control]
         gap = difference(groups.get(family, {}), groups[control], held_out)
@@ -368,4 +370,4 @@ if __name__ == '__main__':
     draw_curves(STUDY.folder / 'curves.png')
     draw_scaling(STUDY.folder / 'scaling.png')
     for family in 'channel KAN', 'KAN-GLU':
-        draw_functions(STUDY.folder / f'functions-{family.replace(" ", "-")}.png', '0.23M', family)
+        draw_functions(STUDY.folder / f'functions-{family.replace(" ", "-")}.png', win.DRAWN, family)
