@@ -45,7 +45,10 @@ CODE = {  # file of an export: where it is from
     f'{MODULE}.py': f'surgery/{MODULE}.py',
     'gpt.py': 'model.py',
     'kan.py': 'kan.py',
-    **{f'{name}.py': f'layers/{name}.py' for name in ('activations', 'channel', 'generation', 'graph', 'spline')},
+    **{
+        f'{name}.py': f'layers/{name}.py'
+        for name in ('activations', 'channel', 'generation', 'graph', 'muon', 'spline')
+    },
 }
 OPSET = 18  # of ONNX
 
@@ -55,7 +58,7 @@ OPSET = 18  # of ONNX
 
 def is_gpt2(config):
     """Whether transformers' own GPT-2 computes the same."""
-    is_vanilla = not config.use_kan and not config.use_graph
+    is_vanilla = not config.use_kan and not config.use_graph and not config.rotary
     return is_vanilla and config.mlp == 'mlp' and config.activation in ('', 'gelu')
 
 

@@ -15,6 +15,7 @@ from kan import KAN, ChannelSpline, KANLinear
 from layers.activations import ACTIVATIONS
 from layers.generation import KVCache, check_places, stream
 from layers.graph import Edges, GraphAttention, check_graph
+from layers.muon import join_muon
 
 
 @dataclass
@@ -31,6 +32,7 @@ class GPTConfig:
     mlp_hidden: float = 4.0  # width of the MLP's hidden layer, by n_embd; 8 / 3 gives SwiGLU as many parameters
     activation: str = ''  # of the MLP, one of ACTIVATIONS; empty: gelu, of swiglu silu
     init_std: float = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
+    rotary: bool = False  # rotary positions, of queries and keys, in place of position embeddings
     use_kan: bool = False  # KAN layers in place of the linear layers named by kan_targets
     kan_kind: str = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
@@ -76,6 +78,10 @@ class GPTConfig:
                 below = self.n_embd // heads * heads
                 nearest = f'{below} or {below + heads}' if below else heads
                 raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError(f'rotary wants heads of an even width, got n_embd={self.n_embd} / n_head={self.n_head}')
+        if self.rotary and self.is_graph('attention'):
+            raise ValueError("rotary turns queries and keys, and graph_place='attention' leaves none")
         if set(self.kan_targets.split(',')) - {'attn', 'mlp', 'head'}:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of attn, mlp, head joined by commas')
 
@@ -168,6 +174,18 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(ndim, bias=bias)
 
 
+def rotate(x, start):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34): x (B, nh, T, hs) of the tokens from place `start`
+    on, where the channels i and i + hs / 2 are a pair that its place turns by place * 10000^(-2i / hs).
+    """
+    T, hs = x.shape[-2:]
+    frequencies = 10000.0 ** (torch.arange(0, hs, 2, device=x.device) / -hs)  # (hs / 2,)
+    angles = torch.outer(torch.arange(start, start + T, device=x.device), frequencies)  # (T, hs / 2)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -177,12 +195,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = make_linear(config, 'attn', C, C, config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
+        self.rotary = config.rotary
         self.dropout = config.dropout
 
     def forward(self, x, cache=None, edges=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hs)
+        if self.rotary:
+            start = cache.count('k') if cache is not None else 0
+            q, k = rotate(q, start), rotate(k, start)
         if cache is not None:
             k, v = cache.extend('k', k), cache.extend('v', v)  # (B, nh, S, hs) each, of S >= T tokens
         dropout = self.dropout if self.training else 0.0
@@ -294,7 +316,7 @@ class GPT(nn.Module):
         self.config = config
         modules = dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wpe=None if config.rotary else nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd, bias=config.bias),
@@ -343,7 +365,9 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding=True):
         """The number of parameters, by default less the position embeddings; those of tokens are the head's, too."""
         n_params = sum(p.numel() for p in self.parameters())
-        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+        if non_embedding and self.transformer.wpe is not None:
+            n_params -= self.transformer.wpe.weight.numel()
+        return n_params
 
     def features(self, idx, caches=None, lengths=None):
         """What the head gets, (B, T, C), of the token ids idx (B, T). caches from `new_caches`: idx then goes on from
@@ -356,8 +380,10 @@ class GPT(nn.Module):
         check_places(start, T, self.config.block_size)
         caches = caches or [None] * self.config.n_layer
         edges = Edges(self.config, idx, caches[0], lengths) if self.config.use_graph else None
-        pos = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.transformer.wpe is not None:
+            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+        x = self.transformer.drop(x)
         for block, cache in zip(self.transformer.h, caches):
             x = block(x, cache, edges)
         return self.transformer.ln_f(x)
@@ -378,6 +404,8 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
         self.config.block_size = block_size
+        if self.transformer.wpe is None:
+            return
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
         self.transformer.wpe.num_embeddings = block_size
 
@@ -414,9 +442,9 @@ class GPT(nn.Module):
         return model.train()
 
     def configure_optimizers(
-        self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None
+        self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None, muon=False
     ):
-        """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
+        """AdamW, with `muon` for all but the matrices of the blocks' layers. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
         Spline weights and their scalers take spline_lr_scale times the learning rate, which their group says as
         `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay). Learned slopes take that rate and never
         decay.
@@ -427,17 +455,25 @@ class GPT(nn.Module):
         endings = () if alike else ('.spline_weight', '.spline_scaler')
         splines = [p for name, p in params.items() if name.endswith(endings)]
         slopes = [p for name, p in params.items() if name.endswith('.slope')]
-        others = [p for name, p in params.items() if not name.endswith((*endings, '.slope'))]
+        others = {name: p for name, p in params.items() if not name.endswith((*endings, '.slope'))}
+        matrices = [others.pop(name) for name in self.names_of_matrices() if name in others] if muon else []
         groups = [
-            {'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
+            {'params': [p for p in others.values() if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in others.values() if p.dim() < 2], 'weight_decay': 0.0},
         ]
         rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
         for group, its_decay in (splines, decay), (slopes, 0.0):
             if group:
                 groups.append({'params': group, 'weight_decay': its_decay, **rate})
         fused = device_type in ('cuda', 'cpu') or None
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        return join_muon(adamw, matrices, learning_rate, weight_decay) if muon else adamw
+
+    def names_of_matrices(self):
+        """Of the weights of linear layers in the blocks, and of the base weights of KAN layers."""
+        weights = {nn.Linear: 'weight', KANLinear: 'base_weight'}
+        modules = self.transformer.h.named_modules(prefix=self.blocks_path)
+        return [f'{name}.{weights[type(module)]}' for name, module in modules if type(module) in weights]
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Model FLOPs utilisation of an iteration that took dt seconds, by default against an A100's bfloat16 peak."""

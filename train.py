@@ -57,6 +57,7 @@ mlp = 'mlp'  # or 'swiglu'
 mlp_hidden = 4.0  # width of the MLP's hidden layer, in multiples of n_embd; 8 / 3 gives SwiGLU as many parameters
 activation = ''  # of the MLP: gelu, silu, relu2, identity or swish; empty: gelu, of swiglu silu
 init_std = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
+rotary = False  # rotary positions, of queries and keys, in place of position embeddings
 # KAN layers
 use_kan = False
 kan_kind = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
@@ -78,6 +79,7 @@ graph_window = 8  # window: that many tokens before
 graph_topk = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
 graph_backend = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
 # adamw optimizer
+muon = False  # for the matrices of the blocks' layers Muon, at the learning rate and decay of AdamW
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training iterations
 weight_decay = 1e-1
@@ -213,13 +215,13 @@ def say_what_changed(then):
 def make_optimizer(model, state):
     """(AdamW, GradScaler) at the settings of this command, with the moments of the state to resume."""
     splines = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines, muon)
     scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
     if state:
         groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
             raise ValueError(
-                'spline_lr_scale or spline_weight_decay set splines apart only here or only in the run to resume'
+                'muon, spline_lr_scale or spline_weight_decay set weights apart only here or only in the run to resume'
             )
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
         if scaler.is_enabled() and state.get('scaler'):

@@ -18,9 +18,13 @@ class KVCache:
         """The number of tokens so far."""
         return max(self.lengths.values(), default=0)
 
+    def count(self, name):
+        """The number of tokens whose x is kept by this name."""
+        return self.lengths.get(name, 0)
+
     def extend(self, name, x):
         """Keep x of the next tokens, (..., T, n), and return that of all tokens so far."""
-        start = self.lengths.get(name, 0)
+        start = self.count(name)
         if start == 0:
             self.kept[name] = x.new_empty(*x.shape[:-2], self.block_size, x.size(-1))
         self.lengths[name] = start + x.size(-2)

@@ -71,12 +71,12 @@ def count_parameters_of(model_args):
         return GPT(GPTConfig(**model_args)).get_num_params(non_embedding=False)
 
 
-def make_step(raw_model, batch_size, micro_steps, device, dtype, compile=True):
+def make_step(raw_model, batch_size, micro_steps, device, dtype, compile=True, muon=False):
     """A function that takes a training step as train.py does, on random tokens, and returns its seconds. On a GPU with
     `compile` by the compiled model.
     """
     model = torch.compile(raw_model) if compile and device.startswith('cuda') else raw_model
-    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.split(':')[0])
+    optimizer = raw_model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.split(':')[0], muon=muon)
     idx = torch.randint(raw_model.config.vocab_size, (batch_size, raw_model.config.block_size), device=device)
 
     def step():

@@ -67,7 +67,8 @@ def measure_seconds(*models):
     for model_args in models:
         torch.manual_seed(0)
         model = GPT(GPTConfig(**model_args)).to(device)
-        steps.append(make_step(model, settings['batch_size'], settings['gradient_accumulation_steps'], device, dtype))
+        sizes = settings['batch_size'], settings['gradient_accumulation_steps']
+        steps.append(make_step(model, *sizes, device, dtype, muon=settings['muon']))
     seconds = [[step() for step in steps] for _ in range(1 + repeats)]
     return np.median(seconds[1:], axis=0)
 

@@ -214,7 +214,7 @@ def prepare_step(dtype, where, name):
             module.layers = nn.ModuleList(nn.Sequential(rows, other, sequences) for other in others)
     raw_model.to(device)
     sizes = settings['batch_size'], settings['gradient_accumulation_steps']
-    step = make_step(raw_model, *sizes, device, dtype, compile)
+    step = make_step(raw_model, *sizes, device, dtype, compile, settings['muon'])
     return lambda: {'step': step()}
 
 

@@ -37,6 +37,7 @@ SIZES = {
     '0.45M': dict(n_layer=4, n_embd=96, n_head=3),
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
     '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
+    '0.23M rotary Muon': dict(n_layer=2, n_embd=96, n_head=3, rotary=True, muon=True),
 }
 DEPTHS = {  # shapes of as many parameters, within 2 %, for what was tuned at two layers
     '0.23M, 1 layer': dict(n_layer=1, n_embd=135, n_head=3),
@@ -93,11 +94,17 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
     'edge KAN': FAMILIES['edge KAN'],
     'edge KAN, rate of splines x 4': dict(FAMILIES['edge KAN'], spline_lr_scale=4.0),
     'edge KAN, rate of splines x 16': dict(FAMILIES['edge KAN'], spline_lr_scale=16.0),
+    'SwiGLU, rotary positions': dict(mlp='swiglu', rotary=True),
+    'SwiGLU, Muon': dict(mlp='swiglu', muon=True),
+    'channel KAN, rotary positions': dict(SPLINES, rotary=True),
+    'channel KAN, Muon': dict(SPLINES, muon=True),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
-RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)) | {'2.2M': (2e-3, 4e-3, 8e-3)}
+RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))
+RATES |= {'2.2M': (2e-3, 4e-3, 8e-3), '0.23M rotary Muon': (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)}
 SCALES = 0.04, 0.16  # at the best rate
-REFINED = '2.2M', '0.33M Python'  # sizes with two more trials at the best of these: other rates, of splines where set
+# sizes with two more trials at the best of these: other rates, of splines where set
+REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon'
 LONG = 5000  # iterations of stage longer
 DRAWN = '0.23M'  # the size whose functions and controls are drawn
 SEEDS = {

@@ -219,7 +219,9 @@ def make_page():
             f'{size}: steps taken in turn': make_steps(size),
             f'{size}: trials of learning rate and initial scale': make_tuning(size),
             f'{size}: other depths, last validation loss': make_depths(size),
-            f'{size}: splines varied (of KAN-GLU, where no other family is named)': make_ablation(size),
+            f'{size}: splines varied (of KAN-GLU, where no other family is named), and what helps all': make_ablation(
+                size
+            ),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
         for title, lines in tables.items():
@@ -277,7 +279,12 @@ def draw_differences(path, panels, names, title):
 
 
 def titled(size):
-    return size if 'dataset' in SIZES[size] else f'{size} Shakespeare'
+    return f'{size} Shakespeare' if is_common(size) else size
+
+
+def is_common(size):
+    """Whether nothing but the shape sets it apart from the others."""
+    return SIZES[size].keys() == {'n_layer', 'n_head', 'n_embd'}
 
 
 def draw_curves(path):
@@ -286,7 +293,10 @@ def draw_curves(path):
     groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
     if not groups:
         return
-    figure, panels = panels_of(1, len(groups), 0.8 + 3.4 * len(groups), 3.6)
+    rows = -(-len(groups) // 3)  # of three
+    figure, panels = panels_of(rows, 3, 11, 0.6 + 3 * rows)
+    for panel in panels[len(groups) :]:
+        panel.remove()
     for panel, ((_, size), found) in zip(panels, groups.items()):
         for family in [name for name in MAIN if name in found and name != 'SwiGLU']:
             seeds = sorted(found[family].keys() & found['SwiGLU'].keys())
@@ -312,7 +322,7 @@ def losses_of(runs, seeds):
 
 def draw_scaling(path):
     """The loss on unseen Shakespeare over the parameters, with 95 % intervals."""
-    sizes = [size for size in SIZES if 'dataset' not in SIZES[size] and 'SwiGLU' in groups_of('final', size)]
+    sizes = [size for size in SIZES if is_common(size) and 'SwiGLU' in groups_of('final', size)]
     if len(sizes) < 2:
         return
     figure, (panel,) = panels_of(1, 1, 6, 4)

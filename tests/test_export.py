@@ -21,6 +21,7 @@ MODELS = {
     'vanilla': dict(),
     'no-bias': dict(bias=False, gelu='tanh', mlp_hidden=2.0),
     'swiglu': dict(mlp='swiglu', bias=False),
+    'rotary': dict(rotary=True),
     'kan': dict(use_kan=True, kan_targets='attn,mlp,head'),
     'kan-glu': dict(use_kan=True, kan_kind='channel', mlp='swiglu'),
     'kan-head': dict(use_kan=True, kan_kind='channel', kan_targets='head'),
@@ -230,7 +231,7 @@ def test_the_end_of_text_is_told_where_it_is_a_token():
     assert fast(text).input_ids == tokenizer.encode(text) and fast.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize('name', ['kan', 'kan-glu'])
+@pytest.mark.parametrize('name', ['rotary', 'kan', 'kan-glu'])
 def test_onnx_for_any_number_and_length(folder, name):
     runtime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from configurator import settings_of
 from kan import KAN, KANLinear
 from layers.generation import sample_token, stream
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rotate
 from run.checkpoint import build_model
 from surgery.lora import LoRAConfig
 
@@ -22,13 +22,14 @@ TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn
 SLOTS = [
     dict(),
     dict(mlp='swiglu'),
+    dict(rotary=True),
     dict(use_kan=True, kan_targets='mlp', kan_norm=True),
     *(dict(use_kan=True, kan_targets=targets) for targets in TARGETS),
 ]
 
 
 def name_of_slots(slots):
-    return ' '.join(str(value) for name, value in slots.items() if name != 'use_kan') or 'vanilla'
+    return ' '.join(name if value is True else value for name, value in slots.items() if name != 'use_kan') or 'vanilla'
 
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -150,6 +151,30 @@ def test_positions_are_told_apart():
     model = stir(make())
     logits, _ = model(torch.zeros(1, 12, dtype=torch.long), tokens(1, 12))
     assert torch.pdist(logits[0]).min() > 1e-3
+
+
+def test_rotary_positions_are_turns_of_complex_numbers():
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    turns = torch.arange(4, 9)[:, None] / 10000 ** (torch.arange(4, dtype=torch.float64) / 4)
+    turned = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * turns)
+    torch.testing.assert_close(rotate(x, 4), torch.cat((turned.real, turned.imag), -1), rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_positions_tell_how_far_tokens_are_apart_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind()
+    near, far = (rotate(q, 3 + start) @ rotate(k, start).mT for start in (0, 50))
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(near, rotate(q, 4) @ rotate(k, 0).mT, atol=1e-2)
+
+
+def test_rotary_positions_take_the_place_of_embeddings():
+    plain, rotary = make(), make(rotary=True)
+    assert rotary.transformer.wpe is None
+    assert plain.state_dict().keys() - rotary.state_dict().keys() == {'transformer.wpe.weight'}
+    assert rotary.get_num_params() == rotary.get_num_params(non_embedding=False) == plain.get_num_params()
+    same = torch.full((1, 6), 3)  # of one token, which has nothing to tell apart but its places
+    logits = stir(rotary)(torch.cat((torch.tensor([[1]]), same), 1), torch.zeros(1, 7, dtype=torch.long))[0][0]
+    assert (logits[2:] - logits[1:-1]).abs().amax(-1).min() > 1e-3
 
 
 def test_loss_leaves_out_targets_of_minus_one():
@@ -342,10 +367,12 @@ def test_optimizer_decays_tensors_of_two_or_more_dimensions():
     assert [names[p] for p in rest['params']] == [name for name in names.values() if name not in expected]
 
 
-def test_an_optimizer_step_moves_every_parameter():
-    model, idx = make(bias=True, use_kan=True, kan_targets='attn,mlp,head').train(), tokens(4, 13)
+@pytest.mark.parametrize('muon', [False, True])
+@pytest.mark.parametrize('kan_targets', ['attn,mlp,head', 'mlp'])
+def test_an_optimizer_step_moves_every_parameter(kan_targets, muon):
+    model, idx = make(bias=True, use_kan=True, kan_targets=kan_targets).train(), tokens(4, 13)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = model.configure_optimizers(0.0, 0.01, (0.9, 0.95), 'cpu')
+    optimizer = model.configure_optimizers(0.0, 0.01, (0.9, 0.95), 'cpu', muon=muon)
     losses = []
     for _ in range(20):
         loss = model(idx[:, :-1], idx[:, 1:].contiguous())[1]
@@ -355,6 +382,35 @@ def test_an_optimizer_step_moves_every_parameter():
         losses.append(loss.item())
     assert all((p != before[name]).any() for name, p in model.named_parameters())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    'settings, names',
+    [
+        (dict(mlp='swiglu'), {'attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight'}),
+        (
+            dict(use_kan=True),
+            {
+                'attn.c_attn.weight',
+                'attn.c_proj.weight',
+                'mlp.kan.layers.0.base_weight',
+                'mlp.kan.layers.1.base_weight',
+            },
+        ),
+        (
+            dict(use_kan=True, kan_kind='channel', kan_targets='attn'),
+            {'attn.c_attn.1.weight', 'attn.c_proj.1.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight'},
+        ),
+    ],
+)
+def test_muon_has_the_matrices_of_the_blocks(settings, names):
+    model = make(bias=True, **settings)
+    optimizer = model.configure_optimizers(0.3, 0.01, (0.8, 0.9), 'cpu', 3.0, 0.0, muon=True)
+    by_name = {p: name for name, p in model.named_parameters()}
+    *others, matrices = optimizer.param_groups
+    assert {by_name[p] for p in matrices['params']} == {f'transformer.h.{i}.{name}' for i in (0, 1) for name in names}
+    assert (matrices['lr'], matrices['weight_decay'], matrices['momentum']) == (0.01, 0.3, 0.95)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(by_name)
 
 
 # sizes that do not fit
@@ -666,6 +722,8 @@ def test_random_functions_at_first():
         (dict(CHANNEL, spline_init_std=-0.1), 'spline_init_std must not be negative'),
         (dict(use_kan=True, spline_init_std=0.1), 'spline_init_std must not be negative, and wants'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
+        (dict(rotary=True, n_embd=6), 'rotary wants heads of an even width, got n_embd=6 / n_head=2'),
+        (dict(rotary=True, use_graph=True, graph_place='attention'), 'rotary turns queries and keys'),
     ],
 )
 def test_families_that_cannot_be(settings, message):

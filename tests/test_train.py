@@ -71,7 +71,9 @@ def stopped_at(stdout):
 
 
 @pytest.mark.parametrize(
-    'processes, settings', [(1, {}), (1, {**KAN, **SPLINES}), (2, {})], ids=['vanilla', 'kan', 'two processes']
+    'processes, settings',
+    [(1, {}), (1, {**KAN, **SPLINES}), (1, dict(muon=True, rotary=True)), (2, {})],
+    ids=['vanilla', 'kan', 'muon', 'two processes'],
 )
 def test_two_and_two_iterations_equal_four(tmp_path, dataset, processes, settings):
     def go(out_dir, **more):

@@ -27,7 +27,7 @@ SMALL, LARGER = dict(n_head=2, n_embd=24, grid_size=5), dict(n_head=3, n_embd=48
 CLOCK = """
 from run import cost
 
-def make_step(model, *settings):
+def make_step(model, *settings, muon):
     # grows, but as no other cost does
     seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer
     return lambda: seconds

@@ -1,0 +1,42 @@
+"""Muon for the matrices of a model and AdamW for the rest, as one optimizer."""
+
+import torch
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimizers as one: their groups in order, and one state for all."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+        self.share()
+
+    def share(self):
+        """Give each optimizer its groups and the state."""
+        start = 0
+        for each in self.optimizers:
+            end = start + len(each.param_groups)
+            each.param_groups, each.state = self.param_groups[start:end], self.state
+            start = end
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for each in self.optimizers:
+            each.step()
+        return loss
+
+
+def join_muon(adamw, matrices, learning_rate, weight_decay):
+    """AdamW joined by Muon (Jordan et al. 2024) for `matrices`, two-dimensional parameters that adamw has not. Updates
+    have the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate suits both.
+    """
+    settings = dict(lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
+    return Joined(adamw, torch.optim.Muon(matrices, **settings))
