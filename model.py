@@ -444,10 +444,10 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay, learning_rate, betas, device_type, spline_lr_scale=1.0, spline_weight_decay=None, muon=False
     ):
-        """AdamW, with `muon` for all but the matrices of the blocks' layers. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
+        """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
         Spline weights and their scalers take spline_lr_scale times the learning rate, which their group says as
         `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay). Learned slopes take that rate and never
-        decay.
+        decay. With `muon` the matrices of the blocks' layers are Muon's.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = weight_decay if spline_weight_decay is None else spline_weight_decay

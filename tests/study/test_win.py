@@ -1,6 +1,7 @@
 """The comparison of MLPs: equal parameters, the same trials for all, and a page that is made from the records."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -102,6 +103,15 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
         '## 0.23M: at the seconds of SwiGLU' in page
         and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.25 (1.25 to 1.25) |' in page
     )
+
+
+@pytest.mark.parametrize('size', win.SIZES)
+def test_steps_are_those_of_one_size(size):
+    cases = [
+        (other, f'float32 {other} {name}') for other in win.SIZES for name in (*win.FAMILIES, 'KAN-GLU of order 1')
+    ]
+    found = [other for other, case in cases if re.search(win.cases_of(size), case)]
+    assert found == [size] * (len(win.FAMILIES) + 1)
 
 
 def test_depths_are_compared_at_the_best_settings(study):
