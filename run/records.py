@@ -17,7 +17,7 @@ from run.files import write_atomically
 # settings of train.py that older records do not name, as they were before there was a choice
 ADDED = dict(use_graph=False, graph_kind='gat', graph_edges='causal', graph_heads=4, graph_place='after')
 ADDED.update(graph_window=8, graph_topk=8, graph_backend='auto', keep_history=False)
-ADDED.update(activation='', kan_kind='edge', spline_init_std=0.0)
+ADDED.update(activation='', kan_kind='edge', spline_init_std=0.0, rotary=False, muon=False)
 
 
 def complete(config):

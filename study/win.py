@@ -14,6 +14,7 @@ steps that `steps` has timed (in one shell, on a machine that does nothing else)
 iterations.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from inside.edges import kan_layers, watch
 from inside.shapes import shapes_of
 from kan import ChannelSpline
 from run import checkpoint as ckpt
+from run.records import read_record
 from study.runner import Study, choose, run_json, run_to_end
+from study.sweep import check_record
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -44,6 +47,7 @@ DEPTHS = {  # shapes of as many parameters, within 2 %, for what was tuned at tw
     '0.23M, 4 layers': dict(n_layer=4, n_embd=69, n_head=3),
 }
 VOCABULARIES = {'shakespeare_char_tuning': 65, 'python': 1024}  # tokens of the data sets
+UNSEEN = 'final', 'seconds', 'longer'  # stages that measure it
 TESTS = {  # of a data set what eval.py measures in the end
     'shakespeare_char_tuning': dict(dataset='shakespeare_char'),
     'python': dict(split='test', stride=64),
@@ -248,14 +252,20 @@ def make(name, job, folder):
         if failed:
             raise ValueError(f'steps could not be timed: {"; ".join(failed)}')
         return about | found
-    run = run_to_end('train.py', [CONFIG, *(f'--{key}={value}' for key, value in settings.items())], folder)
+    check_record(folder, read_record(folder), settings_of('train.py', args_of(settings)))
+    run = run_to_end('train.py', args_of(settings), folder)
     run.update(about)
-    if about['stage'] in ('final', 'seconds', 'longer') and 'finished' in run:
-        run['test'] = run_json('eval.py', out_dir=folder, **TESTS[settings['dataset']])['loss']
+    if about['stage'] in UNSEEN and 'finished' in run:
+        found = run_json('eval.py', out_dir=folder, **TESTS[settings['dataset']])
+        run.update(test=found['loss'], test_data={key: found[key] for key in ('dataset', 'split', 'sha256')})
         is_drawn = (about['stage'], about['size'], run['seed']) == ('final', DRAWN, SEEDS['final'][0])
         is_drawn = is_drawn and about['family'] in FAMILIES
         run['shapes'] = describe_shapes(folder, settings['dataset'], 8 if is_drawn else 0)
     return run
+
+
+def args_of(settings):
+    return [CONFIG, *(f'--{key}={value}' for key, value in settings.items())]
 
 
 def cases_of(size):
@@ -310,6 +320,30 @@ def by_seconds(size, families):
     }
 
 
+def run_all(jobs):
+    """Make the records that are missing. ValueError for one that is there with other settings than the study has, and
+    where the unseen text is not of the text that was trained on.
+    """
+    records = STUDY.read()
+    for name, (about, settings) in jobs.items():
+        if about['stage'] != 'steps':
+            check_record(f'the record {name!r}', records.get(name, {}), settings_of('train.py', args_of(settings)))
+        if about['stage'] in UNSEEN and name not in records:
+            check_source(settings['dataset'])
+    STUDY.run_all(jobs, make)
+
+
+@functools.cache
+def check_source(dataset):
+    """ValueError where a data set and what is unseen of it were made of two texts."""
+    sources = []
+    for name in dataset, TESTS[dataset].get('dataset', dataset):
+        loader.prepare_dataset(name)
+        sources.append(loader.read_meta(name)['source'])
+    if len(set(sources)) > 1:
+        raise ValueError(f'{dataset} and what is unseen of it are of two texts, {sources[0]} and {sources[1]}')
+
+
 def run(stages, sizes, groups):
     for stage in 'ablation', 'depth':
         if stage in stages and '0.23M' not in sizes:
@@ -319,22 +353,22 @@ def run(stages, sizes, groups):
     for size in sizes:
         if 'ablation' in stages and size == '0.23M':
             ablation = {name: (settings, USUAL) for name, settings in ABLATION.items()}
-            STUDY.run_all(jobs_of('ablation', size, ablation), make)
+            run_all(jobs_of('ablation', size, ablation))
         if 'tuning' in stages:
             for _ in 'rates', 'scales', 'finer settings':
-                STUDY.run_all(trials(size, to_tune), make)
+                run_all(trials(size, to_tune))
         if 'depth' in stages and size == '0.23M':
             for shape in DEPTHS:
-                STUDY.run_all(jobs_of('depth', shape, tuned(size, MAIN)), make)
+                run_all(jobs_of('depth', shape, tuned(size, MAIN)))
         if 'final' in stages:
-            STUDY.run_all(jobs_of('final', size, tuned(size, chosen)), make)
+            run_all(jobs_of('final', size, tuned(size, chosen)))
         if 'steps' in stages:
-            STUDY.run_all({f'steps, {size}': (dict(stage='steps', size=size), {})}, make)
+            run_all({f'steps, {size}': (dict(stage='steps', size=size), {})})
         if 'seconds' in stages:
-            STUDY.run_all(jobs_of('seconds', size, by_seconds(size, tuned(size, MAIN))), make)
+            run_all(jobs_of('seconds', size, by_seconds(size, tuned(size, MAIN))))
         if 'longer' in stages:
             more = dict(max_iters=LONG, lr_decay_iters=LONG, eval_interval=LONG // 5)
-            STUDY.run_all(jobs_of('longer', size, tuned(size, MAIN), **more), make)
+            run_all(jobs_of('longer', size, tuned(size, MAIN), **more))
 
 
 if __name__ == '__main__':

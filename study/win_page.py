@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
+from configurator import INCIDENTAL
+from run.records import complete
 from study import win
 from study.runner import deviation, holm, mean_and_std, paired_p
 from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
@@ -26,10 +28,31 @@ def groups_of(stage, size):
     if stage != 'ablation' and runs:
         chosen = {family: chosen_key(size.partition(',')[0], family) for family in found}
         runs = [run for run in runs if win.key_of(run['config']) == chosen.get(run['family'])]
+    runs = [run for run in runs if run['family'] in found]
+    check_alike(runs)
     for run in runs:
-        if run['family'] in found:
-            found[run['family']][run['seed']] = run
+        found[run['family']][run['seed']] = run
     return {family: runs for family, runs in found.items() if runs}
+
+
+def check_alike(runs):
+    """ValueError for runs of different texts, and for those of a family that differ in more than their seed, or not
+    even in that.
+    """
+    first = {}
+    for run in runs:
+        config = complete(run['config'])
+        settings = {key: value for key, value in config.items() if key not in (*INCIDENTAL, 'seed')}
+        facts = {'texts': run['dataset']['splits'], f'settings of {run["family"]}': settings}
+        if 'test_data' in run:
+            facts['unseen texts'] = run['test_data']
+        for what, fact in facts.items():
+            name, known = first.setdefault(what, (run['name'], fact))
+            if known != fact:
+                raise ValueError(f'records of different {what}: {name!r} and {run["name"]!r}; move one of them away')
+        name = first.setdefault((run['family'], run['seed']), run['name'])
+        if name != run['name']:
+            raise ValueError(f'{name!r} and {run["name"]!r} have the same seed: move one of them away')
 
 
 def chosen_key(size, name):
@@ -289,8 +312,8 @@ def is_common(size):
 
 def draw_curves(path):
     """Validation losses in training, less those of SwiGLU of the same seed, with 95 % intervals."""
-    groups = {(stage, size): groups_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
-    groups = {key: found for key, found in groups.items() if 'SwiGLU' in found}
+    groups = {(stage, size): curves_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
+    groups = {key: found for key, found in groups.items() if found}
     if not groups:
         return
     rows = -(-len(groups) // 3)  # of three
@@ -298,10 +321,7 @@ def draw_curves(path):
     for panel in panels[len(groups) :]:
         panel.remove()
     for panel, ((_, size), found) in zip(panels, groups.items()):
-        for family in [name for name in MAIN if name in found and name != 'SwiGLU']:
-            seeds = sorted(found[family].keys() & found['SwiGLU'].keys())
-            steps = [line['iter'] for line in found[family][seeds[0]]['log'][1:]]
-            apart = np.subtract(*(losses_of(found[name], seeds) for name in (family, 'SwiGLU')))
+        for family, (steps, apart) in found.items():
             mean, half = apart.mean(0), half_interval(apart)
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
@@ -315,6 +335,18 @@ def draw_curves(path):
     figure.savefig(path, dpi=130)
 
 
+def curves_of(stage, size):
+    """{family: (iterations, losses less those of SwiGLU, a row a seed)} of those with two of SwiGLU's seeds."""
+    groups, found = groups_of(stage, size), {}
+    baseline = groups.get('SwiGLU', {})
+    for family in [name for name in MAIN if name in groups and name != 'SwiGLU']:
+        seeds = sorted(groups[family].keys() & baseline.keys())
+        if len(seeds) > 1:
+            steps = [line['iter'] for line in baseline[seeds[0]]['log'][1:]]
+            found[family] = steps, np.subtract(*(losses_of(runs, seeds) for runs in (groups[family], baseline)))
+    return found
+
+
 def losses_of(runs, seeds):
     """(seeds, evaluations) of the validation, but for that before the first step."""
     return [[line['val_loss'] for line in runs[seed]['log'][1:]] for seed in seeds]
@@ -326,20 +358,23 @@ def draw_scaling(path):
     if len(sizes) < 2:
         return
     figure, (panel,) = panels_of(1, 1, 6, 4)
+    groups = [groups_of('final', size) for size in sizes]
     for family in MAIN:
-        groups = [runs for runs in (groups_of('final', size).get(family) for size in sizes) if runs]
-        losses = [np.array([*map(held_out, runs.values())]) for runs in groups]
-        halves = [half_interval(loss) for loss in losses]
-        counts = [next(iter(runs.values()))['parameters']['total'] for runs in groups]
-        means = [loss.mean() for loss in losses]
-        panel.errorbar(counts, means, yerr=halves, fmt='o-', capsize=3, color=COLOURS[family], label=family)
+        runs = [found[family] for found in groups if family in found]
+        losses = [np.array([*map(held_out, each.values())]) for each in runs]
+        means, halves = [loss.mean() for loss in losses], [half_interval(loss) for loss in losses]
+        panel.errorbar([*map(count_of, runs)], means, halves, fmt='o-', capsize=3, color=COLOURS[family], label=family)
     panel.set(xscale='log', xlabel='parameters', ylabel='loss on unseen text (nats per character)')
-    panel.set_xticks(counts, sizes, minor=False)
+    panel.set_xticks([count_of(found['SwiGLU']) for found in groups], sizes, minor=False)
     panel.set_xticks([], minor=True)
     panel.set_title('On unseen text by size, lower is better (95 % intervals)')
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def count_of(runs):
+    return next(iter(runs.values()))['parameters']['total']
 
 
 def draw_functions(path, size, family):

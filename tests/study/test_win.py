@@ -1,6 +1,7 @@
 """The comparison of MLPs: equal parameters, the same trials for all, and a page that is made from the records."""
 
 import functools
+import json
 import re
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from configurator import settings_of
+from helpers import write_dataset
 from inside.shapes import Shapes
 from model import model_settings
 from run.cost import count_parameters
 from study import win, win_page
-from study.runner import Study
+from study.runner import Study, add_run
 
 CURVE = [[-1.0, 1.0], [0.5, 0.5], [-0.3, 0.7]]
 SHAPES = {
@@ -60,9 +62,11 @@ def study(tmp_path, monkeypatch):
         final = dict(val_loss=loss, best_val_loss=loss)
         run = dict(about, seed=flags['seed'], parameters=dict(total=1), finished='now', final=final, log=log)
         run['config'] = {'max_iters': 1000, **flags}
+        run['dataset'] = dict(splits=dict(train=dict(sha256='a'), val=dict(sha256='b')))
         return run if about['stage'] in ('ablation', 'tuning', 'depth') else dict(run, test=loss + 0.1, shapes=SHAPES)
 
     monkeypatch.setattr(win, 'make', make)
+    monkeypatch.setattr(win, 'check_source', lambda dataset: None)
     return win
 
 
@@ -103,6 +107,59 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
         '## 0.23M: at the seconds of SwiGLU' in page
         and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.25 (1.25 to 1.25) |' in page
     )
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(dataset=dict(splits={})), 'records of different texts'),
+        (dict(test_data=dict(sha256='c')), 'records of different unseen texts'),
+        (dict(config=dict(grid_size=64)), 'records of different settings of KAN-GLU'),
+        (dict(seed=12), "seed=12' have the same seed"),
+    ],
+)
+def test_records_that_do_not_belong_together_are_refused(study, change, message):
+    study.run(['tuning', 'final'], ['0.45M'], ['main'])
+    path = study.STUDY.folder / 'runs.jsonl'
+    runs = {name: dict(run, test_data=dict(sha256='b')) for name, run in study.STUDY.read().items()}
+    name = next(name for name in runs if 'final' in name and 'KAN-GLU' in name and 'seed=11' in name)
+    changed = {**change, 'config': runs[name]['config'] | change.get('config', {})}
+    path.write_text(''.join(json.dumps(run | (changed if key == name else {})) + '\n' for key, run in runs.items()))
+    with pytest.raises(ValueError, match=message):
+        win_page.groups_of('final', '0.45M')
+
+
+def test_a_record_of_other_settings_is_not_taken_for_done(study):
+    study.run(['tuning'], ['0.45M'], ['main'])
+    study.run(['tuning'], ['0.45M'], ['main'])
+    run = next(run for run in study.STUDY.read().values() if run['family'] == 'KAN-GLU')
+    add_run(study.STUDY.folder / 'runs.jsonl', dict(run, config=run['config'] | dict(grid_size=64)))
+    with pytest.raises(ValueError, match='holds a run with grid_size=64; move it away first'):
+        study.run(['tuning'], ['0.45M'], ['main'])
+
+
+def test_unseen_text_is_of_the_text_that_was_trained_on(tmp_path, monkeypatch):
+    for name, source in ('a', 'one text'), ('b', 'one text'), ('c', 'another text'):
+        write_dataset(tmp_path / name)
+        meta = json.loads((tmp_path / name / 'meta.json').read_text())
+        (tmp_path / name / 'meta.json').write_text(json.dumps(dict(meta, source=source)))
+    paths = {name: str(tmp_path / name) for name in 'abc'}
+    monkeypatch.setattr(win, 'TESTS', {paths['a']: dict(dataset=paths['b']), paths['b']: dict(dataset=paths['c'])})
+    win.check_source(paths['a'])
+    with pytest.raises(ValueError, match='are of two texts, one text and another text'):
+        win.check_source(paths['b'])
+
+
+def test_a_study_under_way_has_a_page(study):
+    """Whatever part of the runs is there."""
+    study.run(['tuning', 'final'], ['0.23M', '0.45M'], ['main'])
+    path = study.STUDY.folder / 'runs.jsonl'
+    whole = path.read_text().splitlines(keepends=True)
+    for n in range(3, len(whole), 23):
+        path.write_text(''.join(whole[:n] if n % 2 else whole[-n:]))
+        win_page.make_page()
+        for draw in win_page.draw_gaps, win_page.draw_controls, win_page.draw_curves, win_page.draw_scaling:
+            draw(study.STUDY.folder / 'figure.png')
 
 
 @pytest.mark.parametrize('size', win.SIZES)
