@@ -120,7 +120,7 @@ device, dtype, say, master = session.device, session.dtype, session.say, session
 rank, world_size, ddp, device_type = session.rank, session.world_size, session.ddp, session.device_type
 config.update(device=device, dtype=dtype, dataset=loader.name_from_anywhere(dataset))
 # settings that a resumed run may have otherwise without a word
-FREE = 'max_iters', 'eval_only', 'eval_interval', 'always_save_checkpoint', 'backend', 'dataset'
+FREE = 'max_iters', 'eval_only', 'always_save_checkpoint', 'backend', 'dataset'
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -166,10 +166,10 @@ is_run = init_from not in ('scratch', 'resume') and ckpt.holds_model(init_from)
 state = load_state() if init_from == 'resume' else None
 base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
-meta = loader.read_meta(dataset)
-session.check_same(f'data set {dataset!r}', meta.get('splits'))
+meta, splits = loader.read_meta(dataset), loader.read_splits(dataset)
+session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-is_another_text = bool(state and meta and state.get('data', meta['splits']) != meta['splits'])
+is_another_text = bool(state) and state.get('data', splits) != splits
 has_other_windows = bool(state) and count_windows(config | state.get('config', {})) != count_windows(config)
 is_measured_anew = is_another_text or has_other_windows
 
@@ -204,12 +204,13 @@ def make_model(state, base):
     return model
 
 
-def say_what_changed(then):
-    """A warning where a resumed run goes on with other settings than it had."""
+def find_changes(then):
+    """{setting: what a resumed run had} where it goes on with another value, with a warning."""
     changed = differing(then, config, {*INCIDENTAL, *FREE, *model_settings(config)})
     if changed:
         shown = ', '.join(f'{name}={config[name]} (it had {then[name]})' for name in changed)
         say(f'warning: the run goes on with other settings: {shown}')
+    return {name: then[name] for name in changed}
 
 
 def make_optimizer(model, state):
@@ -237,10 +238,16 @@ if session.local_rank == 0:
 raw_model.to(device)
 optimizer, scaler = make_optimizer(raw_model, state)
 iter_num, tokens, best_val_loss, seconds = 0, 0, math.inf, 0.0
+changes = []  # of settings, as the run was resumed
 if state:
+    then = state.get('config', {})
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
     tokens = state.get('tokens', iter_num * tokens_per_iter)
-    say_what_changed(state.get('config', {}))
+    config['init_from'] = then.get('init_from', 'scratch')  # which the record keeps
+    changed = find_changes(then)
+    if is_another_text:
+        changed['data'] = state['data']
+    changes = state.get('changes', []) + ([{'iter': iter_num, 'before': changed}] if changed else [])
 if is_measured_anew:
     best_val_loss = math.inf
 
@@ -325,13 +332,15 @@ def save(is_best=False):
         'tokens': tokens,
         'best_val_loss': best_val_loss,
         'config': config,
+        'changes': changes,
         'seconds': seconds,
         'rng': session.gather_rng(),
         'scaler': scaler.state_dict(),
         'versions': ckpt.versions(),
     }
+    checkpoint['data'] = splits
     if meta:
-        checkpoint.update(tokenizer=meta['tokenizer'], data=meta['splits'])
+        checkpoint['tokenizer'] = meta['tokenizer']
     session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
@@ -360,9 +369,10 @@ session.begin(
     log,
     resumed_at=iter_num if state else None,
     config=config,
+    changes=changes,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
     model_args=asdict(raw_model.config),
-    dataset={'name': dataset, **{key: meta.get(key) for key in ('source', 'splits', 'val_chars')}},
+    dataset={'name': dataset, 'splits': splits, **{key: meta.get(key) for key in ('source', 'val_chars')}},
     tokens_per_iter=tokens_per_iter,
     flops_per_token=count_flops(asdict(raw_model.config)) if master and not eval_only else None,
 )

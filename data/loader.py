@@ -168,12 +168,24 @@ def read_pickled_meta(folder):
 
 def with_splits(meta, folder):
     """A meta.json, and what it says of both files of tokens; without them the vocabulary alone."""
-    paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
-    if not all(map(os.path.exists, paths.values())):
+    splits = describe_splits(folder)
+    if not splits:
         return meta
-    splits = {split: describe_split(path) for split, path in paths.items()}
     counted = {'val_chars': splits['val']['tokens']} if meta['tokenizer']['kind'] == 'char' else {}
     return {**meta, 'splits': splits, **counted}
+
+
+def describe_splits(folder):
+    """What meta.json says of both files of tokens, from the files; {} where one is missing."""
+    paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
+    if not all(map(os.path.exists, paths.values())):
+        return {}
+    return {split: describe_split(path) for split, path in paths.items()}
+
+
+def read_splits(dataset):
+    """The number of tokens and the checksum of each split: from meta.json, or where there is none from the files."""
+    return read_meta(dataset).get('splits') or describe_splits(dataset_folder(dataset))
 
 
 def model_vocab_size(meta):

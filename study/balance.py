@@ -53,11 +53,15 @@ dtype = pick_dtype(settings['dtype'], device)
 set_up(device)
 
 loader.prepare_dataset(settings['dataset'])
-kan = dict(model_settings(settings), vocab_size=loader.model_vocab_size(loader.read_meta(settings['dataset'])))
+vocab_size = loader.model_vocab_size(loader.read_meta(settings['dataset']))
+# flags for the MLP are of the vanilla GPT alone
+of_both = [arg for arg in others if not arg.startswith(('--mlp=', '--mlp_hidden=', '--activation='))]
+kan = dict(model_settings(settings_of('train.py', of_both)), vocab_size=vocab_size)
+asked = dict(model_settings(settings), vocab_size=vocab_size, use_kan=False)
 
 
 def vanilla(**shape):
-    return {**kan, 'use_kan': False, **shape}
+    return {**asked, **shape}
 
 
 def measure_seconds(*models):
@@ -96,7 +100,7 @@ def closest(f, start):
 def fit_hidden(shape):
     """(the shape with the hidden width of its MLPs that comes closest, its ratio)"""
     n_embd = shape.get('n_embd', kan['n_embd'])
-    start = round(kan['mlp_hidden'] * n_embd)
+    start = round(asked['mlp_hidden'] * n_embd)
     n, found = closest(lambda n: ratio(vanilla(**shape, mlp_hidden=n / n_embd)), start)
     return dict(shape, mlp_hidden=n / n_embd), found
 

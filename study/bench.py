@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from configurator import ROOT, configure, settings_of
+from configurator import ROOT, check_ranges, configure, settings_of
 from kan import KAN, KANLinear
 from layers import spline
 from layers.graph import Edges
@@ -336,6 +336,7 @@ def take_turns(rows):
         row['seconds'] = {'step': seconds, 'total': seconds}
 
 
+check_ranges(globals(), at_least_one='rounds repeats')
 set_up(device, keep)
 if case:
     print(json.dumps(measure(*json.loads(case))))

@@ -48,9 +48,12 @@ def read_all(paths):
     runs = []
     for path in paths:
         found = read_runs(path) if path.endswith('.jsonl') else {path: read_run(path)}
-        if not any(found.values()):
+        kept = {name: record for name, record in found.items() if 'tokens_per_iter' in record}
+        if not kept:
             print(f'left out: {path} holds no run of train.py', file=sys.stderr)
-        runs += [check_run(name, record, path) for name, record in found.items() if record]
+        elif len(kept) < len(found):
+            print(f'left out: {len(found) - len(kept)} records of {path}, no runs of train.py', file=sys.stderr)
+        runs += [check_run(name, record, path) for name, record in kept.items()]
     return runs
 
 
@@ -71,7 +74,7 @@ def group_runs(runs):
     """[{name, full_name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
     groups = {}
     for run in runs:
-        config = {key: value for key, value in run['record']['config'].items() if key not in (*INCIDENTAL, 'seed')}
+        config = settings_apart(run['record'])
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
         folder = os.path.basename(os.path.normpath(run['name'])).removeprefix('out-')
         full_name = re.sub(r'[,-]?seed[=-]?\d+', '', folder)
@@ -93,6 +96,18 @@ def group_runs(runs):
                 raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["name"]}')
             folders[seed] = run['name']
     return groups
+
+
+def settings_apart(record):
+    """The settings of a run that its seeds share: those that tell in its losses, what it began with where that was not
+    from scratch, and what changed when it was resumed.
+    """
+    config = {key: value for key, value in record['config'].items() if key not in (*INCIDENTAL, 'seed')}
+    if record['config'].get('init_from') not in (None, 'scratch', 'resume'):  # older records say resume of all
+        config['init_from'] = record['config']['init_from']
+    if record.get('changes'):
+        config['changes'] = record['changes']
+    return config
 
 
 def clash_text(one, other, *_):
@@ -140,7 +155,7 @@ def summarize(group):
     group['peak_memory'] = float(np.median([max(line['peak_mem'] for line in log) for log in logs]))
     group['best'] = [record['final']['best_val_loss'] for record in records]
     group['final'] = [record['final']['val_loss'] for record in records]
-    group['devices'] = sorted({f'{record["device"]}, torch {record["versions"]["torch"]}' for record in records})
+    group['devices'] = sorted({machine_of(record) for record in records})
     chars = first['dataset'].get('val_chars') or math.nan  # of the validation text, where they were counted
     tokens = first['dataset']['splits']['val']['tokens'] if first['dataset']['splits'] else math.nan
     group['bits_per_char'] = float(np.mean(group['best'])) / math.log(2) * tokens / chars
@@ -148,6 +163,11 @@ def summarize(group):
     by_iteration = [{line['iter']: line['val_loss'] for line in log} for log in logs]
     losses = np.array([[found[i] for i in iterations] for found in by_iteration])
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
+
+
+def machine_of(record):
+    n = record.get('processes', 1)
+    return f'{record["device"]}, torch {record["versions"]["torch"]}' + (f', {n} processes' if n > 1 else '')
 
 
 def compare_with(base, group):

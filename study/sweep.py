@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from tqdm import tqdm
 
 from configurator import INCIDENTAL, configure, divide, settings_of
+from data import loader
 from run.records import complete, read_record
 from study.runner import run_script, share
 
@@ -73,6 +74,7 @@ def read_settings(runs):
 
 def check_record(place, record, settings):
     """ValueError where `place` holds a run with other settings than those of this command."""
+    settings = settings | dict(dataset=loader.name_from_anywhere(settings['dataset']))
     config = complete(record.get('config', settings))
     free = (*INCIDENTAL, 'dtype')
     others = [f'{name}={value!r}' for name, value in config.items() if name not in free and value != settings.get(name)]

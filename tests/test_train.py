@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import write_meta, write_split
+from data.loader import read_splits, write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
     ENV,
@@ -236,6 +236,23 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
 
 
+def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
+    """Such as nanoGPT's of GPT-2's tokens."""
+    plain = tmp_path / 'plain'
+    plain.mkdir()
+    for name in 'train.bin', 'val.bin':
+        shutil.copy(Path(dataset, name), plain)
+    train(tmp_path, plain, max_iters=2)
+    known = json.loads((tmp_path / 'out' / 'run.json').read_text())['dataset']['splits']
+    again = train(tmp_path, plain, init_from='resume', max_iters=3)
+    assert known == read_splits(dataset) and 'starts anew' not in again.stdout
+    shutil.copy(plain / 'train.bin', plain / 'val.bin')
+    done = train(tmp_path, plain, init_from='resume', max_iters=4)
+    assert 'are not those this run began with: its best loss starts anew' in done.stdout
+    record = json.loads((tmp_path / 'out' / 'run.json').read_text())
+    assert record['changes'] == [{'iter': 3, 'before': {'data': known}}] and record['dataset']['splits'] != known
+
+
 def test_a_resumed_run_with_other_settings_says_so_and_counts_its_tokens(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=4)
     (n,) = {line['tokens'] / line['iter'] for line in read_log(tmp_path / 'out') if line['iter']}
@@ -246,6 +263,9 @@ def test_a_resumed_run_with_other_settings_says_so_and_counts_its_tokens(tmp_pat
     assert read_log(tmp_path / 'out')[-1]['tokens'] == 4 * n + 2 * 3 * n
     again = train(tmp_path, dataset, init_from='resume', max_iters=6, **changed)
     assert 'warning: the run goes on' not in again.stdout
+    record = json.loads((tmp_path / 'out' / 'run.json').read_text())
+    assert record['config']['init_from'] == 'scratch'  # what it began with
+    assert record['changes'] == [{'iter': 4, 'before': dict(gradient_accumulation_steps=2, beta2=0.95)}]
 
 
 def test_other_windows_have_a_best_loss_of_their_own(tmp_path, dataset):

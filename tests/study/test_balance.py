@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
@@ -94,6 +95,15 @@ def test_found_within_the_tolerance(tmp_path, dataset, by, first, sizes):
     assert not found['use_kan'] and cost(found) == pytest.approx(cost(kan), rel=tolerance)
     assert found['n_embd' if first == 'depth' else 'n_layer'] == kan['n_embd' if first == 'depth' else 'n_layer']
     assert f'{count_parameters(kan):,}' in printed and f'{count_flops(found):,.0f}' in printed
+
+
+def test_flags_for_the_mlp_leave_the_kan_gpt_as_it_is(tmp_path, dataset):
+    printed = []
+    for name, flag in ('plain', []), ('swiglu', ['--mlp=swiglu']):
+        (tmp_path / name).mkdir()
+        printed.append(balance(tmp_path / name, dataset, SMALL, '--kan_kind=channel', '--repeats=1', *flag))
+    kans = [re.search(r'^KAN-GPT .*?([\d,]+,\d+)', text, re.MULTILINE)[1] for text in printed]
+    assert kans[0] == kans[1]
 
 
 def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):

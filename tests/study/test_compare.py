@@ -14,6 +14,7 @@ from helpers import ROOT, complaint, run_forked
 from run.records import ADDED
 from study import nano
 
+STEPS = re.compile('^{"name": "steps, ', re.MULTILINE)
 LOSSES = {  # best validation losses by seed
     'a': {1: 1.50, 2: 1.54, 3: 1.52},
     'b': {1: 1.45, 2: 1.47, 3: 1.49},
@@ -22,7 +23,7 @@ LOSSES = {  # best validation losses by seed
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 
 
-def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **config):
+def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', changes=(), processes=1, **config):
     """What train.py leaves behind, with losses loss + 1, loss and loss + 0.1 at iterations 10, 20 and 30."""
     settings = dict(
         seed=seed,
@@ -48,6 +49,8 @@ def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', **
             'val_chars': 400,
         },
         device='an abacus',
+        processes=processes,
+        changes=list(changes),
         versions={'torch': '2'},
     )
     if finished:
@@ -283,6 +286,33 @@ def test_takes_the_records_of_a_study_beside_folders(runs, compared):
     done = run_forked(runs, 'study/compare.py', 'runs/runs.jsonl', 'nowhere/runs.jsonl', '--out=c')
     assert done.returncode == 0 and done.stderr == 'left out: nowhere/runs.jsonl holds no run of train.py\n'
     assert [group['name'] for group in read_report(runs)['groups']] == ['b', 'b_wide']
+
+
+@pytest.mark.parametrize(
+    'run, difference',
+    [
+        (dict(init_from='out-base'), "init_from (None and 'out-base')"),
+        (dict(changes=[{'iter': 20, 'before': {'learning_rate': 1.0}}]), 'changes (None and [{'),
+    ],
+)
+def test_runs_that_began_with_others_or_changed_are_no_seeds_of_the_same_row(runs, run, difference):
+    write_run(runs / 'runs/a,seed=4', 4, 1.51, n_layer=1, init_from='resume')
+    assert '| a | 4 |' in compare(runs)
+    write_run(runs / 'runs/a,seed=5', 5, 1.51, n_layer=1, **run)
+    words = complaint(runs, 'study/compare.py', *sorted(map(str, (runs / 'runs').iterdir())))
+    assert f'runs/a,seed=5 would be one row, but differ in {difference}' in words
+
+
+def test_several_processes_are_named(runs):
+    write_run(runs / 'runs/a,seed=4', 4, 1.51, n_layer=1, processes=2)
+    assert 'an abacus, torch 2, 2 processes' in compare(runs)
+
+
+def test_records_of_other_kinds_are_left_out(runs):
+    found = run_forked(runs, 'study/compare.py', str(ROOT / 'results/win/runs.jsonl'), '--mix=True', '--out=c')
+    assert found.returncode == 0, found.stderr
+    n = len(STEPS.findall((ROOT / 'results/win/runs.jsonl').read_text()))
+    assert n and found.stderr == f'left out: {n} records of {ROOT}/results/win/runs.jsonl, no runs of train.py\n'
 
 
 def test_settings_that_old_records_do_not_name_are_as_they_were(runs):

@@ -78,6 +78,14 @@ def test_goes_on_with_the_run_that_was_cut_off(folder, send):
     assert done.returncode == 0 and record['resumed_at'] == at and 'finished' in record
 
 
+def test_a_data_set_by_its_path_is_the_same_again(folder, dataset, monkeypatch):
+    monkeypatch.chdir(folder)
+    record = {'config': settings_of('train.py', [f'--dataset={dataset}'])}
+    check_record('runs/a', record, settings_of('train.py', [f'--dataset={os.path.relpath(dataset)}']))
+    with pytest.raises(ValueError, match='holds a run with dataset='):
+        check_record('runs/a', record, settings_of('train.py', ['--dataset=./another']))
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     done = run_forked(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert done.returncode == 1
