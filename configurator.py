@@ -23,7 +23,7 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 ARITHMETIC |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
 ROOT = os.path.dirname(os.path.realpath(__file__))
 PATHS = ('out_dir', 'init_from', 'dataset', 'source', 'adapter', 'root', 'out')  # settings in which ~ is the home
-PATHS += ('save', 'folder')
+PATHS += ('save', 'folder', 'frozen_cache')
 PATIENCE = 3  # seconds that an error of another process than the first waits for that one's
 # settings of train.py that may differ between tries of one run: they do not change what it learns
 INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'keep_history')

@@ -131,6 +131,10 @@ def evaluate_task(checkpoint):
     name, part = settings['task'], 'dev' if split == 'val' else split
     if part == 'test':
         raise ValueError(f'split=test is of texts: {name} has train and dev, as the labels of its test are not public')
+    if part == 'train' and shots:
+        raise ValueError(f'shots={shots} are drawn from train, so that an example would hold its own answer: score dev')
+    if stride:
+        raise ValueError(f'stride={stride} is of texts: leave it out')
     if task not in ('', name):
         raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
     score.check_packages(name)

@@ -164,7 +164,7 @@ say(task_model.trained_report(model, config))
 longest = model.gpt.config.block_size
 examples_of_train = read_examples(task, 'train', tokenizer, longest)
 train_examples, valid_examples = hold_out(examples_of_train, valid_fraction)
-if train_limit:
+if 0 < train_limit < len(train_examples):
     train_examples = train_examples[:train_limit]
     valid_examples = valid_examples[: max(1, round(train_limit * valid_fraction))]
 dev_examples = read_examples(task, 'dev', tokenizer, longest)

@@ -447,7 +447,7 @@ class GPT(nn.Module):
         """AdamW. Tensors of two or more dimensions decay (matrices, splines, embeddings), biases and LayerNorms do not.
         Spline weights and their scalers take spline_lr_scale times the learning rate, which their group says as
         `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay). Learned slopes take that rate and never
-        decay. With `muon` the matrices of the blocks' layers are Muon's.
+        decay. With `muon` the matrices of `names_of_matrices` are Muon's.
         """
         params = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decay = weight_decay if spline_weight_decay is None else spline_weight_decay
@@ -470,7 +470,7 @@ class GPT(nn.Module):
         return join_muon(adamw, matrices, learning_rate, weight_decay) if muon else adamw
 
     def names_of_matrices(self):
-        """Of the weights of linear layers in the blocks, and of the base weights of KAN layers."""
+        """Of the weights of linear layers in the blocks and the base weights of KAN layers, not of graph layers."""
         weights = {nn.Linear: 'weight', KANLinear: 'base_weight'}
         modules = self.transformer.h.named_modules(prefix=self.blocks_path)
         return [f'{name}.{weights[type(module)]}' for name, module in modules if type(module) in weights]

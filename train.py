@@ -79,7 +79,7 @@ graph_window = 8  # window: that many tokens before
 graph_topk = 8  # topk: that many of the earlier tokens, those whose inputs to the layer are most similar
 graph_backend = 'auto'  # 'dense', 'pyg'; auto is dense where edges hold causal, else pyg
 # adamw optimizer
-muon = False  # for the matrices of the blocks' layers Muon, at the learning rate and decay of AdamW
+muon = False  # Muon, at the learning rate and decay of AdamW, for linear layers and KAN base weights of the blocks
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training iterations
 weight_decay = 1e-1

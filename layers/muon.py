@@ -1,4 +1,6 @@
-"""Muon for the matrices of a model and AdamW for the rest, as one optimizer."""
+"""Muon for the matrices of a model and AdamW for the rest, as one optimizer. A step that is not finite is found out
+before it is taken, for which the training loop waits for a GPU once a step; fused AdamW alone needs no waiting.
+"""
 
 import torch
 

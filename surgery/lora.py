@@ -387,11 +387,16 @@ class LoRALayer(nn.Module):
                 raise AttributeError(
                     f'{name} would change the splines beneath an adapter: remove_lora comes first'
                 ) from None
+            is_alone = self.off or self.adapter is None or self.unmerged is not None
+            if name in ('regularization_loss', 'scaled_spline_weight') and is_below and not is_alone:
+                raise AttributeError(f'{name} would leave the adapter out: merge_lora comes first') from None
             return getattr(self.acting, name)
 
     @property
     def acting(self):
         """The copy of the base layer that trains in its place, where such a one is active, else the base layer."""
+        if self.off and self.unmerged is not None:
+            return self.unmerged
         is_copy = not self.off and isinstance(self.adapter, TrainedCopy)
         return self.adapter.copy if is_copy else self.base_layer
 
@@ -495,11 +500,25 @@ def find_targets(model, config):
     if wrong:
         layer, kinds = type(layers[wrong[0]]).__name__, ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
         raise ValueError(f'{wrong[0]} is a {layer}: its adapters are of kind {kinds}, not {config.kind!r}')
+    for target in targets:
+        if not any(f'.{target}.' in f'.{path}.' for path in fitting):
+            print(f'{target!r} gets no adapter: its layers take none of kind {config.kind!r}')
+    beyond = find_unreached(modules, layers, targets)
+    if beyond:
+        print(f'no adapter reaches {len(beyond)} tensors, such as {beyond[0]}: they are in no layer of a known kind')
     tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
     for path in fitting:
         if path in tied and is_named(path, targets):
             print(f'{path} gets an adapter, and not {", ".join(tied[path])}, which shares its weight')
     return without_tied(fitting, tied, targets)
+
+
+def find_unreached(modules, layers, targets):
+    """The matrices in modules that targets name which belong to none of the layers, as those of fused experts."""
+    named = [(path, module) for path, module in modules.items() if is_named(path, targets)]
+    matrices = [name for path, module in named for name, p in module.named_parameters(prefix=path) if p.dim() >= 2]
+    within = tuple(f'{path}.' for path in layers)
+    return [name for name in dict.fromkeys(matrices) if not name.startswith(within)]
 
 
 def default_targets(layers):
@@ -572,7 +591,7 @@ def unmerge_lora(model):
 def remove_lora(model):
     """The model without wrappers and adapters: the base model, or what merge_lora made of it. It stays frozen."""
     for path, layer in lora_layers(model).items():
-        model.set_submodule(path, layer.base_layer)
+        model.set_submodule(path, layer.base_layer.requires_grad_(False))
     return model
 
 
@@ -598,6 +617,9 @@ def fit_linear(model, batches, name='linear'):
     held = range(4, len(batches), 5) or [len(batches) - 1]
     fit = collect_moments(model, layers, [batch for i, batch in enumerate(batches) if i not in held])
     measured = collect_moments(model, layers, [batches[i] for i in held])
+    for path in layers:
+        if not all(torch.is_tensor(sums[path][0]) for sums in (fit, measured)):
+            raise ValueError(f'{path} is not called for the batches to fit, or for those to measure by: give others')
     adapters = {path: copy.deepcopy(layer.adapter) for path, layer in active.items() if path not in layers}
     errors = {}
     for path, layer in layers.items():

@@ -152,13 +152,13 @@ class TaskModel(nn.Module):
         if not self.answers:
             return self.gpt.lm_head(x)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]  # (B, C)
-        if self.head is None and not has_rows(self.gpt):
-            return self.gpt.lm_head(x)[:, self.answers]
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # in half precision many logits would be equal
             if self.head is not None:
                 return self.head(x.to(self.head.weight.dtype))
+            if not has_rows(self.gpt):
+                return self.gpt.lm_head(x.to(dtype))[:, self.answers]
             weight, bias = rows_of(self.gpt.lm_head, self.answers)  # those of the answers alone, of 50257
-            dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
@@ -180,7 +180,7 @@ def make_task_model(gpt, tokenizer, settings):
     head = make_head(gpt, answers, settings)
     model = TaskModel(gpt, answers, head)
     tied = tied_layer(gpt)
-    if mode == 'head' and not answers and tied is not None:  # on its own, or the embeddings would train with it
+    if mode == 'head' and head is None and tied is not None:  # on its own, or the embeddings would train with it
         tied.weight = nn.Parameter(tied.weight.detach().clone())
     if settings.get('gradient_checkpointing'):
         checkpoint_blocks(gpt)
@@ -212,9 +212,15 @@ def is_idle(model):
 def check_adapters(model, settings):
     """ValueError for layers that were put in and then neither train nor are adapted, and for adapters out of use."""
     layers = lora_layers(model)
-    if settings['use_kan'] and not any(isinstance(layer.base_layer, KANLinear) for layer in layers.values()):
+    added = (
+        [path for path, module in model.named_modules() if isinstance(module, KANLinear)] if settings['use_kan'] else []
+    )
+    idle = [path for path in added if '.adapters.' not in path and path.removesuffix('.base_layer') not in layers]
+    if idle:
         advice = "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
-        raise ValueError(f'use_kan=True, but no adapter is on a KAN layer, and untrained they do nothing: {advice}')
+        raise ValueError(f'use_kan=True, but no adapter is on {idle[0]}, and untrained it does nothing: {advice}')
+    if model.answers and settings.get('weights') == 'bfloat16' and 'gpt.lm_head' in layers:
+        raise ValueError("lora_targets names lm_head, and answers are read off in float32: not with weights='bfloat16'")
     if model.head is not None and 'gpt.lm_head' in layers:
         raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
 

@@ -124,7 +124,7 @@ def answer_ids(task, tokenizer):
     firsts = [ids[0] for ids in tokens.values()]
     several = ', '.join(repr(answer) for answer, ids in tokens.items() if len(ids) > 1)
     if len(set(firsts)) < len(firsts):
-        advice = 'use --form=linear, which needs none'
+        advice = 'finetune.py --form=linear reads its labels off a layer of its own'
         raise ValueError(f'{task.name}: {several} have no first token of their own in this vocabulary: {advice}')
     if several:
         print(f'{task.name}: the first token stands for the label of {several}', file=sys.stderr)

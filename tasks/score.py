@@ -120,7 +120,9 @@ def sonnet_baselines(train, sonnets, seeds):
     scores = []
     for seed in seeds:
         draw = random.Random(seed)
-        written = [f'{split_sonnet(text)[0]}\n{split_sonnet(draw.choice(train))[1]}' for text in sonnets]
+        others = [[text for text in train if text != sonnet] for sonnet in sonnets]
+        drawn = [draw.choice(texts) for texts in others]
+        written = [f'{split_sonnet(text)[0]}\n{split_sonnet(other)[1]}' for text, other in zip(sonnets, drawn)]
         scores.append(score_sonnets(written, sonnets))
     baselines = {'prompt': chrf([split_sonnet(text)[0] for text in sonnets], sonnets)}
     for name, key in ('random', 'chrf'), ('random_continuation', 'chrf_continuation'):

@@ -287,6 +287,17 @@ def test_what_a_run_leaves(workshop, name, method, more):
         wrong = ['--init_from=base', f'--adapter={out_dir}', '--task=sst', '--device=cpu']
         words = complaint(workshop, 'eval.py', *wrong, modules=str(workshop), prelude='small')
         assert words.endswith(f"error: task='sst', but {out_dir} holds a model for quora\n")
+        for flag, message in ('--stride=3', 'stride=3 is of texts'), ('--shots=1', 'shots and block_size are for'):
+            words = complaint(
+                workshop,
+                'eval.py',
+                f'--out_dir={out_dir}',
+                flag,
+                '--device=cpu',
+                modules=str(workshop),
+                prelude='small',
+            )
+            assert message in words
     assert (found['task'], found['split'], found['examples'], found['model']) == (name, 'dev', n_dev, out_dir)
 
 
@@ -440,6 +451,13 @@ def test_part_of_train_is_enough(workshop):
         record['dataset'] == {'name': 'sst', 'train': 10, 'valid': 2, 'dev': COUNTS['dev']}
         and record['final']['steps'] == 3
     )
+
+
+def test_a_limit_beyond_train_cuts_nothing(workshop):
+    tune(workshop, 'out-all', epochs=1, valid_fraction=0.4, **ADAPTERS)
+    tune(workshop, 'out-beyond', epochs=1, valid_fraction=0.4, train_limit=12, **ADAPTERS)
+    whole, beyond = (read_json(workshop, f'out-{name}', 'run.json')['dataset'] for name in ('all', 'beyond'))
+    assert whole == beyond
 
 
 def test_earlier_run_is_moved_with_all_that_it_left(place):

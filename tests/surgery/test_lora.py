@@ -471,6 +471,9 @@ def test_fit_linear_refuses_what_it_cannot_fit():
     model.forward = lambda x: model.layer(x)
     with pytest.raises(ValueError, match='at least two batches, .* got 1'):
         fit_linear(model, [x])
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match='layer is not called for the batches'):
+        fit_linear(model, [x, x])
 
 
 # several adapters, and modules that train in full
@@ -1095,6 +1098,44 @@ def test_what_is_asked_of_a_layer_is_answered_by_what_acts():
         _ = model.layer.no_such_thing
     twin = copy.deepcopy(model)
     assert twin.layer.in_features == I
+
+
+def test_what_would_leave_an_adapter_out_is_refused():
+    model = KAN([4, 5, 3])
+    plain = model.regularization_loss()
+    add_lora(model, LoRAConfig(kind='kan_base', rank=2, target_modules='layers', dropout=0.0))
+    with pytest.raises(AttributeError, match='regularization_loss would leave the adapter out: merge_lora comes first'):
+        model.regularization_loss()
+    with lora_off(model):
+        assert model.regularization_loss() == plain
+    randomise(model)
+    merge_lora(model)
+    assert model.regularization_loss() > plain
+
+
+def test_a_merged_model_is_the_base_without_its_adapter_and_stays_frozen():
+    model, _ = make('Linear', 'lora', modules_to_save='head')
+    before = model.layer.weight.clone()
+    randomise(model)
+    merge_lora(model)
+    assert not torch.equal(model.layer.weight, before)
+    with lora_off(model):
+        assert torch.equal(model.layer.weight, before)
+    remove_lora(model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_no_adapter_reaches_is_said(capsys):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.weight = nn.Linear(I, O), nn.Parameter(torch.zeros(3, O, I))
+
+    model = nn.ModuleDict({'kans': nn.ModuleList([KANLinear(I, O)]), 'mlp': Experts()})
+    add_lora(model, LoRAConfig(target_modules=('kans', 'mlp'), kind='lora'))
+    said = capsys.readouterr().out
+    assert "'kans' gets no adapter: its layers take none of kind 'lora'" in said
+    assert 'no adapter reaches 1 tensors, such as mlp.weight' in said
 
 
 def test_the_copy_answers_for_a_module_that_trains_in_full():

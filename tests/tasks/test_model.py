@@ -66,6 +66,14 @@ def make_base(**model_args):
     return stir(GPT(GPTConfig(**{**SIZES, 'vocab_size': TOKENIZER.vocab_size + 3, **model_args}))).eval()
 
 
+@pytest.mark.parametrize('targets', ['attn', 'attn,lm_head'])
+def test_answers_are_read_off_in_float32(targets):
+    model = make_task_model(make_base(), TOKENIZER, settings_for('lora', lora_targets=targets)).eval()
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = model(torch.randint(TOKENIZER.vocab_size, (3, 5)), torch.tensor([5, 5, 5]))
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
 def settings_for(variant, head='cloze', **more):
     if 'graph' in variant:
         pytest.importorskip('torch_geometric')
@@ -551,7 +559,9 @@ def test_base_that_is_none(tmp_path):
             "adapters are of kind 'lora' or 'kan', not 'kan_base'",
         ),
         (dict(task='sonnets', form='linear'), "form='linear' reads labels off, and sonnets have none"),
-        (dict(use_kan=True), 'no adapter is on a KAN layer'),
+        (dict(use_kan=True), 'no adapter is on gpt.transformer.h.0.mlp.c_fc, and untrained it does nothing'),
+        (dict(use_kan=True, lora_kind='kan_base', lora_targets='h.0'), 'no adapter is on gpt.transformer.h.1.mlp.c_fc'),
+        (dict(lora_targets='lm_head', weights='bfloat16'), "not with weights='bfloat16'"),
         (
             dict(form='linear', lora_targets='lm_head'),
             "lora_targets names lm_head, which takes no part with form='linear'",
