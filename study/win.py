@@ -100,8 +100,6 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
     'edge KAN, rate of splines x 16': dict(FAMILIES['edge KAN'], spline_lr_scale=16.0),
     'SwiGLU, rotary positions': dict(mlp='swiglu', rotary=True),
     'SwiGLU, Muon': dict(mlp='swiglu', muon=True),
-    'channel KAN, rotary positions': dict(SPLINES, rotary=True),
-    'channel KAN, Muon': dict(SPLINES, muon=True),
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))

@@ -287,12 +287,12 @@ def draw_differences(path, panels, names, title):
     names = [name for name in names if any(name in rows for rows in panels.values())]
     if not names:
         return
-    figure, axes = panels_of(1, len(panels), 1.5 + 3 * len(panels), 1.5 + 0.35 * len(names))
-    for axis, (name, rows) in zip(axes, panels.items()):
+    figure, axes = rows_of(len(panels), 2, 7.5, 0.9 + 0.35 * len(names))
+    for i, (axis, (name, rows)) in enumerate(zip(axes, panels.items())):
         for row, ((mean, half, *_), colour) in rows.items():
             axis.errorbar(mean, names.index(row), xerr=half, fmt='o', capsize=3, color=colour)
         axis.axvline(0, color='black', linewidth=0.8)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [''] * len(names))
+        axis.set_yticks(range(len(names)), names if i % 2 == 0 else [''] * len(names))
         axis.set(title=name, xlabel=f'nats per {"token" if "Python" in name else "character"}')
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
@@ -316,17 +316,14 @@ def draw_curves(path):
     groups = {key: found for key, found in groups.items() if found}
     if not groups:
         return
-    rows = -(-len(groups) // 3)  # of three
-    figure, panels = panels_of(rows, 3, 11, 0.6 + 3 * rows)
-    for panel in panels[len(groups) :]:
-        panel.remove()
+    figure, panels = rows_of(len(groups), 3, 11, 3.2)
     for panel, ((_, size), found) in zip(panels, groups.items()):
         for family, (steps, apart) in found.items():
             mean, half = apart.mean(0), half_interval(apart)
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
-        panel.set(title=f'{titled(size)}, {steps[-1]:,} iterations', xlabel='iteration')
+        panel.set(title=f'{titled(size)}\n{steps[-1]:,} iterations', xlabel='iteration')
         panel.grid(alpha=0.3)
         panel.locator_params(axis='x', nbins=5)
     panels[0].legend(frameon=False)
@@ -406,6 +403,15 @@ def panels_of(down, across, width, height):
 
     figure = Figure(figsize=(width, height), layout='constrained')
     return figure, figure.subplots(down, across, squeeze=False).flatten()
+
+
+def rows_of(n, across, width, height):
+    """(figure, n panels) in rows of so many, each of this height."""
+    down = -(-n // across)
+    figure, panels = panels_of(down, across, width, 0.5 + height * down)
+    for panel in panels[n:]:
+        panel.remove()
+    return figure, panels[:n]
 
 
 if __name__ == '__main__':

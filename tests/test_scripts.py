@@ -283,7 +283,8 @@ def test_main_tables_are_those_of_their_studies():
     for name in measured.keys() - {'run', '---'}:
         assert len(rows[name] & measured[name]) >= 6 - (name == 'nano_kan'), name
     rows, page = read_rows(ROOT / 'README.md'), (ROOT / 'results/win/table.md').read_text(encoding='utf-8')
-    sections, sizes = {part.split('\n')[0]: part for part in page.split('## ')}, ('0.23M', '0.45M', '0.33M Python')
+    sections = {part.split('\n')[0]: part for part in page.split('## ')}
+    sizes = '0.23M', '0.45M', '0.33M Python', '0.23M rotary Muon'
     for name in 'GELU', 'SwiGLU', 'channel KAN', 'KAN-GLU':
         for section in (*(f'{size}: fresh seeds' for size in sizes), '0.23M: steps taken in turn'):
             (line,) = [line for line in sections[section].split('\n') if line.startswith(f'| {name} |')]
