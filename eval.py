@@ -118,6 +118,10 @@ def evaluate_task(checkpoint):
     base = out_dir if init_from == 'resume' else init_from
     if (shots or block_size) and (adapter or 'finetune' in checkpoint):
         raise ValueError('shots and block_size are for a model that has not learned its task: leave them out')
+    if split == 'train' and shots:
+        raise ValueError(f'shots={shots} are drawn from train, so that an example would hold its own answer: score dev')
+    if stride:
+        raise ValueError(f'stride={stride} is of texts: leave it out')
     if adapter:
         model, tokenizer, settings = task_model.load_adapter(adapter, base)
     elif 'finetune' in checkpoint:
@@ -131,10 +135,6 @@ def evaluate_task(checkpoint):
     name, part = settings['task'], 'dev' if split == 'val' else split
     if part == 'test':
         raise ValueError(f'split=test is of texts: {name} has train and dev, as the labels of its test are not public')
-    if part == 'train' and shots:
-        raise ValueError(f'shots={shots} are drawn from train, so that an example would hold its own answer: score dev')
-    if stride:
-        raise ValueError(f'stride={stride} is of texts: leave it out')
     if task not in ('', name):
         raise ValueError(f'task={task!r}, but {adapter or out_dir} holds a model for {name}')
     score.check_packages(name)

@@ -470,7 +470,7 @@ class GPT(nn.Module):
         return join_muon(adamw, matrices, learning_rate, weight_decay) if muon else adamw
 
     def names_of_matrices(self):
-        """Of the weights of linear layers in the blocks and the base weights of KAN layers, not of graph layers."""
+        """Of weights of nn.Linear in the blocks and base weights of KAN layers; graph convolutions have none."""
         weights = {nn.Linear: 'weight', KANLinear: 'base_weight'}
         modules = self.transformer.h.named_modules(prefix=self.blocks_path)
         return [f'{name}.{weights[type(module)]}' for name, module in modules if type(module) in weights]

@@ -206,7 +206,7 @@ def make_model(state, base):
 
 def find_changes(then):
     """{setting: what a resumed run had} where it goes on with another value, with a warning."""
-    changed = differing(then, config, {*INCIDENTAL, *FREE, *model_settings(config)})
+    changed = differing(then, config, {*INCIDENTAL, *FREE, *model_settings(config)} - {'dropout'})
     if changed:
         shown = ', '.join(f'{name}={config[name]} (it had {then[name]})' for name in changed)
         say(f'warning: the run goes on with other settings: {shown}')
@@ -221,9 +221,10 @@ def make_optimizer(model, state):
     if state:
         groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
-            raise ValueError(
-                'muon, spline_lr_scale or spline_weight_decay set weights apart only here or only in the run to resume'
-            )
+            then = records.complete(state.get('config', {}))
+            names = [name for name in ('muon', 'spline_lr_scale', 'spline_weight_decay') if name in then]
+            wanted = ' '.join(f'--{name}={then[name]}' for name in names if then[name] != config[name])
+            raise ValueError(f'the run to resume has its weights in other groups: resume it with {wanted}')
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
         if scaler.is_enabled() and state.get('scaler'):
             scaler.load_state_dict(state['scaler'])

@@ -9,9 +9,19 @@ class Joined(torch.optim.Optimizer):
     """Several optimizers as one: their groups in order, and one state for all."""
 
     def __init__(self, *optimizers):
-        self.optimizers = optimizers
         super().__init__([group for each in optimizers for group in each.param_groups], {})
+        self.optimizers = optimizers
         self.share()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), 'optimizers': self.optimizers}  # of a copy
+
+    def add_param_group(self, param_group):
+        if hasattr(self, 'optimizers'):
+            raise ValueError(
+                'which of the joined optimizers is it for? add the group to that one before they are joined'
+            )
+        super().add_param_group(param_group)
 
     def share(self):
         """Give each optimizer its groups and the state."""

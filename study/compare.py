@@ -77,7 +77,7 @@ def group_runs(runs):
         config = settings_apart(run['record'])
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
         folder = os.path.basename(os.path.normpath(run['name'])).removeprefix('out-')
-        full_name = re.sub(r'[,-]?seed[=-]?\d+', '', folder)
+        full_name = without_seed(folder)
         named = dict(full_name=full_name, config=config, finished=[], unfinished=[])
         is_finished = 'finished' in run['record'] and run['log']
         groups.setdefault(key, named)['finished' if is_finished else 'unfinished'].append(run)
@@ -98,13 +98,17 @@ def group_runs(runs):
     return groups
 
 
+def without_seed(name):
+    return re.sub(r'[,-]?seed[=-]?\d+', '', name)
+
+
 def settings_apart(record):
     """The settings of a run that its seeds share: those that tell in its losses, what it began with where that was not
     from scratch, and what changed when it was resumed.
     """
     config = {key: value for key, value in record['config'].items() if key not in (*INCIDENTAL, 'seed')}
     if record['config'].get('init_from') not in (None, 'scratch', 'resume'):  # older records say resume of all
-        config['init_from'] = record['config']['init_from']
+        config['init_from'] = without_seed(record['config']['init_from'])
     if record.get('changes'):
         config['changes'] = record['changes']
     return config

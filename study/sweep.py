@@ -78,6 +78,11 @@ def check_record(place, record, settings):
     config = complete(record.get('config', settings))
     free = (*INCIDENTAL, 'dtype')
     others = [f'{name}={value!r}' for name, value in config.items() if name not in free and value != settings.get(name)]
+    if record.get('changes'):
+        others.append(f'settings that changed when it was resumed ({record["changes"]})')
+    began = config.get('init_from', 'scratch')
+    if began not in ('scratch', 'resume'):  # older records say resume of those that were
+        others.append(f'init_from={began!r}')
     if others:
         raise ValueError(f'{place} holds a run with {", ".join(others)}; move it away first')
 

@@ -334,12 +334,12 @@ def run_all(jobs):
 @functools.cache
 def check_source(dataset):
     """ValueError where a data set and what is unseen of it were made of two texts."""
-    sources = []
-    for name in dataset, TESTS[dataset].get('dataset', dataset):
+    names = dataset, TESTS[dataset].get('dataset', dataset)
+    for name in names:
         loader.prepare_dataset(name)
-        sources.append(loader.read_meta(name)['source'])
-    if len(set(sources)) > 1:
-        raise ValueError(f'{dataset} and what is unseen of it are of two texts, {sources[0]} and {sources[1]}')
+    one, other = (loader.read_meta(name)['source'] for name in names)
+    if one != other:
+        raise ValueError(f'{dataset} and what is unseen of it are of two texts, {one} and {other}')
 
 
 def run(stages, sizes, groups):

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
-from configurator import INCIDENTAL
 from run.records import complete
 from study import win
+from study.compare import settings_apart
 from study.runner import deviation, holm, mean_and_std, paired_p
 from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
@@ -41,8 +41,7 @@ def check_alike(runs):
     """
     first = {}
     for run in runs:
-        config = complete(run['config'])
-        settings = {key: value for key, value in config.items() if key not in (*INCIDENTAL, 'seed')}
+        settings = settings_apart({**run, 'config': complete(run['config'])})
         facts = {'texts': run['dataset']['splits'], f'settings of {run["family"]}': settings}
         if 'test_data' in run:
             facts['unseen texts'] = run['test_data']

@@ -382,14 +382,15 @@ class LoRALayer(nn.Module):
         except AttributeError:
             if name.startswith('__') or name in ('base_layer', 'adapters', 'active', 'off'):  # while this one is made
                 raise
-            is_below = self.acting is self.base_layer and isinstance(self.acting, KANLinear)
+            is_below = isinstance(self.acting, KANLinear) and self.acting in (self.base_layer, self.unmerged)
             if name in ('update_grid', 'refine_grid') and is_below:
                 raise AttributeError(
                     f'{name} would change the splines beneath an adapter: remove_lora comes first'
                 ) from None
             is_alone = self.off or self.adapter is None or self.unmerged is not None
             if name in ('regularization_loss', 'scaled_spline_weight') and is_below and not is_alone:
-                raise AttributeError(f'{name} would leave the adapter out: merge_lora comes first') from None
+                advice = 'merge it first, or ask within lora_off(model) for that of the base'
+                raise AttributeError(f'{name} would leave the adapter out: {advice}') from None
             return getattr(self.acting, name)
 
     @property
@@ -423,7 +424,9 @@ def add_lora(model, config, name='default'):
     refuse_merged(model)
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
-    targets = {path: config.kind for path in find_targets(model, config) if not path.startswith(within)} | copies
+    found = [path for path in find_targets(model, config) if not path.startswith(within)]
+    say_what_is_left_out(model, config, found, within)
+    targets = dict.fromkeys(found, config.kind) | copies
     install(model, make_adapters(model, config, targets), name)
     return model
 
@@ -500,12 +503,6 @@ def find_targets(model, config):
     if wrong:
         layer, kinds = type(layers[wrong[0]]).__name__, ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
         raise ValueError(f'{wrong[0]} is a {layer}: its adapters are of kind {kinds}, not {config.kind!r}')
-    for target in targets:
-        if not any(f'.{target}.' in f'.{path}.' for path in fitting):
-            print(f'{target!r} gets no adapter: its layers take none of kind {config.kind!r}')
-    beyond = find_unreached(modules, layers, targets)
-    if beyond:
-        print(f'no adapter reaches {len(beyond)} tensors, such as {beyond[0]}: they are in no layer of a known kind')
     tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
     for path in fitting:
         if path in tied and is_named(path, targets):
@@ -513,12 +510,22 @@ def find_targets(model, config):
     return without_tied(fitting, tied, targets)
 
 
-def find_unreached(modules, layers, targets):
-    """The matrices in modules that targets name which belong to none of the layers, as those of fused experts."""
+def say_what_is_left_out(model, config, adapted, copied):
+    """A line for each target none of whose layers gets an adapter, and one for matrices within targets that are in no
+    layer, as those of fused experts. `adapted` are paths, `copied` how the paths in modules that train begin.
+    """
+    modules, targets = dict(named_base_modules(model)), config.target_modules or ()
+    for target in targets:
+        if not any(f'.{target}.' in f'.{path}.' for path in (*adapted, *copied)):
+            print(
+                f'{target!r} gets no adapter: none of its layers takes kind {config.kind!r} without being named itself'
+            )
     named = [(path, module) for path, module in modules.items() if is_named(path, targets)]
     matrices = [name for path, module in named for name, p in module.named_parameters(prefix=path) if p.dim() >= 2]
-    within = tuple(f'{path}.' for path in layers)
-    return [name for name in dict.fromkeys(matrices) if not name.startswith(within)]
+    within = (*copied, *(f'{path}.' for path, module in modules.items() if kinds_of(module)))
+    beyond = [name for name in dict.fromkeys(matrices) if not name.startswith(within)]
+    if beyond:
+        print(f'no adapter reaches {len(beyond)} tensors, such as {beyond[0]}: they are in no layer of a known kind')
 
 
 def default_targets(layers):

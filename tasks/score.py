@@ -117,10 +117,11 @@ def sonnet_baselines(train, sonnets, seeds):
     'random_continuation' those of the given lines with what follows in a sonnet drawn from `train`, as means over
     seeds, and with '_std' their standard deviations (of one seed: NaN).
     """
-    scores = []
+    scores, others = [], [[text for text in train if text != sonnet] for sonnet in sonnets]
+    if not all(others):
+        raise ValueError('the scores of random sonnets want another one in train than that which is scored')
     for seed in seeds:
         draw = random.Random(seed)
-        others = [[text for text in train if text != sonnet] for sonnet in sonnets]
         drawn = [draw.choice(texts) for texts in others]
         written = [f'{split_sonnet(text)[0]}\n{split_sonnet(other)[1]}' for text, other in zip(sonnets, drawn)]
         scores.append(score_sonnets(written, sonnets))

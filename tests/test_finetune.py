@@ -287,17 +287,6 @@ def test_what_a_run_leaves(workshop, name, method, more):
         wrong = ['--init_from=base', f'--adapter={out_dir}', '--task=sst', '--device=cpu']
         words = complaint(workshop, 'eval.py', *wrong, modules=str(workshop), prelude='small')
         assert words.endswith(f"error: task='sst', but {out_dir} holds a model for quora\n")
-        for flag, message in ('--stride=3', 'stride=3 is of texts'), ('--shots=1', 'shots and block_size are for'):
-            words = complaint(
-                workshop,
-                'eval.py',
-                f'--out_dir={out_dir}',
-                flag,
-                '--device=cpu',
-                modules=str(workshop),
-                prelude='small',
-            )
-            assert message in words
     assert (found['task'], found['split'], found['examples'], found['model']) == (name, 'dev', n_dev, out_dir)
 
 
@@ -656,6 +645,8 @@ def test_a_run_stops_when_it_gets_no_better(workshop):
     assert evaluate(workshop, '--out_dir=base', '--task=sst', '--block_size=5')['loss'] != base['loss']
     for wrong, words in (
         (['--out_dir=out-early', '--shots=1'], 'shots and block_size are for a model that has not learned its task'),
+        (['--out_dir=base', '--task=sst', '--shots=1', '--split=train'], 'shots=1 are drawn from train'),
+        (['--out_dir=out-early', '--stride=3'], 'stride=3 is of texts'),
         (['--out_dir=base', '--shots=1'], 'shots=1, limit=0 and block_size=0 are of a task: name one'),
         (['--out_dir=base', '--limit=3'], 'shots=0, limit=3 and block_size=0 are of a task: name one'),
     ):

@@ -236,6 +236,13 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
 
 
+def test_a_run_with_muon_is_resumed_with_muon(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2, muon=True)
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4})
+    words = complaint(tmp_path, 'train.py', *args)
+    assert words == 'error: the run to resume has its weights in other groups: resume it with --muon=True\n'
+
+
 def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
     """Such as nanoGPT's of GPT-2's tokens."""
     plain = tmp_path / 'plain'
@@ -256,16 +263,19 @@ def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
 def test_a_resumed_run_with_other_settings_says_so_and_counts_its_tokens(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=4)
     (n,) = {line['tokens'] / line['iter'] for line in read_log(tmp_path / 'out') if line['iter']}
-    changed = dict(gradient_accumulation_steps=6, beta2=0.5)
+    changed = dict(dropout=0.1, gradient_accumulation_steps=6, beta2=0.5)
     done = train(tmp_path, dataset, init_from='resume', max_iters=6, **changed)
-    words = 'warning: the run goes on with other settings: gradient_accumulation_steps=6 (it had 2), beta2=0.5 (it had '
+    words = (
+        'warning: the run goes on with other settings: gradient_accumulation_steps=6 (it had 2), dropout=0.1 (it had '
+    )
     assert words in done.stdout and 'max_iters=6' not in done.stdout and 'starts anew' not in done.stdout
     assert read_log(tmp_path / 'out')[-1]['tokens'] == 4 * n + 2 * 3 * n
     again = train(tmp_path, dataset, init_from='resume', max_iters=6, **changed)
     assert 'warning: the run goes on' not in again.stdout
     record = json.loads((tmp_path / 'out' / 'run.json').read_text())
     assert record['config']['init_from'] == 'scratch'  # what it began with
-    assert record['changes'] == [{'iter': 4, 'before': dict(gradient_accumulation_steps=2, beta2=0.95)}]
+    before = dict(gradient_accumulation_steps=2, dropout=0.2, beta2=0.95)
+    assert record['changes'] == [{'iter': 4, 'before': before}]
 
 
 def test_other_windows_have_a_best_loss_of_their_own(tmp_path, dataset):

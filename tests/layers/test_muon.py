@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn as nn
 
@@ -48,6 +49,18 @@ def test_joined_optimizers_go_on_from_what_was_saved():
     step(other, resumed, seed=1)
     assert torch.equal(model.weight, other.weight) and torch.equal(model.bias, other.bias)
     assert 0 < (model.weight - before).abs().max() < 0.02
+
+
+def test_joined_optimizers_are_copied_whole_and_get_no_more_groups():
+    model = nn.Linear(4, 3)
+    optimizer = make(model)
+    step(model, optimizer)
+    twin = copy.deepcopy((model, optimizer))
+    step(model, optimizer, seed=1)
+    step(*twin, seed=1)
+    assert torch.equal(model.weight, twin[0].weight) and torch.equal(model.bias, twin[0].bias)
+    with pytest.raises(ValueError, match='before they are joined'):
+        optimizer.add_param_group({'params': [nn.Parameter(torch.zeros(3))]})
 
 
 def test_step_calls_a_closure_and_gives_its_loss():

@@ -303,6 +303,12 @@ def test_runs_that_began_with_others_or_changed_are_no_seeds_of_the_same_row(run
     assert f'runs/a,seed=5 would be one row, but differ in {difference}' in words
 
 
+def test_seeds_may_begin_with_seeds_of_another_row(runs):
+    for seed in 1, 2:
+        write_run(runs / f'runs/d,seed={seed}', seed, 1.51, n_layer=1, init_from=f'runs/a,seed={seed}')
+    assert '| d | 2 |' in compare(runs)
+
+
 def test_several_processes_are_named(runs):
     write_run(runs / 'runs/a,seed=4', 4, 1.51, n_layer=1, processes=2)
     assert 'an abacus, torch 2, 2 processes' in compare(runs)

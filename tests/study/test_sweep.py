@@ -86,6 +86,20 @@ def test_a_data_set_by_its_path_is_the_same_again(folder, dataset, monkeypatch):
         check_record('runs/a', record, settings_of('train.py', ['--dataset=./another']))
 
 
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(changes=[{'iter': 3, 'before': {'learning_rate': 9.0}}]), 'settings that changed when it was resumed'),
+        (dict(config=dict(init_from='out-base')), "init_from='out-base'"),
+    ],
+)
+def test_a_run_that_began_with_others_or_changed_is_another(change, message):
+    settings = settings_of('train.py', [])
+    check_record('runs/a', {'config': settings | {'init_from': 'resume'}, 'changes': []}, settings)
+    with pytest.raises(ValueError, match=message):
+        check_record('runs/a', {**change, 'config': settings | change.get('config', {})}, settings)
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(folder):
     done = run_forked(folder, 'study/sweep.py', *CONFIGS, '--root=runs', '--learning_rate=1e-2,1e30')
     assert done.returncode == 1

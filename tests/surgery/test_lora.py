@@ -1104,13 +1104,15 @@ def test_what_would_leave_an_adapter_out_is_refused():
     model = KAN([4, 5, 3])
     plain = model.regularization_loss()
     add_lora(model, LoRAConfig(kind='kan_base', rank=2, target_modules='layers', dropout=0.0))
-    with pytest.raises(AttributeError, match='regularization_loss would leave the adapter out: merge_lora comes first'):
+    with pytest.raises(AttributeError, match='regularization_loss would leave the adapter out: merge it first'):
         model.regularization_loss()
     with lora_off(model):
         assert model.regularization_loss() == plain
     randomise(model)
     merge_lora(model)
     assert model.regularization_loss() > plain
+    with lora_off(model), pytest.raises(AttributeError, match='update_grid would change the splines beneath'):
+        model.layers[0].update_grid(torch.randn(9, 4))
 
 
 def test_a_merged_model_is_the_base_without_its_adapter_and_stays_frozen():
@@ -1134,8 +1136,15 @@ def test_what_no_adapter_reaches_is_said(capsys):
     model = nn.ModuleDict({'kans': nn.ModuleList([KANLinear(I, O)]), 'mlp': Experts()})
     add_lora(model, LoRAConfig(target_modules=('kans', 'mlp'), kind='lora'))
     said = capsys.readouterr().out
-    assert "'kans' gets no adapter: its layers take none of kind 'lora'" in said
+    assert "'kans' gets no adapter: none of its layers takes kind 'lora'" in said
     assert 'no adapter reaches 1 tensors, such as mlp.weight' in said
+
+
+def test_what_trains_in_full_is_not_said_to_be_left_out(capsys):
+    model = nn.ModuleDict({'block': nn.ModuleDict({'layer': nn.Linear(I, O), 'norm': nn.BatchNorm1d(O)})})
+    model.block.norm.table = nn.Parameter(torch.zeros(2, 2))
+    add_lora(model, LoRAConfig(target_modules='block', modules_to_save='norm'))
+    assert 'no adapter' not in capsys.readouterr().out
 
 
 def test_the_copy_answers_for_a_module_that_trains_in_full():

@@ -185,6 +185,8 @@ def test_baselines():
         assert scores[name + '_std'] == pytest.approx(statistics.stdev(values))
     others = sonnet_baselines([*SONNETS[:1], *train[:1]], SONNETS[:1], range(9))  # never the one that is scored
     assert others['random_continuation'] < 5 and others['random_std'] == 0
+    with pytest.raises(ValueError, match='want another one in train'):
+        sonnet_baselines(SONNETS[:1], SONNETS[:1], [0])
 
 
 def test_sonnets_are_as_long_here_as_in_tasks():
