@@ -324,9 +324,9 @@ def run_all(jobs):
     """
     records = STUDY.read()
     for name, (about, settings) in jobs.items():
-        if about['stage'] != 'steps':
-            check_record(f'the record {name!r}', records.get(name, {}), settings_of('train.py', args_of(settings)))
-        if about['stage'] in UNSEEN and name not in records:
+        if name in records and about['stage'] != 'steps':
+            check_record(f'the record {name!r}', records[name], settings_of('train.py', args_of(settings)))
+        if name not in records and about['stage'] in UNSEEN:
             check_source(settings['dataset'])
     STUDY.run_all(jobs, make)
 
