@@ -166,7 +166,8 @@ is_run = init_from not in ('scratch', 'resume') and ckpt.holds_model(init_from)
 state = load_state() if init_from == 'resume' else None
 base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
-meta, splits = loader.read_meta(dataset), loader.read_splits(dataset)
+meta = loader.read_meta(dataset)
+splits = meta.get('splits') or loader.describe_splits(loader.dataset_folder(dataset))
 session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_another_text = bool(state) and state.get('data', splits) != splits

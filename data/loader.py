@@ -183,11 +183,6 @@ def describe_splits(folder):
     return {split: describe_split(path) for split, path in paths.items()}
 
 
-def read_splits(dataset):
-    """The number of tokens and the checksum of each split: from meta.json, or where there is none from the files."""
-    return read_meta(dataset).get('splits') or describe_splits(dataset_folder(dataset))
-
-
 def model_vocab_size(meta):
     """Rows of a new model's embedding: the tokens of a data set, or GPT-2's 50257, padded to a multiple of 64."""
     return 50304 if meta.get('tokenizer', {'kind': 'gpt2'})['kind'] == 'gpt2' else meta['vocab_size']

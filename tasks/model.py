@@ -212,11 +212,9 @@ def is_idle(model):
 def check_adapters(model, settings):
     """ValueError for layers that were put in and then neither train nor are adapted, and for adapters out of use."""
     layers = lora_layers(model)
-    added = (
-        [path for path, module in model.named_modules() if isinstance(module, KANLinear)] if settings['use_kan'] else []
-    )
-    idle = [path for path in added if '.adapters.' not in path and path.removesuffix('.base_layer') not in layers]
-    if idle:
+    kans = [path for path, module in model.named_modules() if isinstance(module, KANLinear)]
+    idle = [path for path in kans if '.adapters.' not in path and path.removesuffix('.base_layer') not in layers]
+    if settings['use_kan'] and idle:
         advice = "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
         raise ValueError(f'use_kan=True, but no adapter is on {idle[0]}, and untrained it does nothing: {advice}')
     if model.answers and settings.get('weights') == 'bfloat16' and 'gpt.lm_head' in layers:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import read_splits, write_meta, write_split
+from data.loader import read_meta, write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
     ENV,
@@ -252,7 +252,7 @@ def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
     train(tmp_path, plain, max_iters=2)
     known = json.loads((tmp_path / 'out' / 'run.json').read_text())['dataset']['splits']
     again = train(tmp_path, plain, init_from='resume', max_iters=3)
-    assert known == read_splits(dataset) and 'starts anew' not in again.stdout
+    assert known == read_meta(dataset)['splits'] and 'starts anew' not in again.stdout
     shutil.copy(plain / 'train.bin', plain / 'val.bin')
     done = train(tmp_path, plain, init_from='resume', max_iters=4)
     assert 'are not those this run began with: its best loss starts anew' in done.stdout
