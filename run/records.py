@@ -25,6 +25,12 @@ def complete(config):
     return {**ADDED, **config}
 
 
+def base_of(config):
+    """What a run of these settings began with, '' from scratch; older records say resume of all that were resumed."""
+    began = config.get('init_from', 'scratch')
+    return '' if began in ('scratch', 'resume') else began
+
+
 def read_record(out_dir):
     """The contents of run.json, {} where there is none; ValueError where it is no JSON."""
     return read_json(os.path.join(out_dir, 'run.json'), json.load, {})
