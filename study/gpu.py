@@ -34,7 +34,7 @@ from run.cost import count_flops, make_step
 from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
 from run.files import write_atomically
 from run.records import commit
-from study.runner import Study, add_run, run_json, run_to_end
+from study.runner import Study, add_run, fill, run_json, run_to_end
 from study.speed import make_table
 
 TESTS = ['tests/layers/test_spline_triton.py', 'tests/test_gpu.py']
@@ -53,7 +53,6 @@ BENCHES = {  # settings of bench.py
 TINY_BENCHES = {'layer': dict(suite='layer', only='float32 96 384 2048 nn.Linear$', rounds=1, repeats=1)}
 TINY_RUN = dict(max_iters=2, eval_iters=1, eval_interval=2, batch_size=2, block_size=16, n_embd=12, n_layer=1)
 TEST_SECONDS = 120
-BEGIN, END = '<!-- study/gpu.py writes this table -->\n', '<!-- until here -->\n'  # in the README
 
 # -----------------------------------------------------------------------------
 out = ''  # where the records are; empty: results/gpu
@@ -331,7 +330,7 @@ THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
 
 
 def readme_table(runs):
-    """The runs of one card, that of the newest record, beside nanoGPKANT's. What was not measured is empty."""
+    """The runs of one card, that of the newest record, beside nanoGPKANT's. What was not measured is empty. As lines."""
     done = [run for run in runs if 'config' in run and 'error' not in run]
     card = max(done, key=lambda run: run['run']['finished'])['card'] if done else 'not measured: no card was at hand'
     head = f'best validation loss, seconds of training, memory ({card})'
@@ -348,18 +347,7 @@ def readme_table(runs):
             memory, seeds = max(f['peak_mem'] for f in final) / 2**30, f'{len(final)} seed{"s" * (len(final) > 1)}'
             cell = f'{loss:.4f} ({seeds}), {seconds:.0f} s, {memory:.2f} GB'
         lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
-    return '\n'.join(lines) + '\n'
-
-
-def fill_readme(table, path=Path(ROOT, 'README.md')):
-    """Put the table between its marks."""
-    text = path.read_text(encoding='utf-8')
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f'{path} wants {BEGIN.strip()} and {END.strip()} once each, on lines of their own')
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    with write_atomically(path, 'w', encoding='utf-8') as f:
-        f.write(before + BEGIN + table + END + after)
+    return lines
 
 
 def draw_runs(runs, path):
@@ -387,7 +375,7 @@ def show(study):
         draw_runs(drawn, study.folder / 'curves.png')
     if study.folder == Study('gpu').folder:
         use_tiles(searches(runs))
-        fill_readme(readme_table(runs))
+        fill(Path(ROOT, 'README.md'), 'study/gpu.py', readme_table(runs))
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 python study/win_page.py
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -10,13 +11,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
+from configurator import ROOT, settings_of
 from run.records import complete
 from study import win
 from study.compare import settings_apart
-from study.runner import deviation, holm, mean_and_std, paired_p
+from study.runner import deviation, fill, holm, mean_and_std, paired_p
 from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
+TITLES = {  # of the sizes
+    '0.23M': 'Shakespeare, 0.23M',
+    '0.45M': 'Shakespeare, 0.45M',
+    '2.2M': 'Shakespeare, 2.2M',
+    '0.33M Python': 'Python code, 0.33M',
+    '0.23M rotary Muon': 'Shakespeare, 0.23M, rotary, Muon',
+}
+PAGES = {  # which show tables of `make_answer`, and to which family
+    'README.md': ['SwiGLU'],
+    'results/win/README.md': ['SwiGLU', 'GELU'],
+}
 
 
 def groups_of(stage, size):
@@ -112,6 +125,35 @@ def table(heads, rows):
         return []
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
     return lines + ['| ' + ' | '.join(cells) + ' |' for cells in rows]
+
+
+def make_answer(baseline):
+    """How far the main families are from one of them on unseen text, on the seeds that all have, a row for each size
+    and stage. Those are bold that hold by Holm's correction over their row.
+    """
+    others = [name for name in ('channel KAN', 'KAN-GLU', 'GELU', 'SwiGLU') if name != baseline]
+    rows = []
+    for stage, size in itertools.product(win.UNSEEN, SIZES):
+        groups = groups_of(stage, size)
+        seeds = set.intersection(*(set(groups.get(name, {})) for name in MAIN))
+        if len(seeds) < 2:
+            continue
+        groups = {name: {seed: groups[name][seed] for seed in seeds} for name in MAIN}
+        gaps = {name: difference(groups[name], groups[baseline], held_out) for name in others}
+        held = holm({name: gap[2] for name, gap in gaps.items()})
+        cells = ['{:+.4f} ± {:.4f}'.format(*gap) for gap in gaps.values()]
+        cells = [f'**{cell}**' if name in held else cell for name, cell in zip(gaps, cells)]
+        loss = mean_and_std([*map(held_out, groups[baseline].values())], 4)
+        rows.append([TITLES[size], during(stage), str(len(seeds)), *cells, loss])
+    return table(
+        ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}'], rows
+    )
+
+
+def during(stage):
+    iterations = settings_of('train.py', [win.CONFIG])['max_iters']
+    lengths = {'seconds': f'as many seconds as {iterations:,} take SwiGLU', 'longer': f'{LONG:,} iterations'}
+    return lengths.get(stage, f'{iterations:,} iterations')
 
 
 def make_ablation(size):
@@ -263,7 +305,7 @@ def draw_gaps(path):
         gaps = {
             name: difference(groups[name], groups.get('SwiGLU', {}), held_out) for name in FAMILIES if name in groups
         }
-        panels[titled(size)] = {name: (gap, COLOURS.get(name, '#999999')) for name, gap in gaps.items()}
+        panels[TITLES[size]] = {name: (gap, COLOURS.get(name, '#999999')) for name, gap in gaps.items()}
     title = 'Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)'
     draw_differences(path, panels, [*FAMILIES], title)
 
@@ -300,10 +342,6 @@ def draw_differences(path, panels, names, title):
     figure.savefig(path, dpi=130)
 
 
-def titled(size):
-    return f'{size} Shakespeare' if is_common(size) else size
-
-
 def is_common(size):
     """Whether nothing but the shape sets it apart from the others."""
     return SIZES[size].keys() == {'n_layer', 'n_head', 'n_embd'}
@@ -322,7 +360,7 @@ def draw_curves(path):
             panel.plot(steps, mean, 'o-', color=COLOURS[family], label=family, markersize=4)
             panel.fill_between(steps, mean - half, mean + half, color=COLOURS[family], alpha=0.15, linewidth=0)
         panel.axhline(0, color='black', linewidth=0.8)
-        panel.set(title=f'{titled(size)}\n{steps[-1]:,} iterations', xlabel='iteration')
+        panel.set(title=f'{TITLES[size]}\n{steps[-1]:,} iterations', xlabel='iteration')
         panel.grid(alpha=0.3)
         panel.locator_params(axis='x', nbins=5)
     panels[0].legend(frameon=False)
@@ -415,6 +453,9 @@ def rows_of(n, across, width, height):
 
 if __name__ == '__main__':
     STUDY.show(make_page())
+    for page, baselines in PAGES.items():
+        for baseline in baselines:
+            fill(Path(ROOT, page), f'study/win_page.py, {baseline}', make_answer(baseline))
     draw_gaps(STUDY.folder / 'gaps.png')
     draw_controls(STUDY.folder / 'controls.png')
     draw_curves(STUDY.folder / 'curves.png')

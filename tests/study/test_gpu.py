@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import ROOT, complaint, run_forked, write_dataset
-from study.runner import Study, add_run
+from study.runner import Study, add_run, fill
 
 with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as in test_spline_triton.py
     if not torch.cuda.is_available():
@@ -184,16 +186,9 @@ def test_page_and_readme_say_what_the_records_say(study, tmp_path, capsys):
     assert 'last 1.6000, 60 s of training, 1.00 GB' in page  # a run that was resumed took longer than its last part
     assert '1 failed, exit status 1\n- a.py::b' in page and 'failed: ValueError: no' in page
     table = gpu.readme_table(list(study.read().values()))
-    assert '(Abacus)' in table and '| 8.86M | 1.5000 (2 seeds), 45 s, 1.00 GB | 1.554, 38 min' in table
-    path = tmp_path / 'README.md'
-    path.write_text(f'a\n{gpu.BEGIN}old\n{gpu.END}b\n')
-    for _ in range(2):
-        gpu.fill_readme(table, path)
-        assert path.read_text() == f'a\n{gpu.BEGIN}{table}{gpu.END}b\n'
-    path.write_text(f'a\n{gpu.BEGIN}old\nb\n')
-    with pytest.raises(ValueError, match='README.md wants <!-- study/gpu.py writes this table --> and'):
-        gpu.fill_readme(table, path)
-    assert path.read_text() == f'a\n{gpu.BEGIN}old\nb\n'
+    assert '(Abacus)' in table[0] and any(
+        '| 8.86M | 1.5000 (2 seeds), 45 s, 1.00 GB | 1.554, 38 min' in line for line in table
+    )
 
 
 def test_readme_has_the_runs_of_one_card(study):
@@ -203,6 +198,7 @@ def test_readme_has_the_runs_of_one_card(study):
     assert gpu.readme_table(runs + older) == gpu.readme_table(runs)
 
 
-def test_table_of_the_readme_is_that_of_the_records():
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert gpu.BEGIN + gpu.readme_table(list(Study('gpu').read().values())) + gpu.END in text
+def test_table_of_the_readme_is_that_of_the_records(tmp_path):
+    copy = Path(shutil.copy(ROOT / 'README.md', tmp_path))
+    fill(copy, 'study/gpu.py', gpu.readme_table(list(Study('gpu').read().values())))
+    assert copy.read_text() == (ROOT / 'README.md').read_text()

@@ -13,8 +13,9 @@ from scipy import stats
 
 from helpers import ROOT, TINY, complaint, finish, flags, load, start_forked
 from study import runner
-from study.runner import Study, add_run, choose, deviation, mean_and_std, paired_p, read_run, read_runs, share
+from study.runner import Study, add_run, choose, deviation, fill, mean_and_std, paired_p, read_run, read_runs, share
 
+END = '<!-- until here -->\n'
 TWO = """
 import os, sys, time
 from pathlib import Path
@@ -259,3 +260,23 @@ def test_what_holds_when_all_tests_are_counted():
     assert runner.holm({'a': 0.04, 'b': 0.001, 'c': 0.03}) == ['b']  # 0.03 is above 0.05 / 2, and so a falls, too
     assert runner.holm({'a': math.nan, 'b': 1e-4}) == runner.holm({'b': 1e-4, 'a': math.nan}) == ['b']
     assert runner.holm({'a': float('nan')}) == runner.holm({}) == []
+
+
+def test_a_table_is_put_between_its_marks(tmp_path):
+    path = tmp_path / 'page.md'
+    page = 'a\n<!-- x.py writes this table -->\n{}<!-- until here -->\nb\n'
+    path.write_text(page.format('old\n') + page.format('').replace('x.py', 'y.py'))
+    for _ in range(2):
+        fill(path, 'x.py', ['| one |', '| two |'])
+        assert path.read_text() == page.format('| one |\n| two |\n') + page.format('').replace('x.py', 'y.py')
+
+
+@pytest.mark.parametrize(
+    'text', ['', '<!-- x.py writes this table -->\n', '<!-- x.py writes this table -->\n' * 2 + END]
+)
+def test_a_page_without_marks_is_left_alone(text, tmp_path):
+    path = tmp_path / 'page.md'
+    path.write_text(text)
+    with pytest.raises(ValueError, match='page.md wants <!-- x.py writes this table --> and <!-- until here --> once'):
+        fill(path, 'x.py', [])
+    assert path.read_text() == text

@@ -3,18 +3,20 @@
 import functools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from configurator import settings_of
-from helpers import write_dataset
+from helpers import ROOT, write_dataset
 from inside.shapes import Shapes
 from model import model_settings
 from run.cost import count_parameters
 from study import win, win_page
-from study.runner import Study, add_run
+from study.runner import Study, add_run, fill
 
 CURVE = [[-1.0, 1.0], [0.5, 0.5], [-0.3, 0.7]]
 SHAPES = {
@@ -263,3 +265,37 @@ def failed(study, name, job, folder):
 def test_the_page_is_made_from_the_records():
     table = win.STUDY.folder / 'table.md'
     assert win_page.make_page() == table.read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('page', win_page.PAGES)
+def test_the_answer_of_a_page_is_that_of_the_records(page, tmp_path):
+    copy = Path(shutil.copy(ROOT / page, tmp_path))
+    for baseline in win_page.PAGES[page]:
+        fill(copy, f'study/win_page.py, {baseline}', win_page.make_answer(baseline))
+    assert copy.read_text() == (ROOT / page).read_text()
+
+
+def test_readme_says_how_long_steps_take():
+    ratios = {}
+    for size in '0.23M', '0.45M':
+        for line in win_page.make_steps(size)[2:]:
+            family, _, ratio, _ = line.strip('| ').split(' | ')
+            ratios.setdefault(family, []).append(ratio.split()[0])
+    said = "{} and {} times as long as SwiGLU's for the channel KAN, {} and {} times for KAN-GLU"
+    said = said.format(*ratios['channel KAN'], *ratios['KAN-GLU'])
+    assert said in ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+
+
+def test_the_answer_has_what_all_families_have(study):
+    assert len(win_page.make_answer('SwiGLU')) == 0
+    study.run(['tuning', 'final', 'longer'], ['0.23M'], ['main'])
+    runs = study.STUDY.read()
+    lacking = {
+        name: run for name, run in runs.items() if (run['stage'], run['family'], run['seed']) != ('final', 'GELU', 11)
+    }
+    path = study.STUDY.folder / 'runs.jsonl'
+    path.write_text(''.join(json.dumps(run) + '\n' for run in lacking.values()))
+    _, _, first, longer = win_page.make_answer('SwiGLU')
+    # a thousandth apart in all, so that ± is of rounding alone
+    assert first.startswith('| Shakespeare, 0.23M | 1,000 iterations | 9 | ') and ' | **-0.0100 ± 0.0000** | ' in first
+    assert longer.startswith('| Shakespeare, 0.23M | 5,000 iterations | 5 | ')
