@@ -103,7 +103,7 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))
-RATES |= {'2.2M': (2e-3, 4e-3, 8e-3), '0.23M rotary Muon': (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+RATES |= {'2.2M': (1e-3, 2e-3, 4e-3, 8e-3), '0.23M rotary Muon': (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)}
 SCALES = 0.04, 0.16  # at the best rate
 # sizes with two more trials at the best of these: other rates, of splines where set
 REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon'
