@@ -277,8 +277,8 @@ def write_card(target, how, checkpoint, gpt):
     if {'iter_num', 'best_val_loss'} <= checkpoint.keys():
         trained = 'after {iter_num:,} iterations; the best validation loss was {best_val_loss:.4f} nats per token'
         parts.append(f'Weights: {trained.format(**checkpoint)}.')
-    if gpt.config.kan_mask:
-        parts.append('Edges of it were cut: the recipe is that of the model before.')
+    if is_cut(config, gpt):
+        parts.append('Parts of it were cut: the recipe is that of its last training.')
     if record and 'finished' not in record:
         parts.append('The run was not trained to its end.')
     if log:
@@ -289,6 +289,12 @@ def write_card(target, how, checkpoint, gpt):
         parts.append(f'Recipe: {", ".join(settings)}.')
     with write_atomically(os.path.join(target, 'README.md'), 'w', encoding='utf-8') as f:
         f.write('\n\n'.join(parts) + '\n')
+
+
+def is_cut(config, gpt):
+    """Whether the GPT lacks edges or hidden channels that it had in training."""
+    widths = {name: getattr(gpt.config, name) for name in ('kan_hidden', 'mlp_hidden')}
+    return gpt.config.kan_mask or any(config.get(name, width) != width for name, width in widths.items())
 
 
 def draw_losses(log, path):
@@ -318,8 +324,9 @@ def load():
     if not unfinished and record and 'finished' not in record:
         raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
     config = checkpoint.get('config', {})
-    if 'dataset' in config:  # a name, and no folder of this machine
-        config['dataset'] = base_name(config['dataset'])
+    for name in ('dataset', 'init_from') if 'finetune' not in checkpoint else ['dataset']:
+        if name in config:  # a name, and no folder of this machine
+            config[name] = base_name(config[name])
     config.pop('out_dir', None)
     return checkpoint
 
@@ -332,8 +339,6 @@ def build(checkpoint):
     """(GPT, its tokenizer)"""
     gpt = build_model(checkpoint).eval()
     tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size, dataset)
-    if dataset and checkpoint.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
-        raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
     return gpt, tokenizer
 
 

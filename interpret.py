@@ -188,7 +188,7 @@ def prune_model():
         args.update(kan_bias=True, kan_mask=surgery.complete(edge_layers(source.model)))
     kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
     state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
-    cut = f'{share_cut():.3g}% of the {prune_by} cut'
+    cut = f'{share_cut(args):.3g}% of the {prune_by} cut'
     costs[cut] = cost(ckpt.build_model(state).to(device))
     os.makedirs(save, exist_ok=True)
     ckpt.save_checkpoint(save, state, is_best=True)
@@ -199,10 +199,11 @@ def prune_model():
     return dict(costs=costs)
 
 
-def share_cut():
-    """What is cut, in percent: of the model's edges, or of its hidden neurons."""
+def share_cut(args):
+    """What is cut, in percent: of the model's edges, or of its hidden neurons. `args` describe what is left."""
     if prune_by == 'neurons':
-        return 100 * prune
+        width = 'mlp_hidden' if source.model.config.kan_kind == 'channel' else 'kan_hidden'
+        return 100 * (1 - args[width] / getattr(source.model.config, width))
     masks = [one.mask for one in edge_layers(source.model)]
     return 100 * sum((~mask).sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 

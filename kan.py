@@ -25,6 +25,12 @@ def least_squares(gram, moments):
     return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moments
 
 
+def points_within(knots):
+    """Points within each interval of knots (I, n), evenly, more than a polynomial of it has numbers: (N, I)."""
+    shares = torch.linspace(0, 1, 12, dtype=knots.dtype, device=knots.device)[1:-1]
+    return torch.lerp(knots[:, :-1, None], knots[:, 1:, None], shares).flatten(1).t()
+
+
 class Elementwise(nn.Module):
     """A function of x as a module."""
 
@@ -126,9 +132,9 @@ class Splines(nn.Module):
     @torch.no_grad()
     def update_grid(self, x, margin=0.01):
         """Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu
-        et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x.
-        Coefficients of bases that saw no data, and features whose grid stays, keep their values. Memory is
-        proportional to N * I.
+        et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x and, with a
+        hundredth of the weight, over the whole grid: a basis that hardly saw data would else take an enormous
+        coefficient to fit a single row. Features whose grid stays keep their values. Memory is proportional to N * I.
         """
         self.check_input(x)
         x = to_float64(x.reshape(-1, self.in_features))
@@ -139,10 +145,12 @@ class Splines(nn.Module):
             raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
-        for rows in x.split(256):  # what a cache holds: three times as fast as 4096
+        everywhere = points_within(to_float64(new)[:, self.spline_order : self.spline_order + self.grid_size + 1])
+        parts = [(1.0, rows) for rows in x.split(256)]  # what a cache holds: three times as fast as 4096
+        for weight, rows in [*parts, (0.01 * len(x) / len(everywhere), everywhere)]:
             before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
-            gram = gram + torch.einsum('nai,nbi->iab', after, after)
-            cross = cross + torch.einsum('nai,nbi->iab', after, before)
+            gram = gram + weight * torch.einsum('nai,nbi->iab', after, after)
+            cross = cross + weight * torch.einsum('nai,nbi->iab', after, before)
         # c + pinv(gram) (cross - gram) c is the least-squares fit nearest to c, and c itself where the knots stay. It
         # is linear in the coefficients c of a spline, so it acts on spline_weight, and a scaler stays.
         refit = to_float64(self.spline_weight)
@@ -161,8 +169,7 @@ class Splines(nn.Module):
         if grid_size < 1:
             raise ValueError(f'grid_size must be at least 1, got {grid_size}')
         old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
-        shares = torch.linspace(0, 1, 2 * self.spline_order + 4, dtype=new.dtype, device=new.device)[1:-1]
-        x = torch.lerp(new[:, :-1, None], new[:, 1:, None], shares).flatten(1).t()  # points within each interval
+        x = points_within(new)
         before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
         gram = torch.einsum('nai,nbi->iab', after, after)
         cross = torch.einsum('nai,nbi->iab', after, before)
@@ -320,7 +327,7 @@ class ChannelSpline(Splines):
 
 
 class KAN(nn.Module):
-    """KANLinear layers in a row: KAN([I, hidden, O]) maps (..., I) to (..., O). Other arguments as in KANLinear."""
+    """KANLinear layers in a row: KAN([I, hidden, O]) maps (..., I) to (..., O). The other arguments are KANLinear's."""
 
     def __init__(
         self, layers_hidden, grid_size=5, spline_order=3, scale_noise=0.1, scale_base=1.0, scale_spline=1.0,

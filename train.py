@@ -106,7 +106,8 @@ check_ranges(config, at_least_one='n_layer n_embd block_size batch_size gradient
 check_ranges(
     config,
     at_least_one='eval_interval eval_iters log_interval',
-    not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip',
+    not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip '
+    'warmup_iters lr_decay_iters',
     fractions='dropout beta1 beta2',
 )
 if spline_weight_decay < 0 and spline_weight_decay != -1:
@@ -121,6 +122,8 @@ rank, world_size, ddp, device_type = session.rank, session.world_size, session.d
 config.update(device=device, dtype=dtype, dataset=loader.name_from_anywhere(dataset))
 # settings that a resumed run may have otherwise without a word
 FREE = 'max_iters', 'eval_only', 'always_save_checkpoint', 'backend', 'dataset'
+if decay_lr and min_lr > learning_rate:
+    say(f'warning: min_lr={min_lr} is above learning_rate={learning_rate}: the rate will rise where it should decay')
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -185,6 +188,8 @@ def make_model(state, base):
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
         sizes = GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config))
         sizes.refuse_idle()
+        for switch, idle in sizes.idle().items():
+            say(f'warning: {switch} is off, and without it these do nothing: {", ".join(idle)}')
         model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
@@ -223,7 +228,9 @@ def make_optimizer(model, state):
         groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
             then = records.complete(state.get('config', {}))
-            names = [name for name in ('muon', 'spline_lr_scale', 'spline_weight_decay') if name in then]
+            names = [
+                name for name in ('muon', 'spline_lr_scale', 'weight_decay', 'spline_weight_decay') if name in then
+            ]
             wanted = ' '.join(f'--{name}={then[name]}' for name in names if then[name] != config[name])
             raise ValueError(f'the run to resume has its weights in other groups: resume it with {wanted}')
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
@@ -234,6 +241,7 @@ def make_optimizer(model, state):
 
 torch.manual_seed(seed)
 raw_model = make_model(state, base)
+tokenizer = (meta or state or base or {}).get('tokenizer')
 base = None  # with the state of its optimizer
 if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
@@ -341,8 +349,8 @@ def save(is_best=False):
         'versions': ckpt.versions(),
     }
     checkpoint['data'] = splits
-    if meta:
-        checkpoint['tokenizer'] = meta['tokenizer']
+    if tokenizer:
+        checkpoint['tokenizer'] = tokenizer
     session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
@@ -361,6 +369,8 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
+if state and master and not eval_only:
+    ckpt.set_aside(out_dir, ckpt.history_after(out_dir, iter_num))
 if is_measured_anew and not eval_only:
     say('warning: the tokens or windows of the validation are not those this run began with: its best loss starts anew')
     log = []
@@ -401,12 +411,14 @@ while True:
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         timed = (iter_num - iter_timed) * tokens_per_iter
-        tokens_per_s = timed / (seconds - timed_from) if timed else None
+        before = next((one for one in session.log if one['iter'] == iter_num), {})  # where a run is resumed
+        tokens_per_s = timed / (seconds - timed_from) if timed else before.get('tokens_per_s')
+        peak_mem = max(peak_memory(device), before.get('peak_mem', 0))
         line = dict(iter=iter_num, tokens=tokens, seconds=seconds)
         line.update(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(iter_num))
-        line.update(tokens_per_s=tokens_per_s, peak_mem=peak_memory(device))
+        line.update(tokens_per_s=tokens_per_s, peak_mem=peak_mem)
         timed_from, iter_timed = seconds, iter_num
-        session.log[:] = [before for before in session.log if before['iter'] < iter_num] + [line]
+        session.log[:] = [one for one in session.log if one['iter'] < iter_num] + [line]
         session.track()
         if keep_history and not eval_only:
             save_weights()

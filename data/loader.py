@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -80,7 +81,7 @@ def prepare_dataset(dataset, made=TOKENS):
         return
     script = os.path.join(folder, 'prepare.py')
     if not os.path.exists(script):
-        known = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, 'prepare.py')))
+        known = sorted(script.parent.name for script in Path(DATA).glob('*/prepare.py') if speaks_of(script, made))
         raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}; known: {", ".join(known)}')
     command = f'python {os.path.relpath(script)}'
     lock = FileLock(os.path.join(folder, 'prepare.lock'))
@@ -96,12 +97,18 @@ def prepare_dataset(dataset, made=TOKENS):
     except Timeout:  # another process prepares it
         with lock:
             failed = not is_prepared(dataset, made)
+    except OSError as error:
+        raise ValueError(f'data set {dataset!r} cannot be prepared where it would lie: {error}') from None
     if failed:
         advice = f'{command} --source=... takes files of your own'
         raise ValueError(f'preparing data set {dataset!r} failed, see above; {advice}')
     if not is_prepared(dataset, made):
         missing = ' and '.join(made)
         raise ValueError(f'data set {dataset!r} is not what is wanted here: its prepare.py writes no {missing}')
+
+
+def speaks_of(script, names):
+    return all(name in script.read_text(encoding='utf-8') for name in names)
 
 
 def read_meta(dataset):
@@ -111,7 +118,7 @@ def read_meta(dataset):
     folder = dataset_folder(dataset)
     path = os.path.join(folder, 'meta.json')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             meta = dict(json.load(f))
         is_own = 'vocab_size' in meta and 'splits' not in meta
         for name in META.split() if not is_own else ():
@@ -191,7 +198,10 @@ def model_vocab_size(meta):
 def load_tokenizer(checkpoint, vocab_size, dataset=''):
     """The tokenizer of `dataset` if named, else that in the checkpoint; nanoGPT's have none, and their size tells."""
     if dataset:
-        return load_tokenizer_of(dataset, vocab_size)
+        tokenizer = load_tokenizer_of(dataset, vocab_size)
+        if checkpoint.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
+            raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
+        return tokenizer
     if 'tokenizer' in checkpoint:
         return tokenizer_from_dict(checkpoint['tokenizer'])
     if vocab_size in (50257, 50304):
@@ -207,7 +217,8 @@ def load_tokenizer_of(dataset, vocab_size):
     """The tokenizer of a data set; ValueError where it is not that of a model with vocab_size rows."""
     meta = read_meta(dataset)
     if not meta:
-        raise ValueError(f'data set {dataset!r} has no meta.json, which data/{dataset}/prepare.py writes')
+        folder = dataset_folder(dataset)
+        raise ValueError(f'{folder} has no meta.json to say what its tokens are: its prepare.py writes one')
     check_vocab_size(dataset, meta, vocab_size)
     return tokenizer_from_dict(meta['tokenizer'])
 

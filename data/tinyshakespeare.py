@@ -39,11 +39,11 @@ def write_text(folder, source, tokenizer_of, train=0.9, end=1.0):
         print(f'{own.name} of this folder is taken for the text; --source=... takes another one')
         source = own
     text, description = read_text(source)
-    if len(text) < 2:
+    n, last = int(len(text) * train), int(len(text) * end)
+    if not 0 < n < last:
         raise ValueError(f'a text of {len(text)} character(s) cannot be split: train and val need one each at least')
     tokenizer = tokenizer_of(text)
     encode = getattr(tokenizer, 'encode_ordinary', tokenizer.encode)
-    n, last = int(len(text) * train), int(len(text) * end)
     for split, part in ('train', text[:n]), ('val', text[n:last]):
         ids = encode(part)
         write_split(folder, split, ids)

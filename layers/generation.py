@@ -16,7 +16,7 @@ class KVCache:
     @property
     def length(self):
         """The number of tokens so far."""
-        return max(self.lengths.values(), default=0)
+        return max(self.lengths.values()) if self.lengths else 0  # torch.compile does not know max(default=...)
 
     def count(self, name):
         """The number of tokens whose x is kept by this name."""
@@ -86,7 +86,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that none can overflow

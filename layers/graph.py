@@ -116,7 +116,8 @@ class Edges:
             similarity = x[:, -self.shared.size(-2) :] @ x.transpose(1, 2)  # (B, T, S)
         similarity.masked_fill_(~self.earlier, -torch.inf)
         least = similarity.topk(min(self.topk, x.size(1)), sorted=False).values.amin(-1, keepdim=True)
-        return self.shared | (similarity >= least) & self.earlier
+        # equal ones stay equal however they are rounded, or a text would get other edges alone than in a batch
+        return self.shared | (similarity >= least - 1e-5) & self.earlier
 
     def bias(self, x, cache=None):
         """The same as what is added to scores, (1, T, S) or (B, 1, T, S): zero at edges, -inf elsewhere."""

@@ -2,7 +2,7 @@
 
     ckpt.pt        the latest state, from which a run is resumed: nanoGPT's keys + rng, scaler, tokenizer, versions
     ckpt_prev.pt   the state saved before it
-    best.pt        the state with the lowest validation loss, what sample.py reads
+    best.pt        the state with the lowest validation loss after the first step, what sample.py reads
     run.json, log.jsonl   what records.py writes
     history/       the weights of every evaluation, a file each by iteration, where keep_history asks for them
     interpret/     what interpret.py writes
@@ -22,6 +22,7 @@ import platform
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy
 import torch
@@ -58,6 +59,12 @@ def save_weights(out_dir, weights):
         write_state(weights, f)
 
 
+def history_after(out_dir, iteration):
+    """The files in history/ of later iterations, which a run that goes on from this one does again."""
+    names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
+    return [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
+
+
 def write_state(state, f):
     try:
         torch.save(state, f)
@@ -90,6 +97,7 @@ def set_aside(out_dir, names=LEFT):
     folder = next(folder for folder in folders if not os.path.exists(folder))
     os.mkdir(folder)
     for name in names:
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
     return folder
 

@@ -35,7 +35,8 @@ class Trackers:
         if 'wandb_id' in earlier:
             record['wandb_id'] = earlier['wandb_id']
         self.names = names_of_trackers(self.settings)  # without those that have failed
-        self.next_step = record['resumed_at'] or 0  # the first that TensorBoard has no point of
+        has_points = out_dir is not None and os.path.isdir(os.path.join(out_dir, 'tensorboard'))
+        self.next_step = (record['resumed_at'] or 0) if has_points else 0  # the first that TensorBoard has no point of
         self.writer = None
 
     def show(self):

@@ -11,6 +11,7 @@ recipe is the KAN-GPT's. Other flags are train.py's, e.g. --device=cpu, or --mlp
 """
 
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -57,7 +58,13 @@ vocab_size = loader.model_vocab_size(loader.read_meta(settings['dataset']))
 # flags for the MLP are of the vanilla GPT alone
 of_both = [arg for arg in others if not arg.startswith(('--mlp=', '--mlp_hidden=', '--activation='))]
 kan = dict(model_settings(settings_of('train.py', of_both)), vocab_size=vocab_size)
-asked = dict(model_settings(settings), vocab_size=vocab_size, use_kan=False)
+asked = dict(model_settings(settings), vocab_size=vocab_size, use_kan=False, spline_init_std=0.0)
+
+
+def width_step():
+    """What the widths of GPTs with these heads are multiples of."""
+    heads = kan['n_head'] * (2 if kan['rotary'] else 1)
+    return math.lcm(heads, kan['graph_heads']) if kan['use_graph'] else heads
 
 
 def vanilla(**shape):
@@ -124,7 +131,7 @@ def search():
 count = {'params': count_parameters, 'flops': count_flops}.get(by)
 count_of_kan = count and count(kan)
 tolerance = 0.05 if by == 'seconds' else 0.01
-varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', kan['n_head'])
+varied, step = ('n_layer', 1) if first == 'depth' else ('n_embd', width_step())
 shape = search()
 chosen = vanilla(**shape)
 sizes = [chosen[varied] + n * step for n in (-1, 0, 1)]
@@ -153,7 +160,8 @@ defaults = settings_of('train.py', [])
 machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log', 'wandb_artifact', 'log_to')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 wanted = {**settings, **shape, 'out_dir': f'out-{name}'}
-changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in machine + of_kan}
+left_out = {*machine, *of_kan} - ({'spline_lr_scale'} if settings['activation'] == 'swish' else set())  # of its slopes
+changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in left_out}
 header = f"""# The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs: {figure}.
 #     python train.py {os.path.relpath(out)}
 # Found by `python study/balance.py {' '.join(sys.argv[1:])}`.

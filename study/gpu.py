@@ -330,7 +330,7 @@ THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
 
 
 def readme_table(runs):
-    """The runs of one card, that of the newest record, beside nanoGPKANT's. What was not measured is empty. As lines."""
+    """The runs of one card, that of the newest record, beside nanoGPKANT's, as lines. Not measured is empty."""
     done = [run for run in runs if 'config' in run and 'error' not in run]
     card = max(done, key=lambda run: run['run']['finished'])['card'] if done else 'not measured: no card was at hand'
     head = f'best validation loss, seconds of training, memory ({card})'

@@ -1,7 +1,7 @@
 """Cut edges or whole neurons out of KAN layers. What a cut edge gave on average goes into a bias, so that its output
 keeps its mean; of hidden channels between linear layers only where these have a bias.
 
-    mask_edges(layer, keep, lost)      the edges stay in the tensors, as zeros that do not train
+    mask_edges(layer, keep, lost)      the edges stay in the tensors, as zeros that do not act
     remove_outputs(layer, keep)        smaller tensors: of the layer that makes the neurons
     remove_inputs(layer, keep, lost)   and of the one that reads them
     remove_hidden(mlp, keep, lost)     the same for an MLP of linear layers, with learned activations or fixed ones

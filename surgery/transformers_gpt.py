@@ -82,6 +82,9 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.gpt.lm_head
 
+    def resize_token_embeddings(self, *sizes, **settings):
+        raise ValueError('the vocabulary of this model is fixed: train one with more tokens')
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **others):
         """The tokens that the cache lacks. Beyond block_size every position moves: the whole window, and no cache."""
         if lengths_of(attention_mask) is not None:
@@ -106,6 +109,12 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         refused = [name for name in refused if others.get(name) is not None and others[name] is not False]
         if refused:
             raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(refused)}')
+        if past_key_values is not None and not isinstance(past_key_values, GPTCache):
+            raise ValueError(
+                f'leave past_key_values out: this model makes a cache of its own, no {type(past_key_values).__name__}'
+            )
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError('labels want the logits of all tokens: leave logits_to_keep out')
         if use_cache and past_key_values is None and not self.training:
             past_key_values = GPTCache(self.gpt.new_caches())
         caches = past_key_values.blocks if past_key_values is not None else None

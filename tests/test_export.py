@@ -154,6 +154,8 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(folder, tmp_path):
 
 
 def test_logits_of_some_tokens(folder):
+    from transformers import DynamicCache
+
     from surgery.transformers_gpt import wrap
 
     model, ids = wrap(ours(folder, 'out-swiglu')), torch.arange(6).view(1, 6) % TOKENIZER.vocab_size
@@ -162,6 +164,12 @@ def test_logits_of_some_tokens(folder):
         torch.testing.assert_close(model(ids, logits_to_keep=2).logits, every[:, -2:])
         torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, every[:, [1, 4]])
         torch.testing.assert_close(model(ids, return_dict=False)[0], every)
+    with pytest.raises(ValueError, match='labels want the logits of all tokens'):
+        model(ids, labels=ids, logits_to_keep=2)
+    with pytest.raises(ValueError, match='leave past_key_values out: .* no DynamicCache'):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match='the vocabulary of this model is fixed'):
+        model.resize_token_embeddings(70)
 
 
 def test_a_run_in_the_folder_of_an_export_is_the_newer(folder):
@@ -192,6 +200,17 @@ def test_the_card_says_what_it_is(folder):
     )
     exec_lines = card.split('```python\n')[1].split('```')[0]
     compile(exec_lines, 'card', 'exec')
+
+
+def test_the_card_of_a_smaller_model_says_so_and_names_no_folder(folder):
+    checkpoint = make_checkpoint(folder / 'out-cut', mlp_hidden=2.0)
+    config = dict(dataset='/somewhere/plays', init_from='/somewhere/out-x', mlp_hidden=4.0)
+    torch.save({**checkpoint, 'config': config}, folder / 'out-cut' / 'ckpt.pt')
+    done = run_forked(folder, 'export.py', '--out_dir=out-cut', '--folder=my-cut')
+    assert done.returncode == 0, done.stderr
+    card, saved = ((folder / 'my-cut' / name).read_text() for name in ('README.md', 'gpt.json'))
+    assert 'Parts of it were cut: the recipe is that of its last training.' in card and "init_from = 'out-x'" in card
+    assert 'somewhere' not in card + saved
 
 
 @pytest.mark.parametrize('tokenizer', ['characters', 'byte pairs', 'gpt2'])

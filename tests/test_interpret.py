@@ -389,7 +389,9 @@ def test_as_many_neurons_of_every_block(tmp_path, dataset):
 
 
 def test_a_share_of_neurons_never_leaves_none(trained):
-    interpret(trained, prune=1.0, prune_by='neurons', save='least')
+    costs = costs_of(interpret(trained, prune=1.0, prune_by='neurons', save='least'))
+    hidden = ckpt.build_model(load(trained / 'out', 'best.pt')).transformer.h[0].mlp.kan.layers[1].in_features
+    assert f'{100 * (1 - 1 / hidden):.3g}% of the neurons cut' in costs
     assert load(trained / 'least', 'best.pt')['model_args']['kan_hidden'] == 1 / 8
 
 

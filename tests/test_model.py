@@ -462,7 +462,14 @@ def greedy(model, idx, n, vocab_size=None):
 
 
 @pytest.mark.parametrize(
-    'options', [dict(temperature=0), dict(top_k=1), dict(top_p=1e-9), dict(temperature=0, top_k=5, top_p=0.5)]
+    'options',
+    [
+        dict(temperature=0),
+        dict(temperature=1e-50),
+        dict(top_k=1),
+        dict(top_p=1e-9),
+        dict(temperature=0, top_k=5, top_p=0.5),
+    ],
 )
 def test_greedy_takes_the_most_likely_token_also_beyond_the_block(options):
     model, idx = stir(make()), tokens(3, 4)

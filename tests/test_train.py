@@ -243,6 +243,47 @@ def test_a_run_with_muon_is_resumed_with_muon(tmp_path, dataset):
     assert words == 'error: the run to resume has its weights in other groups: resume it with --muon=True\n'
 
 
+def test_groups_that_the_decay_alone_sets_apart_are_named(tmp_path, dataset):
+    channel = dict(use_kan=True, kan_kind='channel', weight_decay=0.1, spline_weight_decay=0.1)
+    train(tmp_path, dataset, max_iters=2, **channel)
+    args = flags(
+        **{**TINY, 'dataset': dataset, 'init_from': 'resume', **channel, 'weight_decay': 0.05, 'out_dir': 'out'}
+    )
+    assert complaint(tmp_path, 'train.py', *args).endswith('in other groups: resume it with --weight_decay=0.1\n')
+
+
+def test_figures_of_an_evaluation_outlive_a_resumed_run(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    before, again = read_log(tmp_path / 'out')[-1], None
+    train(tmp_path, dataset, init_from='resume', max_iters=2)
+    again = read_log(tmp_path / 'out')[-1]
+    assert before['tokens_per_s'] == again['tokens_per_s'] and again['peak_mem'] >= before['peak_mem']
+    assert json.loads((tmp_path / 'out' / 'run.json').read_text())['final']['tokens_per_s'] == before['tokens_per_s']
+
+
+def test_the_vocabulary_goes_with_the_model(tmp_path, dataset):
+    """To a run on files that do not say theirs, begun with the model or resumed."""
+    plain = tmp_path / 'plain'
+    plain.mkdir()
+    for name in 'train.bin', 'val.bin':
+        shutil.copy(Path(dataset, name), plain)
+    train(tmp_path, dataset, max_iters=2)
+    train(tmp_path, plain, 'more', init_from='out', max_iters=2)
+    train(tmp_path, plain, init_from='resume', max_iters=4)
+    for name in 'more', 'out':
+        assert load(tmp_path / name)['tokenizer'] == TOKENIZER.to_dict()
+
+
+def test_settings_that_do_nothing_are_named(tmp_path, dataset):
+    settings = dict(kan_kind='channel', graph_edges='window', learning_rate=1e-4, max_iters=1)
+    said = train(tmp_path, dataset, **settings).stdout
+    assert 'warning: use_kan is off, and without it these do nothing: kan_kind\n' in said
+    assert 'warning: use_graph is off, and without it these do nothing: graph_edges\n' in said
+    assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the rate will rise' in said
+    said = train(tmp_path, dataset, 'plain', max_iters=1).stdout
+    assert 'warning' not in said
+
+
 def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
     """Such as nanoGPT's of GPT-2's tokens."""
     plain = tmp_path / 'plain'
@@ -693,6 +734,16 @@ def test_a_run_keeps_the_weights_of_every_evaluation(tmp_path, dataset):
         *first,
         '00000006.pt',
     }
+
+
+def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=6, keep_history=True)
+    os.replace(tmp_path / 'out' / 'history' / '00000002.pt', tmp_path / 'kept.pt')
+    state = load(tmp_path / 'out')
+    torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
+    train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
+    assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
+    assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 
 
 # bad input: one line that says what is wrong

@@ -82,7 +82,7 @@ def check_disk(folder, cache_folder):
 
 def tokenize(document):
     tokenizer = get_tokenizer()
-    return {'ids': tokenizer.encode_ordinary(document['text']) + [tokenizer.end_of_text]}
+    return {'ids': tokenizer.encode_ordinary(document['text'].removeprefix('\ufeff')) + [tokenizer.end_of_text]}
 
 
 def token_features():

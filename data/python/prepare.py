@@ -63,7 +63,7 @@ def read_wheels():
 def read_folder(source):
     if not Path(source).is_dir():
         raise ValueError(f'source={source!r} is no folder')
-    paths = sorted(Path(source).rglob('*.py'))
+    paths = sorted(path for path in Path(source).rglob('*.py') if path.is_file())
     files = list(decoded((path.relative_to(source).as_posix(), path.read_bytes()) for path in paths))
     return files, f'Python code of {source}'
 

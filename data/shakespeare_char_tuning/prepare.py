@@ -1,5 +1,6 @@
 """The text of data/shakespeare_char without its last tenth, to choose settings on: the first 80 % for training, the
-next 10 % for validation. The last tenth, which is val of shakespeare_char, stays unseen until the end. Files as there.
+next 10 % for validation. The last tenth, which is val of shakespeare_char, stays unseen until the end. It
+writes train.bin, val.bin and meta.json, as there.
 
 $ python data/shakespeare_char_tuning/prepare.py
 $ python data/shakespeare_char_tuning/prepare.py --source=my.txt   # any UTF-8 text

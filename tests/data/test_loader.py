@@ -15,6 +15,7 @@ from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
 from helpers import byte_pairs
 
 TOKENIZER = CharTokenizer('abcdefgh')
+KNOWN = 'openwebtext, python, shakespeare, shakespeare_char, shakespeare_char_tuning, taskmix'  # not those of tasks
 
 
 def write(folder, train, val, tokenizer=TOKENIZER):
@@ -392,7 +393,7 @@ def test_name_is_a_folder_beside_the_code_and_a_path_is_itself(tmp_path, monkeyp
 
 @pytest.mark.parametrize('dataset', ['', '.'])
 def test_the_folder_of_all_data_sets_is_none_itself(dataset):
-    with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: cfimdb, "):
+    with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: {KNOWN}$"):
         loader.prepare_dataset(dataset)
 
 
@@ -401,7 +402,7 @@ def test_unknown_data_set_lists_the_known_ones(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, 'DATA', str(tmp_path))
     for name, file in (('b', 'prepare.py'), ('a', 'prepare.py'), ('empty', 'readme.md')):
         (tmp_path / name).mkdir()
-        (tmp_path / name / file).touch()
+        (tmp_path / name / file).write_text('writes train.bin and val.bin')
     with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: a, b$"):
         loader.prepare_dataset(dataset)
 
@@ -444,3 +445,22 @@ def test_data_of_another_kind_is_not_trained_on(tmp_path):
     (tmp_path / 'prepare.py').write_text('print("reviews.csv")')
     with pytest.raises(ValueError, match='is not what is wanted here: its prepare.py writes no train.bin and val.bin$'):
         loader.prepare_dataset(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / 'prepare.py').write_text('')
+    (tmp_path / 'prepare.lock').mkdir()  # as good as a folder that only others may write to
+    with pytest.raises(ValueError, match='cannot be prepared where it would lie: .*prepare.lock'):
+        loader.prepare_dataset(str(tmp_path))
+
+
+def test_a_meta_file_of_ones_own_may_begin_with_windows_mark(folder):
+    (folder / 'meta.json').write_text('{"vocab_size": 8}', encoding='utf-8-sig')
+    assert loader.read_meta(str(folder))['vocab_size'] == 8
+
+
+def test_a_model_keeps_its_own_vocabulary(folder):
+    checkpoint = {'tokenizer': CharTokenizer('ABCDEFGH').to_dict()}
+    with pytest.raises(ValueError, match='has another vocabulary than the model, which brings its own'):
+        loader.load_tokenizer(checkpoint, 8, str(folder))
+    assert loader.load_tokenizer({}, 8, str(folder)).to_dict() == TOKENIZER.to_dict()

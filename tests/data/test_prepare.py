@@ -78,11 +78,13 @@ def test_a_text_in_the_folder_itself_is_the_one(repository, tmp_path):
     assert 'of this folder' not in run_prepare(repository, 'mine', '--source=b.txt').stdout
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
-def test_a_text_that_cannot_be_split_leaves_nothing(repository, tmp_path, name):
-    (tmp_path / 'a.txt').write_text('x')
+@pytest.mark.parametrize(
+    'name, text', [('shakespeare_char', 'x'), ('shakespeare', 'x'), ('shakespeare_char_tuning', 'four')]
+)
+def test_a_text_that_cannot_be_split_leaves_nothing(repository, tmp_path, name, text):
+    (tmp_path / 'a.txt').write_text(text)
     done = run_prepare(repository, name, '--source=a.txt')
-    assert done.returncode == 1 and 'a text of 1 character(s) cannot be split' in done.stderr
+    assert done.returncode == 1 and f'a text of {len(text)} character(s) cannot be split' in done.stderr
     assert done.stderr.count('\n') == 1
     assert {path.name for path in (repository / 'data' / name).iterdir()} <= {'prepare.py', 'readme.md'}
 
@@ -367,6 +369,8 @@ def test_files_of_code_go_whole_to_one_of_three_splits(repository, tmp_path):
     for name, code in codes.items():
         write_file(tmp_path / 'code', code, name)
     (tmp_path / 'code' / 'latin.py').write_bytes('x = "ü"'.encode('latin-1'))
+    (tmp_path / 'code' / 'folder.py').mkdir()
+    (tmp_path / 'code' / '.#lock.py').symlink_to('nowhere')
     done = run_prepare(repository, 'python', '--source=code', '--vocab_size=300')
     assert done.returncode == 0, done.stderr
     folder = repository / 'data' / 'python'

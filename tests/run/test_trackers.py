@@ -190,3 +190,9 @@ def test_no_tensorboard_is_one_warning(begin, tmp_path, wandb, said):
     show(begin([], log_to='wandb,tensorboard'), line(0, 4.0), line(2, 3.5))
     assert len(said) == 1 and said[0].startswith('warning: no tensorboard from here on: ')
     assert wandb.calls == [('wandb run', None, None), ('logged', 0), ('logged', 2)]
+
+
+def test_a_run_that_is_first_shown_when_it_is_resumed_has_all_points(begin, tmp_path, tensorboard):
+    resumed = begin([line(0, 4.0), line(2, 3.5)], resumed_at=2, log_to='tensorboard')
+    show(resumed, line(2, 3.5), line(4, 3.0))
+    assert read_points(tmp_path / 'out')['val_loss'] == [(0, 4.0), (2, 3.5), (4, 3.0)]

@@ -126,3 +126,18 @@ def test_mistakes_are_named(tmp_path, dataset):
     assert 'expected --by=params, flops or seconds' in complaint(tmp_path, 'study/balance.py', *common, '--by=size')
     assert 'config file of a KAN-GPT' in complaint(tmp_path, 'study/balance.py', f'--dataset={dataset}')
     assert "unknown setting 'grid_sise'" in complaint(tmp_path, 'study/balance.py', *common, '--grid_sise=3')
+
+
+@pytest.mark.parametrize('flag', ['--rotary=True', '--use_graph=True', '--kan_kind=channel --spline_init_std=0.1'])
+def test_widths_suit_what_both_have(tmp_path, dataset, flag):
+    """Rotary positions want heads of an even width, graph layers another number of heads."""
+    balance(tmp_path, dataset, LARGER, '--by=params', '--first=width', '--repeats=1', *flag.split())
+    found = model_args(dataset, tmp_path / 'train_x_by_params_wide.py')
+    wanted = {'--rotary=True': 6, '--use_graph=True': 12}.get(flag, 3)
+    assert found['n_embd'] % wanted == 0 and not found['use_kan'] and found['spline_init_std'] == 0
+
+
+def test_slopes_keep_their_rate(tmp_path, dataset):
+    flags = '--kan_kind=channel', '--activation=swish', '--mlp=swiglu', '--spline_lr_scale=4.0'
+    balance(tmp_path, dataset, SMALL, *flags, '--repeats=1')
+    assert settings_of('train.py', [str(tmp_path / 'train_x_by_params.py')])['spline_lr_scale'] == 4.0

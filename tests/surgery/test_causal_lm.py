@@ -308,3 +308,8 @@ def test_a_tokenizer_that_is_slow_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', lambda **place: Slow())
     with pytest.raises(ValueError, match='has a Slow, expected a fast tokenizer'):
         load_tokenizer_of(str(tmp_path))
+
+
+def test_small_models_are_wrapped_too():
+    model = CausalLM(make('llama', max_position_embeddings=4, vocab_size=5))
+    assert model.new_caches() and model.config.block_size == 4
