@@ -25,9 +25,9 @@ def least_squares(gram, moments):
     return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ moments
 
 
-def points_within(knots):
-    """Points within each interval of knots (I, n), evenly, more than a polynomial of it has numbers: (N, I)."""
-    shares = torch.linspace(0, 1, 12, dtype=knots.dtype, device=knots.device)[1:-1]
+def points_within(knots, n):
+    """n points within each interval of knots (I, M), evenly: (N, I)."""
+    shares = torch.linspace(0, 1, n + 2, dtype=knots.dtype, device=knots.device)[1:-1]
     return torch.lerp(knots[:, :-1, None], knots[:, 1:, None], shares).flatten(1).t()
 
 
@@ -134,7 +134,8 @@ class Splines(nn.Module):
         """Move the grid to where the inputs x (..., I) lie: `grid_eps` of the way from quantiles to an even grid (Liu
         et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x and, with a
         hundredth of the weight, over the whole grid: a basis that hardly saw data would else take an enormous
-        coefficient to fit a single row. Features whose grid stays keep their values. Memory is proportional to N * I.
+        coefficient to fit a single row. Outliers among x are fitted less well for it. Features whose grid stays keep
+        their values. Memory is proportional to N * I.
         """
         self.check_input(x)
         x = to_float64(x.reshape(-1, self.in_features))
@@ -145,7 +146,8 @@ class Splines(nn.Module):
             raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
-        everywhere = points_within(to_float64(new)[:, self.spline_order : self.spline_order + self.grid_size + 1])
+        G, k = self.grid_size, self.spline_order
+        everywhere = points_within(to_float64(new)[:, k : k + G + 1], 2 * k + 2)
         parts = [(1.0, rows) for rows in x.split(256)]  # what a cache holds: three times as fast as 4096
         for weight, rows in [*parts, (0.01 * len(x) / len(everywhere), everywhere)]:
             before, after = (recursive_bases(rows, knots, self.spline_order) for knots in (old, to_float64(new)))
@@ -169,7 +171,7 @@ class Splines(nn.Module):
         if grid_size < 1:
             raise ValueError(f'grid_size must be at least 1, got {grid_size}')
         old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
-        x = points_within(new)
+        x = points_within(new, 2 * self.spline_order + 2)  # more than a polynomial of an interval has numbers
         before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
         gram = torch.einsum('nai,nbi->iab', after, after)
         cross = torch.einsum('nai,nbi->iab', after, before)

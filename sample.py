@@ -103,7 +103,7 @@ if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
 prompt = tokenizer.encode(read_prompt())
 if not prompt:
-    example = '"12 7 30"' if isinstance(tokenizer, IdTokenizer) else 'TEXT, of a word that it knows'
+    example = '"12 7 30"' if isinstance(tokenizer, IdTokenizer) else 'TEXT, in characters or words that it knows'
     raise ValueError(f'start has no token of this vocabulary to go on from: give one, e.g. --start={example}')
 model.eval()
 model.to(device)

@@ -188,8 +188,11 @@ def make_model(state, base):
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
         sizes = GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config))
         sizes.refuse_idle()
-        for switch, idle in sizes.idle().items():
-            say(f'warning: {switch} is off, and without it these do nothing: {", ".join(idle)}')
+        idle = sizes.idle()
+        if not use_kan and activation != 'swish' and spline_lr_scale != 1:
+            idle.setdefault('use_kan', []).append('spline_lr_scale')
+        for switch, names in idle.items():
+            say(f'warning: {switch} is off, and without it these do nothing: {", ".join(names)}')
         model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
@@ -369,8 +372,9 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
-if state and master and not eval_only:
-    ckpt.set_aside(out_dir, ckpt.history_after(out_dir, iter_num))
+done_again = ckpt.history_after(out_dir, iter_num) if state and master and not eval_only else []
+if done_again:
+    say(f'{len(done_again)} later weights of history/ are moved to {ckpt.set_aside(out_dir, done_again)}')
 if is_measured_anew and not eval_only:
     say('warning: the tokens or windows of the validation are not those this run began with: its best loss starts anew')
     log = []

@@ -82,7 +82,8 @@ def prepare_dataset(dataset, made=TOKENS):
     script = os.path.join(folder, 'prepare.py')
     if not os.path.exists(script):
         known = sorted(script.parent.name for script in Path(DATA).glob('*/prepare.py') if speaks_of(script, made))
-        raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}; known: {", ".join(known)}')
+        known = f'; known: {", ".join(known)}' if known else ''
+        raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}{known}')
     command = f'python {os.path.relpath(script)}'
     lock = FileLock(os.path.join(folder, 'prepare.lock'))
     failed = False
@@ -108,7 +109,8 @@ def prepare_dataset(dataset, made=TOKENS):
 
 
 def speaks_of(script, names):
-    return all(name in script.read_text(encoding='utf-8') for name in names)
+    """Whether a prepare.py names these files, as those in data/ do in their first lines."""
+    return all(name in script.read_text(encoding='utf-8', errors='replace') for name in names)
 
 
 def read_meta(dataset):

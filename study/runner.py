@@ -99,9 +99,9 @@ def fill(path, script, lines):
     """Put the lines of a table into a page, between the marks of the script that writes it there."""
     begin, end = f'<!-- {script} writes this table -->\n', '<!-- until here -->\n'
     before, is_there, rest = Path(path).read_text(encoding='utf-8').partition(begin)
-    _, ends, after = rest.partition(end)
-    if not (is_there and ends) or begin in rest:
-        raise ValueError(f'{path} wants {begin.strip()} and {end.strip()} once each, on lines of their own')
+    old, ends, after = rest.partition(end)
+    if not (is_there and ends) or 'writes this table' in old or begin in after:
+        raise ValueError(f'{path} wants {begin.strip()} once and {end.strip()} after it, on lines of their own')
     with write_atomically(path, 'w', encoding='utf-8') as f:
         f.write(before + begin + '\n'.join(lines) + '\n' + end + after)
 

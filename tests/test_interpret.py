@@ -568,3 +568,9 @@ def test_the_run_has_kept_its_history(trained):
     """train.py's keep_history, as growth.png wants it."""
     log, kept = read_log(trained / 'out'), sorted(Path(trained, 'out', 'history').iterdir())
     assert [path.name for path in kept] == [f'{line["iter"]:08d}.pt' for line in log]
+
+
+def test_a_share_of_channels_is_what_was_cut(tmp_path, dataset):
+    make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=0.5)
+    costs = costs_of(interpret(tmp_path, dataset=dataset, prune=0.3, prune_by='neurons', save='smaller'))
+    assert '25% of the neurons cut' in costs  # two of eight

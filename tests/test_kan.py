@@ -701,8 +701,9 @@ def test_update_grid_is_the_least_squares_refit(k, data):
         best = np.linalg.lstsq(bases[:, i], before[:, i].numpy(), rcond=None)[0]
         optimum = np.linalg.norm(bases[:, i] @ best - before[:, i].numpy())
         residual = (after[:, i] - before[:, i]).norm().item()
-        # between the others and outliers it would be wild
-        assert residual <= (1.6 if data == 'outliers' else 1.02) * optimum + 0.04 * before[:, i].norm().item()
+        # between the others and outliers it would be wild; where rows are few or alike, all can be fitted exactly
+        times, share = {'outliers': (1.6, 0.04), 'few': (1, 0.04), 'discrete': (1, 0.04)}.get(data, (1.02, 0.002))
+        assert residual <= times * optimum + share * before[:, i].norm().item()
 
 
 @pytest.mark.parametrize('rows', [6, 150, 1024])

@@ -254,7 +254,7 @@ def test_groups_that_the_decay_alone_sets_apart_are_named(tmp_path, dataset):
 
 def test_figures_of_an_evaluation_outlive_a_resumed_run(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2)
-    before, again = read_log(tmp_path / 'out')[-1], None
+    before = read_log(tmp_path / 'out')[-1]
     train(tmp_path, dataset, init_from='resume', max_iters=2)
     again = read_log(tmp_path / 'out')[-1]
     assert before['tokens_per_s'] == again['tokens_per_s'] and again['peak_mem'] >= before['peak_mem']
@@ -275,9 +275,9 @@ def test_the_vocabulary_goes_with_the_model(tmp_path, dataset):
 
 
 def test_settings_that_do_nothing_are_named(tmp_path, dataset):
-    settings = dict(kan_kind='channel', graph_edges='window', learning_rate=1e-4, max_iters=1)
+    settings = dict(kan_kind='channel', spline_lr_scale=4.0, graph_edges='window', learning_rate=1e-4, max_iters=1)
     said = train(tmp_path, dataset, **settings).stdout
-    assert 'warning: use_kan is off, and without it these do nothing: kan_kind\n' in said
+    assert 'warning: use_kan is off, and without it these do nothing: kan_kind, spline_lr_scale\n' in said
     assert 'warning: use_graph is off, and without it these do nothing: graph_edges\n' in said
     assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the rate will rise' in said
     said = train(tmp_path, dataset, 'plain', max_iters=1).stdout
@@ -741,7 +741,8 @@ def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, datas
     os.replace(tmp_path / 'out' / 'history' / '00000002.pt', tmp_path / 'kept.pt')
     state = load(tmp_path / 'out')
     torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
-    train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
+    done = train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
+    assert '1 later weights of history/ are moved to out/earlier-1' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
     assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 

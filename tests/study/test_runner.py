@@ -271,12 +271,15 @@ def test_a_table_is_put_between_its_marks(tmp_path):
         assert path.read_text() == page.format('| one |\n| two |\n') + page.format('').replace('x.py', 'y.py')
 
 
-@pytest.mark.parametrize(
-    'text', ['', '<!-- x.py writes this table -->\n', '<!-- x.py writes this table -->\n' * 2 + END]
-)
+X, Y = (f'<!-- {script} writes this table -->\n' for script in ('x.py', 'y.py'))
+
+
+@pytest.mark.parametrize('text', ['', X, X + X + END, X + END + X + END, X + 'prose\n' + Y + END])
 def test_a_page_without_marks_is_left_alone(text, tmp_path):
     path = tmp_path / 'page.md'
     path.write_text(text)
-    with pytest.raises(ValueError, match='page.md wants <!-- x.py writes this table --> and <!-- until here --> once'):
+    with pytest.raises(
+        ValueError, match='page.md wants <!-- x.py writes this table --> once and <!-- until here --> after'
+    ):
         fill(path, 'x.py', [])
     assert path.read_text() == text
