@@ -26,9 +26,9 @@ TITLES = {  # of the sizes
     '0.33M Python': 'Python code, 0.33M',
     '0.23M rotary Muon': 'Shakespeare, 0.23M, rotary, Muon',
 }
-PAGES = {  # which show tables of `make_answer`, and to which family
-    'README.md': ['SwiGLU'],
-    'results/win/README.md': ['SwiGLU', 'GELU'],
+ANSWERS = {  # the tables of `make_answer` by their baseline, and the pages that show them
+    'SwiGLU': ['README.md', 'results/win/README.md'],
+    'GELU': ['results/win/README.md'],
 }
 
 
@@ -453,9 +453,10 @@ def rows_of(n, across, width, height):
 
 if __name__ == '__main__':
     STUDY.show(make_page())
-    for page, baselines in PAGES.items():
-        for baseline in baselines:
-            fill(Path(ROOT, page), f'study/win_page.py, {baseline}', make_answer(baseline))
+    for baseline, pages in ANSWERS.items():
+        answer = make_answer(baseline)
+        for page in pages:
+            fill(Path(ROOT, page), f'study/win_page.py, {baseline}', answer)
     draw_gaps(STUDY.folder / 'gaps.png')
     draw_controls(STUDY.folder / 'controls.png')
     draw_curves(STUDY.folder / 'curves.png')

@@ -58,6 +58,14 @@ def start_training(folder, dataset, out_dir='out', processes=1, **settings):
     return start_forked(folder, 'train.py', *args, processes=processes)
 
 
+def without_meta(dataset, folder):
+    """The files of tokens of a data set in a folder that says nothing of them."""
+    folder.mkdir()
+    for name in 'train.bin', 'val.bin':
+        shutil.copy(Path(dataset, name), folder)
+    return folder
+
+
 def contents(folder):
     """{name: bytes} of a folder, without the lock."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'run.lock'}
@@ -263,10 +271,7 @@ def test_figures_of_an_evaluation_outlive_a_resumed_run(tmp_path, dataset):
 
 def test_the_vocabulary_goes_with_the_model(tmp_path, dataset):
     """To a run on files that do not say theirs, begun with the model or resumed."""
-    plain = tmp_path / 'plain'
-    plain.mkdir()
-    for name in 'train.bin', 'val.bin':
-        shutil.copy(Path(dataset, name), plain)
+    plain = without_meta(dataset, tmp_path / 'plain')
     train(tmp_path, dataset, max_iters=2)
     train(tmp_path, plain, 'more', init_from='out', max_iters=2)
     train(tmp_path, plain, init_from='resume', max_iters=4)
@@ -286,10 +291,7 @@ def test_settings_that_do_nothing_are_named(tmp_path, dataset):
 
 def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):
     """Such as nanoGPT's of GPT-2's tokens."""
-    plain = tmp_path / 'plain'
-    plain.mkdir()
-    for name in 'train.bin', 'val.bin':
-        shutil.copy(Path(dataset, name), plain)
+    plain = without_meta(dataset, tmp_path / 'plain')
     train(tmp_path, plain, max_iters=2)
     known = json.loads((tmp_path / 'out' / 'run.json').read_text())['dataset']['splits']
     again = train(tmp_path, plain, init_from='resume', max_iters=3)
