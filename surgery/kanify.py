@@ -8,7 +8,7 @@ or learned functions in place of its activations.
     kanify(gpt2, 'mlp', absorb={'mlp.c_proj': 'mlp.act'})
     kanify(llama, kind='channel', example=tokens, train='splines')  # a function on each channel of its gates
 
-The functions that find layers serve lora.py, too.
+The functions that find layers serve adapters, too.
 """
 
 from collections.abc import Mapping

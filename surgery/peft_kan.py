@@ -1,5 +1,5 @@
-"""lora.py's KAN adapter, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanLoraConfig stands where LoraConfig
-would.
+"""The KAN adapter of adapters.py, y = W x + s phi_out(phi_in(x)), as a method of PEFT: KanLoraConfig stands where
+LoraConfig would.
 
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -36,12 +36,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from surgery.adapters import KANAdapter, LoRAConfig, adapter_dtype, weights
 from surgery.kanify import is_conv1d, is_linear
-from surgery.lora import KANAdapter, LoRAConfig, adapter_dtype, weights, write_whole
+from surgery.lora import write_whole
 
 UNMERGEABLE = 'a KANLORA adapter is not linear in its input, so no weight can hold it'
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
-# fields of KanLoraConfig by the names they have in lora.py
+# fields of KanLoraConfig by the names they have in adapters.py
 SHARED = ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')
 OURS = dict(rank='r', alpha='lora_alpha', dropout='lora_dropout', rs_lora='use_rslora', **dict(zip(SHARED, SHARED)))
 BIASES = ('none', 'all', 'kanlora_only')
@@ -74,7 +75,7 @@ def add_peft_type(name):
 
 @dataclass
 class KanLoraConfig(PeftConfig):
-    """The fields are those of PEFT's LoraConfig, and for the KAN those of lora.py's LoRAConfig, as are the defaults."""
+    """The fields are those of PEFT's LoraConfig, and for the KAN those of LoRAConfig, as are the defaults."""
 
     r: int = LoRAConfig.rank
     lora_alpha: float = LoRAConfig.alpha

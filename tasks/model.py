@@ -2,7 +2,7 @@
 
     use_kan         its MLPs become KAN layers that compute what these did (kan_single_layer: that of one block alone)
     use_graph       graph attention behind the MLPs, silent at first (graph_last: those of so many last blocks)
-    use_lora        low-rank adapters, of the kinds of lora.py, on the layers that lora_targets names
+    use_lora        low-rank adapters, of the kinds in surgery/adapters.py, on the layers that lora_targets names
     finetune_mode   what trains: 'full' everything, 'head' what reads the answer off, 'adapter' the adapters, with the
                     graph layers and a linear head
     form            where the answer is read off: 'cloze', the logits of the words for the labels after the prompt, or
@@ -29,9 +29,10 @@ from model import GPT, MLP, GPTConfig
 from run.checkpoint import build_model, holds_model, load_checkpoint, shorten
 from run.records import read_record
 from surgery import causal_lm
+from surgery.adapters import TrainedCopy, lora_layers
 from surgery.causal_lm import CausalLM
 from surgery.kanify import kanify
-from surgery.lora import LoRAConfig, TrainedCopy, add_lora, digest_of, load_lora, lora_layers, lora_param_groups
+from surgery.lora import LoRAConfig, add_lora, digest_of, load_lora, lora_param_groups
 from tasks.prompts import answer_ids, find_task
 
 GPT2S = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')

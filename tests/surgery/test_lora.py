@@ -26,9 +26,9 @@ from helpers import ROOT, run_forked, run_group
 from kan import KAN, KANLinear
 from layers.spline import plain_spline_linear
 from model import GPT, GPTConfig
-from surgery import lora
+from surgery import adapters, lora
+from surgery.adapters import Dropout
 from surgery.lora import (
-    Dropout,
     LoRAConfig,
     add_lora,
     fit_linear,
@@ -998,12 +998,12 @@ def test_a_saved_module_may_share_tensors_and_have_buffers(tmp_path):
 @pytest.mark.parametrize('layer', ['Linear', 'KANLinear'])
 def test_lengths_of_frozen_rows_are_measured_once_and_saved(layer, tmp_path, monkeypatch):
     saved, x = make_saved(tmp_path, layer, use_dora=True)
-    y, lengths = saved.layer(x), lora.row_norms(saved.layer.base_layer)
+    y, lengths = saved.layer(x), adapters.row_norms(saved.layer.base_layer)
     assert torch.equal(load_file(tmp_path / 'adapter_model.safetensors')['layer.lengths'], lengths)
     other = load_lora(make_base(layer).bfloat16(), tmp_path, check_base=False)
     assert torch.equal(other.layer.adapter.lengths, lengths)
-    assert not torch.equal(lora.row_norms(other.layer.base_layer), lengths)
-    monkeypatch.setattr(lora, 'row_norms', lambda *arguments: pytest.fail('the rows were measured again'))
+    assert not torch.equal(adapters.row_norms(other.layer.base_layer), lengths)
+    monkeypatch.setattr(adapters, 'row_norms', lambda *arguments: pytest.fail('the rows were measured again'))
     assert torch.equal(saved.layer(x), y)
     saved.train().layer(x).sum().backward()
 
@@ -1013,7 +1013,7 @@ def test_a_file_without_lengths_has_those_of_the_base(layer, tmp_path):
     saved, x = make_saved(tmp_path, layer, use_dora=True)
     rewrite(tmp_path, lambda tensors, record: tensors.pop('layer.lengths'))
     model = load_lora(make_base(layer), tmp_path)
-    assert torch.equal(model.layer.adapter.lengths, lora.row_norms(model.layer.base_layer))
+    assert torch.equal(model.layer.adapter.lengths, adapters.row_norms(model.layer.base_layer))
     assert torch.equal(model.layer(x), saved.layer(x))
 
 

@@ -13,8 +13,9 @@ from helpers import Words, byte_pairs
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
+from surgery.adapters import LoRALayer
 from surgery.causal_lm import CausalLM
-from surgery.lora import LoRALayer, digest_of, load_lora, lora_off, save_lora
+from surgery.lora import digest_of, load_lora, lora_off, save_lora
 from tasks import model as task_model
 from tasks import prompts
 from tasks.model import load_base, load_task_model, make_task_model, param_groups, sum_losses, trained_report
