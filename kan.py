@@ -91,6 +91,8 @@ class Splines(nn.Module):
 
     def __init__(self, in_features, grid_size, spline_order, base_activation, grid_eps, grid_range):
         super().__init__()
+        if in_features < 1:
+            raise ValueError(f'in_features must be at least 1, got {in_features}')
         if grid_size < 1 or spline_order < 0:
             wanted = 'grid_size must be at least 1 and spline_order at least 0'
             raise ValueError(f'{wanted}, got {grid_size} and {spline_order}')

@@ -381,6 +381,7 @@ def test_regularisation():
 @pytest.mark.parametrize(
     'settings, message',
     [
+        (dict(in_features=0), 'in_features must be at least 1'),
         (dict(grid_size=0), 'grid_size must be at least 1'),
         (dict(grid_range=(2, 1)), 'grid_range must be'),
         (dict(base_activation=nn.PReLU), 'must have no parameters'),
@@ -388,7 +389,7 @@ def test_regularisation():
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        ChannelSpline(3, **settings)
+        ChannelSpline(**dict(in_features=3) | settings)
 
 
 def test_inputs_of_another_width():
