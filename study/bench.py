@@ -92,7 +92,7 @@ EDGES = ['no edges', 'causal edges', 'window edges', 'topk edges', 'same edges']
 SUITES = {  # where each measures, and what
     'layer': [(SHAPES, LAYERS)],
     'step': [(SIZES, MODELS)],
-    'mlp': [([*win.SIZES, 'micro'], MLPS)],
+    'mlp': [([*win.SHAPES, 'micro'], MLPS)],
     'sample': [(SAMPLED, ['uncached', 'cached'])],
     'adapter': [(['768 768 8192'], ['nn.Linear', *ADAPTED])],
     'graph': [(ATTENTION_SHAPES, ATTENTIONS), (SIZES, EDGES)],

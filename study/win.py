@@ -11,7 +11,7 @@ python. Stage `ablation` varies the splines, `tuning` gives each family the same
 shapes on the validation text, and `final` trains each at its best with fresh seeds and measures the loss on what is
 left. Two more stages train the main families with other fresh seeds: `seconds` for as long as SwiGLU takes, by the
 steps that `steps` has timed (in one shell, on a machine that does nothing else), and `longer` for five times the
-iterations.
+iterations, with what was tuned for 1000. Size `0.23M 5000` is tuned at that length.
 """
 
 import functools
@@ -35,13 +35,17 @@ from study.sweep import check_record
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
 COMMON = dict(dataset='shakespeare_char_tuning', eval_interval=250, log_interval=250)
+LONG = 5000  # iterations of stage longer
+LONGER = dict(max_iters=LONG, lr_decay_iters=LONG, eval_interval=LONG // 5)
 SIZES = {
     '0.23M': dict(n_layer=2, n_embd=96, n_head=3),
     '0.45M': dict(n_layer=4, n_embd=96, n_head=3),
     '2.2M': dict(n_layer=6, n_embd=176, n_head=4),
     '0.33M Python': dict(n_layer=2, n_embd=96, n_head=3, dataset='python'),
     '0.23M rotary Muon': dict(n_layer=2, n_embd=96, n_head=3, rotary=True, muon=True),
+    '0.23M 5000': dict(n_layer=2, n_embd=96, n_head=3, **LONGER),  # tuned at that length
 }
+SHAPES = [size for size in SIZES if 'max_iters' not in SIZES[size]]  # without other lengths of one of these
 DEPTHS = {  # shapes of as many parameters, within 2 %, for what was tuned at two layers
     '0.23M, 1 layer': dict(n_layer=1, n_embd=135, n_head=3),
     '0.23M, 4 layers': dict(n_layer=4, n_embd=69, n_head=3),
@@ -103,11 +107,11 @@ ABLATION = {  # settings of KAN-GLU by what they are, and those of the others by
 }
 USUAL = dict(learning_rate=4e-3, init_std=0.08)
 RATES = dict.fromkeys(SIZES, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))
-RATES |= {'2.2M': (1e-3, 2e-3, 4e-3, 8e-3), '0.23M rotary Muon': (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+RATES |= dict.fromkeys(['2.2M', '0.23M 5000'], (1e-3, 2e-3, 4e-3, 8e-3))
+RATES['0.23M rotary Muon'] = 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2
 SCALES = 0.04, 0.16  # at the best rate
 # sizes with two more trials at the best of these: other rates, of splines where set
-REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon'
-LONG = 5000  # iterations of stage longer
+REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon', '0.23M 5000'
 DRAWN = '0.23M'  # the size whose functions and controls are drawn
 SEEDS = {
     'ablation': range(1, 5),
@@ -360,13 +364,14 @@ def run(stages, sizes, groups):
                 run_all(jobs_of('depth', shape, tuned(size, MAIN)))
         if 'final' in stages:
             run_all(jobs_of('final', size, tuned(size, chosen)))
+        if size not in SHAPES:
+            continue
         if 'steps' in stages:
             run_all({f'steps, {size}': (dict(stage='steps', size=size), {})})
         if 'seconds' in stages:
             run_all(jobs_of('seconds', size, by_seconds(size, tuned(size, MAIN))))
         if 'longer' in stages:
-            more = dict(max_iters=LONG, lr_decay_iters=LONG, eval_interval=LONG // 5)
-            run_all(jobs_of('longer', size, tuned(size, MAIN), **more))
+            run_all(jobs_of('longer', size, tuned(size, MAIN), **LONGER))
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ TITLES = {  # of the sizes
     '2.2M': 'Shakespeare, 2.2M',
     '0.33M Python': 'Python code, 0.33M',
     '0.23M rotary Muon': 'Shakespeare, 0.23M, rotary, Muon',
+    '0.23M 5000': 'Shakespeare, 0.23M, tuned at this length',
 }
 ANSWERS = {  # the tables of `make_answer` by their baseline, and the pages that show them
     'SwiGLU': ['README.md', 'results/win/README.md'],
@@ -133,7 +134,7 @@ def make_answer(baseline):
     """
     others = [name for name in ('channel KAN', 'KAN-GLU', 'GELU', 'SwiGLU') if name != baseline]
     rows = []
-    for stage, size in itertools.product(win.UNSEEN, SIZES):
+    for stage, size in sorted(itertools.product(win.UNSEEN, SIZES), key=lambda pair: pair[1] not in win.SHAPES):
         groups = groups_of(stage, size)
         seeds = set.intersection(*(set(groups.get(name, {})) for name in MAIN))
         if len(seeds) < 4:  # a study under way
@@ -144,14 +145,14 @@ def make_answer(baseline):
         cells = ['{:+.4f} ± {:.4f}'.format(*gap) for gap in gaps.values()]
         cells = [f'**{cell}**' if name in held else cell for name, cell in zip(gaps, cells)]
         loss = mean_and_std([*map(held_out, groups[baseline].values())], 4)
-        rows.append([TITLES[size], during(stage), str(len(seeds)), *cells, loss])
+        rows.append([TITLES[size], during(stage, size), str(len(seeds)), *cells, loss])
     return table(
         ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}'], rows
     )
 
 
-def during(stage):
-    iterations = settings_of('train.py', [win.CONFIG])['max_iters']
+def during(stage, size):
+    iterations = SIZES[size].get('max_iters') or settings_of('train.py', [win.CONFIG])['max_iters']
     lengths = {'seconds': f'as many seconds as {iterations:,} take SwiGLU', 'longer': f'{LONG:,} iterations'}
     return lengths.get(stage, f'{iterations:,} iterations')
 

@@ -164,13 +164,25 @@ def test_a_study_under_way_has_a_page(study):
             draw(study.STUDY.folder / 'figure.png')
 
 
-@pytest.mark.parametrize('size', win.SIZES)
+@pytest.mark.parametrize('size', win.SHAPES)
 def test_steps_are_those_of_one_size(size):
     cases = [
-        (other, f'float32 {other} {name}') for other in win.SIZES for name in (*win.FAMILIES, 'KAN-GLU of order 1')
+        (other, f'float32 {other} {name}') for other in win.SHAPES for name in (*win.FAMILIES, 'KAN-GLU of order 1')
     ]
     found = [other for other, case in cases if re.search(win.cases_of(size), case)]
     assert found == [size] * (len(win.FAMILIES) + 1)
+
+
+def test_what_is_tuned_at_another_length_has_a_row_of_its_own(study):
+    study.run(['tuning', 'final', 'steps', 'seconds', 'longer'], ['0.23M 5000'], ['main'])
+    runs = study.STUDY.read().values()
+    assert {run['stage'] for run in runs} == {'tuning', 'final'}
+    assert {run['config']['max_iters'] for run in runs} == {study.LONG}
+    assert len(study.tried('0.23M 5000', 'GELU')) == len(study.tried('0.23M 5000', 'KAN-GLU')) == 8
+    study.run(['tuning', 'final', 'longer'], ['0.23M'], ['main'])
+    rows = [line.split(' | ')[:3] for line in win_page.make_answer('SwiGLU')[2:]]
+    assert rows[-1] == ['| Shakespeare, 0.23M, tuned at this length', '5,000 iterations', '10']
+    assert [row[1] for row in rows] == ['1,000 iterations', '5,000 iterations', '5,000 iterations']
 
 
 def test_depths_are_compared_at_the_best_settings(study):
