@@ -1,4 +1,4 @@
-# The baby GPT on Shakespeare in GPT-2's byte pairs, 29.96M parameters, most of them in the vocabulary.
+# The baby GPT on Shakespeare in GPT-2's byte pairs, 29.94M parameters, most of them in the vocabulary.
 #     python train.py config/train_shakespeare.py
 # Not run to its end: on a 2-core Xeon (AMX; torch 2.13, float32) an iteration takes 15 s, so 1000 of them 4
 # hours.
