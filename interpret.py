@@ -3,7 +3,7 @@
     python interpret.py --out_dir=out-shakespeare-char-nano-kan
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.0 --topk=24
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --prompt="ROMEO:"
-    python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.2 --save=out-pruned --tune=200
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.2 --save=out-pruned --tune=100
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.5 --prune_by=neurons --save=out-smaller
     python interpret.py --out_dir=out-finetune-sst-kan-lora   # KAN adapters, on the examples of their task
 
@@ -21,6 +21,7 @@ import sys
 import time
 
 import torch
+from filelock import FileLock, Timeout
 
 from configurator import ROOT, check_ranges, configure, settings_of
 from inside import faithful, figures, report
@@ -30,6 +31,7 @@ from inside.reading import Examples, Text
 from kan import KANLinear
 from run import checkpoint as ckpt
 from run.device import clock, device_name, pick_device
+from run.records import read_record
 from surgery import prune as surgery
 
 # -----------------------------------------------------------------------------
@@ -69,12 +71,13 @@ if (prune >= 0) != bool(save) or (tune and not save):
     raise ValueError(
         'prune is the share to cut off and save the folder for the pruned model: both or none; tune wants both'
     )
-if save and any(os.path.exists(os.path.join(save, name)) for name in ckpt.STATES):
-    raise ValueError(f'save={save!r} holds a run already: name another folder')
+if save and ckpt.holds_model(save):
+    raise ValueError(f'save={save!r} holds a model already: name another folder')
 device = pick_device(device)
 if device.startswith('mps'):  # it has no float64
     device = 'cpu'
 is_part = layer >= 0 or module != ''
+pruned_dir = os.path.join(os.curdir, save)  # which no name of a model can be mistaken for
 folder = folder or os.path.join(out_dir, 'interpret', *(['part'] if is_part else []))
 started = time.perf_counter()
 
@@ -190,13 +193,24 @@ def prune_model():
     state = dict(model=source.model.state_dict(), model_args=args, versions=ckpt.versions(), **kept)
     cut = f'{share_cut(args):.3g}% of the {prune_by} cut'
     costs[cut] = cost(ckpt.build_model(state).to(device))
-    os.makedirs(save, exist_ok=True)
-    ckpt.save_checkpoint(save, state, is_best=True)
-    say(f'saved {save}/best.pt, for sample.py and for train.py CONFIG --init_from={save} --out_dir=...')
+    save_pruned(state)
+    say(f'saved {save}/best.pt, for sample.py and for train.py CONFIG --init_from={pruned_dir} --out_dir=...')
     if tune:
         costs[f'{cut}, tuned for {tune} iterations'] = cost(tuned())
     print('', report.cost_table(costs), sep='\n')
     return dict(costs=costs)
+
+
+def save_pruned(state):
+    """ValueError where another command writes into the folder `save`, or has done so meanwhile."""
+    os.makedirs(save, exist_ok=True)
+    try:
+        with FileLock(os.path.join(save, 'run.lock'), blocking=False):
+            if ckpt.holds_model(save):
+                raise ValueError(f'save={save!r} holds a model by now: name another folder')
+            ckpt.save_checkpoint(save, state, is_best=True)
+    except Timeout:
+        raise ValueError(f'save={save!r} is in use by another command: name another folder') from None
 
 
 def share_cut(args):
@@ -296,18 +310,30 @@ def median_seconds(run, n=15):
     return statistics.median(seconds)
 
 
+def run_to_end(command):
+    """The exit status of a process, which Ctrl-C reaches as well: it saves first."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            pass
+
+
 def tuned():
     """The pruned model after `tune` iterations of train.py with the settings of its run."""
     settings, known = checkpoint['config'], settings_of('train.py', [])
     rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{os.path.normpath(save)}-tuned'
-    changed = dict(init_from=save, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10)
+    changed = dict(
+        init_from=pruned_dir, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10
+    )
     changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device)
     changed.update(wandb_log=False, wandb_artifact=False, log_to='', dataset=dataset or settings['dataset'])
     settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
     flags = [f'--{name}={value}' for name, value in settings.items()]
-    say(f'python train.py --init_from={save} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
-    if subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *flags]).returncode:
-        raise ValueError(f'tuning failed, see above; {save} holds the pruned model')
+    say(f'python train.py --init_from={pruned_dir} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
+    if run_to_end([sys.executable, os.path.join(ROOT, 'train.py'), *flags]) or 'finished' not in read_record(tuned_dir):
+        raise ValueError(f'tuning did not come to its end, see above; {save} holds the pruned model')
     return ckpt.build_model(ckpt.load_checkpoint(tuned_dir)).to(device)
 
 

@@ -100,12 +100,23 @@ class Splines(nn.Module):
         if not (low < high and math.isfinite(high - low)):
             raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
         self.in_features, self.grid_size, self.spline_order = in_features, grid_size, spline_order
-        self.grid_eps = grid_eps
+        self.grid_eps, self.grid_range = grid_eps, (low, high)
         self.base_activation = make_activation(base_activation)
         name_of(self.base_activation)  # known before a compiler traces `forward`
-        spacing = (high - low) / grid_size
-        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * spacing + low
-        self.register_buffer('grid', knots.repeat(in_features, 1))  # (I, G + 2k + 1)
+        self.register_buffer('grid', self.even_knots().repeat(in_features, 1))  # (I, G + 2k + 1)
+
+    def even_knots(self):
+        """(G + 2k + 1,) on grid_range"""
+        (low, high), G, k = self.grid_range, self.grid_size, self.spline_order
+        knots = torch.arange(-k, G + k + 1) * ((high - low) / G) + low
+        if knots.device.type != 'meta' and not (knots.isfinite().all() and (knots.diff() > 0).all()):
+            wanted = f'{knots.dtype} cannot tell the knots of {G} intervals apart'.replace('torch.', '')
+            raise ValueError(f'{wanted} on grid_range={self.grid_range}')
+        return knots
+
+    def __setstate__(self, state):  # of a copy, or of one from a file
+        super().__setstate__(state)
+        name_of(self.base_activation)
 
     def scale_splines(self, spline_weight):
         return spline_weight
@@ -143,10 +154,12 @@ class Splines(nn.Module):
         x = to_float64(x.reshape(-1, self.in_features))
         if x.size(0) == 0:
             raise ValueError('update_grid needs at least one row of inputs')
+        self.check_splines()
         if not x.isfinite().all():
             n_nan, n_inf = x.isnan().sum().item(), x.isinf().sum().item()
             raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
+        new = torch.where(new[:, -1:] > new[:, :1], new, self.grid)  # where a feature is constant, up to rounding
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
         G, k = self.grid_size, self.spline_order
         everywhere = points_within(to_float64(new)[:, k : k + G + 1], 2 * k + 2)
@@ -172,6 +185,7 @@ class Splines(nn.Module):
         """
         if grid_size < 1:
             raise ValueError(f'grid_size must be at least 1, got {grid_size}')
+        self.check_splines()
         old, new = to_float64(self.grid), to_float64(self.refined_knots(grid_size).to(self.grid.dtype))
         x = points_within(new, 2 * self.spline_order + 2)  # more than a polynomial of an interval has numbers
         before, after = (recursive_bases(x, knots, self.spline_order) for knots in (old, new))
@@ -186,6 +200,13 @@ class Splines(nn.Module):
             change = torch.einsum('ai,...ia->...i', ours, rescaled) - torch.einsum('ai,...ia->...i', theirs, scaled)
             difference = max(difference, change.abs().max().item())
         return difference
+
+    def check_splines(self):
+        """ValueError where spline_weight cannot be written, as parametrizations and torch.nn.utils.prune compute it."""
+        if 'spline_weight' not in self._parameters:
+            raise ValueError(
+                'spline_weight is computed from other numbers, so no grid can be refitted: remove that first'
+            )
 
     def refined_knots(self, grid_size):
         """(I, grid_size + 2k + 1): evenly between the old ones, and the old ones outside the grid."""
@@ -252,8 +273,10 @@ class KANLinear(Splines):
         """base_weight, spline_scaler   uniform in +-scale / sqrt(I), with scale_base and scale_spline
         spline_weight                curves through noise of +-scale_noise / (2 G) at the grid points
         bias                         zero
+        grid                         even, on grid_range
         """
         G, k, bound = self.grid_size, self.spline_order, 1 / math.sqrt(self.in_features)
+        self.grid.copy_(self.even_knots())
         self.base_weight.uniform_(-self.scale_base * bound, self.scale_base * bound)
         points = self.grid.t()[k : k + G + 1]  # (G + 1, I)
         noise = torch.rand(*points.shape, self.out_features, dtype=points.dtype, device=points.device) - 0.5
@@ -274,7 +297,7 @@ class KANLinear(Splines):
         """(..., I) -> (..., O) in the autocast dtype, else that of the weights. An adapter gives weights of its own."""
         self.check_input(x)
         own = base_weight is None and spline_weight is None
-        weight = self._packed if own and not torch.is_grad_enabled() else None
+        weight = self.kept_weight() if own and not torch.is_grad_enabled() else None
         if weight is None:
             weight = self.packed_weight(base_weight, spline_weight)
         rows, dtype = x.reshape(-1, self.in_features), self.compute_dtype()
@@ -288,6 +311,19 @@ class KANLinear(Splines):
         autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)
         is_cast = autocast and self.base_weight.dtype != torch.float64  # as nn.Linear
         return torch.get_autocast_dtype(device_type) if is_cast else self.base_weight.dtype
+
+    def keep_packed(self):
+        """Pack the weights once, for passes without gradients: they are packed anew where they have changed since."""
+        self._packed = self.packed_weight().to(self.compute_dtype()), self.versions()
+
+    def kept_weight(self):
+        weight, versions = self._packed or (None, None)
+        return weight if torch.compiler.is_compiling() or versions == self.versions() else None
+
+    def versions(self):
+        """What tells whether the numbers have changed, but for changes through `.data`, which leave no trace."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return self.compute_dtype(), [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
 
     def packed_weight(self, base_weight=None, spline_weight=None):
         """(O, (K + 1) * I), basis-major, so that loops over columns run over neighbouring features; base last."""
@@ -311,7 +347,14 @@ class ChannelSpline(Splines):
         self, in_features, grid_size=8, spline_order=3, base_activation=nn.SiLU, grid_eps=1.0, grid_range=(-4, 4)
     ):
         super().__init__(in_features, grid_size, spline_order, base_activation, grid_eps, grid_range)
-        self.spline_weight = nn.Parameter(torch.zeros(in_features, grid_size + spline_order))
+        self.spline_weight = nn.Parameter(torch.empty(in_features, grid_size + spline_order))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """spline_weight zero, grid even on grid_range"""
+        self.spline_weight.zero_()
+        self.grid.copy_(self.even_knots())
 
     def forward(self, x, gated=False):
         """Gated, x holds gates and then values, (..., 2 I), and the result is phi(gate) * value."""

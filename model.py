@@ -186,7 +186,8 @@ def rotate(x, start):
     on, where the channels i and i + hs / 2 are a pair that its place turns by place * 10000^(-2i / hs).
     """
     T, hs = x.shape[-2:]
-    frequencies = 10000.0 ** (torch.arange(0, hs, 2, device=x.device) / -hs)  # (hs / 2,)
+    channels = torch.arange(0, hs, 2, device=x.device, dtype=torch.float32)
+    frequencies = 10000.0 ** (channels / -hs)  # (hs / 2,)
     angles = torch.outer(torch.arange(start, start + T, device=x.device), frequencies)  # (T, hs / 2)
     cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
@@ -386,6 +387,8 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         check_places(start, T, self.config.block_size)
         caches = caches or [None] * self.config.n_layer
+        if len(caches) != self.config.n_layer:
+            raise ValueError(f'expected a cache for each of {self.config.n_layer} blocks, got {len(caches)}')
         edges = Edges(self.config, idx, caches[0], lengths) if self.config.use_graph else None
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.transformer.wpe is not None:

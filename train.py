@@ -228,8 +228,7 @@ def make_optimizer(model, state):
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines, muon)
     scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
     if state:
-        groups, groups_then = optimizer.param_groups, state['optimizer']['param_groups']
-        if [len(group['params']) for group in groups] != [len(group['params']) for group in groups_then]:
+        if not ckpt.moments_fit(optimizer.param_groups, state['optimizer']):
             then = records.complete(state.get('config', {}))
             names = [
                 name for name in ('muon', 'spline_lr_scale', 'weight_decay', 'spline_weight_decay') if name in then

@@ -67,6 +67,8 @@ def watch(model, run, names=None, rows=16384):
         parts[name].append(x.reshape(-1, layer.in_features)[:left].float().clone())
         if name not in weights:
             weights[name] = weights_of(layer, *settings, **named)
+            if not weights[name].isfinite().all():
+                raise ValueError(f'{name} holds weights that are NaN or infinite')
 
     def hook(name, layer, args, kwargs):
         remember(name, layer, *args, **kwargs)
@@ -81,8 +83,6 @@ def watch(model, run, names=None, rows=16384):
             handle.remove()
     seen = {name: Seen(layers[name], torch.cat(parts[name]), weights[name]) for name in layers if name in parts}
     for name, found in seen.items():
-        if not found.weights.isfinite().all():
-            raise ValueError(f'{name} holds weights that are NaN or infinite')
         if len(found.x) < 2:
             raise ValueError(f'{name} saw {len(found.x)} rows of data, and statistics want two at least')
         bad = ~found.x.isfinite()
@@ -90,6 +90,22 @@ def watch(model, run, names=None, rows=16384):
             feature = bad.any(0).nonzero()[0].item()
             raise ValueError(f'{name}: {bad.sum()} inputs are NaN or infinite, the first in feature {feature}')
     return seen
+
+
+def without_autocast(function):
+    """The function of a Seen, all in float32."""
+
+    @functools.wraps(function)
+    def run(seen, *args, **kwargs):
+        with no_autocast(seen.x):
+            return function(seen, *args, **kwargs)
+
+    return run
+
+
+def even(first, last, n, device=None):
+    """n even numbers in float32, whatever the default dtype is."""
+    return torch.linspace(first, last, n, dtype=torch.float32, device=device)
 
 
 def columns_of(layer, x, features=slice(None)):
@@ -128,6 +144,7 @@ class Edges:
         return self.activity > 1e-6 * self.activity.max().clamp_min(1e-30)
 
 
+@without_autocast
 @torch.no_grad()
 def measure(seen):
     """The Edges of a layer."""
@@ -212,7 +229,7 @@ class Sums:
 
 def bend(layer, low, high, by_feature):
     """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
-    shares = torch.linspace(0, 1, CURVE, device=low.device).unsqueeze(1)
+    shares = even(0, 1, CURVE, low.device).unsqueeze(1)
     phi = columns_of(layer, torch.lerp(low, high, shares))  # (CURVE, P, I)
     second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]).double() * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
@@ -222,7 +239,7 @@ def bend(layer, low, high, by_feature):
 def curves(seen, edges, pairs, n=64):
     """Of edges (output, feature) over their domains: x, g(x) and its part by the activation, (len(pairs), n) each."""
     outputs, features = indices(seen, pairs)
-    shares = torch.linspace(0, 1, n, device=seen.x.device).unsqueeze(1)
+    shares = even(0, 1, n, seen.x.device).unsqueeze(1)
     x = torch.lerp(edges.low, edges.high, shares)  # (n, I)
     terms = columns_of(seen.layer, x, features) * seen.weights[outputs, :, features].t()  # (n, P, pairs)
     return x[:, features].t(), terms.sum(1).t(), terms[:, -1].t()

@@ -43,7 +43,7 @@ class Text:
         return total / len(starts)
 
     def read(self, model):
-        self.mean_loss(model, self.halves[0])
+        check_loss(self.mean_loss(model, self.halves[0]))
 
     def loss(self, model):
         return self.mean_loss(model, self.halves[1])
@@ -80,10 +80,15 @@ class Examples:
         return total / task_model.count_targets(examples)
 
     def read(self, model):
-        self.mean_loss(model, self.halves[0])
+        check_loss(self.mean_loss(model, self.halves[0]))
 
     def loss(self, model):
         return self.mean_loss(model, self.halves[1])
+
+
+def check_loss(loss):
+    if not math.isfinite(loss):
+        raise ValueError(f'the loss of the model is {loss}: its weights are damaged, or have diverged')
 
 
 def spread(starts, n):

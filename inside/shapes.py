@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inside.edges import even, without_autocast
+
 PLACES = 201
 FLAT = 0.1  # a function is flat that varies less than this share of what it began as
 TURN = 0.05  # a turn counts that goes back by more than this share of all that the curve spans
@@ -29,12 +31,13 @@ class Shapes:
         return count_turns(self.learned), count_turns(self.plain)
 
 
+@without_autocast
 @torch.no_grad()
 def shapes_of(seen):
     """The Shapes of the Seen of a ChannelSpline."""
     layer, inputs = seen.layer, seen.x
-    ends = torch.quantile(inputs, torch.tensor([0.005, 0.995], device=inputs.device), dim=0)  # (2, C)
-    x = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, PLACES, device=inputs.device).unsqueeze(1))  # (P, C)
+    ends = torch.quantile(inputs, inputs.new_tensor([0.005, 0.995]), dim=0)  # (2, C)
+    x = torch.lerp(ends[0], ends[1], even(0, 1, PLACES, inputs.device).unsqueeze(1))  # (P, C)
     now, before = layer(inputs), layer.base_activation(inputs)  # (N, C)
     spread = before.std(0).clamp_min(1e-30)
     change = (now - before).square().mean(0).sqrt() / spread

@@ -48,11 +48,11 @@ def check_places(start, T, block_size):
 
 @contextmanager
 def packed_weights(model):
-    """Inside, KAN layers pack their weights once: changes go unnoticed to the end, except where gradients are on."""
-    layers = [module for module in model.modules() if hasattr(module, 'packed_weight')]
+    """Inside, KAN layers pack their weights once for all passes without gradients."""
+    layers = [module for module in model.modules() if hasattr(module, 'keep_packed')]
     with torch.no_grad():
         for layer in layers:
-            layer._packed = layer.packed_weight().to(layer.compute_dtype())
+            layer.keep_packed()
     try:
         yield
     finally:
@@ -63,9 +63,9 @@ def packed_weights(model):
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None, use_cache=True):
     """The tokens with which a GPT continues idx (B, T) as they come, max_new_tokens of (B, 1) each. Wants
-    model.eval() and weights that do not change before the last token. Rows of the head from vocab_size on are
-    padding, never drawn. With a cache each token is computed once, as long as all fit into block_size. Beyond that
-    the window moves, and the position of every token in it, so that the window is computed anew for each token.
+    model.eval(). Rows of the head from vocab_size on are padding, never drawn. With a cache each token is computed
+    once, as long as all fit into block_size. Beyond that the window moves, and the position of every token in it, so
+    that the window is computed anew for each token.
     """
     block_size = model.config.block_size
     with packed_weights(model):
@@ -86,10 +86,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
+    highest = logits.amax(-1, keepdim=True).float()
+    if not highest.isfinite().all():
+        raise ValueError('the model gives logits that are NaN or infinite: its weights are damaged, or have diverged')
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that none can overflow
+    logits = (logits.float() - highest) / temperature  # at most zero, so that none can overflow
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)

@@ -45,11 +45,12 @@ def add_graph(model, last=0, **settings):
     unknown = [name for name in settings if not name.startswith('graph_')]
     if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
-    model.config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
-    for block in model.transformer.h[-last:]:
-        block.ln_3, block.graph = type(block.ln_2)(model.config.n_embd, model.config.bias), GraphAttention(model.config)
-        for layer in block.ln_3, block.graph:
-            layer.to(block.ln_2.weight).train(block.training)
+    config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
+    blocks = model.transformer.h[-last:]
+    made = [(type(block.ln_2)(config.n_embd, config.bias), GraphAttention(config)) for block in blocks]
+    for block, layers in zip(blocks, made):
+        block.ln_3, block.graph = (layer.to(block.ln_2.weight).train(block.training) for layer in layers)
+    model.config = config
     return model
 
 

@@ -177,6 +177,23 @@ def build_model(checkpoint, **overrides):
     return model
 
 
+def moments_fit(groups, saved):
+    """Whether the state dict of an optimizer is one of these parameter groups: as many weights in each, of the same
+    optimizer, and moments of the same shapes. PyTorch looks at the first alone.
+    """
+    kinds, kinds_then = (
+        [(len(one['params']), 'betas' in one) for one in each] for each in (groups, saved['param_groups'])
+    )
+    weights = [p for group in groups for p in group['params']]
+    moments = [saved['state'].get(i, {}) for group in saved['param_groups'] for i in group['params']]
+    return kinds == kinds_then and all(
+        moment.shape == p.shape
+        for p, found in zip(weights, moments)
+        for moment in found.values()
+        if torch.is_tensor(moment) and moment.dim() > 0  # and no count of steps
+    )
+
+
 def shorten(error):
     """What an error of torch says, in one line."""
     return ' '.join(str(error).split())[:300]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from run import records
-from run.checkpoint import save_checkpoint, save_weights, set_aside, versions
+from run.checkpoint import is_export, save_checkpoint, save_weights, set_aside, versions
 from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, set_up
 from run.trackers import Trackers
 
@@ -209,7 +209,11 @@ class Session:
             if earlier:
                 self.say(f'{out_dir} holds an earlier run: its files are moved to {earlier}')
         self.trackers = Trackers(out_dir, self.record, log, self.say)
-        self.write_record()
+        if self.master and out_dir is not None:
+            try:
+                records.write_run(out_dir, self.record, log)
+            except OSError as error:  # later that is a warning; now nothing is lost yet
+                raise OSError(f'{out_dir} cannot be written: {error}') from None
 
     def reserve(self, out_dir, make=False):
         """Have out_dir for this run alone, until its first process ends, however it does; with `make` also where it is
@@ -217,6 +221,8 @@ class Session:
         """
         if not out_dir:
             raise ValueError('out_dir is empty: name a folder for the run by --out_dir')
+        if is_export(out_dir):
+            raise ValueError(f'{out_dir} is a folder of export.py: name another one for the run by --out_dir')
         taken = False
         if make and self.master:
             os.makedirs(out_dir, exist_ok=True)

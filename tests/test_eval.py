@@ -48,6 +48,16 @@ def test_every_token_counts_once_after_the_context_its_stride_leaves(model_and_d
     assert (result['tokens'], result['stride'], result['block_size']) == (len(data) - 1, stride, T)
 
 
+def test_a_loss_that_is_no_number_is_an_error(tmp_path):
+    dataset = write_dataset(tmp_path / 'data', n_val=3 * T)
+    state = make_checkpoint(tmp_path / 'out')
+    state['model']['transformer.ln_f.weight'][0] = math.nan
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    for script, args in ('eval.py', [f'--dataset={dataset}']), ('sample.py', []), ('sample.py', ['--temperature=0']):
+        words = complaint(tmp_path, script, '--device=cpu', *args)
+        assert 'the weights are damaged' in words or 'its weights are damaged' in words
+
+
 def test_a_loss_beyond_all_perplexities(tmp_path):
     """Of a model that is sure of the wrong thing."""
     dataset = write_dataset(tmp_path / 'data', n_val=3 * T)

@@ -4,8 +4,12 @@ import csv
 import html
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -13,11 +17,14 @@ import numpy as np
 import pytest
 import sympy
 import torch
+from filelock import FileLock
 
 from configurator import settings_of
 from data.tokenizer import CharTokenizer
 from helpers import (
+    ENV,
     HEADERS,
+    PATIENCE,
     ROOT,
     SHAPE,
     TOKENIZER,
@@ -292,6 +299,34 @@ def cut(trained):
     return interpret(trained, prune=0.5, save='cut', tune=2)
 
 
+def test_a_pruned_model_is_tuned_whatever_its_folder_is_called(trained):
+    costs = costs_of(interpret(trained, prune=0.5, save='scratch', tune=2))
+    _, pruned, tuned = costs.values()
+    assert tuned['parameters'] == pruned['parameters'] and tuned['loss'] == pytest.approx(pruned['loss'], rel=0.5)
+    assert load(trained / 'scratch-tuned')['config']['init_from'] == './scratch'
+
+
+def test_tuning_that_is_stopped_is_saved_and_not_called_tuned(trained):
+    command = [sys.executable, str(ROOT / 'interpret.py'), *flags(**SMALL, prune=0.5, save='stopped', tune=10**6)]
+    process = subprocess.Popen(
+        command, cwd=trained, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    lines = iter(process.stdout.readline, '')
+    assert any(line.startswith('iter 20:') for line in lines)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does by Ctrl-C
+    _, words = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and 'error: tuning did not come to its end, see above; stopped holds' in words
+    assert load(trained / 'stopped-tuned')['iter_num'] >= 20
+
+
+def test_one_folder_takes_one_pruned_model(trained):
+    (trained / 'taken').mkdir()
+    with FileLock(trained / 'taken' / 'run.lock'):
+        assert "save='taken' is in use by another command" in complain(trained, prune=0.5, save='taken')
+    (trained / 'taken' / 'gpt.json').write_text('{}')
+    assert "save='taken' holds a model already" in complain(trained, prune=0.5, save='taken')
+
+
 def test_edges_cut(trained, cut, dataset):
     before, after = load(trained / 'out', 'best.pt'), load(trained / 'cut', 'best.pt')
     assert after['model_args'] == {**before['model_args'], 'kan_bias': True, 'kan_mask': True, 'dropout': 0.0}
@@ -317,7 +352,7 @@ def test_edges_cut(trained, cut, dataset):
 def test_a_cut_model_trains_on_with_its_mask(trained, cut, dataset):
     """By interpret.py itself, and when that run is resumed."""
     start, tuned = load(trained / 'cut', 'best.pt'), load(trained / 'cut-tuned')
-    assert tuned['iter_num'] == 2 and tuned['config']['init_from'] == 'cut'
+    assert tuned['iter_num'] == 2 and tuned['config']['init_from'] == './cut'
     assert tuned['config']['learning_rate'] == pytest.approx(0.05 * 0.25)
     shutil.copytree(trained / 'cut-tuned', trained / 'again')
     train(trained, dataset, 'again', init_from='resume', max_iters=4, weight_decay=0.5, **MODEL)
@@ -521,7 +556,7 @@ def test_the_strongest_terms_of_a_neuron_explain_its_variance():
         (dict(prune=-0.5, save='cut'), 'between 0 and 1, got -0.5'),
         (dict(prune=0.5, save='cut', prune_by='layers'), "prune_by edges or neurons, got 'val' and 'layers'"),
         (dict(prune=0.5, save='new', prune_by='neurons', layer=0), 'prune_by=neurons cuts those of all KAN MLPs'),
-        (dict(prune=0.5, save='out'), "save='out' holds a run already: name another folder"),
+        (dict(prune=0.5, save='out'), "save='out' holds a model already: name another folder"),
         (dict(split='test'), 'expected split train or val'),
         (dict(topk=25), 'topk=25: a figure shows 24 edges at most'),
         (dict(rows=0), 'rows must be at least 1, got 0'),

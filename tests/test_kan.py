@@ -816,13 +816,93 @@ def test_weights_are_packed_once_inside_packed_weights_and_training_ignores_it()
     model, x = nn.Sequential(nn.Linear(I, I), KAN([I, 5, O])), torch.randn(6, I)
     with torch.no_grad():
         expected = model(x)
+    layer = model[1].layers[0]
     with packed_weights(model), torch.no_grad():
-        assert torch.equal(model(x), expected)
-        for layer in model[1].layers:
-            layer.spline_weight.zero_()
-        assert torch.equal(model(x), expected)
+        kept = layer.kept_weight()
+        assert torch.equal(model(x), expected) and layer.kept_weight() is kept
         with torch.enable_grad():
-            assert not torch.allclose(model(x), expected)
-    assert not torch.allclose(model(x), expected)
+            assert model(x).requires_grad
+        layer.spline_weight.mul_(2)
+        assert layer.kept_weight() is None
+        changed = model(x)
+    assert not torch.allclose(changed, expected) and torch.allclose(model(x), changed, atol=1e-6)
     with torch.autocast('cpu', torch.bfloat16), packed_weights(model):
-        assert model[1].layers[0]._packed.dtype == torch.bfloat16
+        assert layer.kept_weight().dtype == torch.bfloat16
+        with torch.autocast('cpu', enabled=False):
+            assert layer.kept_weight() is None
+
+
+@torch.no_grad()
+def test_a_copy_packs_its_own_weights():
+    layer, x = KANLinear(I, O), torch.randn(6, I)
+    with packed_weights(layer):
+        twin = copy.deepcopy(layer)
+    twin.base_weight.zero_()
+    other = KANLinear(I, O)
+    other.load_state_dict(twin.state_dict())
+    assert torch.equal(twin(x), other(x)) and not torch.allclose(twin(x), layer(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('scale', torch.tensor(2.0))
+
+    def forward(self, x):
+        return torch.sin(self.scale * x)
+
+
+@pytest.mark.parametrize('again', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize('activation', [Scaled, nn.SiLU])
+def test_a_copy_may_be_compiled_before_it_is_called(again, activation, monkeypatch):
+    layer, x = KANLinear(I, O, base_activation=activation), torch.randn(5, I)
+    content = again(layer)
+    monkeypatch.setattr(spline, 'ACTIVATIONS', {})  # as in another process
+    twin = again(content)
+    torch.testing.assert_close(torch.compile(twin, backend='eager', fullgraph=True)(x), layer(x))
+
+
+# grids that cannot be
+
+
+@pytest.mark.parametrize(
+    'make', [lambda span: KANLinear(2, 2, grid_range=span), lambda span: ChannelSpline(2, grid_range=span)]
+)
+@pytest.mark.parametrize('span', [(1e8, 1e8 + 1), (-1e39, 1e39)])
+def test_a_grid_finer_than_its_dtype_is_refused(make, span):
+    with pytest.raises(ValueError, match='float32 cannot tell the knots of . intervals apart'):
+        make(span)
+
+
+@pytest.mark.parametrize('make', [lambda: KANLinear(4, 3, grid_range=(-2, 2)), lambda: ChannelSpline(4)])
+def test_parameters_and_grid_of_a_layer_made_without_memory(make):
+    with torch.device('meta'):
+        layer = make()
+    layer.to_empty(device='cpu')
+    layer.grid.fill_(torch.nan)
+    layer.reset_parameters()
+    assert torch.equal(layer.grid, make().grid) and layer(torch.randn(5, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize('compute', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_a_grid_is_not_refitted_beneath_computed_weights(compute):
+    layer = KANLinear(I, O)
+    compute(layer, 'spline_weight')
+    before = layer.grid.clone()
+    for change in (lambda: layer.update_grid(torch.randn(50, I))), (lambda: layer.refine_grid(10)):
+        with pytest.raises(ValueError, match='spline_weight is computed from other numbers'):
+            change()
+    assert torch.equal(layer.grid, before)
+
+
+@pytest.mark.parametrize('value, dtype', [(10.0, torch.bfloat16), (1e6, torch.float32)])
+@torch.no_grad()
+def test_a_constant_feature_keeps_its_grid_where_no_margin_is_left(value, dtype):
+    layer = KANLinear(2, O, grid_range=(0.5 * value, 1.5 * value)).to(dtype)
+    layer.spline_weight.normal_()
+    before, grid = layer(torch.full((1, 2), value, dtype=dtype)), layer.grid.clone()
+    x = torch.stack([torch.full((200,), value), torch.linspace(0.6, 1.4, 200) * value], 1).to(dtype)
+    layer.update_grid(x)
+    assert torch.equal(layer.grid[0], grid[0]) and not torch.equal(layer.grid[1], grid[1])
+    after = layer(torch.full((1, 2), value, dtype=dtype))
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)

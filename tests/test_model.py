@@ -160,6 +160,23 @@ def test_rotary_positions_are_turns_of_complex_numbers():
     torch.testing.assert_close(rotate(x, 4), torch.cat((turned.real, turned.imag), -1), rtol=1e-6, atol=1e-6)
 
 
+def test_rotary_positions_do_not_depend_on_the_default_dtype():
+    x = torch.randn(2, 3, 5, 8)
+    expected = rotate(x, 1000)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = rotate(x, 1000)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_caches_of_another_model_are_refused():
+    caches = make(n_layer=1).new_caches()
+    with pytest.raises(ValueError, match='expected a cache for each of 2 blocks, got 1'):
+        make()(tokens(1, 3), caches=caches)
+
+
 def test_rotary_positions_tell_how_far_tokens_are_apart_alone():
     q, k = torch.randn(2, 1, 1, 1, 8).unbind()
     near, far = (rotate(q, 3 + start) @ rotate(k, start).mT for start in (0, 50))

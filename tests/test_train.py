@@ -244,11 +244,31 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     assert 'starts anew' not in again.stdout and not (tmp_path / 'out' / 'earlier-2').exists()
 
 
+def test_no_run_goes_into_a_folder_of_an_export(tmp_path, dataset):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'gpt.json').write_text('{}')
+    words = complaint(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out'}))
+    assert words == 'error: out is a folder of export.py: name another one for the run by --out_dir\n'
+
+
 def test_a_run_with_muon_is_resumed_with_muon(tmp_path, dataset):
     train(tmp_path, dataset, max_iters=2, muon=True)
     args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4})
     words = complaint(tmp_path, 'train.py', *args)
     assert words == 'error: the run to resume has its weights in other groups: resume it with --muon=True\n'
+
+
+@pytest.mark.parametrize(
+    'first, then', [(dict(spline_lr_scale=0.5), dict(muon=True)), (dict(muon=True), dict(spline_lr_scale=0.5))]
+)
+def test_groups_of_one_size_and_other_weights_are_told_apart(tmp_path, dataset, first, then):
+    edges = dict(use_kan=True, kan_targets='mlp')  # of each block four matrices for Muon, and four of splines
+    train(tmp_path, dataset, max_iters=2, **edges, **first)
+    args = flags(
+        **{**TINY, **edges, **then, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4}
+    )
+    words = complaint(tmp_path, 'train.py', *args)
+    assert 'has its weights in other groups: resume it with ' in words
 
 
 def test_groups_that_the_decay_alone_sets_apart_are_named(tmp_path, dataset):
@@ -432,7 +452,7 @@ def test_earlier_run_is_moved_and_not_lost(tmp_path, dataset):
 
 @pytest.mark.parametrize('share', [0.5, 0.001])
 def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
-    """With half of a checkpoint's size left only checkpoints fail, with a few bytes the record fails too."""
+    """With half of a checkpoint's size left only checkpoints fail; with a few bytes the run does not begin."""
     train(tmp_path, dataset, max_iters=2)
     out = tmp_path / 'out'
     before = contents(out)
@@ -441,7 +461,10 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
     full = run_forked(tmp_path, 'train.py', *args, before=limit)
     assert full.returncode == 1
-    assert 'iter 5:' in full.stdout and 'warning: iteration 5 is not saved' in full.stdout + full.stderr
+    if share == 0.5:
+        assert 'iter 5:' in full.stdout and 'warning: iteration 5 is not saved' in full.stdout + full.stderr
+    else:
+        assert 'iter' not in full.stdout and full.stderr.startswith('error: out cannot be written: ')
     assert full.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in full.stderr
     changed = ('run.json', 'log.jsonl') if share == 0.5 else ()
     after = contents(out)

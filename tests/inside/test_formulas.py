@@ -178,6 +178,16 @@ def test_the_simplest_of_equals_is_named():
     assert parabola.family == 'x^2' and parabola.c == pytest.approx(-0.045, rel=0.02)
 
 
+def test_formulas_are_the_same_under_autocast():
+    layer, x = planted_layer(), even_inputs()
+    with torch.autocast('cpu', torch.bfloat16):
+        seen, edges, found = study(layer, x)
+        (formula,) = refine(seen, edges, found, [(0, 0)])
+    _, _, expected = study(layer, x)
+    assert torch.equal(found.r2, expected.r2) and torch.equal(found.family, expected.family)
+    assert formula == read(layer, x, [(0, 0)])[0]
+
+
 def test_ties_go_to_the_first():
     r2 = torch.tensor([[0.5, 0.9, 0.2], [0.5 + TIE / 2, 0.9 + 2 * TIE, 0.1], [0.4, 0.2, 0.2]])
     assert simplest(r2, TIE).tolist() == [0, 1, 0]

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from inside.edges import watch
+from inside.edges import kan_layers, watch
+from inside.report import look
 from inside.shapes import count_turns, shapes_of
-from kan import ChannelSpline
+from kan import KAN, ChannelSpline
 
 
 def curve(function, low=-4.0, high=4.0):
@@ -34,6 +35,21 @@ def test_turns_are_counted(function, turns):
 def test_curves_are_counted_each_by_itself():
     curves = torch.cat([curve(torch.sin, 0, 20), curve(torch.square), curve(torch.exp)])
     assert count_turns(curves).tolist() == [6, 1, 0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing_that_is_measured(dtype):
+    torch.manual_seed(0)
+    channels, edges, x = ChannelSpline(3), KAN([3, 2, 1]), torch.randn(300, 3)
+    expected = [shapes_of(watch(channels, lambda: channels(x))[''])]
+    expected += [layer.formulas for layer in look(edges, lambda: edges(x), [*kan_layers(edges)], 300, 2)]
+    torch.set_default_dtype(dtype)
+    try:
+        found = [shapes_of(watch(channels, lambda: channels(x))[''])]
+        found += [layer.formulas for layer in look(edges, lambda: edges(x), [*kan_layers(edges)], 300, 2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0].learned, expected[0].learned) and found[1:] == expected[1:]
 
 
 def test_shapes_of_a_layer():

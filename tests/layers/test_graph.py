@@ -406,6 +406,8 @@ def test_settings_that_are_none_are_refused(settings, message):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'torch_geometric', None)
-    with pytest.raises(ValueError, match='^graph layers need PyTorch Geometric: pip install torch-geometric$'):
-        make()
-    GPT(GPTConfig(**SIZES))
+    model, message = GPT(GPTConfig(**SIZES)), '^graph layers need PyTorch Geometric: pip install torch-geometric$'
+    for attempt in make, lambda: add_graph(model), lambda: add_graph(model):  # which leaves the model as it was
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    assert model.config == GPTConfig(**SIZES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from run import session
+from run import records, session
 from run.session import Session
 
 
@@ -44,6 +44,18 @@ def test_single_process_agrees_with_itself(monkeypatch):
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(dist, 'all_gather_object', lambda *args: pytest.fail('there is no group'))
     Session('cpu', 'float32').check_same('data set', {'train': 1})
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_before_it_begins(monkeypatch, tmp_path):
+    def fail(*args):
+        raise OSError('no space left')
+
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setattr(records, 'write_run', fail)
+    with pytest.raises(OSError, match='cannot be written: no space left'):
+        Session('cpu', 'float32').begin(
+            str(tmp_path), [], None, dict(seed=1, log_to='', wandb_log=False, wandb_artifact=False)
+        )
 
 
 # steps that nobody waits for
