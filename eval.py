@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from configurator import check_ranges, configure, settings_of
 from data import loader
-from data.tokenizer import measure_text
+from data.tokenizer import beside_model, measure_text
 from model import GPT
 from run.checkpoint import build_model, holds_model, load_checkpoint
 from run.cost import count_flops
@@ -91,6 +91,7 @@ def evaluate_text(checkpoint):
         model = build_model(checkpoint, dropout=0.0)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=0.0))
+        checkpoint = {'tokenizer': {'kind': 'gpt2'}} | beside_model(init_from)
     name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
@@ -161,7 +162,7 @@ def evaluate_task(checkpoint):
     return result
 
 
-checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {'tokenizer': {'kind': 'gpt2'}}
+checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {}
 source = (out_dir if init_from == 'resume' else init_from) + (f' with the adapter of {adapter}' if adapter else '')
 on_task = task or adapter or 'finetune' in checkpoint
 if on_task and dataset:

@@ -237,7 +237,7 @@ def check_adapter(record, settings):
 
 
 def peft_config(record, names, is_plain):
-    """What an adapter of lora.py is called by PEFT."""
+    """What an adapter of surgery/adapters.py is called by PEFT."""
     from peft import LoraConfig
 
     ours = record['config']
@@ -251,7 +251,7 @@ def peft_config(record, names, is_plain):
 
 
 def fill(layer, tensors):
-    """Put the tensors of an adapter of lora.py into a layer of PEFT."""
+    """Put the tensors of an adapter of surgery/adapters.py into a layer of PEFT."""
     if hasattr(layer, 'kanlora_adapters'):
         layer.kanlora_adapters['default'].load_state_dict(tensors)
         return

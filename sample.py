@@ -13,7 +13,7 @@ import torch
 
 from configurator import check_ranges, configure
 from data.loader import load_tokenizer
-from data.tokenizer import IdTokenizer, TextStream
+from data.tokenizer import IdTokenizer, TextStream, beside_model
 from layers.generation import stream
 from model import GPT
 from run.checkpoint import build_model, holds_model, load_checkpoint
@@ -96,7 +96,7 @@ def load_model(checkpoint):
     return load_task_model(checkpoint, dropout=0.0)[0].gpt
 
 
-checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else {}
+checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else beside_model(init_from)
 model = load_model(checkpoint)
 tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset)
 if tokenizer.vocab_size > model.config.vocab_size:

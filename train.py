@@ -17,6 +17,7 @@ import torch
 
 from configurator import INCIDENTAL, check_ranges, configure, differing
 from data import loader
+from data.tokenizer import beside_model
 from model import GPT, GPTConfig, model_settings
 from run import checkpoint as ckpt
 from run import records
@@ -196,6 +197,7 @@ def make_model(state, base):
         model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+        check_vocabulary(beside_model(init_from), init_from)
         if meta:
             loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     else:

@@ -159,6 +159,22 @@ class PretrainedTokenizer(JsonTokenizer):
         return {'kind': 'pretrained', 'json': self.content, 'end_of_text': self.end_of_text}
 
 
+def beside_model(folder):
+    """{'tokenizer': what lies beside a GPT-2 of transformers}, as checkpoints hold it; {} where there is none, or GPT-2's,
+    by every fiftieth token of it.
+    """
+    path = Path(folder, 'tokenizer.json')
+    if not path.is_file():
+        return {}
+    found = JsonTokenizer(path.read_text(encoding='utf-8'))
+    found.content = found.tokenizer.to_str()  # as a data set has it, however the file is spaced
+    if found.vocab_size == GPT2Tokenizer.vocab_size:
+        gpt2 = GPT2Tokenizer()
+        if all(found.decode([i]) == gpt2.decode([i]) for i in range(0, gpt2.vocab_size, 50)):
+            return {}
+    return {'tokenizer': found.to_dict()}
+
+
 class IdTokenizer:
     """Token ids as numbers with spaces between them: of notes, moves, or a text whose tokenizer is not at hand."""
 

@@ -233,6 +233,8 @@ if __name__ == '__main__':
     configure(globals())
     if seeds.count(',') < 1:
         raise ValueError(f'seeds={seeds!r}: a spread wants at least two, joined by commas')
+    if len(set(seeds.split(','))) <= seeds.count(','):
+        raise ValueError(f'seeds={seeds!r}: one is named twice')
     for stage in choose('stages', stages, ('search', 'final', 'rank', 'single', 'rates', 'time')):
         runs = list_runs(stage)
         check_records(runs)

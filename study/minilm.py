@@ -33,7 +33,7 @@ from tqdm import tqdm
 from configurator import ROOT, configure
 from kan import KANLinear
 from run.device import keep_memory, peak_memory
-from study.runner import Study, choose, mean_and_std, paired_p, run_json
+from study.runner import Study, choose, mean_and_std, paired, paired_p, run_json
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, fit_linear, lora_param_groups, save_lora
 from tasks.prompts import Example, collate, find_task, make_batches
@@ -277,40 +277,44 @@ def percent(values):
     return mean_and_std([100 * value for value in values], 2)
 
 
-def to_baseline(values, baseline):
-    """Points above the baseline, and from three seeds on p of a paired t-test over them."""
-    if values == baseline:
+def to_baseline(stage, method, baseline):
+    """Points of accuracy above another method, over the seeds of both, and from three on p of a paired t-test."""
+    if method == baseline:
         return ''
+    values, baseline = paired(*(by_seed('accuracy', stage, name) for name in (method, baseline)), float)
     apart = f'{100 * (statistics.mean(values) - statistics.mean(baseline)):+.2f}'
     return f'{apart} (p = {paired_p(values, baseline):.2g})' if len(values) > 2 else apart
 
 
-def values_of(key, stage, method):
-    """What the runs of a method in a stage have, at the learning rate that its search has found, by seed."""
+def by_seed(key, stage, method):
+    """{seed: what the runs of a method in a stage have}, at the learning rate that its search has found."""
     method_of_rate = 'KAN-LoRA' if stage == 'squash' else method
     rate = 0 if stage == 'peft' else best_rate(method_of_rate)
     runs = [run for run in STUDY.read().values() if (run['stage'], run['method'], run['lr']) == (stage, method, rate)]
     if not runs:
         raise ValueError(f'no page yet: the stage {stage} is not finished, {method} has no runs in it')
-    return [run[key] for run in sorted(runs, key=lambda run: run['seed'])]
+    return {run['seed']: run[key] for run in sorted(runs, key=lambda run: run['seed'])}
+
+
+def values_of(key, stage, method):
+    return [*by_seed(key, stage, method).values()]
 
 
 def make_tables():
     names = 'trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk'
     lines = [f'| method | {names} |', '|---|' + '--:|' * 7]
-    baseline = values_of('accuracy', 'final', 'LoRA')
     for method in METHODS:
         values, seconds = values_of('accuracy', 'final', method), values_of('seconds', 'time', method)
         memory, size = values_of('peak_bytes', 'time', method), values_of('bytes', 'time', method)
         trained = values_of('trainable', 'final', method)[0]
-        cells = [f'{trained:,}', percent(values), to_baseline(values, baseline), f'{best_rate(method):.3g}']
-        cells += [f'{1e3 * statistics.median(seconds):.0f}', f'{max(memory) / 1e6:.0f} MB', f'{size[0] / 1e6:.2f} MB']
+        cells = [f'{trained:,}', percent(values), to_baseline('final', method, 'LoRA')]
+        cells += [f'{best_rate(method):.3g}', f'{1e3 * statistics.median(seconds):.0f}']
+        cells += [f'{max(memory) / 1e6:.0f} MB', f'{size[0] / 1e6:.2f} MB']
         lines.append(f'| {method} | {" | ".join(cells)} |')
     lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | to tanh |', '|---|--:|--:|']
-    baseline = values_of('accuracy', 'squash', 'KAN-LoRA')
     for method in ('KAN-LoRA', *SQUASHED):
         values, squash = values_of('accuracy', 'squash', method), method.partition(', ')[2] or 'tanh'
-        lines.append(f'| {squash} | {percent(values)} | {to_baseline(values, baseline)} |')
+        lines.append(f'| {squash} | {percent(values)} | {to_baseline("squash", method, "KAN-LoRA")} |')
     lines += ['', '| forward + backward | ours, ms | PEFT | ratio |', '|---|--:|--:|--:|']
     for method in PEFT:
         ours, theirs = values_of('seconds', 'peft', method), values_of('peft_seconds', 'peft', method)

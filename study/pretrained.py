@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from configurator import ROOT, configure
 from study import smollm2
 from study.finetune import against, values_of
-from study.runner import Study, choose, mean_and_std, run_json, run_to_end
+from study.runner import Study, choose, mean_and_std, paired, run_json, run_to_end
 from tasks.prompts import find_task
 
 STUDY = Study('pretrained')
@@ -117,12 +117,25 @@ def runs_of(stage, task, method=None):
     return [run for run in found if method in (None, run.get('method'))]
 
 
+def finals_of(task, method):
+    """{seed: record} of the final runs of a method on a task that did not diverge."""
+    runs = [run for run in runs_of('final', task, method) if 'failed' not in run]
+    rates = {run['settings']['learning_rate'] for run in runs}
+    if len(rates) > 1:
+        raise ValueError(
+            f'final runs of {method} on {task} have learning rates {sorted(rates)}: move those of one away'
+        )
+    return {run['settings']['seed']: run for run in runs}
+
+
 def best_rate(task, method):
     """The learning rate with the lowest loss on the part of train that is held out."""
     found, records = jobs_of('search', task, method), STUDY.read()
     if not found.keys() <= records.keys():
         raise ValueError(f'stage final wants all learning rates of {method} on {task} first: --stages=search')
     whole = [records[name] for name in found if 'failed' not in records[name]]
+    if not whole:
+        raise ValueError(f'{method} diverged on {task} at all its learning rates: try others')
     return min(whole, key=lambda run: run['valid']['loss'])['settings']['learning_rate']
 
 
@@ -160,26 +173,28 @@ def make_page():
             cells.append(mean_and_std(values_of(found, task), 1) if found else '')
         lines.append(f'| {" | ".join(cells)} | |')
     for method in METHODS:
-        finals = {task: runs_of('final', task, method) for task in TASKS}
+        finals = {task: finals_of(task, method) for task in TASKS}
         if any(finals.values()):
             lines.append(f'| {" | ".join(row_of(method, finals))} |')
     return '\n'.join(lines) + '\n'
 
 
 def row_of(method, finals):
-    first = next(runs[0] for runs in finals.values() if runs)
-    cells, rates = [method, f'{first["trained"]:,}'], []
-    for task, runs in finals.items():
-        cells.append(compare(values_of(runs, task), values_of(runs_of('final', task, 'LoRA'), task)))
-        rates += [f'{runs[0]["settings"]["learning_rate"]:g}'] if runs else []
-    return [*cells, ', '.join(rates)]
+    firsts = [next(iter(runs.values())) for runs in finals.values() if runs]
+    cells = [compare(runs, finals_of(task, 'LoRA'), task) for task, runs in finals.items()]
+    rates = [f'{run["settings"]["learning_rate"]:g}' for run in firsts]
+    return [method, f'{firsts[0]["trained"]:,}', *cells, ', '.join(rates)]
 
 
-def compare(values, baseline):
-    """Scores beside those of LoRA with the same seeds, alone where one of the two is not there in full."""
-    if not values:
+def compare(runs, others, task):
+    """The scores of runs {seed: record} beside those of others with the same seeds; where some are missing alone."""
+    if not runs:
         return ''
-    return against(values, baseline) if len(values) == len(baseline) > 1 else mean_and_std(values, 1)
+    values, baseline = paired(runs, others, lambda run: values_of([run], task)[0])
+    if len(values) == len(runs) == len(others) > 1:
+        return against(values, baseline)
+    missing = '' if len(runs) == len(SEEDS) else f' (n = {len(runs)})'
+    return mean_and_std(values_of(runs.values(), task), 1) + missing
 
 
 if __name__ == '__main__':

@@ -48,9 +48,12 @@ def parse_runs(path, *state):
         for number, line in enumerate(f, 1):
             try:
                 run = json.loads(line)
+                is_second = run['name'] in runs
                 runs[run['name']] = run
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f'{path}:{number} is damaged ({error!r}): take it from git again') from None
+            if is_second:  # as a merge leaves it
+                raise ValueError(f'{path}:{number} is a second record of {run["name"]!r}: leave one of them')
     return runs
 
 
@@ -134,7 +137,8 @@ def share(locks, is_done, do, wait=True, progress=iter):
 
 def run_script(script, args, out_dir, on_line=lambda line: None):
     """Run train.py or finetune.py to its end in out_dir, from its last checkpoint if there is one; returns its last
-    line. What it prints goes into a file of its name there, and line by line to `on_line`. Ctrl-C lets it save first.
+    line and its exit status. What it prints goes into a file of its name there, and line by line to `on_line`. Ctrl-C
+    lets it save first.
     """
     os.makedirs(out_dir, exist_ok=True)
     resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []
@@ -154,14 +158,15 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
                 stopped = True
     if stopped:
         raise KeyboardInterrupt
-    return last
+    return last, process.returncode
 
 
 def run_to_end(script, args, folder):
     """The record of a run of train.py or finetune.py in a folder of a study; ValueError where it did not end."""
-    last = run_script(script, args, str(folder))
-    run = read_run(folder)
-    if not {'finished', 'failed'} & run.keys() or last.startswith('error: not everything could be saved'):
+    last, status = run_script(script, args, str(folder))
+    run = read_run(folder)  # which may be that of an earlier try, of other settings
+    has_ended = 'finished' in run if status == 0 else 'failed' in run and run['failed'] in last
+    if not has_ended:
         raise ValueError(f'{folder} did not finish: {last}; see {folder / script.replace(".py", ".txt")}')
     run['config']['out_dir'] = f'{folder.parent.name}/{folder.name}'  # and no path of this machine
     return run
@@ -194,6 +199,12 @@ def mean_and_std(values, digits):
     return f'{np.mean(values):.{digits}f}{spread}'
 
 
+def paired(runs, others, value):
+    """The values of runs {seed: run} and those of the others, on the seeds that both have."""
+    seeds = sorted(runs.keys() & others.keys())
+    return [value(runs[seed]) for seed in seeds], [value(others[seed]) for seed in seeds]
+
+
 def holm(tests):
     """The names of the tests {name: p} that hold at 0.05 when all are counted (Holm 1979)."""
     held, tests = [], {name: p for name, p in tests.items() if not math.isnan(p)}
@@ -205,7 +216,9 @@ def holm(tests):
 
 
 def paired_p(values, baseline):
-    """p of a two-sided paired t-test; NaN for fewer than two pairs."""
+    """p of a two-sided paired t-test; NaN for fewer than two pairs, 1 where no pair differs."""
     from scipy.stats import ttest_rel
 
+    if len(values) > 1 and np.array_equal(values, baseline):
+        return 1.0
     return float(ttest_rel(values, baseline).pvalue) if len(values) > 1 else math.nan

@@ -8,6 +8,7 @@ write Shakespeare, beside LoRA of as many parameters. Records and page go to res
 one and is measured on the last tenth.
 """
 
+import math
 import os
 import sys
 import time
@@ -109,6 +110,8 @@ def make(name, job, folder):
     about = dict(commit=commit(), hardware=device_name('cpu'), threads=torch.get_num_threads())
     about.update(parameters=sum(p.numel() for p in learning), seconds=seconds, losses=losses)
     after = {part: measure(model, batches) for part, batches in parts.items()}
+    if not all(map(math.isfinite, [*losses, *after.values()])):
+        raise ValueError(f'{kind} diverged at learning rate {rate}: leave that rate out')
     return {**job, **about, 'before': before, 'after': after}
 
 
@@ -122,7 +125,8 @@ def runs_of(stage, kind):
 
 
 def best_rate(kind):
-    return min(runs_of('search', kind), key=lambda run: run['after']['choosing'])['rate']
+    runs = [run for name, run in STUDY.read().items() if name in jobs_of('search', kind, RATES[kind])]
+    return min(runs, key=lambda run: run['after']['choosing'])['rate']
 
 
 def run(stages):
@@ -131,7 +135,7 @@ def run(stages):
             STUDY.run_all(jobs_of('search', kind, rates), make)
     for kind, rates in RATES.items():
         if 'final' in stages:
-            if len(runs_of('search', kind)) < len(rates):
+            if not jobs_of('search', kind, rates).keys() <= STUDY.read().keys():
                 raise ValueError(f'stage final wants all rates of {kind} first: --stages=search')
             STUDY.run_all(jobs_of('final', kind, [best_rate(kind)]), make)
 

@@ -127,7 +127,7 @@ def train(name, args, folder, bar):
 
     os.makedirs(folder, exist_ok=True)
     locks = {name: os.path.join(folder, 'sweep.lock')}
-    return share(locks, is_done, lambda name: run_script('train.py', args, folder, show), wait=False).get(name)
+    return share(locks, is_done, lambda name: run_script('train.py', args, folder, show)[0], wait=False).get(name)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from configurator import ROOT, settings_of
 from run.records import complete
 from study import win
 from study.compare import settings_apart
-from study.runner import deviation, fill, holm, mean_and_std, paired_p
+from study.runner import deviation, fill, holm, mean_and_std, paired, paired_p
 from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
@@ -68,6 +68,12 @@ def check_alike(runs):
             raise ValueError(f'{name!r} and {run["name"]!r} have the same seed: move one of them away')
 
 
+def diverged(stage, size):
+    """Which runs of a stage diverged, and are in no mean, as lines of the page."""
+    runs = [run for run in STUDY.read().values() if (run['stage'], run['size']) == (stage, size) and 'failed' in run]
+    return ['', f'Diverged, and not counted: {"; ".join(sorted(run["name"] for run in runs))}.'] if runs else []
+
+
 def chosen_key(size, name):
     """The `key_of` the best trial of a family, or of that of a control with its change; None before all trials."""
     family, change = CONTROLS.get(name, (name, None))
@@ -79,12 +85,11 @@ def difference(runs, others, key):
     """Of the seeds of both the mean difference, half its 95 % interval, p of a paired t-test, and their number, or None
     for fewer than two.
     """
-    seeds = sorted(runs.keys() & others.keys())
-    if len(seeds) < 2 or runs is others:
+    values, baseline = paired(runs, others, key)
+    if len(values) < 2 or runs is others:
         return None
-    values, baseline = ([key(some[seed]) for seed in seeds] for some in (runs, others))
     apart = np.subtract(values, baseline)
-    return apart.mean(), half_interval(apart), paired_p(values, baseline), len(seeds)
+    return apart.mean(), half_interval(apart), paired_p(values, baseline), len(values)
 
 
 def half_interval(values):
@@ -133,7 +138,7 @@ def make_answer(baseline):
     and stage with four at least. Those are bold that hold by Holm's correction over their row.
     """
     others = [name for name in ('channel KAN', 'KAN-GLU', 'GELU', 'SwiGLU') if name != baseline]
-    rows = []
+    rows, lost = [], []
     for stage, size in sorted(itertools.product(win.UNSEEN, SIZES), key=lambda pair: pair[1] not in win.SHAPES):
         groups = groups_of(stage, size)
         seeds = set.intersection(*(set(groups.get(name, {})) for name in MAIN))
@@ -146,9 +151,9 @@ def make_answer(baseline):
         cells = [f'**{cell}**' if name in held else cell for name, cell in zip(gaps, cells)]
         loss = mean_and_std([*map(held_out, groups[baseline].values())], 4)
         rows.append([TITLES[size], during(stage, size), str(len(seeds)), *cells, loss])
-    return table(
-        ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}'], rows
-    )
+        lost += diverged(stage, size)
+    heads = ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}']
+    return table(heads, rows) + lost
 
 
 def during(stage, size):
@@ -219,7 +224,7 @@ def make_final(stage, size):
         f'to {baseline} (controls apart)': {family: gap for family, gap in found.items() if family in FAMILIES}
         for baseline, found in gaps.items()
     }
-    return with_holm(table([*heads, *(f'to {baseline}' for baseline in gaps)], rows), tests)
+    return with_holm(table([*heads, *(f'to {baseline}' for baseline in gaps)], rows), tests) + diverged(stage, size)
 
 
 def make_controls(size):

@@ -32,7 +32,8 @@ class CausalLM(nn.Module):
         self.body, self.lm_head = hf.base_model, hf.get_output_embeddings()
         if self.body is hf or not isinstance(self.lm_head, nn.Linear) or hf.config.is_encoder_decoder:
             raise ValueError(f'{type(hf).__name__} is not a decoder with a linear head, as causal language models are')
-        n_layer, block_size = text.num_hidden_layers, getattr(text, 'max_position_embeddings', None) or 2048
+        longest = (getattr(text, name, None) for name in ('max_position_embeddings', 'max_seq_len'))
+        n_layer, block_size = text.num_hidden_layers, next(filter(None, longest), 2048)
         sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
         self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
         self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
@@ -56,12 +57,17 @@ class CausalLM(nn.Module):
         T = min(8, self.config.block_size, self.config.vocab_size)
         idx, training = torch.arange(T, device=self.lm_head.weight.device)[None], hf.training
         hf.eval()
+        try:
+            self.body.get_input_embeddings()
+        except NotImplementedError:
+            raise ValueError(f'{type(hf).__name__} does not say which its token embeddings are') from None
         x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits
         tolerance = 1e-3 if logits.dtype == torch.float32 else 0.1
         close = dict(atol=tolerance * logits.float().std().item(), rtol=tolerance)
         if not torch.allclose(self.lm_head(self.features(idx[:, : T // 2])), self.lm_head(x[:, : T // 2]), **close):
             raise ValueError(f'the tokens of {type(hf).__name__} see those after them: it is no causal language model')
-        if not torch.allclose(self.lm_head(x), logits, **close):
+        is_capped = getattr(hf.config.get_text_config(), 'final_logit_softcapping', None)  # which small logits hide
+        if is_capped or not torch.allclose(self.lm_head(x), logits, **close):
             raise ValueError(f'{type(hf).__name__} changes the logits of its head: this is not supported')
         try:
             caches = self.new_caches()

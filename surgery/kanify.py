@@ -110,7 +110,9 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 
 
 def refuse_adapters(model):
-    if any(hasattr(module, 'base_layer') for module in model.modules()):  # as the wrappers of lora.py and of PEFT have
+    if any(
+        hasattr(module, 'base_layer') for module in model.modules()
+    ):  # as the wrappers of adapters.py and of PEFT have
         raise ValueError('the model has adapters: kanify comes before them')
 
 

@@ -114,7 +114,7 @@ class KanLoraConfig(PeftConfig):
             raise ValueError('layers_pattern needs layers_to_transform, the numbers of the layers')
 
     def lora_config(self):
-        """The same settings for lora.py, which checks them."""
+        """The same settings for LoRAConfig, which checks them."""
         try:
             return LoRAConfig(kind='kan', **{theirs: getattr(self, ours) for theirs, ours in OURS.items()})
         except ValueError as error:
@@ -150,7 +150,7 @@ class KanLoraLinear(nn.Module, BaseTunerLayer):
         adapter = KANAdapter(self.base_layer, config.lora_config())
         if not config.init_weights:
             adapter.bottleneck.phi_out.reset_parameters()
-        self.kanlora_adapters[adapter_name] = adapter
+        self.kanlora_adapters[adapter_name] = adapter.train(self.base_layer.training)  # or dropout would be at work
 
     def forward(self, x, *args, adapter_names=None, **kwargs):
         y = result = self.base_layer(x, *args, **kwargs)

@@ -98,7 +98,7 @@ def load_pretrained(init_from, dropout, dtype):
 
 def check_vocabulary(init_from, tokenizer, model):
     """ValueError for tokens of texts that the model has no row for; it may have more rows than tokens."""
-    n, last = model.config.vocab_size, max(tokenizer.last_of_text, tokenizer.end_of_text or 0)
+    n, last = model.config.vocab_size, max(tokenizer.last_of_text, tokenizer.end_of_text or 0, *tokenizer.start)
     if last >= n:
         raise ValueError(f'the tokenizer of {init_from} has tokens up to {last}, the model {n} rows: not its own')
 
@@ -283,7 +283,8 @@ def make_head(gpt, answers, settings):
     if not answers or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
         return None
     is_cloze = settings['form'] == 'cloze'
-    head = nn.Linear(gpt.config.n_embd, len(answers), bias=not is_cloze or gpt.lm_head.bias is not None)
+    width = gpt.lm_head.in_features if has_rows(gpt) else gpt.config.n_embd  # of some OPT the head has a narrower input
+    head = nn.Linear(width, len(answers), bias=not is_cloze or gpt.lm_head.bias is not None)
     with torch.no_grad():
         if is_cloze:
             for p, row in zip(head.parameters(), rows_of(gpt.lm_head, answers)):

@@ -3,6 +3,7 @@ Stanford's course CS224N. sklearn and sacrebleu are needed by the scores alone.
 """
 
 import importlib.util
+import math
 import os
 import random
 import statistics
@@ -31,7 +32,8 @@ def predict(model, examples, batch_size, device, dtype, stop=()):
         idx, lengths, targets = collate(batch, device)
         with autocast(device, dtype):
             logits = model(idx, lengths)
-        total += float(sum_losses(logits, targets))
+        is_finite = logits.amax(-1).isfinite().all()
+        total += float(sum_losses(logits, targets)) if is_finite else math.nan
         if model.answers:
             labels.update(zip(map(id, batch), logits.argmax(-1).tolist()))
     model.train()
@@ -48,6 +50,10 @@ def score(model, tokenizer, name, examples, batch_size, device, dtype, sampling,
     if found is None:
         return None
     total, predictions = found
+    if not math.isfinite(total):
+        raise ValueError(
+            f'{name}: the logits are not finite: the weights have diverged, or {dtype} is too small for them'
+        )
     labels = [example.label for example in examples]
     scores = {} if None in labels else {'loss': total / len(labels), **score_labels(labels, predictions)}
     return scores, predictions

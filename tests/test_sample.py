@@ -293,6 +293,21 @@ def test_sample_from_a_folder_of_gpt2(tmp_path):
     assert sample(tmp_path, init_from=tmp_path / 'gpt2', dataset=dataset)[0].startswith('ROMEO:')
 
 
+def test_a_gpt2_with_a_tokenizer_of_its_own_writes_with_that(tmp_path):
+    """As GPT-2s in other languages have one; to data of another vocabulary the other commands say no."""
+    transformers = pytest.importorskip('transformers')
+    tokenizer = byte_pairs()
+    sizes = dict(vocab_size=tokenizer.get_vocab_size(), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
+    tokenizer.save(str(tmp_path / 'gpt2' / 'tokenizer.json'))
+    (text,) = sample(tmp_path, init_from=tmp_path / 'gpt2', start='and so on')
+    assert text.startswith('and so on') and len(text) > 20
+    write_dataset(tmp_path / 'data', tokenizer=CharTokenizer(''.join(map(chr, range(33, 33 + sizes['vocab_size'])))))
+    for script, settings in ('eval.py', {}), ('train.py', dict(TINY, out_dir='out')):
+        done = run_forked(tmp_path, script, *flags(**settings, init_from='gpt2', dataset='./data'))
+        assert done.returncode == 1 and 'has another vocabulary than' in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     'setting, words',
     [

@@ -179,7 +179,7 @@ def test_the_page_comes_from_the_records(clone):
     assert all(accuracies[method] in guide for method in ('LoRA', 'full', 'head only', 'KAN-LoRA'))
     (clone / 'results/minilm/runs.jsonl').unlink()
     done = run(clone, '--stages=')
-    assert done.returncode == 1 and 'the search of LoRA is not finished: ' in done.stderr
+    assert done.returncode == 1 and 'the search of full is not finished: ' in done.stderr
 
 
 def test_a_stage_that_is_not_there(clone):

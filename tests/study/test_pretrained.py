@@ -1,5 +1,7 @@
 """The study of fine-tuning on SmolLM2: what it would run, how it chooses, and its page, from made-up records."""
 
+import json
+
 import pytest
 
 from configurator import settings_of
@@ -57,6 +59,32 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
     )
     assert '| LoRA | 1,000 | 52.0 ± 1.0 |  |  | 10.4 ± 0.2 | 0.001, 0.001 |' in page
     assert '| KAN-LoRA | 1,000 | 62.1 ± 1.0 (p = ' in page and 'head' not in page
+
+
+def test_the_page_tells_what_is_missing_and_pairs_by_seed(study, monkeypatch):
+    monkeypatch.setattr(study, 'make', make)
+    study.run(['search', 'final'], ['sst'], ['LoRA', 'KAN-LoRA'])
+    path = study.STUDY.folder / 'runs.jsonl'
+    lines = path.read_text().splitlines(keepends=True)
+    name = next(name for name in study.STUDY.read() if name.startswith('final, sst, KAN-LoRA') and 'seed=2' in name)
+    lost = json.dumps(dict(study.STUDY.read()[name], failed='the loss is nan')) + '\n'
+    path.write_text(''.join(lost if name in line else line for line in lines))
+    assert '| KAN-LoRA | 1,000 | 62.0 ± 1.3 (n = 2) |' in study.make_page()
+    other = name.replace('lr=0.001', 'lr=0.01')
+    run = study.STUDY.read()[name.replace('seed=2', 'seed=1')]
+    settings = dict(run['settings'], learning_rate=0.01)
+    path.write_text(''.join([*lines, json.dumps(dict(run, name=other, settings=settings)) + '\n']))
+    with pytest.raises(ValueError, match='final runs of KAN-LoRA on sst have learning rates'):
+        study.make_page()
+
+
+def test_a_method_that_diverges_at_all_rates_is_named(study, monkeypatch):
+    def diverge(name, job, folder):
+        return {**job[0], 'settings': job[1], 'failed': 'the loss is nan'}
+
+    monkeypatch.setattr(study, 'make', diverge)
+    with pytest.raises(ValueError, match='full diverged on sst at all its learning rates: try others'):
+        study.run(['search', 'final'], ['sst'], ['full'])
 
 
 def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypatch):

@@ -13,7 +13,19 @@ from scipy import stats
 
 from helpers import ROOT, TINY, complaint, finish, flags, load, start_forked
 from study import runner
-from study.runner import Study, add_run, choose, deviation, fill, mean_and_std, paired_p, read_run, read_runs, share
+from study.runner import (
+    Study,
+    add_run,
+    choose,
+    deviation,
+    fill,
+    mean_and_std,
+    paired,
+    paired_p,
+    read_run,
+    read_runs,
+    share,
+)
 
 END = '<!-- until here -->\n'
 TWO = """
@@ -164,7 +176,7 @@ def test_a_run_of_a_script_prints_into_a_file(tmp_path, monkeypatch):
             'import sys\nprint(*sys.argv[1:])\nprint("the last", file=sys.stderr)\nprint()\n'
         )
     out, lines = tmp_path / 'out', []
-    assert runner.run_script('train.py', ['--seed=1'], str(out), lines.append) == 'the last'
+    assert runner.run_script('train.py', ['--seed=1'], str(out), lines.append) == ('the last', 0)
     assert lines == [f'--seed=1 --out_dir={out}\n', 'the last\n', '\n']
     (out / 'ckpt.pt').touch()
     runner.run_script('train.py', [], str(out))
@@ -172,6 +184,39 @@ def test_a_run_of_a_script_prints_into_a_file(tmp_path, monkeypatch):
     text = ''.join(lines) + f'--out_dir={out} --init_from=resume\nthe last\n\n'
     assert (out / 'train.txt').read_text() == text
     assert (out / 'finetune.txt').read_text() == f'--out_dir={out} --resume=True\nthe last\n\n'
+
+
+@pytest.mark.parametrize(
+    'ends, record, message',
+    [
+        ('sys.exit("error: refused")', dict(finished='then'), 'did not finish: error: refused'),
+        ('sys.exit("error: refused")', dict(failed='the loss is nan'), 'did not finish: error: refused'),
+        ('print("stopped")', dict(), 'did not finish: stopped'),
+        ('sys.exit("error: the loss is nan; the checkpoints are untouched")', dict(failed='the loss is nan'), ''),
+        ('print("done")', dict(finished='now'), ''),
+    ],
+)
+def test_the_record_of_an_earlier_try_is_not_taken_for_that_of_this_one(tmp_path, monkeypatch, ends, record, message):
+    monkeypatch.setattr(runner, 'ROOT', str(tmp_path))
+    (tmp_path / 'train.py').write_text(f'import sys\n{ends}\n')
+    folder = tmp_path / 'out-x' / 'run'
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps(dict(record, config={})))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            runner.run_to_end('train.py', [], folder)
+    else:
+        assert runner.run_to_end('train.py', [], folder)['config'] == {'out_dir': 'out-x/run'}
+
+
+def test_two_records_of_one_name_are_refused(tmp_path):
+    (tmp_path / 'runs.jsonl').write_text('{"name": "a", "n": 1}\n{"name": "b"}\n{"name": "a", "n": 2}\n')
+    with pytest.raises(ValueError, match="runs.jsonl:3 is a second record of 'a': leave one of them"):
+        add_run(tmp_path / 'runs.jsonl', {'name': 'c'})
+
+
+def test_runs_are_paired_by_seed():
+    assert paired({1: 5, 2: 7, 4: 9}, {4: 1, 1: 2, 3: 8}, str) == (['5', '9'], ['2', '1'])
 
 
 def test_what_a_script_prints_last_is_its_record(tmp_path, monkeypatch):
@@ -252,6 +297,7 @@ def test_p_is_that_of_the_textbook_and_of_scipy():
     assert paired_p(ours, theirs) == pytest.approx(2 * stats.t.sf(abs(t), 3))
     assert paired_p(ours, theirs) == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
     assert paired_p(ours, theirs) != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
+    assert paired_p([1.0, 2.0], [1.0, 2.0]) == 1  # and no NaN, which Holm's correction would not count
     assert math.isnan(paired_p([1.0], [2.0])) and math.isnan(paired_p([], []))
 
 

@@ -49,6 +49,11 @@ def test_the_final_runs_take_the_best_rate_and_other_seeds(tmp_path, monkeypatch
         return dict(job, parameters=460800, seconds=60.0, before=dict(choosing=4.0, held_out=5.0), after=losses)
 
     monkeypatch.setattr(smollm2, 'make', make)
+    others = smollm2.jobs_of('search', 'LoRA', [1e-5 * n for n in range(1, 9)])  # of rates that the study has not
+    smollm2.STUDY.run_all(others, lambda name, job, folder: dict(make(name, job, folder), after=dict(choosing=0)))
+    smollm2.STUDY.run_all(smollm2.jobs_of('search', 'functions', smollm2.RATES['functions']), make)
+    with pytest.raises(ValueError, match='stage final wants all rates of LoRA first'):
+        smollm2.run(['final'])
     smollm2.run(['search', 'final'])
     assert (smollm2.best_rate('functions'), smollm2.best_rate('LoRA')) == (4e-3, 4e-4)
     assert {run['seed'] for run in smollm2.runs_of('final', 'LoRA')} == set(smollm2.SEEDS['final'])

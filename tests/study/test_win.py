@@ -185,6 +185,18 @@ def test_what_is_tuned_at_another_length_has_a_row_of_its_own(study):
     assert [row[1] for row in rows] == ['1,000 iterations', '5,000 iterations', '5,000 iterations']
 
 
+def test_runs_that_diverged_are_told(study):
+    study.run(['tuning', 'final'], ['0.23M'], ['main'])
+    path = study.STUDY.folder / 'runs.jsonl'
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for run in lines:
+        if 'final' in run['name'] and 'KAN-GLU' in run['name'] and run['seed'] in (12, 13):
+            run['failed'] = run.pop('finished')
+    path.write_text(''.join(json.dumps(run) + '\n' for run in lines))
+    (line,) = {line for line in win_page.make_page().splitlines() if line.startswith('Diverged, and not counted: ')}
+    assert line.count('final, 0.23M, KAN-GLU') == 2 and win_page.make_answer('SwiGLU')[-1] == line
+
+
 def test_depths_are_compared_at_the_best_settings(study):
     study.run(['tuning', 'depth'], ['0.23M'], ['main'])
     runs = [run for run in study.STUDY.read().values() if run['stage'] == 'depth']

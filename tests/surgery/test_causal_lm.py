@@ -142,6 +142,11 @@ def test_parts_of_blocks_have_other_names():
 def test_models_that_are_not_causal_or_not_a_head_on_features_are_refused():
     with pytest.raises(ValueError, match='CohereForCausalLM changes the logits of its head'):
         CausalLM(make('cohere'))
+    with torch.no_grad():  # logits so small that the cap does nothing yet
+        gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8))
+        gemma.get_output_embeddings().weight.mul_(1e-3)
+    with pytest.raises(ValueError, match='Gemma2ForCausalLM changes the logits of its head'):
+        CausalLM(gemma)
     with pytest.raises(ValueError, match='the tokens of BertLMHeadModel see those after them'):
         CausalLM(make('bert', hidden_act='gelu', tie_word_embeddings=False))
     with pytest.raises(ValueError, match='MambaForCausalLM has no cache of keys and values that goes on'):
@@ -152,6 +157,15 @@ def test_models_that_are_not_causal_or_not_a_head_on_features_are_refused():
     bart.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match='BartForCausalLM is not a decoder with a linear head'):
         CausalLM(bart)
+    bart.config.is_encoder_decoder = False
+    with pytest.raises(ValueError, match='BartForCausalLM does not say which its token embeddings are'):
+        CausalLM(bart)
+
+
+def test_the_longest_text_goes_by_other_names():
+    sizes = dict(d_model=16, n_heads=2, n_layers=2, expansion_ratio=2, vocab_size=64, max_seq_len=20)
+    model = CausalLM(transformers.MptForCausalLM(transformers.MptConfig(**sizes)).eval())
+    assert model.config.block_size == 20
 
 
 def test_dropout_is_set_wherever_a_config_has_it():

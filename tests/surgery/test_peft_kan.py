@@ -328,7 +328,17 @@ def test_peft_checks_transformers(suite, tiny, name):
     run_check(getattr(Tester(), name), **arguments, dtype=torch.bfloat16, raises_err=False)
 
 
-# the adapter is lora.py's
+def test_an_adapter_added_in_eval_mode_draws_no_dropout():
+    config, x = KanLoraConfig(r=2, target_modules=['0'], lora_dropout=0.5, init_weights=False), torch.randn(3, 6)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), config).eval()
+    model.add_adapter('second', config)
+    model.set_adapter('second')
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+# the adapter is that of surgery/adapters.py
 
 
 class Toy(nn.Module):

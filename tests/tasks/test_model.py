@@ -9,7 +9,8 @@ import torch
 
 from configurator import settings_of
 from data.loader import load_tokenizer
-from helpers import Words, byte_pairs
+from data.tokenizer import PretrainedTokenizer
+from helpers import Words, byte_pairs, flags
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run.checkpoint import save_checkpoint
@@ -658,6 +659,22 @@ def test_other_models_keep_their_function_then_what_should_train_does(family, va
     again, _ = load_task_model(dict(model=model.state_dict(), model_args=described, finetune=settings))
     with torch.no_grad():
         assert torch.equal(again.eval()(idx, lengths)[rows], model(idx, lengths)[rows])
+
+
+@pytest.mark.parametrize('settings', [dict(form='linear'), dict(finetune_mode='head', use_lora=False)], ids=str)
+def test_a_head_narrower_than_its_model(settings, monkeypatch):
+    """As that of OPT-350m."""
+    monkeypatch.setitem(FAMILIES, 'opt', dict(ffn_dim=24, word_embed_proj_dim=C // 2))
+    settings = settings_of('finetune.py', flags(**settings))
+    model = make_task_model(make_other('opt'), TOKENIZER, settings)
+    assert model(*tokens()).shape == (3, len(ANSWERS))
+
+
+def test_a_first_token_beyond_the_rows_of_the_model_is_refused():
+    base, tokenizer = make_base(), PretrainedTokenizer(byte_pairs().to_str(), None)
+    base.config.vocab_size, tokenizer.start = 290, [290]
+    with pytest.raises(ValueError, match='the tokenizer of x has tokens up to 290, the model 290 rows'):
+        task_model.check_vocabulary('x', tokenizer, base)
 
 
 @pytest.mark.parametrize('family', [None, 'llama'])

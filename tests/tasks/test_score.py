@@ -102,6 +102,16 @@ def test_scores_of_labels_are_those_of_the_predictions(head):
     assert score.score(model, TOKENIZER, 'sst', examples, 3, 'cpu', 'float32', {}, stop=[1.0]) is None
 
 
+@pytest.mark.parametrize('number', [float('nan'), float('inf')])
+def test_logits_that_are_no_numbers_have_no_scores(number):
+    model, examples = make_model('linear'), draw_examples(4, 'linear')
+    next(model.gpt.transformer.ln_f.parameters()).data[0] = number
+    for example in examples[::3]:
+        example.label = None
+    with pytest.raises(ValueError, match='sst: the logits are not finite: the weights have diverged'):
+        score.score(model, TOKENIZER, 'sst', examples, 3, 'cpu', 'float32', {})
+
+
 def test_scores_of_sonnets_are_those_of_what_is_written():
     """Of prompts alone there are none."""
     model = make_model('sonnets', block_size=300)
