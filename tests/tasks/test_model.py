@@ -661,7 +661,9 @@ def test_other_models_keep_their_function_then_what_should_train_does(family, va
         assert torch.equal(again.eval()(idx, lengths)[rows], model(idx, lengths)[rows])
 
 
-@pytest.mark.parametrize('settings', [dict(form='linear'), dict(finetune_mode='head', use_lora=False)], ids=str)
+@pytest.mark.parametrize(
+    'settings', [dict(form='linear', lora_targets='attn'), dict(finetune_mode='head', use_lora=False)], ids=str
+)
 def test_a_head_narrower_than_its_model(settings, monkeypatch):
     """As that of OPT-350m."""
     monkeypatch.setitem(FAMILIES, 'opt', dict(ffn_dim=24, word_embed_proj_dim=C // 2))
