@@ -160,8 +160,8 @@ class PretrainedTokenizer(JsonTokenizer):
 
 
 def beside_model(folder):
-    """{'tokenizer': what lies beside a GPT-2 of transformers}, as checkpoints hold it; {} where there is none, or GPT-2's,
-    by every fiftieth token of it.
+    """The vocabulary in the folder of a GPT-2 of transformers, as checkpoints hold it: {'tokenizer': ...}. {} where there
+    is none, or where it is GPT-2's, by every fiftieth token.
     """
     path = Path(folder, 'tokenizer.json')
     if not path.is_file():

@@ -178,20 +178,22 @@ def build_model(checkpoint, **overrides):
 
 
 def moments_fit(groups, saved):
-    """Whether the state dict of an optimizer is one of these parameter groups: as many weights in each, of the same
-    optimizer, and moments of the same shapes. PyTorch looks at the first alone.
+    """Whether the saved state of an optimizer is of these groups: of as many weights, by the same optimizer, and with
+    moments of their shapes. PyTorch itself looks at the number of weights alone.
     """
-    kinds, kinds_then = (
-        [(len(one['params']), 'betas' in one) for one in each] for each in (groups, saved['param_groups'])
-    )
+
+    def kinds(groups):
+        return [(len(group['params']), 'betas' in group) for group in groups]  # those of Muon have no betas
+
+    if kinds(groups) != kinds(saved['param_groups']):
+        return False
     weights = [p for group in groups for p in group['params']]
-    moments = [saved['state'].get(i, {}) for group in saved['param_groups'] for i in group['params']]
-    return kinds == kinds_then and all(
-        moment.shape == p.shape
-        for p, found in zip(weights, moments)
-        for moment in found.values()
-        if torch.is_tensor(moment) and moment.dim() > 0  # and no count of steps
-    )
+    places = [i for group in saved['param_groups'] for i in group['params']]
+    for p, i in zip(weights, places):
+        moments = [x for x in saved['state'].get(i, {}).values() if torch.is_tensor(x) and x.dim() > 0]  # no counts
+        if any(moment.shape != p.shape for moment in moments):
+            return False
+    return True
 
 
 def shorten(error):
