@@ -100,9 +100,7 @@ def evaluate_text(checkpoint):
     total = sum_losses(model, data, length, step)
     tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
     if not math.isfinite(total):
-        raise ValueError(
-            f'the loss is {total}: the weights are damaged or have diverged, or {dtype} is too small for them'
-        )
+        raise ValueError(f'the loss is {total}: the weights have diverged, or {dtype} is too small for them')
     loss, bits = total / tokens, total / math.log(2)
     found, size = dict(loss=loss, perplexity=perplexity(loss)), f'{tokens:,} tokens'
     shown = 'loss {loss:.4f}, perplexity {perplexity:.3f}'

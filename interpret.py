@@ -310,7 +310,7 @@ def median_seconds(run, n=15):
     return statistics.median(seconds)
 
 
-def run_to_end(command):
+def exit_status_of(command):
     """The exit status of a process, which Ctrl-C reaches as well: it saves first."""
     process = subprocess.Popen(command)
     while True:
@@ -332,7 +332,9 @@ def tuned():
     settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
     flags = [f'--{name}={value}' for name, value in settings.items()]
     say(f'python train.py --init_from={pruned_dir} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
-    if run_to_end([sys.executable, os.path.join(ROOT, 'train.py'), *flags]) or 'finished' not in read_record(tuned_dir):
+    if exit_status_of([sys.executable, os.path.join(ROOT, 'train.py'), *flags]) or 'finished' not in read_record(
+        tuned_dir
+    ):
         raise ValueError(f'tuning did not come to its end, see above; {save} holds the pruned model')
     return ckpt.build_model(ckpt.load_checkpoint(tuned_dir)).to(device)
 

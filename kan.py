@@ -313,17 +313,21 @@ class KANLinear(Splines):
         return torch.get_autocast_dtype(device_type) if is_cast else self.base_weight.dtype
 
     def keep_packed(self):
-        """Pack the weights once, for passes without gradients: they are packed anew where they have changed since."""
+        """Pack the weights once, for passes without gradients: they are packed anew where they have changed since. What
+        torch.compile has made of the layer does not look for that.
+        """
         self._packed = self.packed_weight().to(self.compute_dtype()), self.versions()
 
     def kept_weight(self):
-        weight, versions = self._packed or (None, None)
+        if self._packed is None:
+            return None
+        weight, versions = self._packed
         return weight if torch.compiler.is_compiling() or versions == self.versions() else None
 
     def versions(self):
         """What tells whether the numbers have changed, but for changes through `.data`, which leave no trace."""
         tensors = [*self.parameters(), *self.buffers()]
-        return self.compute_dtype(), [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+        return self.compute_dtype(), [(id(x), x.device, 0 if x.is_inference() else x._version) for x in tensors]
 
     def packed_weight(self, base_weight=None, spline_weight=None):
         """(O, (K + 1) * I), basis-major, so that loops over columns run over neighbouring features; base last."""

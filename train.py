@@ -197,8 +197,8 @@ def make_model(state, base):
         model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        check_vocabulary(beside_model(init_from), init_from)
         if meta:
+            check_vocabulary(beside_model(init_from), init_from)
             loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     else:
         names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
@@ -236,6 +236,8 @@ def make_optimizer(model, state):
                 name for name in ('muon', 'spline_lr_scale', 'weight_decay', 'spline_weight_decay') if name in then
             ]
             wanted = ' '.join(f'--{name}={then[name]}' for name in names if then[name] != config[name])
+            if not wanted:
+                raise ValueError(f'{out_dir}/ckpt.pt holds the state of an optimizer for other weights than its own')
             raise ValueError(f'the run to resume has its weights in other groups: resume it with {wanted}')
         optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
         if scaler.is_enabled() and state.get('scaler'):

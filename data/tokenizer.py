@@ -161,14 +161,14 @@ class PretrainedTokenizer(JsonTokenizer):
 
 def beside_model(folder):
     """The vocabulary in the folder of a GPT-2 of transformers, as checkpoints hold it: {'tokenizer': ...}. {} where there
-    is none, or where it is GPT-2's, by every fiftieth token.
+    is none, or where it is GPT-2's (by every fiftieth token), with added tokens or without.
     """
     path = Path(folder, 'tokenizer.json')
     if not path.is_file():
         return {}
     found = JsonTokenizer(path.read_text(encoding='utf-8'))
     found.content = found.tokenizer.to_str()  # as a data set has it, however the file is spaced
-    if found.vocab_size == GPT2Tokenizer.vocab_size:
+    if found.vocab_size >= GPT2Tokenizer.vocab_size:
         gpt2 = GPT2Tokenizer()
         if all(found.decode([i]) == gpt2.decode([i]) for i in range(0, gpt2.vocab_size, 50)):
             return {}

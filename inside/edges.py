@@ -103,8 +103,8 @@ def without_autocast(function):
     return run
 
 
-def even(first, last, n, device=None):
-    """n even numbers in float32, whatever the default dtype is."""
+def evenly(first, last, n, device=None):
+    """n evenly spaced numbers from first to last, in float32 whatever the default dtype is."""
     return torch.linspace(first, last, n, dtype=torch.float32, device=device)
 
 
@@ -229,7 +229,7 @@ class Sums:
 
 def bend(layer, low, high, by_feature):
     """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
-    shares = even(0, 1, CURVE, low.device).unsqueeze(1)
+    shares = evenly(0, 1, CURVE, low.device).unsqueeze(1)
     phi = columns_of(layer, torch.lerp(low, high, shares))  # (CURVE, P, I)
     second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]).double() * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
@@ -239,7 +239,7 @@ def bend(layer, low, high, by_feature):
 def curves(seen, edges, pairs, n=64):
     """Of edges (output, feature) over their domains: x, g(x) and its part by the activation, (len(pairs), n) each."""
     outputs, features = indices(seen, pairs)
-    shares = even(0, 1, n, seen.x.device).unsqueeze(1)
+    shares = evenly(0, 1, n, seen.x.device).unsqueeze(1)
     x = torch.lerp(edges.low, edges.high, shares)  # (n, I)
     terms = columns_of(seen.layer, x, features) * seen.weights[outputs, :, features].t()  # (n, P, pairs)
     return x[:, features].t(), terms.sum(1).t(), terms[:, -1].t()

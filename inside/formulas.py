@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from inside.edges import NODES, even, indices, values, without_autocast
+from inside.edges import NODES, evenly, indices, values, without_autocast
 
 BLOCK = 256  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
 ROUNDS, SHRINK = 20, 0.7  # refine looks around the best place so far that often, each time that much closer
@@ -76,16 +76,16 @@ def line_of(kind, sign, u, v):
 def lattice(kind):
     """The candidates (u, v) of a kind, (H,) each."""
     if kind == 'placed':  # in the domain and on both sides of it
-        v = even(-1, 2, 193)
+        v = evenly(-1, 2, 193)
         return 0 * v, v
     if kind in ('scaled', 'wave'):  # from a tenth of a wave in the domain to 20
-        u = even(math.log(0.3), math.log(120), 32)
-        v = even(-0.25, 1.25, 73) if kind == 'scaled' else even(0, 1, 65)[:-1]
+        u = evenly(math.log(0.3), math.log(120), 32)
+        v = evenly(-0.25, 1.25, 73) if kind == 'scaled' else evenly(0, 1, 65)[:-1]
         return torch.cartesian_prod(u, v).unbind(1)
     if kind == 'within':
-        return torch.cartesian_prod(even(math.log(0.2), math.log(4), 16), even(-3, 3, 61)).unbind(1)
+        return torch.cartesian_prod(evenly(math.log(0.2), math.log(4), 16), evenly(-3, 3, 61)).unbind(1)
     first, last = (0.05, 60) if kind == 'rate' else (1e-4, 10)
-    u = even(math.log(first), math.log(last), 96)
+    u = evenly(math.log(first), math.log(last), 96)
     return u, 0 * u
 
 
@@ -99,7 +99,7 @@ def candidates(name, device):
     u, v = (numbers.repeat(len(sign)) for numbers in lattice(family.kind))
     places = tuple(numbers.to(device) for numbers in (sign.repeat_interleave(len(u) // len(sign)), u, v))
     alpha, beta = (numbers.unsqueeze(1) for numbers in line_of(family.kind, *places))
-    h = family.f(alpha * even(0, 1, NODES, device) + beta)
+    h = family.f(alpha * evenly(0, 1, NODES, device) + beta)
     wide = h.double()
     return places, h, (wide, wide.square(), wide * wide.roll(-1, 1))
 
@@ -256,8 +256,8 @@ def climb(seen, edges, name, outputs, features):
     sign, u, v = (numbers[at] for numbers in candidates(name, weights.device)[0])  # (E, 1)
     mass, overlap = edges.mass[features].float(), edges.overlap[:, features].float()
     target = edges.cross[features] @ weights  # (E, Q, 1)
-    t = even(0, 1, NODES, target.device)
-    around = torch.cartesian_prod(*[even(-1, 1, 3, t.device)] * 2)  # (9, 2)
+    t = evenly(0, 1, NODES, target.device)
+    around = torch.cartesian_prod(*[evenly(-1, 1, 3, t.device)] * 2)  # (9, 2)
     reach = 0.2 * around[:, 0], 0.02 * around[:, 1]
     for n in range(ROUNDS):
         us, vs = (u + SHRINK**n * reach[0]).clamp(-9, 9), v + SHRINK**n * reach[1]  # (E, 9)

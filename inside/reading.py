@@ -88,7 +88,7 @@ class Examples:
 
 def check_loss(loss):
     if not math.isfinite(loss):
-        raise ValueError(f'the loss of the model is {loss}: its weights are damaged, or have diverged')
+        raise ValueError(f'the loss is {loss}: the weights have diverged')
 
 
 def spread(starts, n):

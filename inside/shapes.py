@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inside.edges import even, without_autocast
+from inside.edges import evenly, without_autocast
 
 PLACES = 201
 FLAT = 0.1  # a function is flat that varies less than this share of what it began as
@@ -37,7 +37,7 @@ def shapes_of(seen):
     """The Shapes of the Seen of a ChannelSpline."""
     layer, inputs = seen.layer, seen.x
     ends = torch.quantile(inputs, inputs.new_tensor([0.005, 0.995]), dim=0)  # (2, C)
-    x = torch.lerp(ends[0], ends[1], even(0, 1, PLACES, inputs.device).unsqueeze(1))  # (P, C)
+    x = torch.lerp(ends[0], ends[1], evenly(0, 1, PLACES, inputs.device).unsqueeze(1))  # (P, C)
     now, before = layer(inputs), layer.base_activation(inputs)  # (N, C)
     spread = before.std(0).clamp_min(1e-30)
     change = (now - before).square().mean(0).sqrt() / spread

@@ -88,7 +88,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
     highest = logits.amax(-1, keepdim=True).float()
     if not highest.isfinite().all():
-        raise ValueError('the model gives logits that are NaN or infinite: its weights are damaged, or have diverged')
+        raise ValueError('the logits are not finite: the weights have diverged, or their dtype is too small for them')
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1, keepdim=True)
     logits = (logits.float() - highest) / temperature  # at most zero, so that none can overflow

@@ -110,9 +110,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 
 
 def refuse_adapters(model):
-    if any(
-        hasattr(module, 'base_layer') for module in model.modules()
-    ):  # as the wrappers of adapters.py and of PEFT have
+    # the wrappers of adapters.py and of PEFT have one
+    if any(hasattr(module, 'base_layer') for module in model.modules()):
         raise ValueError('the model has adapters: kanify comes before them')
 
 

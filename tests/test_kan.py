@@ -1,5 +1,6 @@
 """KAN layers against scipy's B-splines, efficient-kan and numpy's least squares."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -830,6 +831,16 @@ def test_weights_are_packed_once_inside_packed_weights_and_training_ignores_it()
         assert layer.kept_weight().dtype == torch.bfloat16
         with torch.autocast('cpu', enabled=False):
             assert layer.kept_weight() is None
+
+
+@torch.no_grad()
+def test_an_ensemble_of_layers_by_vmap():
+    layers, x = [KANLinear(I, O) for _ in range(3)], torch.randn(6, I)
+    state = torch.func.stack_module_state(layers)
+    for around in contextlib.nullcontext(), packed_weights(layers[0]):
+        with around:
+            found = torch.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
+        torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]))
 
 
 @torch.no_grad()

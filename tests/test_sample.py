@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import CharTokenizer
+from data import tokenizer
+from data.tokenizer import CharTokenizer, JsonTokenizer
 from helpers import (
     ROOT,
     SHAPE,
@@ -291,6 +292,27 @@ def test_sample_from_a_folder_of_gpt2(tmp_path):
     dataset = write_dataset(tmp_path / 'data')
 
     assert sample(tmp_path, init_from=tmp_path / 'gpt2', dataset=dataset)[0].startswith('ROMEO:')
+
+
+def test_added_tokens_make_no_other_vocabulary(tmp_path, monkeypatch):
+    class Known(JsonTokenizer):  # in the place of GPT-2's
+        vocab_size = byte_pairs().get_vocab_size()
+
+        def __init__(self):
+            super().__init__(byte_pairs().to_str())
+
+    monkeypatch.setattr(tokenizer, 'GPT2Tokenizer', Known)
+    assert tokenizer.beside_model(tmp_path) == {}
+    for names in [], ['[PAD]', '[UNK]']:
+        own = byte_pairs()
+        own.add_special_tokens(names)
+        own.save(str(tmp_path / 'tokenizer.json'))
+        assert tokenizer.beside_model(tmp_path) == {}
+    other = json.loads(byte_pairs().to_str())
+    a, b = (next(text for text, i in other['model']['vocab'].items() if i == place) for place in (50, 51))
+    other['model']['vocab'].update({a: 51, b: 50})
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(other))
+    assert tokenizer.beside_model(tmp_path)['tokenizer']['kind'] == 'tokenizers'
 
 
 def test_a_gpt2_with_a_tokenizer_of_its_own_writes_with_that(tmp_path):

@@ -268,7 +268,21 @@ def test_groups_of_one_size_and_other_weights_are_told_apart(tmp_path, dataset, 
         **{**TINY, **edges, **then, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4}
     )
     words = complaint(tmp_path, 'train.py', *args)
-    assert 'has its weights in other groups: resume it with ' in words
+    asked = ' '.join(
+        f'--{name}={value}' for name, value in sorted({'muon': False, 'spline_lr_scale': 1.0, **first}.items())
+    )
+    assert words == f'error: the run to resume has its weights in other groups: resume it with {asked}\n'
+
+
+def test_moments_of_other_weights_are_refused(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=2)
+    state = load(tmp_path / 'out')
+    moments = state['optimizer']['state']
+    moments[0], moments[1] = moments[1], moments[0]
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4})
+    words = 'error: out/ckpt.pt holds the state of an optimizer for other weights than its own\n'
+    assert complaint(tmp_path, 'train.py', *args) == words
 
 
 def test_groups_that_the_decay_alone_sets_apart_are_named(tmp_path, dataset):

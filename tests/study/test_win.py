@@ -181,7 +181,7 @@ def test_what_is_tuned_at_another_length_has_a_row_of_its_own(study):
     assert len(study.tried('0.23M 5000', 'GELU')) == len(study.tried('0.23M 5000', 'KAN-GLU')) == 8
     study.run(['tuning', 'final', 'longer'], ['0.23M'], ['main'])
     rows = [line.split(' | ')[:3] for line in win_page.make_answer('SwiGLU')[2:]]
-    assert rows[-1] == ['| Shakespeare, 0.23M, tuned at this length', '5,000 iterations', '10']
+    assert rows[-1] == ['| Shakespeare, 0.23M, tuned for 5,000', '5,000 iterations', '10']
     assert [row[1] for row in rows] == ['1,000 iterations', '5,000 iterations', '5,000 iterations']
 
 
