@@ -160,8 +160,8 @@ class PretrainedTokenizer(JsonTokenizer):
 
 
 def beside_model(folder):
-    """The vocabulary in the folder of a GPT-2 of transformers, as checkpoints hold it: {'tokenizer': ...}. {} where there
-    is none, or where it is GPT-2's (by every fiftieth token), with added tokens or without.
+    """The vocabulary in the folder of a GPT-2 of transformers, as checkpoints hold it: {'tokenizer': ...}. {} where
+    there is none, or where it is GPT-2's (by every fiftieth token), with added tokens or without.
     """
     path = Path(folder, 'tokenizer.json')
     if not path.is_file():
