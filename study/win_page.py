@@ -18,6 +18,7 @@ from study.compare import settings_apart
 from study.runner import deviation, fill, holm, mean_and_std, paired, paired_p
 from study.win import ABLATION, CHANGES, CONTROLS, FAMILIES, LONG, MAIN, SIZES, STUDY
 
+ENOUGH = 4  # seeds for a row of an answer, or a curve: fewer are a study under way
 COLOURS = dict(zip(MAIN, ('#e69f00', '#777777', '#56b4e9', '#0072b2')))
 TITLES = {  # of the sizes
     '0.23M': 'Shakespeare, 0.23M',
@@ -135,7 +136,7 @@ def table(heads, rows):
 
 def make_answer(baseline):
     """How far the main families are from one of them on unseen text, on the seeds that all have, a row for each size
-    and stage with four at least. Those are bold that hold by Holm's correction over their row.
+    and stage with enough of them. Those are bold that hold by Holm's correction over their row.
     """
     others = [name for name in ('channel KAN', 'KAN-GLU', 'GELU', 'SwiGLU') if name != baseline]
     rows, lost = [], []
@@ -143,7 +144,7 @@ def make_answer(baseline):
     for stage, size in [*itertools.product(win.UNSEEN, win.SHAPES), *itertools.product(win.UNSEEN, long_ones)]:
         groups = groups_of(stage, size)
         seeds = set.intersection(*(set(groups.get(name, {})) for name in MAIN))
-        if len(seeds) < 4:  # a study under way
+        if len(seeds) < ENOUGH:
             continue
         groups = {name: {seed: groups[name][seed] for seed in seeds} for name in MAIN}
         gaps = {name: difference(groups[name], groups[baseline], held_out) for name in others}
@@ -305,16 +306,24 @@ def make_page():
 
 
 def draw_gaps(path):
-    """Of each size how far the families are from SwiGLU on unseen text."""
-    panels = {}
-    for size in SIZES:
-        groups = groups_of('final', size)
-        gaps = {
-            name: difference(groups[name], groups.get('SwiGLU', {}), held_out) for name in FAMILIES if name in groups
-        }
-        panels[TITLES[size]] = {name: (gap, COLOURS.get(name, '#999999')) for name, gap in gaps.items()}
-    title = 'Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)'
-    draw_differences(path, panels, [*FAMILIES], title)
+    """Of each size how far the main families are from SwiGLU on unseen text."""
+    panels = {TITLES[size]: gaps_of(size, MAIN) for size in SIZES}
+    draw_differences(
+        path, panels, MAIN, 'Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)'
+    )
+
+
+def draw_families(path):
+    """How far all families are from SwiGLU, at the size that has them."""
+    panels = {TITLES[win.DRAWN]: gaps_of(win.DRAWN, FAMILIES)}
+    draw_differences(path, panels, [*FAMILIES], 'Loss on unseen text less that of SwiGLU (95 % intervals)')
+
+
+def gaps_of(size, names):
+    """{family: (its `difference` to SwiGLU on unseen text, a colour)}"""
+    groups = groups_of('final', size)
+    found = {name: difference(groups[name], groups.get('SwiGLU', {}), held_out) for name in names if name in groups}
+    return {name: (gap, COLOURS.get(name, '#777777')) for name, gap in found.items()}
 
 
 def draw_controls(path):
@@ -335,7 +344,7 @@ def draw_differences(path, panels, names, title):
     names = [name for name in names if any(name in rows for rows in panels.values())]
     if not names:
         return
-    figure, axes = rows_of(len(panels), 2, 7.5, 0.9 + 0.35 * len(names))
+    figure, axes = rows_of(len(panels), min(2, len(panels)), 7.5, 0.9 + 0.35 * len(names))
     for i, (axis, (name, rows)) in enumerate(zip(axes, panels.items())):
         for row, ((mean, half, *_), colour) in rows.items():
             axis.errorbar(mean, names.index(row), xerr=half, fmt='o', capsize=3, color=colour)
@@ -377,12 +386,12 @@ def draw_curves(path):
 
 
 def curves_of(stage, size):
-    """{family: (iterations, losses less those of SwiGLU, a row a seed)} of those with two of SwiGLU's seeds."""
+    """{family: (iterations, losses less those of SwiGLU, a row a seed)} of those with enough of SwiGLU's seeds."""
     groups, found = groups_of(stage, size), {}
     baseline = groups.get('SwiGLU', {})
     for family in [name for name in MAIN if name in groups and name != 'SwiGLU']:
         seeds = sorted(groups[family].keys() & baseline.keys())
-        if len(seeds) > 1:
+        if len(seeds) >= ENOUGH:
             steps = [line['iter'] for line in baseline[seeds[0]]['log'][1:]]
             found[family] = steps, np.subtract(*(losses_of(runs, seeds) for runs in (groups[family], baseline)))
     return found
@@ -465,6 +474,7 @@ if __name__ == '__main__':
         for page in pages:
             fill(Path(ROOT, page), f'study/win_page.py, {baseline}', answer)
     draw_gaps(STUDY.folder / 'gaps.png')
+    draw_families(STUDY.folder / 'families.png')
     draw_controls(STUDY.folder / 'controls.png')
     draw_curves(STUDY.folder / 'curves.png')
     draw_scaling(STUDY.folder / 'scaling.png')

@@ -87,7 +87,7 @@ def test_each_family_gets_the_same_trials_and_then_its_best_settings(study):
     assert page.index('| KAN-GLU | 1 |') < page.index('| SwiGLU | 1 |')  # the best first
     assert '-0.0100 ± 0.0000' in page and '| 0.004, 0.16 |' in page and '## 0.23M: splines varied' in page
     assert '| KAN-GLU | h.0.mlp.act | 0.50 | 25% | 25% (100%) | 25% (0%) | 25% (0%) | 25% (0%) |' in page
-    for name in 'gaps', 'controls', 'curves', 'functions':
+    for name in 'gaps', 'families', 'controls', 'curves', 'functions':
         path = study.STUDY.folder / f'{name}.png'
         getattr(win_page, f'draw_{name}')(path, *(['0.23M', 'KAN-GLU'] if name == 'functions' else []))
         assert path.stat().st_size > 10000
