@@ -11,12 +11,12 @@
 
 namespace {
 
-// The exponential, within 2 units in the last place between -87 and 88, beyond them zero and infinite: a line in n and a
-// polynomial, which compilers turn into vector instructions (constants of Cephes, expf).
-inline float exponential(float wide) {
-    const float x = std::min(std::max(wide, -87.0f), 88.0f);
-    const float n = std::nearbyint(x * 1.44269504f);
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+// exp(-x) for x >= 0, within 2 units in the last place up to 87, beyond 88 zero: a line in n and a polynomial, which
+// compilers turn into vector instructions (constants of Cephes, expf).
+inline float decay(float x) {
+    const float y = -(x > 88.0f ? 88.0f : x);
+    const float n = std::nearbyint(y * 1.44269504f);
+    const float r = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -24,13 +24,15 @@ inline float exponential(float wide) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float power;  // 2^n
+    float power;  // 2^n, and 0 for n = -127
     std::memcpy(&power, &bits, sizeof power);
-    const float within = (p * r * r + r + 1.0f) * power;
-    return wide > 88.0f ? INFINITY : wide < -87.0f ? 0.0f : within;
+    return (p * r * r + r + 1.0f) * power;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+inline float sigmoid(float x) {
+    const float e = decay(std::abs(x));
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
 
 struct silu {
     static float value(float x) { return x * sigmoid(x); }
@@ -52,9 +54,9 @@ struct gelu {
         const float tail = 0.5f * p * t * density;  // beyond |x|; the density is exp(-x^2 / 2)
         return x > 0 ? 1.0f - tail : tail;
     }
-    static float value(float x) { return x * cdf(x, exponential(-0.5f * x * x)); }
+    static float value(float x) { return x * cdf(x, decay(0.5f * x * x)); }
     static float slope(float x) {
-        const float density = exponential(-0.5f * x * x);
+        const float density = decay(0.5f * x * x);
         return cdf(x, density) + 0.39894228f * x * density;
     }
 };

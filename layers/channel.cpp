@@ -11,8 +11,12 @@
 #include <vector>
 
 #include "activations.h"
-#ifdef __SSE__
-#include <xmmintrin.h>
+#include "lines.h"
+
+#ifdef __clang__  // the numbers of a loop do not depend on each other, whatever the pointers
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 namespace {
@@ -76,69 +80,89 @@ struct Tile {
     float u[TILE];            // place in the interval
     float per_spacing[TILE];  // intervals per unit of x, 0 outside the knots
     int32_t at[TILE];         // of the first neighbour in w
-    float near[NEAR][TILE];
 
-    // Find the intervals of the channels c0 ... c0 + n of a row, and the coefficients of the neighbours. Outside these
-    // are the zeros at the ends. NaN is at NaN of the first interval, so that no result hides it.
-    void place(const float *x, const Functions &functions, int64_t c0, int64_t n) {
+    // Find the intervals of the channels c0 ... c0 + n of a row. Outside the knots the neighbours are the zeros at the
+    // ends. NaN is at NaN of the first interval, so that no result hides it.
+    template <bool SLOPES>
+    void place(const float *x, const Functions &functions, int64_t c0, int32_t n) {
         const float *first = functions.first.data() + c0, *per = functions.per.data() + c0;
-        const int64_t S = functions.S;
+        const int32_t S = functions.S, P = functions.P;
+        const float *knots = functions.knots + c0 * P;
         const float last = S - ORDER;  // intervals between all the knots
-        const float *w = functions.w.data() + c0 * S;
-        for (int64_t c = 0; c < n; c++) {
+        int32_t line = 0;
+        for (int32_t c = 0; c < n; c++, line += S) {
             const float t = (x[c] - first[c]) * per[c];
             const float above = t > 0.0f ? t : 0.0f;
             const float clamped = above < last ? above : last;
             float interval = std::min(std::floor(clamped), last - 1.0f);
             bool inside = clamped == t && t < last;
             if (ORDER == 1) {  // the slope jumps at the knots, where a rounded place may be on the other side
-                const float *knot = functions.knots + (c0 + c) * functions.P;
-                inside = x[c] >= knot[0] && x[c] < knot[functions.P - 1];
-                const int64_t i = static_cast<int64_t>(interval);
-                interval += inside ? (x[c] >= knot[i + 1]) - (x[c] < knot[i]) : 0;
+                const float *knot = knots + c * P;
+                const int32_t i = static_cast<int32_t>(interval);
+                const float up = x[c] >= knot[i + 1] ? 1.0f : 0.0f, down = x[c] < knot[i] ? 1.0f : 0.0f;
+                inside = (x[c] >= knot[0]) & (x[c] < knot[P - 1]);
+                interval += inside ? up - down : 0.0f;
             }
             u[c] = t == t ? clamped - interval : t;
-            per_spacing[c] = inside ? per[c] : 0.0f;
-            at[c] = static_cast<int32_t>(interval) + static_cast<int32_t>(c * S);
-        }
-        gather(w, n);
-    }
-
-    // near[i][c] = w[at[c] + i]
-    void gather(const float *w, int64_t n) {
-        int64_t c = 0;
-#ifdef __SSE__  // of four channels at a time, by four loads
-        for (; ORDER > 1 && c + 4 <= n; c += 4) {
-            __m128 row[4];
-            for (int j = 0; j < 4; j++) row[j] = _mm_loadu_ps(w + at[c + j]);
-            _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-            for (int i = 0; i < NEAR; i++) _mm_storeu_ps(near[i] + c, row[i]);
-        }
-#endif
-        for (; c < n; c++) {
-            for (int i = 0; i < NEAR; i++) near[i][c] = w[at[c] + i];
-        }
-    }
-
-    // sums[at[c] + i] += added[i][c]
-    void scatter(const float added[NEAR][TILE], float *sums, int64_t n) const {
-        int64_t c = 0;
-#ifdef __SSE__
-        for (; ORDER > 1 && c + 4 <= n; c += 4) {
-            __m128 row[4] = {};
-            for (int i = 0; i < NEAR; i++) row[i] = _mm_loadu_ps(added[i] + c);
-            _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
-            for (int j = 0; j < 4; j++) {
-                float *to = sums + at[c + j];
-                _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), row[j]));
-            }
-        }
-#endif
-        for (; c < n; c++) {
-            for (int i = 0; i < NEAR; i++) sums[at[c] + i] += added[i][c];
+            if (SLOPES) per_spacing[c] = inside ? per[c] : 0.0f;
+            at[c] = static_cast<int32_t>(interval) + line;
         }
     }
 };
+
+// y of the channels from c on, W at a time, as far as they go; returns the first that is left. The next row is fetched
+// while this one is computed.
+template <int W>
+inline int64_t forward_by(int64_t c, int64_t n, int64_t C, const Tile &tile, const float *w, const float *x, float *y) {
+    const int64_t R = GATED ? 2 * C : C;
+    for (; c + W <= n; c += W) {
+        __builtin_prefetch(x + R + c);
+        if (GATED) __builtin_prefetch(x + R + C + c);
+        __builtin_prefetch(y + C + c, 1);
+        float near[NEAR][W];
+        gather<NEAR, W>(w, tile.at + c, near);
+        INDEPENDENT
+        for (int j = 0; j < W; j++) {
+            float b[NEAR], phi = ACTIVATION::value(x[c + j]);
+            bases(tile.u[c + j], b);
+            for (int i = 0; i < NEAR; i++) phi += b[i] * near[i][j];
+            y[c + j] = GATED ? phi * x[C + c + j] : phi;
+        }
+    }
+    return c;
+}
+
+// dx of the same channels, gated with that of the values, and the part of the sums for dw.
+template <int W>
+inline int64_t backward_by(int64_t c, int64_t n, int64_t C, const Tile &tile, const float *w, const float *x,
+                           const float *dy, float *dx, float *sums) {
+    const int64_t R = GATED ? 2 * C : C;
+    for (; c + W <= n; c += W) {
+        __builtin_prefetch(x + R + c);
+        if (GATED) __builtin_prefetch(x + R + C + c);
+        __builtin_prefetch(dy + C + c);
+        __builtin_prefetch(dx + R + c, 1);
+        if (GATED) __builtin_prefetch(dx + R + C + c, 1);
+        float near[NEAR][W], added[NEAR][W];
+        gather<NEAR, W>(w, tile.at + c, near);
+        INDEPENDENT
+        for (int j = 0; j < W; j++) {
+            float b[NEAR], d[NEAR], phi = 0.0f, slope = 0.0f;
+            bases(tile.u[c + j], b);
+            slopes(tile.u[c + j], d);
+            for (int i = 0; i < NEAR; i++) {
+                phi += b[i] * near[i][j];
+                slope += d[i] * near[i][j];
+            }
+            const float in = x[c + j], grad = dy[c + j], dphi = GATED ? grad * x[C + c + j] : grad;
+            dx[c + j] = dphi * (ACTIVATION::slope(in) + slope * tile.per_spacing[c + j]);
+            if (GATED) dx[C + c + j] = grad * (ACTIVATION::value(in) + phi);
+            for (int i = 0; i < NEAR; i++) added[i][j] = dphi * b[i];
+        }
+        scatter<NEAR, W>(added, tile.at + c, sums);
+    }
+    return c;
+}
 
 }  // namespace
 
@@ -154,16 +178,14 @@ void forward(const float *x, const float *weight, const float *knots, float *y, 
         Tile tile;
         for (int64_t c0 = 0; c0 < C; c0 += TILE) {
             const int64_t n = std::min(TILE, C - c0);
+            const float *w = functions.w.data() + c0 * functions.S;
             for (int64_t row = start; row < std::min(N, start + ROWS); row++) {
                 const float *in = x + row * R + c0;
                 float *out = y + row * C + c0;
-                tile.place(in, functions, c0, n);
-                for (int64_t c = 0; c < n; c++) {
-                    float b[NEAR], phi = ACTIVATION::value(in[c]);
-                    bases(tile.u[c], b);
-                    for (int i = 0; i < NEAR; i++) phi += b[i] * tile.near[i][c];
-                    out[c] = GATED ? phi * in[c + C] : phi;
-                }
+                tile.place<false>(in, functions, c0, n);
+                int64_t c = forward_by<WIDE>(0, n, C, tile, w, in, out);
+                c = forward_by<HALF>(c, n, C, tile, w, in, out);
+                forward_by<1>(c, n, C, tile, w, in, out);
             }
         }
     }
@@ -179,28 +201,17 @@ void backward(const float *grad, const float *x, const float *weight, const floa
 #pragma omp parallel for num_threads(threads)
     for (int64_t start = 0; start < N; start += rows) {
         Tile tile;
-        float added[NEAR][TILE];
         for (int64_t c0 = 0; c0 < C; c0 += TILE) {
             const int64_t n = std::min(TILE, C - c0);
+            const float *w = functions.w.data() + c0 * S;
             float *sums = partial + start / rows * size + c0 * S;
             for (int64_t row = start; row < std::min(N, start + rows); row++) {
                 const float *in = x + row * R + c0, *dy = grad + row * C + c0;
                 float *out = dx + row * R + c0;
-                tile.place(in, functions, c0, n);
-                for (int64_t c = 0; c < n; c++) {
-                    float b[NEAR], d[NEAR], phi = 0.0f, slope = 0.0f;
-                    bases(tile.u[c], b);
-                    slopes(tile.u[c], d);
-                    for (int i = 0; i < NEAR; i++) {
-                        phi += b[i] * tile.near[i][c];
-                        slope += d[i] * tile.near[i][c];
-                    }
-                    const float dphi = GATED ? dy[c] * in[c + C] : dy[c];
-                    out[c] = dphi * (ACTIVATION::slope(in[c]) + slope * tile.per_spacing[c]);
-                    if (GATED) out[c + C] = dy[c] * (ACTIVATION::value(in[c]) + phi);
-                    for (int i = 0; i < NEAR; i++) added[i][c] = dphi * b[i];
-                }
-                tile.scatter(added, sums, n);
+                tile.place<true>(in, functions, c0, n);
+                int64_t c = backward_by<WIDE>(0, n, C, tile, w, in, dy, out, sums);
+                c = backward_by<HALF>(c, n, C, tile, w, in, dy, out, sums);
+                backward_by<1>(c, n, C, tile, w, in, dy, out, sums);
             }
         }
     }
