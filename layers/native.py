@@ -24,7 +24,9 @@ from pathlib import Path
 
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -x c++'
 if platform.machine() in ('x86_64', 'AMD64'):
-    FLAGS += ' -mprefer-vector-width=512'  # where there are such vectors; some compilers take shorter ones by themselves
+    FLAGS += (
+        ' -mprefer-vector-width=512'  # where there are such vectors; some compilers take shorter ones by themselves
+    )
 ACTIVATIONS = {  # names in spline.py and in activations.h
     'SiLU()': 'silu',
     "GELU(approximate='none')": 'gelu',

@@ -78,8 +78,18 @@ def test_plain_passes(monkeypatch, k, G, gated, irregular):
 def test_compiled_passes(monkeypatch, k, G, gated, activation):
     monkeypatch.setattr(channel, 'BACKEND', 'native')
     monkeypatch.setattr(channel, 'ROWS', 16)  # several blocks, and a part of one
-    arguments = make(N=70, C=261, k=k, G=G, gated=gated)  # with knots so far out that places are rounded to 1e-5
+    # 256 + 8 + 4 + 1 channels, with knots so far out that places are rounded to 1e-5
+    arguments = make(N=70, C=269, k=k, G=G, gated=gated)
     check(channel_spline, *arguments, tolerance=1e-5, k=k, gated=gated, activation=activation)
+
+
+@needs_compiler
+@pytest.mark.parametrize('lacking', [1, 2, 3], ids=['no AVX-512', 'no AVX', 'no vectors'])
+def test_processors_of_shorter_vectors(monkeypatch, empty_cache, lacking):
+    monkeypatch.setattr(channel, 'BACKEND', 'native')
+    monkeypatch.setenv('CXX', ' '.join(['c++', '-U__AVX512F__', '-U__AVX__', '-U__SSE__'][: 1 + lacking]))
+    check(channel_spline, *make(N=9, C=29, k=2), k=2)
+    assert [*empty_cache.glob('channel-*.so')]
 
 
 @needs_compiler
