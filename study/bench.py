@@ -1,13 +1,15 @@
 """Time and memory of layers, of training steps and of sampling: ours and, where installed, those of others, in one run.
 
     python study/bench.py --suite=layer
+    python study/bench.py --suite=activation
     python study/bench.py --suite=step --only='micro (vanilla|KAN)' --dropout=0
     python study/bench.py --suite=sample
     python study/bench.py --suite=adapter
     python study/bench.py --suite=mlp
     python study/bench.py --suite=graph
 
-`pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
+Suite activation has learned activations beside those they begin as, `gated` with a value for each gate; its floor is a
+copy of as many bytes as are read and written. `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
 kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of GPTs of equal parameters whose MLPs have
 fixed or learned activations; as these differ by a few per cent, one process takes their steps in turn. Suite graph has
 the layers that look at earlier tokens, and the share of a training step that finds edges. On a CPU each case has
@@ -15,6 +17,7 @@ processes of its own, one per round, so that its peak memory is its own; a GPU c
 interleave the cases. Prints a table, then one line of JSON with every number in it.
 """
 
+import functools
 import gc
 import importlib.util
 import json
@@ -28,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import ROOT, check_ranges, configure, settings_of
-from kan import KAN, KANLinear
-from layers import spline
+from kan import KAN, ChannelSpline, KANLinear
+from layers import channel, spline
 from layers.graph import Edges
 from model import GPT, Block, GPTConfig, model_settings
 from run.checkpoint import versions
@@ -43,7 +47,7 @@ from study.speed import make_table
 from surgery.lora import LoRAConfig, add_lora
 
 # -----------------------------------------------------------------------------
-suite = 'layer'  # 'layer', 'step', 'mlp', 'sample', 'adapter' or 'graph'
+suite = 'layer'  # 'layer', 'activation', 'step', 'mlp', 'sample', 'adapter' or 'graph'
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
 dtypes = 'float32,bfloat16'  # any of float32, bfloat16, float16, joined by commas; the latter two by autocast
 rounds = 3  # processes of each case
@@ -62,6 +66,8 @@ PEERS = {'efficient-kan': 'kan_gpt', 'inkan': 'inkan', 'peft': 'peft', 'kolmg-lo
 PEER_LAYERS = {'efficient-kan': ('kan_gpt.efficient_kan.model', 'KANLinear'), 'inkan': ('inkan', 'KANLayer')}
 PASSES = {'KANLinear, compiled passes': 'compiled', 'KANLinear, plain passes': 'plain'}  # backends of spline.py
 LAYERS = ['floor', 'nn.Linear', 'KANLinear', *PASSES, 'efficient-kan', 'inkan']
+ACTIVATIONS = ['floor', 'GELU', 'ChannelSpline', 'ChannelSpline, plain passes']
+GATES = ['floor, gated', 'SwiGLU, gated', 'ChannelSpline, gated', 'ChannelSpline, gated, plain passes']
 # GPTs, and the end of their config's name; a peer's layers take the place of ours
 MODELS = {'vanilla': '', 'vanilla, equal parameters': '_balanced', 'vanilla, 16 layers': '_boosted'}
 MODELS.update(dict.fromkeys(LAYERS[2:], '_kan'))
@@ -91,6 +97,7 @@ SAMPLED = [f'{config} {lengths}' for config in ('micro', 'micro_kan') for length
 EDGES = ['no edges', 'causal edges', 'window edges', 'topk edges', 'same edges']
 SUITES = {  # where each measures, and what
     'layer': [(SHAPES, LAYERS)],
+    'activation': [(['256 16384'], ACTIVATIONS), (['512 16384'], GATES)],  # numbers in a row, rows
     'step': [(SIZES, MODELS)],
     'mlp': [([*win.SHAPES, 'micro'], MLPS)],
     'sample': [(SAMPLED, ['uncached', 'cached'])],
@@ -187,6 +194,43 @@ def time_layer(layer, x, g, dtype, forward=None):
     return run
 
 
+def prepare_activation(dtype, where, name):
+    R, N = map(int, where.split())
+    gated = 'gated' in name
+    C = R // 2 if gated else R
+    if name.startswith('floor'):
+        return prepare_copies(N, {'forward': (R + C) // 2, 'backward': (2 * R + C) // 2}, dtype)
+    if name.startswith('ChannelSpline'):
+        layer = ChannelSpline(C, spline_order=2, base_activation=nn.SiLU if gated else nn.GELU)
+    else:
+        layer = SwiGLU() if gated else nn.GELU()
+    ready = getattr(torch, dtype)
+    forward = functools.partial(layer, gated=True) if gated else layer
+    return time_layer(layer, torch.randn(N, R, dtype=ready), torch.randn(N, C), dtype, forward)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x, gated):
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+def prepare_copies(N, widths, dtype):
+    """Copies of N rows, {part: numbers in a row}."""
+    sources = {part: torch.randn(N, width, device=device).to(getattr(torch, dtype)) for part, width in widths.items()}
+    targets = {part: torch.empty_like(source) for part, source in sources.items()}
+
+    def run():
+        seconds = {}
+        for part, target in targets.items():
+            t0 = clock(device)
+            target.copy_(sources[part])
+            seconds[part] = clock(device) - t0
+        return seconds
+
+    return run
+
+
 def make_gpt(config, vocab_size=65, **overrides):
     """The model of a config file, and its settings."""
     settings = settings_of('train.py', [os.path.join(ROOT, f'config/train_shakespeare_char_{config}.py')])
@@ -271,13 +315,15 @@ def prepare_graph_step(dtype, size, edges):
 
 
 def prepare(*case):
-    others = {'step': prepare_step, 'mlp': prepare_step, 'sample': prepare_sample, 'graph': prepare_graph}
+    others = {'activation': prepare_activation, 'sample': prepare_sample, 'graph': prepare_graph}
+    others.update(dict.fromkeys(('step', 'mlp'), prepare_step))
     return others.get(suite, prepare_layer)(*case)
 
 
 def measure(dtype, where, name):
     """One round of one case."""
     spline.BACKEND = PASSES.get(name, 'auto')
+    channel.BACKEND = 'plain' if name.endswith('plain passes') else 'auto'
     torch.manual_seed(0)
     if device.startswith('cuda'):
         gc.collect()

@@ -37,7 +37,7 @@ from run.records import commit
 from study.runner import Study, add_run, fill, run_json, run_to_end
 from study.speed import make_table
 
-TESTS = ['tests/layers/test_spline_triton.py', 'tests/test_gpu.py']
+TESTS = ['tests/layers/test_spline_triton.py', 'tests/layers/test_channel_triton.py', 'tests/test_gpu.py']
 RUNS = ['micro_kan', 'micro', 'micro_boosted', 'micro_balanced']
 BENCH = dict(rounds=1, repeats=5, dtypes='bfloat16')
 BENCHES = {  # settings of bench.py
@@ -45,6 +45,8 @@ BENCHES = {  # settings of bench.py
     'step': dict(BENCH, suite='step', only='micro (vanilla, 16|KANLinear$|efficient)'),
     'step, eager': dict(BENCH, suite='step', only='micro (vanilla, 16|KANLinear$|efficient)', compile=False),
     'step, other models': dict(BENCH, suite='step', only='micro (vanilla$|vanilla, eq|KANLinear, |inkan)'),
+    'activation': dict(BENCH, suite='activation', dtypes='bfloat16,float32'),
+    'mlp': dict(BENCH, suite='mlp', only='micro', rounds=4),
     'sample': dict(BENCH, suite='sample'),
     'adapter': dict(BENCH, suite='adapter'),
     'layer, float32': dict(BENCH, suite='layer', only='(192 768|768 192) 16384|768 3072', dtypes='float32'),

@@ -25,6 +25,7 @@ STUDY = Study('speed')
 STEP, ONCE = dict(suite='step', only='micro'), dict(rounds=2, repeats=1)
 JOBS = {  # settings of bench.py
     'layer': dict(suite='layer', only=' 192 768 16384', rounds=2),
+    'activation': dict(suite='activation', rounds=4, repeats=10),
     'step': dict(STEP, **ONCE),
     'step without dropout': dict(STEP, dropout=0, **ONCE),
     'step with memory given back': dict(STEP, keep=False, rounds=1, repeats=1),

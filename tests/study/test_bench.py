@@ -7,7 +7,7 @@ import pytest
 from helpers import complaint, run_forked
 
 PARTS = {
-    **dict.fromkeys(('layer', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
+    **dict.fromkeys(('layer', 'activation', 'adapter', 'graph'), {'forward', 'backward', 'total'}),
     **dict.fromkeys(('step', 'mlp'), {'step', 'total'}),
     'sample': {'sample', 'total'},
     'edges': {'edges', 'rest', 'total'},
@@ -18,6 +18,8 @@ PARTS = {
     'suite, only',
     [
         ('layer', 'float32 96 384 2048 nn.Linear$'),
+        ('activation', 'float32 256 16384 floor$'),
+        ('activation', 'float32 512 16384 ChannelSpline, gated$'),
         ('step', 'float32 nano KANLinear, plain passes$'),
         ('mlp', 'float32 0.23M KAN-GLU$'),
         ('sample', 'float32 micro 256 255 cached$'),
@@ -47,7 +49,7 @@ def test_suite_prints_a_table_and_one_line_of_json(tmp_path, suite, only):
 @pytest.mark.parametrize(
     'flag, message',
     [
-        ('--suite=lawyer', 'expected layer, step, mlp, sample, adapter, graph'),
+        ('--suite=lawyer', 'expected layer, activation, step, mlp, sample, adapter, graph'),
         ('--only=cubic', "e.g., 'float32 192 768 16384 floor'"),
         ('--only=(', 'not a regular expression'),
         ('--dtypes=float8', "'float8': expected auto, float32, bfloat16 or float16"),
