@@ -30,7 +30,7 @@ from kan import ChannelSpline
 from run import checkpoint as ckpt
 from run.records import read_record
 from study.runner import Study, choose, run_json, run_to_end
-from study.sweep import check_record
+from study.sweep import check_record, check_text
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -323,10 +323,13 @@ def by_seconds(size, families):
 
 
 def run_all(jobs):
-    """Make the records that are missing. ValueError for one that is there with other settings than the study has, and
-    where the unseen text is not of the text that was trained on.
+    """Make the records that are missing. ValueError for one that is there with other settings than the study has, for
+    a text that is not that of the records, and where the unseen text is not of the text that was trained on.
     """
     records = STUDY.read()
+    missing = [job for name, job in jobs.items() if name not in records and job[0]['stage'] != 'steps']
+    for dataset in {settings['dataset'] for _, settings in missing}:
+        check_text(dataset, records.values())
     for name, (about, settings) in jobs.items():
         if name in records and about['stage'] != 'steps':
             check_record(f'the record {name!r}', records[name], settings_of('train.py', args_of(settings)))

@@ -63,7 +63,9 @@ def test_jobs_are_settings_of_bench():
 
 
 def test_unknown_jobs_are_named(tmp_path):
-    assert 'jobs: expected any of layer, activation, step, step without' in complaint(tmp_path, 'study/speed.py', '--jobs=layers')
+    assert 'jobs: expected any of layer, activation, step, step without' in complaint(
+        tmp_path, 'study/speed.py', '--jobs=layers'
+    )
 
 
 def test_page_of_the_repository_is_made_of_its_records(tmp_path, monkeypatch):

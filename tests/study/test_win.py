@@ -17,6 +17,7 @@ from model import model_settings
 from run.cost import count_parameters
 from study import win, win_page
 from study.runner import Study, add_run, fill
+from study.sweep import check_text
 
 CURVE = [[-1.0, 1.0], [0.5, 0.5], [-0.3, 0.7]]
 SHAPES = {
@@ -69,6 +70,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(win, 'make', make)
     monkeypatch.setattr(win, 'check_source', lambda dataset: None)
+    monkeypatch.setattr(win, 'check_text', lambda dataset, records: None)
     return win
 
 
@@ -138,6 +140,19 @@ def test_a_record_of_other_settings_is_not_taken_for_done(study):
     add_run(study.STUDY.folder / 'runs.jsonl', dict(run, config=run['config'] | dict(grid_size=64)))
     with pytest.raises(ValueError, match='holds a run with grid_size=64; move it away first'):
         study.run(['tuning'], ['0.45M'], ['main'])
+
+
+def test_runs_are_on_the_text_of_the_records(study, tmp_path, monkeypatch):
+    dataset = write_dataset(tmp_path / 'text')
+    monkeypatch.setattr(win, 'check_text', check_text)
+    monkeypatch.setattr(win, 'COMMON', dict(win.COMMON, dataset=dataset))
+    study.run(['tuning'], ['0.45M'], ['main'])
+    run = next(iter(study.STUDY.read().values()))
+    there = dict(name=dataset, source='another text', splits={})
+    add_run(study.STUDY.folder / 'runs.jsonl', dict(run, dataset=there))
+    study.run(['tuning'], ['0.45M'], ['main'])  # nothing is missing
+    with pytest.raises(ValueError, match='is a run on another text, data/.*text holds random characters: prepare it'):
+        study.run(['final'], ['0.45M'], ['main'])
 
 
 def test_unseen_text_is_of_the_text_that_was_trained_on(tmp_path, monkeypatch):
