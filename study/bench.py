@@ -9,12 +9,13 @@
     python study/bench.py --suite=graph
 
 Suite activation has learned activations beside those they begin as, `gated` with a value for each gate; its floor is a
-copy of as many bytes as are read and written. `pip install -r requirements-all.txt` and `pip install --no-deps kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of
-kan-gpt its copy of efficient-kan is measured. Suite mlp has training steps of GPTs of equal parameters whose MLPs have
-fixed or learned activations; as these differ by a few per cent, one process takes their steps in turn. Suite graph has
-the layers that look at earlier tokens, and the share of a training step that finds edges. On a CPU each case has
-processes of its own, one per round, so that its peak memory is its own; a GPU counts memory by itself. The rounds
-interleave the cases. Prints a table, then one line of JSON with every number in it.
+copy of as many bytes as are read and written. `pip install -r requirements-all.txt` and `pip install --no-deps
+kan-gpt==1.2.0 kolmg-lora==1.0.1` bring the others; of kan-gpt its copy of efficient-kan is measured. Suite mlp has
+training steps of GPTs of equal parameters whose MLPs have fixed or learned activations; as these differ by a few per
+cent, one process takes their steps in turn. Suite graph has the layers that look at earlier tokens, and the share of a
+training step that finds edges. On a CPU each case has processes of its own, one per round, so that its peak memory is
+its own; a GPU counts memory by itself. The rounds interleave the cases. Prints a table, then one line of JSON with
+every number in it.
 """
 
 import functools
