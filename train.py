@@ -184,6 +184,8 @@ def make_model(state, base):
     if state or base:
         check_vocabulary(state or base, out_dir if state else init_from)
         model = ckpt.build_model(state or base, dropout=dropout)
+        if meta:
+            loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
@@ -339,7 +341,7 @@ def get_lr(it):
 
 
 def save(is_best=False):
-    """Save the state of this moment."""
+    """Save the state of this moment; returns whether it is there."""
     checkpoint = {
         'model': raw_model.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -357,7 +359,7 @@ def save(is_best=False):
     checkpoint['data'] = splits
     if tokenizer:
         checkpoint['tokenizer'] = tokenizer
-    session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
+    return session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
 
 
 def save_weights():
@@ -430,10 +432,10 @@ while True:
         if keep_history and not eval_only:
             save_weights()
         if not eval_only and (iter_num > 0 or is_last):
-            is_best = losses['val'] < best_val_loss
+            before, is_best = best_val_loss, losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            if is_best or always_save_checkpoint or is_last:
-                save(is_best)
+            if (is_best or always_save_checkpoint or is_last) and not save(is_best):
+                best_val_loss = before  # the next one may be the best that is saved
         session.write_record()
     finished = is_last and losses is not None
     if finished or eval_only or stopping or (is_due and losses is None):  # told to stop

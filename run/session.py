@@ -1,5 +1,6 @@
 """What train.py and finetune.py share around their loops: processes, random states, signals, messages, records."""
 
+import contextlib
 import inspect
 import math
 import os
@@ -158,7 +159,8 @@ class Session:
         if self.signals and time.monotonic() - self.signals[0] > 1:
             os._exit(128 + number)
         if not self.signals:
-            os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
+            with contextlib.suppress(OSError):
+                os.write(2, b'\nstopping: finishing the step and saving (again to exit at once)\n')
         self.signals.append(time.monotonic())
 
     def is_stopping(self):
@@ -168,16 +170,21 @@ class Session:
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
     def say(self, text):
+        """Print a line. Where nobody reads any more, e.g. a `| tee` that the same Ctrl-C ended, the run goes on."""
         if self.master:
-            tqdm.write(text) if self.on_terminal else print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(text) if self.on_terminal else print(text, flush=True)
 
     def bar(self, total, initial, unit):
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
 
     def save(self, out_dir, checkpoint, is_best, name):
+        """Save a checkpoint; returns, to all processes, whether it is there."""
         lost = f'{name} is not saved, the checkpoint before it stays'
-        if self.write(lost, save_checkpoint, out_dir, checkpoint, is_best):
+        saved = self.write(lost, save_checkpoint, out_dir, checkpoint, is_best)
+        if saved:
             self.say(f'saved {out_dir}/ckpt.pt at {name}')
+        return self.all_reduce(saved)[0] > 0
 
     def save_weights(self, out_dir, weights, name):
         self.write(f'the weights of {name} are not kept in {out_dir}/history', save_weights, out_dir, weights)

@@ -910,6 +910,11 @@ def test_resume_on_another_vocabulary(tmp_path, complain):
     make_checkpoint(tmp_path / 'out')
     other = write_dataset(tmp_path / 'other', tokenizer=CharTokenizer(TOKENIZER.chars[::-1]))
     assert 'another vocabulary' in complain(init_from='resume', dataset=other)
+    smaller = write_dataset(tmp_path / 'smaller', tokenizer=CharTokenizer(TOKENIZER.chars[:-1]))
+    checkpoint = load(tmp_path / 'out')
+    del checkpoint['tokenizer']  # as nanoGPT's have none
+    torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
+    assert 'not its vocabulary' in complain(init_from='resume', dataset=smaller)
 
 
 def test_settings_that_would_do_nothing(complain):
