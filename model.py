@@ -139,7 +139,7 @@ def load_gpt2(name):
         raise ValueError(f'loading {name!r} needs transformers: pip install transformers') from None
     found = {}
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind == 'gpt2':
             model, found = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # damaged files raise errors of all kinds

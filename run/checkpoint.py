@@ -152,8 +152,11 @@ def read_export(folder):
         state.update(dict.fromkeys(checkpoint.pop('tied'), state['transformer.wte.weight']))
         if checkpoint.pop('gpt2'):
             state = {name: p.t() if name.endswith(CONV1D) else p for name, p in state.items()}
-            biases = checkpoint['model_args']['bias']  # without them they are zeros there
-            state = {name: p for name, p in state.items() if biases or not name.endswith('.bias')}
+            biases = {name: p for name, p in state.items() if name.endswith('.bias')}
+            if any(p.any() for p in biases.values()):  # of a model without they are zeros there, until they train
+                checkpoint['model_args']['bias'] = True
+            if not checkpoint['model_args']['bias']:
+                state = {name: p for name, p in state.items() if name not in biases}
         return {**checkpoint, 'model': state}
     except Exception as error:  # what safetensors raises on damaged bytes has a type of its own
         what = f'{type(error).__name__} {error}'.splitlines()[0]

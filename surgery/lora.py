@@ -55,6 +55,8 @@ def add_lora(model, config, name='default'):
     if not isinstance(config, LoRAConfig):
         raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; those of PEFT go to get_peft_model')
     refuse_merged(model)
+    if any(type(module).__module__.startswith('peft.') for module in model.modules()):
+        raise ValueError('the model has adapters of PEFT: merge_and_unload them first, or add these by PEFT, too')
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
     within = tuple(path + '.' for path in copies)
     found = [path for path in find_targets(model, config) if not path.startswith(within)]

@@ -435,4 +435,4 @@ def load_adapter(out_dir, init_from):
         gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full', 'weights': 'float32'}
     )
     load_lora(model, os.path.join(out_dir, 'adapter'))
-    return model, tokenizer, settings
+    return model.eval(), tokenizer, settings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,20 @@ def folder(tmp_path_factory):
 
 def ours(folder, name):
     return build_model(load_checkpoint(str(folder / name))).eval()
+
+
+def test_biases_that_were_trained_elsewhere_are_read(folder, tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(folder / 'hf-no-bias').eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
+    shutil.copytree(folder / 'hf-no-bias', tmp_path / 'hf')
+    theirs.save_pretrained(tmp_path / 'hf')
+    ours, ids = build_model(load_checkpoint(str(tmp_path / 'hf'))).eval(), torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -343,15 +358,15 @@ def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
     import surgery.peft_kan  # noqa: F401  # PEFT learns of the kind
 
     ids = torch.arange(7).view(1, 7) % TOKENIZER.vocab_size
-    gpt = tuned(folder, base, **settings)
+    gpt = tuned(folder, base, **settings).double()  # in float32 such adapters make much of a rounding
     done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
     assert done.returncode == 0, done.stderr
     about = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
     assert about.base_model_name_or_path == f'hf-{base}'
     model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{base}', trust_remote_code=True).eval()
     with torch.no_grad():
-        plain = model(ids).logits
-        adapted = peft.PeftModel.from_pretrained(model, tmp_path / 'peft').eval()(ids).logits
+        plain = model.double()(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, tmp_path / 'peft').eval().double()(ids).logits
         expected = gpt.lm_head(gpt.features(ids))
     assert not torch.allclose(plain, expected, atol=0.1)
     torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=1e-4)
@@ -371,6 +386,7 @@ def test_what_peft_cannot_hold_is_refused(folder):
 HUB = """
 import json
 import os
+import shutil
 import huggingface_hub
 
 class HfApi:

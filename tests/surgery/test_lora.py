@@ -286,6 +286,14 @@ def test_a_convolution_has_the_kernels_of_the_formula(name, options, tmp_path):
     assert type(plain.layer) is type(layer) and torch.allclose(plain.layer(x), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_model_with_adapters_of_peft_is_refused():
+    peft = pytest.importorskip('peft')
+    theirs = peft.get_peft_model(tiny('GPT2', n_embd=16, n_layer=1, n_head=2, vocab_size=40), peft.LoraConfig(r=R))
+    with pytest.raises(ValueError, match='has adapters of PEFT: merge_and_unload them first'):
+        add_lora(theirs, LoRAConfig())
+    add_lora(theirs.merge_and_unload(), LoRAConfig())
+
+
 def test_a_convolution_is_that_of_peft():
     peft = pytest.importorskip('peft')
     ours = nn.Sequential(nn.Conv2d(I, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3))
