@@ -121,7 +121,7 @@ session = Session(device, dtype)
 device, dtype, say, master = session.device, session.dtype, session.say, session.master
 rank, world_size, ddp, device_type = session.rank, session.world_size, session.ddp, session.device_type
 config.update(device=device, dtype=dtype, dataset=loader.name_from_anywhere(dataset))
-# settings that a resumed run may have otherwise without a word
+# settings that a resumed run may change without a warning
 FREE = 'max_iters', 'eval_only', 'always_save_checkpoint', 'backend', 'dataset'
 if decay_lr and min_lr > learning_rate:
     say(f'warning: min_lr={min_lr} is above learning_rate={learning_rate}: the rate will rise where it should decay')

@@ -118,7 +118,7 @@ def columns_of(layer, x, features=slice(None)):
 
 @dataclass
 class Edges:
-    """The statistics of a layer. Of each feature:"""
+    """The statistics of a layer: the first fields are of its features, those from `mean` on of its edges."""
 
     low: Tensor  # (I,) the domain: the least and the greatest input
     high: Tensor

@@ -3,9 +3,9 @@ bases B recomputed wherever they are needed, so that of the data the input alone
 and then values, and the result is phi(gate) * value.
 
     plain_channel_spline  the formula in plain PyTorch: any device, any grid, any derivative, much time and memory
-    channel_spline        the same function as one operator; a pass forward and one backward. On uniform knots in
-                          float32 channel.cpp does them on a CPU, if there is a compiler, and channel_triton.py on a
-                          GPU; elsewhere they are the plain formula in row chunks
+    channel_spline        the same function as one operator; a pass forward and one backward. On uniform knots
+                          channel.cpp does them on a CPU, if there is a compiler, and on any knots channel_triton.py
+                          on a GPU, in float32 both; elsewhere they are the plain formula in row chunks
 
 Legend: C channels; G grid intervals; k spline order; K = G + k bases; P = G + 2k + 1 knots; N rows; R numbers in a row
 of the input, C or gated 2 C.

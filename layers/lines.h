@@ -3,8 +3,8 @@
 //     gather<n, W>(w, at, near)       near[i][j] = w[at[j] + i], for i < n and j < W
 //     scatter<n, W>(added, at, sums)  sums[at[j] + i] += added[i][j], one j after the other
 //
-// n is 4 at most; four numbers are read and written at each place, whatever n is. On x86 a line is one load, and four
-// vectors of lines are transposed, lane by lane. W is WIDE, or HALF for what is left, or 1.
+// n is 4 at most. On x86 a line is one load of four numbers, whatever n is, and four vectors of lines are transposed,
+// lane by lane. W is WIDE, or HALF for what is left, or 1.
 
 #pragma once
 

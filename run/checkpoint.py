@@ -11,7 +11,8 @@
 
 A folder of export.py is read like that of a run: gpt.json says what model.safetensors holds.
 
-Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run or becomes a path.
+Checkpoints hold plain tensors, numbers and strings, and are read as such: nothing in them is run. Two names in them may
+be opened: that of the data set, and of a run of finetune.py without its base `init_from`.
 """
 
 import itertools

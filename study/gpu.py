@@ -155,7 +155,9 @@ def card_family():
 
 
 def run_tests(which='not resumes'):
-    """How many of the tests for CUDA and Triton passed, and what the others say; all of it in tests.txt."""
+    """How many of the tests for CUDA and Triton passed, and what the others say; all of it in a file named
+    by `which`, e.g. not-resumes.txt.
+    """
     command = [sys.executable, '-m', 'pytest', '-q', '-rf', '--tb=short', *TESTS]
     command += ['-k', 'test_shapes and 16' if tiny else which]
     if importlib.util.find_spec('xdist') and not tiny:
