@@ -184,8 +184,6 @@ def make_model(state, base):
     if state or base:
         check_vocabulary(state or base, out_dir if state else init_from)
         model = ckpt.build_model(state or base, dropout=dropout)
-        if meta:
-            loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
@@ -201,10 +199,11 @@ def make_model(state, base):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
         if meta:
             check_vocabulary(beside_model(init_from), init_from)
-            loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     else:
         names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
+    if meta:
+        loader.check_vocab_size(dataset, meta, model.config.vocab_size)
     if not state and block_size < model.config.block_size:
         model.crop_block_size(block_size)
     if block_size != model.config.block_size:

@@ -25,7 +25,6 @@ template <>
 struct Lanes<4> {
     using V = __m128;
     static constexpr bool has_vectors = true;
-    static V zero() { return _mm_setzero_ps(); }
     static V load(const float *x) { return _mm_loadu_ps(x); }
     static void store(float *x, V a) { _mm_storeu_ps(x, a); }
     static V unpack_low(V a, V b) { return _mm_unpacklo_ps(a, b); }
@@ -42,7 +41,6 @@ template <>
 struct Lanes<8> {
     using V = __m256;
     static constexpr bool has_vectors = true;
-    static V zero() { return _mm256_setzero_ps(); }
     static V load(const float *x) { return _mm256_loadu_ps(x); }
     static void store(float *x, V a) { _mm256_storeu_ps(x, a); }
     static V unpack_low(V a, V b) { return _mm256_unpacklo_ps(a, b); }
@@ -64,7 +62,6 @@ template <>
 struct Lanes<16> {
     using V = __m512;
     static constexpr bool has_vectors = true;
-    static V zero() { return _mm512_setzero_ps(); }
     static V load(const float *x) { return _mm512_loadu_ps(x); }
     static void store(float *x, V a) { _mm512_storeu_ps(x, a); }
     static V unpack_low(V a, V b) { return _mm512_unpacklo_ps(a, b); }
@@ -123,7 +120,7 @@ template <int n, int W>
 inline void scatter(const float added[n][W], const int32_t *at, float *sums) {
     using L = Lanes<W>;
     if constexpr (L::has_vectors) {
-        typename L::V r[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
+        typename L::V r[4] = {};
         for (int i = 0; i < n; i++) r[i] = L::load(added[i]);
         transpose<L>(r);
         for (int j = 0; j < 4; j++) L::add_lines(r[j], at + j, sums);

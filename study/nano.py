@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from configurator import ROOT, configure
 from study.compare import check_run, compare
 from study.runner import Study, choose, read_run, run_to_end
-from study.sweep import check_record, check_text, list_runs, read_settings
+from study.sweep import check_record, check_texts, list_runs, read_settings
 
 FAMILIES = ('nano', 'nano_kan', 'nano_kan_mlp', 'nano_balanced', 'nano_swiglu')
 SHORT = dict(max_iters='300', lr_decay_iters='300', warmup_iters='30', eval_interval='300')
@@ -82,14 +82,6 @@ def check_records(study, runs):
             check_record(f'results/{study}/runs.jsonl: {name}', records[name], settings)
 
 
-def check_texts(study, runs):
-    """ValueError where a missing run would be of another text than the records."""
-    records = Study(study).read()
-    settings = read_settings({name: args for name, args in runs.items() if name not in records})
-    for dataset in {chosen['dataset'] for chosen in settings.values()}:
-        check_text(dataset, records.values())
-
-
 def show(study, out=None):
     """The pages of a study from its records, in its folder or in `out`."""
     records, folder = Study(study).read(), str(Study(study).folder)
@@ -108,6 +100,6 @@ if __name__ == '__main__':
         runs = list_all(study)
         check_records(study, runs)
         if train:
-            check_texts(study, runs)
+            check_texts(read_settings(runs), Study(study).read())
             Study(study).run_all(runs, make)
         show(study)

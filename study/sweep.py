@@ -86,17 +86,18 @@ def check_record(place, record, settings):
         raise ValueError(f'{place} holds a run with {", ".join(others)}; move it away first')
 
 
-def check_text(dataset, records):
-    """ValueError where a record of a data set is of another text than data/<dataset> has, which is prepared if it is
-    not there.
+def check_texts(settings, records):
+    """ValueError where a run without a record ({name: its settings}) would be on another text than the records of its
+    data set are on, which is prepared if it is not there.
     """
-    loader.prepare_dataset(dataset)
-    here = loader.read_meta(dataset)
-    for run in records:
-        there = run.get('dataset') or {}
-        if there.get('name') == dataset and there['splits'] != here.get('splits'):
-            texts = f'{run["name"]!r} is a run on {there["source"]}, data/{dataset} holds {here.get("source")}'
-            raise ValueError(f'{texts}: prepare it anew, or move the record away')
+    for dataset in {chosen['dataset'] for name, chosen in settings.items() if name not in records}:
+        loader.prepare_dataset(dataset)
+        here = loader.read_meta(dataset)
+        for run in records.values():
+            there = run.get('dataset') or {}
+            if there.get('name') == dataset and there['splits'] != here.get('splits'):
+                texts = f'{run["name"]!r} is a run on {there["source"]}, data/{dataset} holds {here.get("source")}'
+                raise ValueError(f'{texts}: prepare it anew, or move the record away')
 
 
 def sweep(runs, root):

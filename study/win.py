@@ -30,7 +30,7 @@ from kan import ChannelSpline
 from run import checkpoint as ckpt
 from run.records import read_record
 from study.runner import Study, choose, run_json, run_to_end
-from study.sweep import check_record, check_text
+from study.sweep import check_record, check_texts
 
 STUDY = Study('win')
 CONFIG = f'{ROOT}/config/train_shakespeare_char_nano.py'
@@ -327,9 +327,7 @@ def run_all(jobs):
     a text that is not that of the records, and where the unseen text is not of the text that was trained on.
     """
     records = STUDY.read()
-    missing = [job for name, job in jobs.items() if name not in records and job[0]['stage'] != 'steps']
-    for dataset in {settings['dataset'] for _, settings in missing}:
-        check_text(dataset, records.values())
+    check_texts({name: settings for name, (about, settings) in jobs.items() if about['stage'] != 'steps'}, records)
     for name, (about, settings) in jobs.items():
         if name in records and about['stage'] != 'steps':
             check_record(f'the record {name!r}', records[name], settings_of('train.py', args_of(settings)))

@@ -386,7 +386,6 @@ def test_what_peft_cannot_hold_is_refused(folder):
 HUB = """
 import json
 import os
-import shutil
 import huggingface_hub
 
 class HfApi:

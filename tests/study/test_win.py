@@ -17,7 +17,7 @@ from model import model_settings
 from run.cost import count_parameters
 from study import win, win_page
 from study.runner import Study, add_run, fill
-from study.sweep import check_text
+from study.sweep import check_texts
 
 CURVE = [[-1.0, 1.0], [0.5, 0.5], [-0.3, 0.7]]
 SHAPES = {
@@ -70,7 +70,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(win, 'make', make)
     monkeypatch.setattr(win, 'check_source', lambda dataset: None)
-    monkeypatch.setattr(win, 'check_text', lambda dataset, records: None)
+    monkeypatch.setattr(win, 'check_texts', lambda settings, records: None)
     return win
 
 
@@ -144,7 +144,7 @@ def test_a_record_of_other_settings_is_not_taken_for_done(study):
 
 def test_runs_are_on_the_text_of_the_records(study, tmp_path, monkeypatch):
     dataset = write_dataset(tmp_path / 'text')
-    monkeypatch.setattr(win, 'check_text', check_text)
+    monkeypatch.setattr(win, 'check_texts', check_texts)
     monkeypatch.setattr(win, 'COMMON', dict(win.COMMON, dataset=dataset))
     study.run(['tuning'], ['0.45M'], ['main'])
     run = next(iter(study.STUDY.read().values()))
