@@ -264,6 +264,7 @@ def score_held_out():
 
 
 def save(is_best=False):
+    """Save the state of this moment; returns whether it is there."""
     checkpoint = {
         **task_model.state_of(model, base_digest),
         'optimizer': optimizer.state_dict(),
@@ -280,7 +281,7 @@ def save(is_best=False):
         'tokenizer': tokenizer.to_dict(),
         'versions': ckpt.versions(),
     }
-    session.save(out_dir, checkpoint, is_best, f'step {step}')
+    return session.save(out_dir, checkpoint, is_best, f'step {step}')
 
 
 def finish():
@@ -343,14 +344,15 @@ while True:
             break
         if not math.isfinite(scores['loss']):
             session.give_up(f'the evaluated loss is not finite at step {step}')
-        is_best = scores['loss'] < best_loss
+        before, is_best = best_loss, scores['loss'] < best_loss
         best_loss = min(best_loss, scores['loss'])
         line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss)
         line.update(lr=get_lr(step - 1), **scores)
         log.append(line)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
         say(f'epoch {line["epoch"]}: {shown}, {seconds:.0f} s')
-        save(is_best)
+        if not save(is_best):
+            best_loss = before  # the next one may be the best that is saved
         session.track()
         session.write_record()
     if is_done() or session.is_stopping():
