@@ -29,6 +29,12 @@ PATIENCE = 3  # seconds that an error of another process than the first waits fo
 INCIDENTAL = ('out_dir', 'init_from', 'device', 'compile', 'log_interval', 'keep_history')
 INCIDENTAL += ('wandb_log', 'wandb_project', 'wandb_run_name', 'wandb_artifact', 'log_to')
 
+SWITCHES = {  # what is off without them: how the names of these settings begin
+    'use_kan': ('kan_', 'grid_', 'spline_'),
+    'use_lora': ('lora_', 'rs_lora', 'use_dora'),
+    'use_graph': ('graph_',),
+}
+
 
 class ConfigError(ValueError):
     """A config file or flag that cannot be used; the message says where and what would be right."""
@@ -173,6 +179,22 @@ def check(name, value, settings, where):
 def differing(then, now, free):
     """The names of settings that a run had otherwise `then` than `now`, but for those `free`."""
     return [name for name in now if name in then and name not in free and then[name] != now[name]]
+
+
+def idle_settings(script, settings):
+    """What of the settings of a script is set and does nothing, in lines."""
+    changed = [name for name, value in settings_of(script, []).items() if settings[name] != value]
+    if settings.get('activation') == 'swish':  # its slopes learn as splines do
+        changed = [name for name in changed if name not in ('spline_lr_scale', 'spline_weight_decay')]
+    lines = []
+    for switch, begins in SWITCHES.items():
+        names = [name for name in changed if name.startswith(begins)]
+        if names and not settings.get(switch, True):
+            lines.append(f'{switch} is off, and without it these do nothing: {", ".join(names)}')
+    for kind in 'window', 'topk':
+        if settings['use_graph'] and f'graph_{kind}' in changed and kind not in settings['graph_edges'].split(','):
+            lines.append(f'graph_{kind} does nothing: graph_edges={settings["graph_edges"]!r} holds no {kind}')
+    return lines
 
 
 def check_ranges(settings, at_least_one='', not_negative='', fractions='', shares=''):

@@ -91,7 +91,7 @@ def evaluate_text(checkpoint):
         model = build_model(checkpoint, dropout=0.0)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=0.0))
-        checkpoint = {'tokenizer': {'kind': 'gpt2'}} | beside_model(init_from)
+        checkpoint = beside_model(init_from)
     name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, differing, names_of_configs, settings_of
+from configurator import INCIDENTAL, check_ranges, configure, differing, idle_settings, names_of_configs, settings_of
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
@@ -158,6 +158,8 @@ else:
     model_args = task_model.describe(gpt)
     model = task_model.make_task_model(gpt, tokenizer, config)
 model.to(device)
+for line in idle_settings('finetune.py', config):
+    say(f'warning: {line}')
 say(task_model.trained_report(model, config))
 
 # data

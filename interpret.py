@@ -38,7 +38,7 @@ from surgery import prune as surgery
 out_dir = 'out'  # the run to look into
 dataset = ''  # by default the one it was trained on
 split = 'val'
-folder = ''  # where the files go; empty: out_dir/interpret, of some layers out_dir/interpret/part
+folder = ''  # where the files go; empty: out_dir/interpret, of some layers a folder of their own there
 layer = -1  # the layers of one block alone; -1: of all
 module = ''  # layers with this in their name alone, e.g. mlp.0, the first one of the MLP
 topk = 24  # strongest edges of a layer in its figure
@@ -76,9 +76,9 @@ if save and ckpt.holds_model(save):
 device = pick_device(device)
 if device.startswith('mps'):  # it has no float64
     device = 'cpu'
-is_part = layer >= 0 or module != ''
 pruned_dir = os.path.join(os.curdir, save)  # which no name of a model can be mistaken for
-folder = folder or os.path.join(out_dir, 'interpret', *(['part'] if is_part else []))
+part = '-'.join(filter(None, [f'layer{layer}' if layer >= 0 else '', module]))  # e.g. layer0-mlp.0
+folder = folder or os.path.join(out_dir, 'interpret', part)
 started = time.perf_counter()
 
 
@@ -118,7 +118,9 @@ def explain_prompt():
     for one in met.values():
         one.x = one.x[: len(ids)]
     driven = report.drive(known, met)
-    print('of each token the functions that are farthest from their means, in standard deviations (sd) over the data')
+    print(
+        'of each token the functions that move their outputs most against their means; sd: standard deviations on data'
+    )
     for token, edges in zip(tokens, driven):
         print(repr(token))
         for edge in edges[:5]:

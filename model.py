@@ -5,7 +5,7 @@ written for it and checkpoints saved by it work unchanged.
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -105,13 +105,6 @@ class GPTConfig:
             raise ValueError('mlp and mlp_hidden are of MLPs without KAN layers on edges, whose width is kan_hidden')
         if self.use_kan and not self.is_kan('mlp') and (self.kan_norm or self.kan_hidden != 4.0):
             raise ValueError(f'kan_norm and kan_hidden are of KAN layers in the MLP: kan_targets={self.kan_targets!r}')
-
-    def idle(self):
-        """{switch that is off: what does nothing without it and is set all the same}"""
-        of_switches = {'use_kan': ('kan_', 'grid_', 'spline_'), 'use_graph': 'graph_'}
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        found = {switch: [name for name in changed if name.startswith(of)] for switch, of in of_switches.items()}
-        return {switch: names for switch, names in found.items() if names and not getattr(self, switch)}
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')

@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, differing
+from configurator import INCIDENTAL, check_ranges, configure, differing, idle_settings
 from data import loader
-from data.tokenizer import beside_model
+from data.tokenizer import beside_model, same_vocabulary
 from model import GPT, GPTConfig, model_settings
 from run import checkpoint as ckpt
 from run import records
@@ -151,9 +151,14 @@ def load_base():
     return state
 
 
-def check_vocabulary(state, place):
-    if meta and state.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+def choose_vocabulary():
+    """That of the data set, else of the model to go on from; ValueError where they have different ones."""
+    known = state or base or ({} if init_from == 'scratch' else beside_model(init_from))
+    ours, theirs = meta.get('tokenizer'), known.get('tokenizer')
+    if ours and theirs and not same_vocabulary(ours, theirs):
+        place = out_dir if state else init_from
         raise ValueError(f'{place} has another vocabulary than data set {dataset!r}: name one that has the same')
+    return ours or theirs
 
 
 def count_windows(settings):
@@ -171,7 +176,8 @@ state = load_state() if init_from == 'resume' else None
 base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
-splits = meta.get('splits') or loader.describe_splits(loader.dataset_folder(dataset))
+tokenizer = choose_vocabulary()
+splits = loader.describe_data(dataset, meta)
 session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_another_text = bool(state) and state.get('data', splits) != splits
@@ -182,23 +188,15 @@ is_measured_anew = is_another_text or has_other_windows
 def make_model(state, base):
     """The GPT that init_from and the settings ask for, or that of the state to resume or of the run to begin with."""
     if state or base:
-        check_vocabulary(state or base, out_dir if state else init_from)
         model = ckpt.build_model(state or base, dropout=dropout)
     elif init_from == 'scratch':
         if not meta:
             say(f'warning: data set {dataset!r} has no vocabulary (meta.json): its tokens are taken for those of GPT-2')
         sizes = GPTConfig(vocab_size=loader.model_vocab_size(meta), **model_settings(config))
         sizes.refuse_idle()
-        idle = sizes.idle()
-        if not use_kan and activation != 'swish' and spline_lr_scale != 1:
-            idle.setdefault('use_kan', []).append('spline_lr_scale')
-        for switch, names in idle.items():
-            say(f'warning: {switch} is off, and without it these do nothing: {", ".join(names)}')
         model = GPT(sizes)
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-        if meta:
-            check_vocabulary(beside_model(init_from), init_from)
     else:
         names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
@@ -213,6 +211,8 @@ def make_model(state, base):
     if changed:
         say(f'warning: {init_from} decides the shape of the model: {", ".join(changed)}')
     config.update(made)
+    for line in idle_settings('train.py', config):
+        say(f'warning: {line}')
     return model
 
 
@@ -248,7 +248,6 @@ def make_optimizer(model, state):
 
 torch.manual_seed(seed)
 raw_model = make_model(state, base)
-tokenizer = (meta or state or base or {}).get('tokenizer')
 base = None  # with the state of its optimizer
 if session.local_rank == 0:
     loader.check_dataset(dataset, block_size, raw_model.config.vocab_size)
@@ -379,8 +378,10 @@ log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] i
 done_again = ckpt.history_after(out_dir, iter_num) if state and master and not eval_only else []
 if done_again:
     say(f'{len(done_again)} later weights of history/ are moved to {ckpt.set_aside(out_dir, done_again)}')
+if is_measured_anew:
+    anew = '' if eval_only else ': its best loss starts anew'
+    say(f'warning: the tokens or windows of the validation are not those this run began with{anew}')
 if is_measured_anew and not eval_only:
-    say('warning: the tokens or windows of the validation are not those this run began with: its best loss starts anew')
     log = []
     if master:
         ckpt.set_aside(out_dir, ['best.pt', 'log.jsonl', 'tensorboard'])

@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer, GPT2Tokenizer, measure_text, tokenizer_from_dict
+from data.tokenizer import (
+    TINYSHAKESPEARE_CHARS,
+    CharTokenizer,
+    GPT2Tokenizer,
+    measure_text,
+    same_vocabulary,
+    tokenizer_from_dict,
+)
 from run.files import sha256_of, write_atomically
 
 DATA = os.path.dirname(os.path.abspath(__file__))
@@ -184,6 +191,11 @@ def with_splits(meta, folder):
     return {**meta, 'splits': splits, **counted}
 
 
+def describe_data(dataset, meta):
+    """What is known of the files of a data set: by its meta.json, else by themselves."""
+    return meta.get('splits') or describe_splits(dataset_folder(dataset))
+
+
 def describe_splits(folder):
     """What meta.json says of both files of tokens, from the files; {} where one is missing."""
     paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
@@ -201,12 +213,13 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
     """The tokenizer of `dataset` if named, else that in the checkpoint; nanoGPT's have none, and their size tells."""
     if dataset:
         tokenizer = load_tokenizer_of(dataset, vocab_size)
-        if checkpoint.get('tokenizer', tokenizer.to_dict()) != tokenizer.to_dict():
+        if not same_vocabulary(checkpoint.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
             raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
         return tokenizer
     if 'tokenizer' in checkpoint:
         return tokenizer_from_dict(checkpoint['tokenizer'])
     if vocab_size in (50257, 50304):
+        print("the model comes without a vocabulary; taking GPT-2's", file=sys.stderr)
         return GPT2Tokenizer()
     if vocab_size == len(TINYSHAKESPEARE_CHARS):
         print('the checkpoint holds no vocabulary; taking the 65 characters of tinyshakespeare', file=sys.stderr)
@@ -235,7 +248,8 @@ def check_vocab_size(dataset, meta, vocab_size):
 def open_text(checkpoint, dataset, split, vocab_size):
     """(name, meta, tokenizer, tokens) of a split of `dataset`, by default that of the checkpoint, for its model with
     vocab_size rows; prepared where it is missing, but of a checkpoint by the scripts in data/ alone. ValueError where
-    there is none, or one of another vocabulary.
+    there is none, or one of another vocabulary. A line tells where it is another text than the checkpoint was trained
+    on under this name.
     """
     name = dataset or checkpoint.get('config', {}).get('dataset', '')
     if not name:
@@ -246,9 +260,12 @@ def open_text(checkpoint, dataset, split, vocab_size):
     if split not in ('train', 'val') and not os.path.exists(os.path.join(dataset_folder(name), f'{split}.bin')):
         raise ValueError(f'data set {name!r} has the splits train and val, and no {split}')
     meta = read_meta(name)
-    if checkpoint.get('tokenizer') and meta and checkpoint['tokenizer'] != meta['tokenizer']:
+    if checkpoint.get('tokenizer') and meta and not same_vocabulary(checkpoint['tokenizer'], meta['tokenizer']):
         raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
     tokenizer = load_tokenizer(checkpoint, vocab_size, name if meta else '')
+    trained_on = checkpoint.get('config', {}).get('dataset')
+    if name == trained_on and 'data' in checkpoint and checkpoint['data'] != describe_data(name, meta):
+        print(f'warning: data set {name!r} is another text by now than the model was trained on', file=sys.stderr)
     return name, meta, tokenizer, open_split(name, split)
 
 

@@ -159,20 +159,55 @@ class PretrainedTokenizer(JsonTokenizer):
         return {'kind': 'pretrained', 'json': self.content, 'end_of_text': self.end_of_text}
 
 
-def beside_model(folder):
-    """The vocabulary in the folder of a GPT-2 of transformers, as checkpoints hold it: {'tokenizer': ...}. {} where
-    there is none, or where it is GPT-2's (by every fiftieth token), with added tokens or without.
+def beside_model(name):
+    """The vocabulary of a GPT-2 by its name, or in its folder of transformers, as checkpoints hold it: {'tokenizer':
+    ...}. One with GPT-2's tokens (by every fiftieth), with added ones or without, is GPT-2's; {} where there is none.
     """
-    path = Path(folder, 'tokenizer.json')
-    if not path.is_file():
+    if not os.path.isdir(name):
+        return {'tokenizer': {'kind': 'gpt2'}} if name.startswith('gpt2') else {}
+    content = read_beside(Path(name))
+    if content is None:
         return {}
-    found = JsonTokenizer(path.read_text(encoding='utf-8'))
-    found.content = found.tokenizer.to_str()  # as a data set has it, however the file is spaced
+    found = JsonTokenizer(content)
     if found.vocab_size >= GPT2Tokenizer.vocab_size:
         gpt2 = GPT2Tokenizer()
         if all(found.decode([i]) == gpt2.decode([i]) for i in range(0, gpt2.vocab_size, 50)):
-            return {}
+            return {'tokenizer': gpt2.to_dict()}
     return {'tokenizer': found.to_dict()}
+
+
+def read_beside(folder):
+    """The JSON of the tokenizer in the folder of a GPT-2: tokenizer.json, or else what vocab.json and merges.txt say.
+    None where there is none.
+    """
+    if (folder / 'tokenizer.json').is_file():
+        return (folder / 'tokenizer.json').read_text(encoding='utf-8')
+    vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
+    if not (vocab.is_file() and merges.is_file()):
+        return None
+    try:
+        from tokenizers import ByteLevelBPETokenizer
+
+        made = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+    except ImportError:
+        raise ValueError(f'{vocab} needs the package tokenizers: pip install tokenizers') from None
+    except Exception as error:  # the library raises this very class
+        raise ValueError(f'{vocab} and merges.txt are no vocabulary of a GPT-2 ({error})') from None
+    made.add_special_tokens([END] if END in made.get_vocab() else [])
+    return made.to_str()
+
+
+def same_vocabulary(one, other):
+    """Whether two dictionaries of `to_dict` say the same, however the JSON in them is spaced."""
+    return unspaced(one) == unspaced(other)
+
+
+def unspaced(state):
+    """A dictionary of `to_dict` with its JSON read."""
+    try:
+        return {**state, 'json': json.loads(state['json'])}
+    except (KeyError, TypeError, ValueError):  # it holds none
+        return state
 
 
 class IdTokenizer:

@@ -35,8 +35,7 @@ class Trackers:
         if 'wandb_id' in earlier:
             record['wandb_id'] = earlier['wandb_id']
         self.names = names_of_trackers(self.settings)  # without those that have failed
-        has_points = out_dir is not None and os.path.isdir(os.path.join(out_dir, 'tensorboard'))
-        self.next_step = (record['resumed_at'] or 0) if has_points else 0  # the first that TensorBoard has no point of
+        self.next_step = 0  # the first that TensorBoard has no point of from this process
         self.writer = None
 
     def show(self):
@@ -82,12 +81,12 @@ class Trackers:
         wandb.log_artifact(artifact)
 
     def write_points(self):
-        """A point for each number of the lines that TensorBoard does not have yet."""
+        """A point for each number of the lines that TensorBoard does not have yet, in a resumed run of all."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # in a resumed run TensorBoard drops the points from this step on, which are those of iterations done again
-            self.writer = SummaryWriter(os.path.join(self.out_dir, 'tensorboard'), purge_step=self.next_step)
+            # TensorBoard drops the points from this step on: the log has all that still count
+            self.writer = SummaryWriter(os.path.join(self.out_dir, 'tensorboard'), purge_step=0)
         for line in self.log:
             if line['iter'] >= self.next_step:
                 numbers = {name: value for name, value in line.items() if name != 'iter' and value is not None}

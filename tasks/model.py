@@ -85,7 +85,7 @@ def load_pretrained(init_from, dropout, dtype):
         check_vocabulary(init_from, tokenizer, model)
         return model, tokenizer
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    if is_folder and os.path.exists(os.path.join(init_from, 'tokenizer.json')):
+    if is_folder and any(os.path.exists(os.path.join(init_from, name)) for name in ('tokenizer.json', 'vocab.json')):
         tokenizer = own_tokenizer(init_from)
         check_vocabulary(init_from, tokenizer, model)
         return model, tokenizer

@@ -89,6 +89,18 @@ def test_agrees_with_training_on_the_same_windows(tmp_path):
     assert result['dataset'] == dataset and result['iter_num'] <= TINY['max_iters']
 
 
+def test_another_text_under_the_name_of_that_trained_on_is_told(tmp_path):
+    dataset = write_dataset(tmp_path / 'data', n_val=3 * T)
+    train(tmp_path, dataset)
+    for n_val, warning in (3 * T, ''), (4 * T, f'warning: data set {dataset!r} is another text by now than the model'):
+        write_dataset(tmp_path / 'data', n_val=n_val)
+        for args in [], [f'--dataset={dataset}']:
+            said = run_forked(tmp_path, 'eval.py', '--device=cpu', *args).stderr
+            assert said.startswith(warning) and bool(said) == bool(warning)
+    other = write_dataset(tmp_path / 'other', n_val=3 * T)
+    assert not run_forked(tmp_path, 'eval.py', '--device=cpu', f'--dataset={other}').stderr
+
+
 def test_bits_are_per_character_and_per_byte(tmp_path):
     tokenizer = CharTokenizer('aé€😀')
     dataset = write_dataset(tmp_path / 'data', tokenizer=tokenizer, n_val=300)

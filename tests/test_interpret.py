@@ -221,17 +221,20 @@ def test_files_are_the_same_again_elsewhere(trained, explained):
 
 
 @pytest.mark.parametrize(
-    'settings, names',
+    'settings, names, folder',
     [
-        (dict(module='mlp.0'), LAYERS[:1]),
-        (dict(layer=0), LAYERS[:2]),
-        (dict(module='lm_head'), ['lm_head.0']),
-        (dict(module='h.0.mlp', layer=0), LAYERS[:2]),
+        (dict(module='mlp.0'), LAYERS[:1], 'mlp.0'),
+        (dict(layer=0), LAYERS[:2], 'layer0'),
+        (dict(module='lm_head'), ['lm_head.0'], 'lm_head'),
+        (dict(module='h.0.mlp', layer=0), LAYERS[:2], 'layer0-h.0.mlp'),
     ],
     ids=['module', 'layer', 'head', 'both in one'],
 )
-def test_layers_are_chosen(trained, settings, names):
-    _, result = interpret(trained, prompt='RO', rows=32, folder='chosen', **settings)
+def test_layers_are_chosen(trained, settings, names, folder):
+    """Each choice has a folder of its own."""
+    _, result = interpret(trained, prompt='RO', rows=32, **settings)
+    assert {path.name for path in (trained / 'out/interpret' / folder).iterdir()} >= {'prompt.png', 'prompt.json'}
+    shutil.rmtree(trained / 'out/interpret' / folder)
     assert {edge['layer'] for token in result['tokens'] for edge in token['edges']} == set(names)
 
 

@@ -302,32 +302,52 @@ def test_added_tokens_make_no_other_vocabulary(tmp_path, monkeypatch):
             super().__init__(byte_pairs().to_str())
 
     monkeypatch.setattr(tokenizer, 'GPT2Tokenizer', Known)
-    assert tokenizer.beside_model(tmp_path) == {}
+    known = {'tokenizer': {'kind': 'gpt2'}}
+    monkeypatch.setattr(Known, 'to_dict', lambda self: known['tokenizer'])
+    assert tokenizer.beside_model(str(tmp_path)) == {} and tokenizer.beside_model('gpt2-medium') == known
+    byte_pairs().model.save(str(tmp_path))
+    assert tokenizer.beside_model(str(tmp_path)) == known
     for names in [], ['[PAD]', '[UNK]']:
         own = byte_pairs()
         own.add_special_tokens(names)
         own.save(str(tmp_path / 'tokenizer.json'))
-        assert tokenizer.beside_model(tmp_path) == {}
+        assert tokenizer.beside_model(str(tmp_path)) == known
     other = json.loads(byte_pairs().to_str())
     a, b = (next(text for text, i in other['model']['vocab'].items() if i == place) for place in (50, 51))
     other['model']['vocab'].update({a: 51, b: 50})
     (tmp_path / 'tokenizer.json').write_text(json.dumps(other))
-    assert tokenizer.beside_model(tmp_path)['tokenizer']['kind'] == 'tokenizers'
+    assert tokenizer.beside_model(str(tmp_path))['tokenizer']['kind'] == 'tokenizers'
+    for name in 'tokenizer.json', 'vocab.json':
+        (tmp_path / name).write_text('{"a": "b"}')
+        with pytest.raises(ValueError, match='of a GPT-2|of a tokenizer'):
+            tokenizer.beside_model(str(tmp_path))
+        (tmp_path / name).unlink()
 
 
-def test_a_gpt2_with_a_tokenizer_of_its_own_writes_with_that(tmp_path):
-    """As GPT-2s in other languages have one; to data of another vocabulary the other commands say no."""
+@pytest.mark.parametrize('files', ['tokenizer.json', 'vocab.json and merges.txt'])
+def test_a_gpt2_with_a_tokenizer_of_its_own_writes_with_that(tmp_path, files):
+    """As GPT-2s in other languages have one; to data of another vocabulary the other commands say no. What is trained
+    on files without a vocabulary keeps the model's.
+    """
     transformers = pytest.importorskip('transformers')
     tokenizer = byte_pairs()
     sizes = dict(vocab_size=tokenizer.get_vocab_size(), n_positions=32, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'gpt2')
-    tokenizer.save(str(tmp_path / 'gpt2' / 'tokenizer.json'))
+    if files == 'tokenizer.json':
+        tokenizer.save(str(tmp_path / 'gpt2' / 'tokenizer.json'))
+    else:
+        tokenizer.model.save(str(tmp_path / 'gpt2'))
     (text,) = sample(tmp_path, init_from=tmp_path / 'gpt2', start='and so on')
     assert text.startswith('and so on') and len(text) > 20
     write_dataset(tmp_path / 'data', tokenizer=CharTokenizer(''.join(map(chr, range(33, 33 + sizes['vocab_size'])))))
     for script, settings in ('eval.py', {}), ('train.py', dict(TINY, out_dir='out')):
         done = run_forked(tmp_path, script, *flags(**settings, init_from='gpt2', dataset='./data'))
         assert done.returncode == 1 and 'has another vocabulary than' in done.stderr.splitlines()[-1]
+    os.remove(tmp_path / 'data' / 'meta.json')
+    settings = {name: value for name, value in TINY.items() if not name.startswith('n_')}
+    done = run_forked(tmp_path, 'train.py', *flags(**settings, out_dir='out', init_from='gpt2', dataset='./data'))
+    assert done.returncode == 0, done.stderr
+    assert sample(tmp_path, start='and so on')[0].startswith('and so on')
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import idle_settings, settings_of
 from data.loader import read_meta, write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
@@ -233,6 +234,8 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     torch.save({**state, 'best_val_loss': 0.001}, tmp_path / 'out' / 'ckpt.pt')
     before = (tmp_path / 'out' / 'best.pt').read_bytes()
     other = write_dataset(tmp_path / 'other', n_train=3000)
+    said = train(tmp_path, other, init_from='resume', eval_only=True, max_iters=2).stdout
+    assert 'are not those this run began with\n' in said and not (tmp_path / 'out' / 'earlier-1').exists()
     done = train(tmp_path, other, init_from='resume', max_iters=4, log_to='tensorboard')
     assert 'are not those this run began with: its best loss starts anew' in done.stdout
     best = load(tmp_path / 'out', 'best.pt')
@@ -315,12 +318,30 @@ def test_the_vocabulary_goes_with_the_model(tmp_path, dataset):
 
 def test_settings_that_do_nothing_are_named(tmp_path, dataset):
     settings = dict(kan_kind='channel', spline_lr_scale=4.0, graph_edges='window', learning_rate=1e-4, max_iters=1)
-    said = train(tmp_path, dataset, **settings).stdout
-    assert 'warning: use_kan is off, and without it these do nothing: kan_kind, spline_lr_scale\n' in said
-    assert 'warning: use_graph is off, and without it these do nothing: graph_edges\n' in said
+    said = train(tmp_path, dataset, **settings, spline_weight_decay=0.0).stdout
+    without = 'without it these do nothing'
+    assert f'warning: use_kan is off, and {without}: kan_kind, spline_lr_scale, spline_weight_decay\n' in said
+    assert f'warning: use_graph is off, and {without}: graph_edges\n' in said
     assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the rate will rise' in said
     said = train(tmp_path, dataset, 'plain', max_iters=1).stdout
     assert 'warning' not in said
+    said = train(tmp_path, dataset, 'more', max_iters=1, init_from='plain', spline_lr_scale=4.0).stdout
+    assert f'warning: use_kan is off, and {without}: spline_lr_scale\n' in said
+
+
+def test_what_does_nothing():
+    graph = dict(use_graph=True, graph_edges='causal,topk', graph_window=4, graph_topk=4)
+    swish = dict(activation='swish', spline_lr_scale=4.0, spline_weight_decay=0.0)
+    for settings, lines in (
+        (graph, ["graph_window does nothing: graph_edges='causal,topk' holds no window"]),
+        (swish, []),
+    ):
+        assert idle_settings('train.py', settings_of('train.py', []) | settings) == lines
+    tuned = settings_of('finetune.py', []) | dict(use_lora=False, lora_rank=8, use_dora=True, grid_size=3)
+    lines = idle_settings('finetune.py', tuned)
+    assert [line.partition('these do nothing: ')[2] for line in lines] == ['grid_size', 'lora_rank, use_dora']
+    for task in ROOT.glob('config/finetune/*.py'):
+        assert idle_settings('finetune.py', settings_of('finetune.py', [str(task)])) == []
 
 
 def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import loader
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, same_vocabulary
 from helpers import byte_pairs
 
 TOKENIZER = CharTokenizer('abcdefgh')
@@ -464,3 +464,15 @@ def test_a_model_keeps_its_own_vocabulary(folder):
     with pytest.raises(ValueError, match='has another vocabulary than the model, which brings its own'):
         loader.load_tokenizer(checkpoint, 8, str(folder))
     assert loader.load_tokenizer({}, 8, str(folder)).to_dict() == TOKENIZER.to_dict()
+
+
+def test_a_vocabulary_may_be_spaced_otherwise(folder):
+    """The JSON of a tokenizer may come from a file that is written for people."""
+    content = byte_pairs().to_str()
+    spaced = [{'kind': 'tokenizers', 'json': text} for text in (content, json.dumps(json.loads(content), indent=2))]
+    meta = {'vocab_size': byte_pairs().get_vocab_size(), 'tokenizer': spaced[0]}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    found = loader.load_tokenizer({'tokenizer': spaced[1]}, meta['vocab_size'], str(folder))
+    assert found.decode(found.encode('and so on')) == 'and so on'
+    for other in {**spaced[0], 'kind': 'ids'}, {**spaced[0], 'json': content.replace('"b"', '"?"')}:
+        assert not same_vocabulary(spaced[0], other)

@@ -123,6 +123,13 @@ def test_a_resumed_run_has_each_point_once(begin, tmp_path, tensorboard, is_eval
     assert points['tokens_per_s'] == [(i, 7.0) for i in (2, 4, 7, 9)]
 
 
+def test_a_stretch_without_tensorboard_is_shown_later(begin, tmp_path, tensorboard):
+    show(begin([], log_to='tensorboard'), line(0, 4.0))
+    log = [line(0, 4.0), line(2, 3.5), line(4, 3.0)]
+    show(begin(log, resumed_at=4, log_to='tensorboard'), line(6, 2.5))
+    assert [i for i, _ in read_points(tmp_path / 'out')['val_loss']] == [0, 2, 4, 6]
+
+
 def test_a_new_run_does_not_mix_with_the_one_before(begin, tmp_path, tensorboard):
     show(begin([], log_to='tensorboard'), line(0, 4.0), line(2, 3.5))
     earlier = set_aside(str(tmp_path / 'out'))

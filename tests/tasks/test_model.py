@@ -1,6 +1,7 @@
 """A GPT made ready for a task: the function it keeps, what it sees, what trains, what a checkpoint brings back."""
 
 import copy
+import json
 import re
 from dataclasses import asdict
 
@@ -517,6 +518,19 @@ def test_gpt2_with_other_tokens_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(task_model, 'load_tokenizer', load_tokenizer)
     with pytest.raises(ValueError, match='has 52000 tokens and no tokenizer: those of GPT-2 are 50257$'):
         load_base(str(tmp_path), 0.0)
+
+
+def test_gpt2_with_vocab_json_brings_its_own_tokens(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=byte_pairs().get_vocab_size(), n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    byte_pairs().model.save(str(tmp_path))  # vocab.json and merges.txt
+    end = next(token for token, i in byte_pairs().get_vocab().items() if i == 0)
+    said = {'tokenizer_class': 'GPT2Tokenizer', **dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), end)}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(said))
+    tokenizer = load_base(str(tmp_path), 0.0)[1]
+    assert tokenizer.encode_ordinary('and so on') == byte_pairs().encode('and so on').ids
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
