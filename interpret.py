@@ -324,19 +324,17 @@ def exit_status_of(command):
 
 def tuned():
     """The pruned model after `tune` iterations of train.py with the settings of its run."""
-    settings, known = checkpoint['config'], settings_of('train.py', [])
-    rate, tuned_dir = settings['learning_rate'] * tune_lr_scale, f'{os.path.normpath(save)}-tuned'
-    changed = dict(
-        init_from=pruned_dir, out_dir=tuned_dir, max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10
-    )
-    changed.update(learning_rate=rate, min_lr=rate / 20, eval_interval=tune, device=device)
-    changed.update(wandb_log=False, wandb_artifact=False, log_to='', dataset=dataset or settings['dataset'])
-    settings = {name: value for name, value in (settings | changed | {'keep_history': False}).items() if name in known}
-    flags = [f'--{name}={value}' for name, value in settings.items()]
+    then, tuned_dir = checkpoint['config'], f'{os.path.normpath(save)}-tuned'
+    rate = then['learning_rate'] * tune_lr_scale
+    now = dict(init_from=pruned_dir, out_dir=tuned_dir, device=device, dataset=dataset or then['dataset'])
+    now.update(max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10, eval_interval=tune)
+    now.update(learning_rate=rate, min_lr=rate / 20, keep_history=False)
+    now.update(wandb_log=False, wandb_artifact=False, log_to='')
+    known = settings_of('train.py', [])  # a checkpoint may hold others
+    flags = [f'--{name}={value}' for name, value in {**then, **now}.items() if name in known]
     say(f'python train.py --init_from={pruned_dir} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
-    if exit_status_of([sys.executable, os.path.join(ROOT, 'train.py'), *flags]) or 'finished' not in read_record(
-        tuned_dir
-    ):
+    status = exit_status_of([sys.executable, os.path.join(ROOT, 'train.py'), *flags])
+    if status or 'finished' not in read_record(tuned_dir):
         raise ValueError(f'tuning did not come to its end, see above; {save} holds the pruned model')
     return ckpt.build_model(ckpt.load_checkpoint(tuned_dir)).to(device)
 

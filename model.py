@@ -452,22 +452,26 @@ class GPT(nn.Module):
         `lr_scale`, for schedules, and spline_weight_decay (None: weight_decay). Learned slopes take that rate and never
         decay. With `muon` the matrices of `names_of_matrices` are Muon's.
         """
-        params = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        decay = weight_decay if spline_weight_decay is None else spline_weight_decay
-        alike = spline_lr_scale == 1 and decay == weight_decay  # no group of their own
-        endings = () if alike else ('.spline_weight', '.spline_scaler')
-        splines = [p for name, p in params.items() if name.endswith(endings)]
-        slopes = [p for name, p in params.items() if name.endswith('.slope')]
-        others = {name: p for name, p in params.items() if not name.endswith((*endings, '.slope'))}
-        matrices = [others.pop(name) for name in self.names_of_matrices() if name in others] if muon else []
-        groups = [
-            {'params': [p for p in others.values() if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in others.values() if p.dim() < 2], 'weight_decay': 0.0},
-        ]
+        spline_decay = weight_decay if spline_weight_decay is None else spline_weight_decay
+        alike = spline_lr_scale == 1 and spline_decay == weight_decay  # then splines have no group of their own
+        of_splines = () if alike else ('.spline_weight', '.spline_scaler')
+        of_muon = self.names_of_matrices() if muon else ()
+        matrices, splines, slopes, decaying, others = [], [], [], [], []
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            if name.endswith(of_splines):
+                splines.append(p)
+            elif name.endswith('.slope'):
+                slopes.append(p)
+            elif name in of_muon:
+                matrices.append(p)
+            else:
+                (decaying if p.dim() >= 2 else others).append(p)
         rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
-        for group, its_decay in (splines, decay), (slopes, 0.0):
-            if group:
-                groups.append({'params': group, 'weight_decay': its_decay, **rate})
+        groups = [{'params': decaying, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+        groups += [{'params': splines, 'weight_decay': spline_decay, **rate}] if splines else []
+        groups += [{'params': slopes, 'weight_decay': 0.0, **rate}] if slopes else []
         fused = device_type in ('cuda', 'cpu') or None
         adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
         return join_muon(adamw, matrices, learning_rate, weight_decay) if muon else adamw

@@ -230,20 +230,23 @@ def make_optimizer(model, state):
     splines = spline_lr_scale, None if spline_weight_decay == -1 else spline_weight_decay
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, *splines, muon)
     scaler = torch.amp.GradScaler(device_type, enabled=(dtype == 'float16'))
-    if state:
-        if not ckpt.moments_fit(optimizer.param_groups, state['optimizer']):
-            then = records.complete(state.get('config', {}))
-            names = [
-                name for name in ('muon', 'spline_lr_scale', 'weight_decay', 'spline_weight_decay') if name in then
-            ]
-            wanted = ' '.join(f'--{name}={then[name]}' for name in names if then[name] != config[name])
-            if not wanted:
-                raise ValueError(f'{out_dir}/ckpt.pt holds the state of an optimizer for other weights than its own')
-            raise ValueError(f'the run to resume has its weights in other groups: resume it with {wanted}')
-        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
-        if scaler.is_enabled() and state.get('scaler'):
-            scaler.load_state_dict(state['scaler'])
+    if not state:
+        return optimizer, scaler
+    if not ckpt.moments_fit(optimizer.param_groups, state['optimizer']):
+        refuse_groups(records.complete(state.get('config', {})))
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': state['optimizer']['state']})
+    if scaler.is_enabled() and state.get('scaler'):
+        scaler.load_state_dict(state['scaler'])
     return optimizer, scaler
+
+
+def refuse_groups(then):
+    """ValueError: the state to resume is of other groups. It names the settings that made them, if there are any."""
+    names = 'muon', 'spline_lr_scale', 'weight_decay', 'spline_weight_decay'
+    wanted = ' '.join(f'--{name}={then[name]}' for name in names if then.get(name, config[name]) != config[name])
+    if not wanted:
+        raise ValueError(f'{out_dir}/ckpt.pt holds the state of an optimizer for other weights than its own')
+    raise ValueError(f'the run to resume has its weights in other groups: resume it with {wanted}')
 
 
 torch.manual_seed(seed)
@@ -366,6 +369,22 @@ def save_weights():
     session.save_weights(out_dir, weights, f'iteration {iter_num}')
 
 
+def log_line(losses):
+    """What the log says of this evaluation. Where a resumed run repeats one, its speed stays, and its higher peak."""
+    known = next((line for line in session.log if line['iter'] == iter_num), {})
+    timed = (iter_num - iter_timed) * tokens_per_iter  # tokens since the last evaluation
+    return dict(
+        iter=iter_num,
+        tokens=tokens,
+        seconds=seconds,
+        train_loss=losses['train'],
+        val_loss=losses['val'],
+        lr=get_lr(iter_num),
+        tokens_per_s=timed / (seconds - timed_from) if timed else known.get('tokens_per_s'),
+        peak_mem=max(peak_memory(device), known.get('peak_mem', 0)),
+    )
+
+
 def train_batch(iteration, micro_step):
     starts = loader.random_starts(train_data, block_size, batch_size, seed, iteration, micro_step * world_size + rank)
     return loader.get_batch(train_data, block_size, starts, device)
@@ -419,13 +438,7 @@ while True:
         session.give_up(f'the evaluated loss is not finite at iteration {iter_num}')
     if losses:
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        timed = (iter_num - iter_timed) * tokens_per_iter
-        before = next((one for one in session.log if one['iter'] == iter_num), {})  # where a run is resumed
-        tokens_per_s = timed / (seconds - timed_from) if timed else before.get('tokens_per_s')
-        peak_mem = max(peak_memory(device), before.get('peak_mem', 0))
-        line = dict(iter=iter_num, tokens=tokens, seconds=seconds)
-        line.update(train_loss=losses['train'], val_loss=losses['val'], lr=get_lr(iter_num))
-        line.update(tokens_per_s=tokens_per_s, peak_mem=peak_mem)
+        line = log_line(losses)
         timed_from, iter_timed = seconds, iter_num
         session.log[:] = [one for one in session.log if one['iter'] < iter_num] + [line]
         session.track()
@@ -437,8 +450,7 @@ while True:
             if (is_best or always_save_checkpoint or is_last) and not save(is_best):
                 best_val_loss = before  # the next one may be the best that is saved
         session.write_record()
-    finished = is_last and losses is not None
-    if finished or eval_only or stopping or (is_due and losses is None):  # told to stop
+    if is_last or eval_only or stopping or (is_due and losses is None):  # told to stop
         break
 
     # forward, backward, update, with gradient accumulation to simulate larger batches
@@ -476,7 +488,7 @@ while True:
             say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
-if finished:
+if is_last and losses:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
     session.finish_tracking()
 elif not eval_only:

@@ -83,36 +83,45 @@ def prepare_dataset(dataset, made=TOKENS):
     """Run data/<dataset>/prepare.py where one of the files that it makes is missing. Every process of a run may ask:
     the first of a node runs it, the others wait for that one, and where it fails, all of them say so.
     """
-    folder = dataset_folder(dataset)
     if is_prepared(dataset, made):
         return
-    script = os.path.join(folder, 'prepare.py')
-    if not os.path.exists(script):
-        known = sorted(script.parent.name for script in Path(DATA).glob('*/prepare.py') if speaks_of(script, made))
-        known = f'; known: {", ".join(known)}' if known else ''
-        raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}{known}')
+    script = find_script(dataset, made)
     command = f'python {os.path.relpath(script)}'
-    lock = FileLock(os.path.join(folder, 'prepare.lock'))
-    failed = False
+    lock = FileLock(os.path.join(dataset_folder(dataset), 'prepare.lock'))
     try:
         with lock.acquire(blocking=False):
-            if not is_prepared(dataset, made):
-                print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
-                # a folder that is a link to another place has no modules above it
-                paths = os.pathsep.join(filter(None, [os.path.dirname(DATA), os.environ.get('PYTHONPATH')]))
-                done = subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths})
-                failed = done.returncode != 0
-    except Timeout:  # another process prepares it
+            # another process may have done it since
+            works = is_prepared(dataset, made) or run_prepare(dataset, script, command)
+    except Timeout:  # another process is at it
         with lock:
-            failed = not is_prepared(dataset, made)
+            works = is_prepared(dataset, made)
     except OSError as error:
         raise ValueError(f'data set {dataset!r} cannot be prepared where it would lie: {error}') from None
-    if failed:
+    if not works:
         advice = f'{command} --source=... takes files of your own'
         raise ValueError(f'preparing data set {dataset!r} failed, see above; {advice}')
     if not is_prepared(dataset, made):
         missing = ' and '.join(made)
         raise ValueError(f'data set {dataset!r} is not what is wanted here: its prepare.py writes no {missing}')
+
+
+def find_script(dataset, made):
+    """The path of a data set's prepare.py. ValueError where there is none, with those that write these files."""
+    folder = dataset_folder(dataset)
+    script = os.path.join(folder, 'prepare.py')
+    if not os.path.exists(script):
+        known = sorted(script.parent.name for script in Path(DATA).glob('*/prepare.py') if speaks_of(script, made))
+        known = f'; known: {", ".join(known)}' if known else ''
+        raise ValueError(f'no data set {dataset!r}: {folder} has no {" and ".join(made)}{known}')
+    return script
+
+
+def run_prepare(dataset, script, command):
+    """Whether the script came to its end well."""
+    print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
+    # a folder that is a link to another place has no modules above it
+    paths = os.pathsep.join(filter(None, [os.path.dirname(DATA), os.environ.get('PYTHONPATH')]))
+    return subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths}).returncode == 0
 
 
 def speaks_of(script, names):

@@ -141,31 +141,39 @@ def search(seen, edges, progress=lambda: None, margin=0.01, tie=1e-4):
     the tie are for edges that learned from noisy data: an accurate KAN can do with less.
     """
     O, P, I = seen.weights.shape
-    make = functools.partial(seen.weights.new_zeros, I, O)
-    r2, family = seen.weights.new_zeros(len(NAMES), I, O), make(dtype=torch.long)
-    a, b, c, d = (make() for _ in range(4))
-    for group in torch.arange(I, device=a.device).split(64):  # features at a time, as wider products are faster
+    r2, numbers = seen.weights.new_zeros(len(NAMES), I, O), seen.weights.new_zeros(4, I, O)  # a, b, c, d
+    family = seen.weights.new_zeros(I, O, dtype=torch.long)
+    for group in torch.arange(I, device=r2.device).split(64):  # features at a time, as wider products are faster
         tried = [correlate(name, edges, group) for name in NAMES]
         for at, i in enumerate(group.tolist()):
             progress()
             weights = seen.weights[:, :, i].t().contiguous()  # (P, O)
-            sd = edges.activity[:, i].clamp_min(1e-30)
             for n, (vectors, _, _) in enumerate(tried):
-                highest = [(block @ weights).abs_().amax(0) for block in vectors[at].split(BLOCK)]
-                r2[n, i] = (torch.stack(highest).amax(0) / sd).square().clamp(max=1)
+                r2[n, i] = highest_r2(vectors[at], weights, edges.activity[:, i])
             r2[:, i, ~edges.alive[:, i]] = 0
             family[i] = simplest(r2[:, i], tie)
-            width, low = (edges.high[i] - edges.low[i]).clamp_min(1e-30), edges.low[i]
             for n in family[i].unique().tolist():
-                vectors, mean, spread = tried[n]
-                alpha, beta = line_of(FAMILIES[NAMES[n]].kind, *candidates(NAMES[n], a.device)[0])
                 outputs = (family[i] == n).nonzero().squeeze(1)
-                products = weights[:, outputs].t() @ vectors[at].t()  # (E, H)
-                best = products.abs().argmax(1)
-                a[i, outputs], b[i, outputs] = alpha[best] / width, beta[best] - alpha[best] * low / width
-                c[i, outputs] = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[at, best]
-                d[i, outputs] = edges.mean[outputs, i] - c[i, outputs] * mean[at, best]
-    return Found(r2.mT, *(tensor.t() for tensor in (family, a, b, c, d)), margin, tie)
+                of_feature = [tensor[at] for tensor in tried[n]]
+                numbers[:, i, outputs] = best_candidate(NAMES[n], *of_feature, weights[:, outputs], edges, outputs, i)
+    return Found(r2.mT, family.t(), *numbers.mT, margin, tie)
+
+
+def highest_r2(vectors, weights, activity):
+    """Of a family for each edge of a feature, (O,): vectors (H, P) of its candidates, weights (P, O), activity (O,)."""
+    highest = [(block @ weights).abs_().amax(0) for block in vectors.split(BLOCK)]
+    return (torch.stack(highest).amax(0) / activity.clamp_min(1e-30)).square().clamp(max=1)
+
+
+def best_candidate(name, vectors, mean, spread, weights, edges, outputs, i):
+    """a, b, c, d (4, E) of the best candidate of a family for the edges from feature i to `outputs`, weights (P, E)."""
+    alpha, beta = line_of(FAMILIES[name].kind, *candidates(name, vectors.device)[0])
+    products = weights.t() @ vectors.t()  # (E, H)
+    best = products.abs().argmax(1)
+    width, low = (edges.high[i] - edges.low[i]).clamp_min(1e-30), edges.low[i]
+    a, b = alpha[best] / width, beta[best] - alpha[best] * low / width
+    c = products.gather(1, best.unsqueeze(1)).squeeze(1) / spread[best]
+    return torch.stack([a, b, c, edges.mean[outputs, i] - c * mean[best]])
 
 
 def correlate(name, edges, group):

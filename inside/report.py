@@ -102,13 +102,17 @@ def summarize(layer):
 
 def total_of(layers):
     """`summarize` of all layers together: means over edges, of shares among edges that vary over these."""
-    summaries, total = [summarize(layer) for layer in layers], {}
-    for key in summaries[0]:
-        known = [summary for summary in summaries if not math.isnan(summary[key])]
-        alive = key in ('straight', 'affine', 'close')
-        n = [summary['edges'] * (1 - summary['dead'] if alive else 1) for summary in known]
-        total[key] = sum(summary[key] * count for summary, count in zip(known, n)) / sum(n) if known else math.nan
-    return {**total, 'edges': sum(summary['edges'] for summary in summaries)}
+    summaries = [summarize(layer) for layer in layers]
+    means = {key: mean_over_edges(key, summaries) for key in summaries[0]}
+    return {**means, 'edges': sum(summary['edges'] for summary in summaries)}
+
+
+def mean_over_edges(key, summaries):
+    known = [summary for summary in summaries if not math.isnan(summary[key])]
+    counts = [summary['edges'] for summary in known]
+    if key in ('straight', 'affine', 'close'):  # shares among the edges that vary
+        counts = [summary['edges'] * (1 - summary['dead']) for summary in known]
+    return sum(summary[key] * n for summary, n in zip(known, counts)) / sum(counts) if known else math.nan
 
 
 def table(rows):
@@ -361,27 +365,16 @@ def most_driven(known, met, driven, n):
 
 def write_formulas(folder, layers):
     """formulas.txt and formulas.tex for people, edges.csv and formulas.json for programs: the strongest edges."""
-    import sympy
-
-    rows, text, tex, data = [], [], [], []
+    rows, data, text, tex = [], [], [], []
     for layer in layers:
         text.append(f'\n{layer.name}\n')
         tex.append('\\intertext{\\texttt{' + layer.name.replace('_', '\\_') + '}}\n')
-        for (o, i), formula in zip(layer.pairs, layer.formulas):
-            written = expression(formula)
-            latex = sympy.latex(expression(formula, symbol=f'x_{{{i}}}'))
-            output = output_of(layer.seen, o)
-            about = dict(layer=layer.name, output=output, feature=i, low=layer.edges.low[i].item())
-            about.update(high=layer.edges.high[i].item(), outside=layer.edges.outside[i].item())
-            about.update(numbers_of(layer.edges, o, i), family=formula.family, formula=str(written), r2=formula.r2)
-            about.update(a=formula.a, b=formula.b, c=formula.c, d=formula.d)
-            rows.append(about)
-            data.append({**rounded(about), 'latex': latex, 'others': rounded(formula.others)})
-            name = f'{i:>5}' if output is None else f'{i:>5} -> {o:<5}'
-            text.append(f'  {name} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {written}\n')
-            known = '' if math.isnan(formula.r2) else f' && R^2 = {formula.r2:.4f}'
-            index = i if output is None else f'{o},{i}'
-            tex.append(f'g_{{{index}}} &= {latex}{known} \\\\\n')
+        for pair, formula in zip(layer.pairs, layer.formulas):
+            row, latex = row_of(layer, *pair, formula), latex_of(pair, formula)
+            rows.append(row)
+            data.append({**rounded(row), 'latex': latex, 'others': rounded(formula.others)})
+            text.append(text_of(row, formula))
+            tex.append(equation_of(row, latex))
         text += sums(layer)
     write_text(folder, 'formulas.txt', ''.join(text).lstrip())
     write_text(folder, 'formulas.tex', '{\\allowdisplaybreaks\n\\begin{align*}\n' + ''.join(tex) + '\\end{align*}}\n')
@@ -390,6 +383,33 @@ def write_formulas(folder, layers):
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
+
+
+def row_of(layer, o, i, formula):
+    """What edges.csv says of an edge."""
+    domain = {name: getattr(layer.edges, name)[i].item() for name in ('low', 'high', 'outside')}
+    row = dict(layer=layer.name, output=output_of(layer.seen, o), feature=i, **domain, **numbers_of(layer.edges, o, i))
+    row.update(family=formula.family, formula=str(expression(formula)), r2=formula.r2)
+    return dict(row, a=formula.a, b=formula.b, c=formula.c, d=formula.d)
+
+
+def latex_of(pair, formula):
+    import sympy
+
+    return sympy.latex(expression(formula, symbol=f'x_{{{pair[1]}}}'))
+
+
+def text_of(row, formula):
+    """An edge in formulas.txt."""
+    name = f'{row["feature"]:>5}' if row['output'] is None else f'{row["feature"]:>5} -> {row["output"]:<5}'
+    return f'  {name} R² {formula.r2:.4f} (line {formula.affine_r2:.4f})  {row["formula"]}\n'
+
+
+def equation_of(row, latex):
+    """An edge in formulas.tex."""
+    index = row['feature'] if row['output'] is None else f'{row["output"]},{row["feature"]}'
+    r2 = '' if math.isnan(row['r2']) else f' && R^2 = {row["r2"]:.4f}'
+    return f'g_{{{index}}} &= {latex}{r2} \\\\\n'
 
 
 def sums(layer):

@@ -184,17 +184,15 @@ def choose_backend(x, weight, knots, k, activation, gated):
     """The fastest way that suits the input: the fused ones want an order from 1 to 3, no float64, `native` uniform
     knots, too.
     """
-    if BACKEND == 'plain' or k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype):
-        return 'plain'
-    if activation not in native.ACTIVATIONS:
+    is_known = k in (1, 2, 3) and activation in native.ACTIVATIONS
+    if BACKEND == 'plain' or not is_known or torch.float64 in (x.dtype, weight.dtype):
         return 'plain'
     if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
         return 'triton'
-    if x.device.type != 'cpu' or basis_function(knots) is not uniform_bases:
-        return 'plain'
-    if BACKEND != 'auto':
-        return BACKEND
-    return 'native' if library(k, activation, gated) is not None else 'plain'
+    if x.device.type == 'cpu' and basis_function(knots) is uniform_bases:
+        if BACKEND == 'native' or library(k, activation, gated) is not None:
+            return 'native'
+    return 'plain'
 
 
 @functools.cache

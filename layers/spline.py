@@ -415,16 +415,16 @@ def choose_backend(x, knots, k, activation, dtype):
     """
     if BACKEND == 'plain' or k not in FUSED_ORDERS:
         return 'plain'
-    is_for_triton = BACKEND == 'auto' and x.is_cuda and torch.float64 not in (x.dtype, dtype)
-    if BACKEND == 'triton' or (is_for_triton and triton_works(activation, x.device, dtype)):
+    suits_triton = x.is_cuda and torch.float64 not in (x.dtype, dtype)
+    suits_native = x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS
+    if BACKEND == 'triton' or (BACKEND == 'auto' and suits_triton and triton_works(activation, x.device, dtype)):
         return 'triton'
-    if BACKEND != 'compiled' and x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS:
+    if BACKEND in ('auto', 'native') and suits_native:
         return 'native' if library(k, activation, dtype) is not None else 'plain'
-    if BACKEND == 'native' or k == 1 or basis_function(knots) is not uniform_bases:
-        return 'plain'
-    if BACKEND == 'compiled':
-        return 'compiled'
-    return 'compiled' if x.numel() >= WORTH_COMPILING and compiler_works(x.device.type) else 'plain'
+    if BACKEND in ('auto', 'compiled') and k > 1 and basis_function(knots) is uniform_bases:
+        if BACKEND == 'compiled' or (x.numel() >= WORTH_COMPILING and compiler_works(x.device.type)):
+            return 'compiled'
+    return 'plain'
 
 
 @functools.cache

@@ -77,25 +77,35 @@ def group_runs(runs):
         config = settings_apart(run['record'])
         key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
         folder = os.path.basename(os.path.normpath(run['name'])).removeprefix('out-')
-        full_name = without_seed(folder)
-        named = dict(full_name=full_name, config=config, finished=[], unfinished=[])
+        named = dict(full_name=without_seed(folder), config=config, finished=[], unfinished=[])
         is_finished = 'finished' in run['record'] and run['log']
         groups.setdefault(key, named)['finished' if is_finished else 'unfinished'].append(run)
     groups = list(groups.values())
-    names = [group['full_name'] for group in groups]
-    shared = os.path.commonprefix(names) if len(names) > 1 else ''
-    shared = shared[: 1 + (shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-')))]
+    shared = shared_beginning([group['full_name'] for group in groups])
     for group in groups:
         group['name'] = group['full_name'].removeprefix(shared)
-        if names.count(group['full_name']) > 1:
-            raise ValueError(clash_text(*[other for other in groups if other['full_name'] == group['full_name']]))
-        folders = {}
-        for run in group['finished']:
-            seed = run['record']['config']['seed']
-            if seed in folders:
-                raise ValueError(f'seed {seed} of {group["name"]} is there twice: {folders[seed]} and {run["name"]}')
-            folders[seed] = run['name']
+    for group in groups:
+        refuse_twins(group, groups)
     return groups
+
+
+def shared_beginning(names):
+    """What all names begin with, up to a comma, or where there is none up to a dash; nothing of a single name."""
+    shared = os.path.commonprefix(names) if len(names) > 1 else ''
+    end = shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-'))
+    return shared[: end + 1]
+
+
+def refuse_twins(group, groups):
+    """ValueError where another group has the same name, or two runs of this one the same seed."""
+    alike = [other for other in groups if other['full_name'] == group['full_name']]
+    if len(alike) > 1:
+        raise ValueError(clash_text(*alike))
+    seeds = [run['record']['config']['seed'] for run in group['finished']]
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if twice is not None:
+        one, other, *_ = [run['name'] for run, seed in zip(group['finished'], seeds) if seed == twice]
+        raise ValueError(f'seed {twice} of {group["name"]} is there twice: {one} and {other}')
 
 
 def without_seed(name):

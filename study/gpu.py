@@ -10,6 +10,7 @@ training resumes. A test that fails is told and the rest goes on, as it would fo
 layers/tiles.json at once, so that what follows runs on them.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -67,32 +68,30 @@ tiny = False  # small sizes, for a test of this script
 
 def list_jobs():
     """{name: a function that returns its record}, in order of importance."""
-    benches = TINY_BENCHES if tiny else BENCHES
-    jobs = {'tests': run_tests}
-    if not tiny:
-        jobs['tiles, bfloat16'] = lambda: find_tiles(torch.bfloat16)
-    jobs |= {f'run, {config}, seed 1': make_train(config, 1) for config in RUNS[: 1 if tiny else 2]}
-    measured = {f'bench, {name}': make_bench(flags) for name, flags in benches.items()}
-    first = list(measured)[:2]
-    jobs |= {name: measured[name] for name in first}
-    jobs['profile, micro_kan'] = profile_steps
-    jobs['tiles, float32'] = lambda: find_tiles(torch.float32)
-    jobs['GPT-2'] = lambda: {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
-    if not tiny:
-        jobs |= {f'run, {config}, seed 1': make_train(config, 1) for config in RUNS[2:]}
-    jobs |= {name: measured[name] for name in measured if name not in first}
-    if not tiny:
-        jobs['tests of train.py'] = lambda: run_tests('resumes')
-        jobs |= {f'run, {config}, seed {seed}': make_train(config, seed) for seed in (2, 3) for config in RUNS}
-    return jobs
+    runs = {f'run, {config}, seed {seed}': (train, config, seed) for seed in (1, 2, 3) for config in RUNS}
+    benches = {f'bench, {name}': (bench, flags) for name, flags in (TINY_BENCHES if tiny else BENCHES).items()}
+    others = {
+        'tests': (run_tests,),
+        'tiles, bfloat16': (find_tiles, torch.bfloat16),
+        'profile, micro_kan': (profile_steps,),
+        'tiles, float32': (find_tiles, torch.float32),
+        'GPT-2': (step_both_gpt2,),
+        'tests of train.py': (run_tests, 'resumes'),
+    }
+    # a name that comes twice is done the first time
+    order = ['tests', 'tiles, bfloat16', *list(runs)[:2], *list(benches)[:2]]
+    order += ['profile, micro_kan', 'tiles, float32', 'GPT-2', *list(runs)[2:4], *benches, 'tests of train.py', *runs]
+    if tiny:
+        order = ['tests', *list(runs)[:1], *benches, 'profile, micro_kan', 'tiles, float32', 'GPT-2']
+    return {name: functools.partial(*(runs | benches | others)[name]) for name in order}
 
 
-def make_train(config, seed):
-    return lambda: train(config, seed)
+def bench(flags):
+    return run_json('study/bench.py', **flags, device=device)
 
 
-def make_bench(flags):
-    return lambda: run_json('study/bench.py', **flags, device=device)
+def step_both_gpt2():
+    return {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
 
 
 def run_all(jobs, study):

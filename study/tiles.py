@@ -29,19 +29,18 @@ def candidates(kernel, n_bytes, tiny=False):
     """
     if tiny:
         return [dict(BLOCK_N=16, BLOCK_I=16, BLOCK_O=16, num_stages=2, num_warps=4)]
-    found, shared = [], 227 << 10
-    for large, other, inner, warps, stages in itertools.product(
-        (64, 128, 256), (32, 64, 128, 256), (32, 64), (4, 8), (3, 4)
-    ):
-        if kernel == 'forward':
-            tile, sums, waiting = dict(BLOCK_N=large, BLOCK_O=other, BLOCK_I=inner), (64, 128), inner * (large + other)
-        elif kernel == 'dx':
-            tile, sums, waiting = dict(BLOCK_N=large, BLOCK_I=other, BLOCK_O=inner), (32, 64), inner * (large + other)
-        else:
-            tile, sums, waiting = dict(BLOCK_I=large, BLOCK_O=other, BLOCK_N=inner), (64, 128), inner * (large + other)
+    sides = {  # of a tile: two of what is summed, and the one that is summed over
+        'forward': ('BLOCK_N', 'BLOCK_O', 'BLOCK_I'),
+        'dx': ('BLOCK_N', 'BLOCK_I', 'BLOCK_O'),
+        'dw': ('BLOCK_I', 'BLOCK_O', 'BLOCK_N'),
+    }[kernel]
+    least, most = (32, 64) if kernel == 'dx' else (64, 128)
+    found, sizes = [], itertools.product((64, 128, 256), (32, 64, 128, 256), (32, 64), (4, 8), (3, 4))
+    for large, other, inner, warps, stages in sizes:
         a_thread = large * other / (32 * warps)
-        if sums[0] <= a_thread <= sums[1] and stages * waiting * n_bytes <= shared:
-            found.append(dict(tile, num_stages=stages, num_warps=warps))
+        waiting = stages * inner * (large + other) * n_bytes
+        if least <= a_thread <= most and waiting <= 227 << 10:
+            found.append(dict(zip(sides, (large, other, inner)), num_stages=stages, num_warps=warps))
     return found
 
 

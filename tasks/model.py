@@ -280,18 +280,20 @@ def kanify_mlps(gpt, settings):
 
 def make_head(gpt, answers, settings):
     """The linear layer that reads the label off, None where lm_head does; of cloze it begins as the answers' rows."""
-    if not answers or (settings['form'] == 'cloze' and not (settings['finetune_mode'] == 'head' and has_rows(gpt))):
+    is_linear = settings['form'] == 'linear'
+    trains_rows = settings['finetune_mode'] == 'head' and has_rows(gpt)
+    if not answers or not (is_linear or trains_rows):
         return None
-    is_cloze = settings['form'] == 'cloze'
-    width = gpt.lm_head.in_features if has_rows(gpt) else gpt.config.n_embd  # of some OPT the head has a narrower input
-    head = nn.Linear(width, len(answers), bias=not is_cloze or gpt.lm_head.bias is not None)
+    if is_linear:
+        width = gpt.lm_head.in_features if has_rows(gpt) else gpt.config.n_embd  # of some OPT the head is narrower
+        head = nn.Linear(width, len(answers))
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+    head = nn.Linear(gpt.lm_head.in_features, len(answers), bias=gpt.lm_head.bias is not None)
     with torch.no_grad():
-        if is_cloze:
-            for p, row in zip(head.parameters(), rows_of(gpt.lm_head, answers)):
-                p.copy_(row)
-        else:
-            nn.init.normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+        for p, row in zip(head.parameters(), rows_of(gpt.lm_head, answers)):
+            p.copy_(row)
     return head
 
 

@@ -97,7 +97,7 @@ def test_a_job_that_fails_has_a_record_and_is_tried_again(study):
 
 def test_a_run_that_diverged_has_no_figures(study, monkeypatch):
     monkeypatch.setattr(gpu, 'run_to_end', lambda *args: {'failed': 'the loss is not finite'})
-    gpu.run_all({'run, micro, seed 1': gpu.make_train('micro', 1)}, study)
+    gpu.run_all({'run, micro, seed 1': lambda: gpu.train('micro', 1)}, study)
     assert [run['error'] for run in study.read().values()] == ['ValueError: the loss is not finite']
     gpu.show(study)
 
