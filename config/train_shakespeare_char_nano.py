@@ -18,7 +18,7 @@ block_size = 64
 n_layer = 2
 n_head = 3
 n_embd = 96
-init_std = 0.08  # this and the learning rate: see results/nano_finalists
+init_std = 0.08  # this and the learning rate: see results/nano, finalists
 
 learning_rate = 4e-3
 max_iters = 1000

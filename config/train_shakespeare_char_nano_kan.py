@@ -7,5 +7,5 @@ include = 'train_shakespeare_char_nano.py'
 out_dir = 'out-shakespeare-char-nano-kan'
 use_kan = True
 kan_targets = 'attn,mlp'  # every linear layer but the head
-init_std = 0.04  # this and the learning rate: see results/nano_finalists
+init_std = 0.04  # this and the learning rate: see results/nano, finalists
 learning_rate = 8e-3

@@ -9,5 +9,5 @@ use_kan = True
 kan_norm = True  # the hidden layer lies on the grid of the second KAN layer, too
 grid_min = -3.0
 grid_max = 3.0
-init_std = 0.04  # this and the learning rate: see results/nano_finalists
+init_std = 0.04  # this and the learning rate: see results/nano, finalists
 learning_rate = 1.6e-2

@@ -1,12 +1,12 @@
 """Finished runs side by side: a table, curves, and tests over seeds.
 
     python study/compare.py out-sweep/*
-    python study/compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/nano
+    python study/compare.py out-sweep/* --baseline=shakespeare_char_nano_balanced --out=results/mine
     python study/compare.py out-sizes/* --scaling=True
     python study/compare.py out-pilot/* --over=learning_rate,init_std
     python study/compare.py results/nano/runs.jsonl out-mine --baseline=shakespeare_char_nano_kan
 
-Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the runs.jsonl of studies. Runs
+Takes the folders that train.py leaves behind (run.json and log.jsonl are enough), and the records of studies. Runs
 that differ in nothing but their seed are one row: mean and standard deviation over its seeds, and a paired t-test
 against the baseline over the seeds both have. Writes compare.md, compare.json, compare.html (one file, no network
 needed) and the figures as PNG into --out.
@@ -44,10 +44,13 @@ SIZE = ('n_layer', 'n_head', 'n_embd', 'mlp_hidden', 'kan_hidden')
 
 
 def read_all(paths):
-    """The runs in folders of train.py and in files runs.jsonl, [{name, record, log}]; says which of them hold none."""
+    """The runs in folders of train.py and in files of records, [{name, record, log}]; says which of them hold none."""
     runs = []
     for path in paths:
-        found = read_runs(path) if path.endswith('.jsonl') else {path: read_run(path)}
+        if path.endswith('.jsonl'):
+            found = {f'{path}/{name}': run for name, run in read_runs(path).items()}
+        else:
+            found = {path: read_run(path)}
         kept = {name: record for name, record in found.items() if 'tokens_per_iter' in record}
         if not kept:
             print(f'left out: {path} holds no run of train.py', file=sys.stderr)

@@ -4,11 +4,14 @@
     OMP_NUM_THREADS=1 python study/nano.py --studies=graph
     python study/nano.py --train=False       # their pages from the records, without training anything
 
-`nano_tuning` searches for learning rate and initial scale in short runs, `nano_finalists` tries the best of them over
-all iterations, `nano` compares the families over five seeds, `nano_longer` gives the vanilla GPT the seconds of the
-KAN-GPT, `nano_scaling` varies the width, and `graph` adds graph attention.
+`tuning` searches for learning rate and initial scale in short runs, `finalists` tries the best of them over all
+iterations, `main` compares the families over five seeds, `longer` gives the vanilla GPT the seconds of the KAN-GPT,
+`scaling` varies the width, and `graph` adds graph attention. The records of `main` are results/nano/runs.jsonl, those
+of the others results/nano/<study>.jsonl. Each has its section in table.md there, its figure, and as a page to zoom and
+sort out-nano/compare.html or out-nano-<study>/compare.html.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 from configurator import ROOT, configure
 from study.compare import check_run, compare
-from study.runner import Study, choose, read_run, run_to_end
+from study.runner import Study, choose, fill, read_run, run_to_end
 from study.sweep import check_record, check_texts, list_runs, read_settings
 
 FAMILIES = ('nano', 'nano_kan', 'nano_kan_mlp', 'nano_balanced', 'nano_swiglu')
@@ -24,32 +27,39 @@ SHORT = dict(max_iters='300', lr_decay_iters='300', warmup_iters='30', eval_inte
 WHOLE = dict(eval_interval='1000')
 LONG = dict(max_iters='7800', lr_decay_iters='7800', eval_interval='1300')
 RUNS = {  # study: [(families, settings, of several values all combinations)]
-    'nano_tuning': [(FAMILIES, dict(SHORT, learning_rate='2e-3,4e-3,8e-3,1.6e-2', init_std='0.02,0.04,0.08,0.16'))],
-    'nano_finalists': [
+    'tuning': [(FAMILIES, dict(SHORT, learning_rate='2e-3,4e-3,8e-3,1.6e-2', init_std='0.02,0.04,0.08,0.16'))],
+    'finalists': [
         (('nano', 'nano_balanced'), dict(WHOLE, learning_rate='2e-3,4e-3,8e-3', init_std='0.08')),
         (('nano_kan',), dict(WHOLE, learning_rate='4e-3,8e-3', init_std='0.04')),
         (('nano_kan_mlp',), dict(WHOLE, learning_rate='8e-3,1.6e-2', init_std='0.04')),
         (('nano_swiglu',), dict(WHOLE, learning_rate='2e-3,4e-3,1.6e-2', init_std='0.08')),
     ],
-    'nano': [((*FAMILIES, 'nano_by_flops', 'nano_by_seconds'), dict(seed='1,2,3,4,5'))],
-    'nano_longer': [(('nano',), dict(LONG, seed='1'))],
-    'nano_scaling': [
+    'main': [((*FAMILIES, 'nano_by_flops', 'nano_by_seconds'), dict(seed='1,2,3,4,5'))],
+    'longer': [(('nano',), dict(LONG, seed='1'))],
+    'scaling': [
         (('nano',), dict(seed='1', n_embd='24,48,192')),
         (('nano_kan', 'nano_kan_mlp'), dict(seed='1', n_embd='24,48')),
     ],
     'graph': [(('nano', 'nano_graph'), dict(seed='1,2,3'))],
 }
 SHOWN = {  # study: arguments of compare
-    'nano_tuning': dict(over='learning_rate,init_std'),
-    'nano_finalists': dict(),
-    'nano': dict(baseline='nano_kan'),
-    'nano_longer': dict(baseline='nano_kan', mix=True),
-    'nano_scaling': dict(scaling=True),
+    'tuning': dict(over='learning_rate,init_std'),
+    'finalists': dict(),
+    'main': dict(baseline='nano_kan'),
+    'longer': dict(baseline='nano_kan', mix=True),
+    'scaling': dict(scaling=True),
     'graph': dict(baseline='nano'),
 }
-BESIDE = {  # study: families of the study `nano` that are shown beside its own runs
-    'nano_longer': ('nano_kan',),
-    'nano_scaling': ('nano', 'nano_kan', 'nano_kan_mlp'),
+BESIDE = {  # study: families of the study `main` that are shown beside its own runs
+    'longer': ('nano_kan',),
+    'scaling': ('nano', 'nano_kan', 'nano_kan_mlp'),
+}
+FIGURES = {  # study: the figure of compare that the page shows, and its name there
+    'tuning': ('grids.png', 'tuning.png'),
+    'main': ('curves.png', 'curves.png'),
+    'longer': ('curves.png', 'longer.png'),
+    'scaling': ('scaling.png', 'scaling.png'),
+    'graph': ('curves.png', 'graph.png'),
 }
 PREFIX = 'shakespeare_char_'
 
@@ -57,6 +67,11 @@ PREFIX = 'shakespeare_char_'
 studies = ','.join(RUNS)
 train = True  # train what has no record; False: make the pages alone
 # -----------------------------------------------------------------------------
+
+
+def study_of(study):
+    """The records of a study, and where it works."""
+    return Study('nano', part='' if study == 'main' else study)
 
 
 def list_all(study):
@@ -76,22 +91,28 @@ def make(name, args, folder):
 
 def check_records(study, runs):
     """ValueError for a record of other settings than those that the study has."""
-    records = Study(study).read()
+    records, file = study_of(study).read(), study_of(study).file
     for name, settings in read_settings(runs).items():
         if name in records:
-            check_record(f'results/{study}/runs.jsonl: {name}', records[name], settings)
+            check_record(f'results/nano/{file}: {name}', records[name], settings)
 
 
-def show(study, out=None):
-    """The pages of a study from its records, in its folder or in `out`."""
-    records, folder = Study(study).read(), str(Study(study).folder)
+def show(study):
+    """The section of a study in table.md and its figure, from the records."""
+    own, main = study_of(study), study_of('main')
+    records = own.read()
     for family in BESIDE.get(study, ()):
-        records |= {name: run for name, run in Study('nano').read().items() if name.startswith(f'{PREFIX}{family},')}
+        records |= {name: run for name, run in main.read().items() if name.startswith(f'{PREFIX}{family},')}
     if not records:
         print(f'{study}: no records yet, no page')
         return
-    runs = [check_run(name, run, f'{folder}/runs.jsonl') for name, run in records.items()]
-    compare(runs, out or folder, **SHOWN[study])
+    runs = [check_run(name, run, f'results/nano/{own.file}') for name, run in records.items()]
+    table = compare(runs, str(own.work), **SHOWN[study])
+    parts = [part for part in table.strip().split('\n\n') if not part.startswith('![')]  # the figures are in README.md
+    fill(own.folder / 'table.md', f'study/nano.py, {study}', ['\n\n'.join(parts)])
+    if study in FIGURES:
+        drawn, shown = FIGURES[study]
+        shutil.copy(own.work / drawn, own.folder / shown)
 
 
 if __name__ == '__main__':
@@ -100,6 +121,6 @@ if __name__ == '__main__':
         runs = list_all(study)
         check_records(study, runs)
         if train:
-            check_texts(read_settings(runs), Study(study).read())
-            Study(study).run_all(runs, make)
+            check_texts(read_settings(runs), study_of(study).read())
+            study_of(study).run_all(runs, make)
         show(study)

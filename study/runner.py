@@ -5,7 +5,8 @@ what was cut off; and they say the same of several seeds.
     study.run_all(jobs, make)   # {name: job}; make(name, job, folder) works in a folder of its own, returns the record
     study.read()                # {name: record}
 
-The records lie in results/<study>/runs.jsonl, a line a run with its log. Work under way lies in out-<study>/.
+The records lie in results/<study>/runs.jsonl, a line a run with its log. Work under way lies in out-<study>/. Studies
+that share a page have a folder together: Study('nano', part='graph') has results/nano/graph.jsonl and out-nano-graph/.
 """
 
 import contextlib
@@ -69,13 +70,14 @@ def add_run(path, run):
 class Study:
     """The records of a study, and how the missing ones are made."""
 
-    def __init__(self, name, root=ROOT):
-        self.name = name
+    def __init__(self, name, root=ROOT, part=''):
+        self.name = f'{name}-{part}' if part else name
         self.folder = Path(root, 'results', name)
-        self.work = Path(root, f'out-{name}')
+        self.file = f'{part or "runs"}.jsonl'
+        self.work = Path(root, f'out-{self.name}')
 
     def read(self):
-        return read_runs(self.folder / 'runs.jsonl')
+        return read_runs(self.folder / self.file)
 
     def show(self, table):
         """Print the page of the study and write it."""
@@ -90,7 +92,7 @@ class Study:
         locks = {name: f'{folder}.lock' for name, folder in folders.items()}
 
         def run(name):
-            add_run(self.folder / 'runs.jsonl', {'name': name, **make(name, jobs[name], folders[name])})
+            add_run(self.folder / self.file, {'name': name, **make(name, jobs[name], folders[name])})
             shutil.rmtree(folders[name], ignore_errors=True)
 
         self.work.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """compare.py on runs with a known answer."""
 
+import functools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from scipy import stats
 from helpers import ROOT, complaint, run_forked
 from run.records import ADDED
 from study import nano
+from study.runner import Study, fill
 
 STEPS = re.compile('^{"name": "steps, ', re.MULTILINE)
 LOSSES = {  # best validation losses by seed
@@ -257,12 +259,22 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
     ) == 4 + 2  # of the curves, and one for each family
 
 
-@pytest.mark.parametrize('study', sorted(path.parent.name for path in ROOT.glob('results/*/compare.md')))
-def test_pages_of_results_are_those_of_their_records(tmp_path, study):
+@pytest.mark.parametrize('study', nano.RUNS)
+def test_pages_of_results_are_those_of_their_records(tmp_path, monkeypatch, study):
     """`make results` would leave them as they are."""
-    nano.show(study, str(tmp_path))
-    assert (tmp_path / 'compare.md').read_bytes() == (ROOT / 'results' / study / 'compare.md').read_bytes()
-    assert {path.name for path in tmp_path.glob('*.png')} == {path.name for path in ROOT.glob(f'results/{study}/*.png')}
+    monkeypatch.setattr(nano, 'Study', functools.partial(Study, root=tmp_path))
+    folder = tmp_path / 'results/nano'
+    shutil.copytree(ROOT / 'results/nano', folder, ignore=shutil.ignore_patterns('*.png'))
+    fill(folder / 'table.md', f'study/nano.py, {study}', ['nothing yet'])
+    nano.show(study)
+    assert (folder / 'table.md').read_bytes() == (ROOT / 'results/nano/table.md').read_bytes()
+    drawn = {path.name for path in folder.glob('*.png')}
+    assert drawn == set(nano.FIGURES.get(study, ())[1:])
+    assert (nano.study_of(study).work / 'compare.html').exists()
+
+
+def test_figures_of_results_are_those_of_their_studies():
+    assert {name for _, name in nano.FIGURES.values()} == {path.name for path in ROOT.glob('results/nano/*.png')}
 
 
 def test_make_results_makes_the_page_of_every_study():
@@ -270,7 +282,10 @@ def test_make_results_makes_the_page_of_every_study():
     others = ('minilm.py --stages=', 'finetune.py --stages=', 'speed.py --jobs=', 'pinn.py --problems=')
     for name in ('nano.py --train=False', *others):
         assert f'python study/{name}\n' in printed
-    assert {path.parent.name for path in ROOT.glob('results/*/compare.md')} <= nano.RUNS.keys()
+    tables = re.findall(
+        r'<!-- study/nano.py, (\w+) writes', (ROOT / 'results/nano/table.md').read_text(encoding='utf-8')
+    )
+    assert tables == list(nano.RUNS) and not list(ROOT.glob('results/*/compare.md'))
 
 
 def test_takes_the_records_of_a_study_beside_folders(runs, compared):
@@ -286,6 +301,12 @@ def test_takes_the_records_of_a_study_beside_folders(runs, compared):
     done = run_forked(runs, 'study/compare.py', 'runs/runs.jsonl', 'nowhere/runs.jsonl', '--out=c')
     assert done.returncode == 0 and done.stderr == 'left out: nowhere/runs.jsonl holds no run of train.py\n'
     assert [group['name'] for group in read_report(runs)['groups']] == ['b', 'b_wide']
+
+
+def test_records_of_two_studies_are_told_apart_by_their_files(runs):
+    files = [str(ROOT / f'results/nano/{name}.jsonl') for name in ('runs', 'graph')]
+    twice = ' and '.join(f'{file}/shakespeare_char_nano,seed=1' for file in files)
+    assert f'seed 1 of nano is there twice: {twice}\n' in complaint(runs, 'study/compare.py', *files)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from study.sweep import check_record, read_settings
 
 
 def read_study(study):
-    return read_runs(ROOT / 'results' / study / 'runs.jsonl')
+    return read_runs(ROOT / 'results/nano' / nano.study_of(study).file)
 
 
 @pytest.mark.parametrize('study', nano.RUNS)
@@ -40,15 +40,15 @@ def test_what_is_added_is_what_train_does_by_default():
 def test_a_new_seed_belongs_to_the_row_of_the_old_ones():
     """Of the KAN-GPT, whose five records name no setting of graph attention."""
     name = 'shakespeare_char_nano_kan,seed='
-    runs = [check_run(key, run, 'there') for key, run in nano.Study('nano').read().items() if key.startswith(name)]
+    runs = [check_run(key, run, 'there') for key, run in read_study('main').items() if key.startswith(name)]
     config = settings_of('train.py', [str(ROOT / 'config/train_shakespeare_char_nano_kan.py'), '--seed=6'])
     assert len(runs) == 5 and config['use_graph'] is False and 'graph_kind' in config
-    new = {**nano.Study('nano').read()[f'{name}1'], 'config': {**config, 'dtype': 'float32'}}
-    assert not ADDED.keys() & nano.Study('nano').read()[f'{name}1']['config'].keys()
+    new = {**read_study('main')[f'{name}1'], 'config': {**config, 'dtype': 'float32'}}
+    assert not ADDED.keys() & read_study('main')[f'{name}1']['config'].keys()
     (group,) = group_runs([*runs, check_run(f'{name}6', new, 'here')])
     assert [run['record']['config']['seed'] for run in group['finished']] == [1, 2, 3, 4, 5, 6]
     for seed in range(1, 6):
-        old = nano.Study('nano').read()[f'{name}{seed}']
+        old = read_study('main')[f'{name}{seed}']
         check_record('there', old, {**config, 'seed': seed})
         with pytest.raises(ValueError, match='there holds a run with use_graph=False; move it away'):
             check_record('there', old, {**config, 'seed': seed, 'use_graph': True})
@@ -56,17 +56,20 @@ def test_a_new_seed_belongs_to_the_row_of_the_old_ones():
 
 def test_a_record_of_other_settings_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(nano, 'Study', functools.partial(Study, root=tmp_path))
-    run = read_study('nano_longer')['shakespeare_char_nano,seed=1']
-    path = tmp_path / 'results/nano_longer/runs.jsonl'
+    run = read_study('longer')['shakespeare_char_nano,seed=1']
+    path = tmp_path / 'results/nano/longer.jsonl'
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({**run, 'config': {**run['config'], 'learning_rate': 0.5}}) + '\n')
-    message = 'results/nano_longer/runs.jsonl: shakespeare_char_nano,seed=1 holds a run with learning_rate=0.5; '
+    message = 'results/nano/longer.jsonl: shakespeare_char_nano,seed=1 holds a run with learning_rate=0.5; '
     with pytest.raises(ValueError, match=message):
-        nano.check_records('nano_longer', nano.list_all('nano_longer'))
+        nano.check_records('longer', nano.list_all('longer'))
 
 
 def test_every_study_is_shown_and_has_runs_of_its_own():
-    assert nano.RUNS.keys() == nano.SHOWN.keys() and nano.BESIDE.keys() <= nano.RUNS.keys()
+    assert nano.RUNS.keys() == nano.SHOWN.keys() and {*nano.BESIDE, *nano.FIGURES} <= nano.RUNS.keys()
+    files = [nano.study_of(study).file for study in nano.RUNS]
+    assert sorted(files) == sorted(path.name for path in ROOT.glob('results/nano/*.jsonl'))
+    assert len({nano.study_of(study).work for study in nano.RUNS}) == len(files)
     names = [name for study in nano.RUNS for name in nano.list_all(study)]
     assert len(names) == 80 + 6 + 2 + 2 + 3 + 35 + 1 + 3 + 4 + 6
     for study in nano.RUNS:
@@ -88,5 +91,5 @@ def test_a_run_that_diverged_is_a_record_and_one_that_failed_is_not(tmp_path, da
 
 
 def test_a_study_that_is_not_there_is_named(tmp_path):
-    words = complaint(tmp_path, 'study/nano.py', '--studies=nano,graf')
-    assert words.startswith('error: studies: expected any of nano_tuning, ') and words.endswith(", got 'nano,graf'\n")
+    words = complaint(tmp_path, 'study/nano.py', '--studies=main,graf')
+    assert words.startswith('error: studies: expected any of tuning, ') and words.endswith(", got 'main,graf'\n")
