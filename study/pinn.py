@@ -169,5 +169,5 @@ def draw():
 if __name__ == '__main__':
     configure(globals())
     STUDY.run_all(list_runs(choose('problems', problems, PROBLEMS)), lambda name, job, folder: solve(*job))
-    STUDY.show(make_table())
+    STUDY.fill(make_table())
     draw()

@@ -163,7 +163,7 @@ def run(stages, tasks, methods):
                     STUDY.run_all(jobs_of(stage, task, method), make)
 
 
-def make_page():
+def make_table():
     head = '| | trains | SST | CFIMDB | Quora | sonnets | learning rates |'
     lines = [head, '|---|' + '--:|' * 5 + '---|']
     for shots in 0, SHOTS:
@@ -204,4 +204,4 @@ if __name__ == '__main__':
         prepare_base()
     run(stages, tasks, choose('methods', methods, METHODS))
     if STUDY.read():
-        STUDY.show(make_page())
+        STUDY.fill(make_table())

@@ -80,9 +80,14 @@ class Study:
         return read_runs(self.folder / self.file)
 
     def show(self, table):
-        """Print the page of the study and write it."""
+        """Print the tables of the study and write them into table.md."""
         with write_atomically(self.folder / 'table.md', 'w', 'utf-8') as f:
             f.write(table)
+        print(table, end='')
+
+    def fill(self, table):
+        """Print the table of the study and put it into README.md, between the marks of its script."""
+        fill(self.folder / 'README.md', f'study/{self.name}.py', table.splitlines())
         print(table, end='')
 
     def run_all(self, jobs, make):

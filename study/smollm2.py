@@ -140,7 +140,7 @@ def run(stages):
             STUDY.run_all(jobs_of('final', kind, [best_rate(kind)]), make)
 
 
-def make_page():
+def make_table():
     lines = [
         '| what learns | parameters | learning rate | loss before | loss after | ninth tenth after | seconds |',
         '|---|--:|--:|--:|--:|--:|--:|',
@@ -162,4 +162,4 @@ if __name__ == '__main__':
     configure(globals())
     run(choose('stages', stages, SEEDS))
     if STUDY.read():
-        STUDY.show(make_page())
+        STUDY.fill(make_table())

@@ -52,7 +52,7 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
             finals = study.runs_of('final', task, method)
             assert {run['settings']['seed'] for run in finals} == set(study.SEEDS)
             assert {run['settings']['learning_rate'] for run in finals} == {1e-3}
-    page = study.make_page()
+    page = study.make_table()
     assert (
         '| prompt alone | 0 | 40.0 |  |  | 9.0 | |\n| prompt alone, 5 examples shown (to 500 of dev) | 0 | 42.0 ± 1.0 |  |  |  | |'
         in page
@@ -69,13 +69,13 @@ def test_the_page_tells_what_is_missing_and_pairs_by_seed(study, monkeypatch):
     name = next(name for name in study.STUDY.read() if name.startswith('final, sst, KAN-LoRA') and 'seed=2' in name)
     lost = json.dumps(dict(study.STUDY.read()[name], failed='the loss is nan')) + '\n'
     path.write_text(''.join(lost if name in line else line for line in lines))
-    assert '| KAN-LoRA | 1,000 | 62.0 ± 1.3 (n = 2) |' in study.make_page()
+    assert '| KAN-LoRA | 1,000 | 62.0 ± 1.3 (n = 2) |' in study.make_table()
     other = name.replace('lr=0.001', 'lr=0.01')
     run = study.STUDY.read()[name.replace('seed=2', 'seed=1')]
     settings = dict(run['settings'], learning_rate=0.01)
     path.write_text(''.join([*lines, json.dumps(dict(run, name=other, settings=settings)) + '\n']))
     with pytest.raises(ValueError, match='final runs of KAN-LoRA on sst have learning rates'):
-        study.make_page()
+        study.make_table()
 
 
 def test_a_method_that_diverges_at_all_rates_is_named(study, monkeypatch):
@@ -101,5 +101,6 @@ def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypat
 
 
 def test_the_page_is_made_from_the_records():
-    table = pretrained.STUDY.folder / 'table.md'
-    assert pretrained.make_page() == table.read_text(encoding='utf-8')
+    page = (pretrained.STUDY.folder / 'README.md').read_text(encoding='utf-8')
+    table = f'<!-- study/pretrained.py writes this table -->\n{pretrained.make_table()}<!-- until here -->\n'
+    assert table in page
