@@ -362,26 +362,30 @@ class LoRALayer(nn.Module):
                 raise AttributeError(
                     f'{name} would change the splines beneath an adapter: remove_lora comes first'
                 ) from None
-            is_alone = self.off or self.adapter is None or self.unmerged is not None
-            if name in ('regularization_loss', 'scaled_spline_weight') and is_below and not is_alone:
+            if name in ('regularization_loss', 'scaled_spline_weight') and is_below and self.at_work is not None:
                 advice = 'merge it first, or ask within lora_off(model) for that of the base'
                 raise AttributeError(f'{name} would leave the adapter out: {advice}') from None
             return getattr(self.acting, name)
 
     @property
+    def at_work(self):
+        """The adapter that forward goes through: the active one, unless it is off or merged into the weights."""
+        return None if self.off or self.unmerged is not None else self.adapter
+
+    @property
+    def alone(self):
+        """The module that acts where no adapter is at work."""
+        return self.unmerged if self.off and self.unmerged is not None else self.base_layer
+
+    @property
     def acting(self):
-        """The copy of the base layer that trains in its place, where such a one is active, else the base layer."""
-        if self.off and self.unmerged is not None:
-            return self.unmerged
-        is_copy = not self.off and isinstance(self.adapter, TrainedCopy)
-        return self.adapter.copy if is_copy else self.base_layer
+        """The copy of the base layer that trains in its place, where such a one is at work, else the base layer."""
+        adapter = self.at_work
+        return adapter.copy if isinstance(adapter, TrainedCopy) else self.alone
 
     def forward(self, *args, **kwargs):
-        if self.off and self.unmerged is not None:
-            return self.unmerged(*args, **kwargs)
-        if self.off or self.adapter is None or self.unmerged is not None:
-            return self.base_layer(*args, **kwargs)
-        return self.adapter(self.base_layer, *args, **kwargs)
+        adapter = self.at_work
+        return self.alone(*args, **kwargs) if adapter is None else adapter(self.base_layer, *args, **kwargs)
 
 
 def lora_layers(model):

@@ -12,6 +12,7 @@ The functions that find layers serve adapters, too.
 """
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -181,18 +182,8 @@ def watch_inputs(model, paths, example):
     for module in model.modules():
         if isinstance(module, CHANNELS_FIRST):
             handles.append(module.register_forward_hook(lambda module, inputs, output: convolved.append(output)))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        if isinstance(example, Mapping):
-            model(**example)
-        else:
-            model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    with watched(model, handles):
+        call(model, example)
     for path, inputs in seen.items():
         if any(x.dim() > 3 for x in inputs):
             raise ValueError(
@@ -204,6 +195,27 @@ def watch_inputs(model, paths, example):
             wanted = 'expected once, by position, in a place of its own'
             raise ValueError(f'{path} was called {len(inputs)} times on the example: {wanted}')
     return {path: inputs[0] for path, inputs in seen.items()}
+
+
+@contextmanager
+def watched(model, handles):
+    """Inside, the model is in eval mode. Then every module is in its own again, and the hooks of the handles are gone."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for handle in handles:
+            handle.remove()
+
+
+def call(model, inputs):
+    """Call a model with a tensor, a tuple of arguments, or a dict of them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*(inputs if isinstance(inputs, (tuple, list)) else [inputs]))
 
 
 @torch.no_grad()

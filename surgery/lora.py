@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +34,7 @@ from surgery.adapters import (
     shapes_of,
     weights,
 )
-from surgery.kanify import choose, is_named, named_layers, names_of, tied_modules, without_tied
+from surgery.kanify import call, choose, is_named, named_layers, names_of, tied_modules, watched, without_tied
 
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
     ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
@@ -290,19 +289,9 @@ def collect_moments(model, layers, batches):
         sums[:] = sums[0] + x.T @ x, sums[1] + x.T @ d, sums[2] + d.square().sum()
 
     hooks = [layer.register_forward_hook(partial(add, sums=moments[path])) for path, layer in layers.items()]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with watched(model, hooks):
         for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*(batch if isinstance(batch, (tuple, list)) else [batch]))
-    finally:
-        for module in training:
-            module.training = True
-        for hook in hooks:
-            hook.remove()
+            call(model, batch)
     return moments
 
 
@@ -415,42 +404,69 @@ def load_lora(model, folder, name='default', check_base=True):
     whole, model = model, unwrap(model)
     refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
+    config, targets, base = read_record(record, folder)
+    moving = moving_buffers(model)
+    statistics = take_statistics(record, tensors, moving, folder)
+    if check_base:
+        copied = [path for path, kind in targets.items() if kind == 'copy']
+        refuse_another_base(base, base_identity(model, copied, statistics), folder)
+    refuse_other_layers(model, record['layers'], folder)
+    adapters = make_adapters(model, config, targets)
+    fill(adapters, tensors, folder)
+    install(model, adapters, name)
+    for key, tensor in statistics.items():
+        moving[key].copy_(tensor)
+    return whole
+
+
+def read_record(record, folder):
+    """(LoRAConfig, {path: kind}, identity of the base) of what is in the header of a file"""
     try:
         config = LoRAConfig(**record['config'])
         targets = {path: kind for path, (kind, _) in record['layers'].items()}
         base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f'{folder}: the header of the adapter is not what save_lora writes ({error})') from None
-    copied, moving = [path for path, kind in targets.items() if kind == 'copy'], moving_buffers(model)
+    return config, targets, base
+
+
+def take_statistics(record, tensors, moving, folder):
+    """{name in the base: running statistic}, which leave the tensors of a file"""
     statistics = {key: tensors.pop(f'statistics of the base: {key}', None) for key in record.get('statistics', ())}
     for key, tensor in statistics.items():
         if tensor is None or key not in moving or tensor.shape != moving[key].shape:
             raise ValueError(f'{folder}: the running statistics {key!r} do not fit those of this model')
-    found = base_identity(model, copied, statistics) if check_base else base
-    if found != base:
-        theirs, ours = ('{class} of {numbers} numbers, sha256 {sha256!s:.12}'.format(**one) for one in (base, found))
+    return statistics
+
+
+def refuse_another_base(wanted, found, folder):
+    if found != wanted:
+        theirs, ours = ('{class} of {numbers} numbers, sha256 {sha256!s:.12}'.format(**one) for one in (wanted, found))
         advice = 'a new head belongs in modules_to_save; check_base=False takes any base of the same layers'
         raise ValueError(f'{folder} belongs to another base: {theirs}; this is {ours}; {advice}')
+
+
+def refuse_other_layers(model, layers, folder):
+    """ValueError unless the layers of a record, {path: [kind, shapes]}, are in the model."""
     modules = dict(named_base_modules(model))
-    for path, (kind, was) in record['layers'].items():
+    for path, (kind, was) in layers.items():
         found = shapes_of(modules[path]) if path in modules else 'not there'
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
             raise ValueError(f'{folder}: {path} was {was} with adapter of kind {kind!r}; in this model it is {found}')
-    adapters = make_adapters(model, config, targets)
-    wanted = tensors_of(adapters)
+
+
+def fill(adapters, tensors, folder):
+    """Put the tensors of a file into new adapters. ValueError unless names and shapes are the same."""
+    wanted = tensors_of(adapters)  # the tensors of the adapters themselves
     # a file may lack the lengths of rows: these are then the base's
     tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in adapters} | tensors
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')
-    for key, p in wanted.items():  # the tensors of the adapters themselves
+    for key, p in wanted.items():
         if p.shape != tensors[key].shape:
             raise ValueError(f'{folder}: {key} is {tuple(tensors[key].shape)}, expected {tuple(p.shape)}')
         p.copy_(tensors[key])
-    install(model, adapters, name)
-    for key, tensor in statistics.items():
-        moving[key].copy_(tensor)
-    return whole
 
 
 def read_adapter(path):
