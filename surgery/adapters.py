@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from kan import KANLinear
-from surgery.kanify import has_plain_weight, is_conv1d, is_linear
+from surgery.kanify import has_plain_weight, is_conv1d, is_linear, plain, unwrap
 
 KINDS = ('lora', 'kan', 'kan_base')  # their classes: CLASSES; the layers that can have them: kinds_of
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -307,8 +307,8 @@ class KANAdapter(Adapter):
 
 def shapes_of(module):
     """Linear(weight 768x768, bias 768)"""
-    shapes = (f'{name} {"x".join(map(str, p.shape))}' for name, p in module.named_parameters())
-    return f'{type(module).__name__}({", ".join(shapes)})'
+    shapes = (f'{plain(name)} {"x".join(map(str, p.shape))}' for name, p in module.named_parameters())
+    return f'{type(unwrap(module)).__name__}({", ".join(shapes)})'
 
 
 class TrainedCopy(Adapter):

@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from kan import ChannelSpline, KANLinear, is_elementwise
 
+AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
 
@@ -116,8 +117,16 @@ def refuse_adapters(model):
         raise ValueError('the model has adapters: kanify comes before them')
 
 
+def refuse_compiled(path):
+    if path.endswith('._orig_mod'):  # torch.compile calls the module that it was given
+        raise ValueError(
+            f'{plain(path)} is compiled by itself, so what stands in its place would not run: compile later'
+        )
+
+
 def refuse_hooks(model, paths):
     for path in paths:
+        refuse_compiled(path)
         module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise ValueError(
@@ -265,6 +274,23 @@ def named_layers(model):
     return {path: module for path, module in named if path and id(module) not in read}
 
 
+def plain(path):
+    """The path of a module or tensor as it is without what stands around modules."""
+    return '.'.join(part for part in path.split('.') if part not in AROUND)
+
+
+def unwrap(model):
+    """The model within what torch.compile, activation checkpointing and (Distributed)DataParallel put around it: its
+    layers have their names.
+    """
+    children = dict(model.named_children())
+    for name in AROUND:
+        if name in children:
+            return unwrap(children[name])
+    is_parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return unwrap(model.module) if is_parallel else model
+
+
 def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
     modules = named_layers(model)
@@ -310,22 +336,22 @@ def choose(paths, targets, modules):
     `modules`, {path: module} of all there are, says what it names in their place.
     """
     for target in targets:
-        if not any(f'.{target}.' in f'.{path}.' for path in paths):
+        if not any(f'.{target}.' in f'.{plain(path)}.' for path in paths):
             kinds = [type(module).__name__ for path, module in modules.items() if is_named(path, [target])]
             what = f'{target!r} is a {kinds[0]}, which cannot be replaced or adapted' if kinds else ''
             what = what or f'no layer to replace or adapt by the name {target!r}'
             raise ValueError(f'{what}; there is {names_of(paths)}')
-    return [path for path in paths if any(f'.{target}.' in f'.{path}.' for target in targets)]
+    return [path for path in paths if any(f'.{target}.' in f'.{plain(path)}.' for target in targets)]
 
 
 def is_named(path, targets):
     """Whether a target names the layer at a path itself, and not a module that holds it."""
-    return any(f'.{path}'.endswith(f'.{target}') for target in targets)
+    return any(f'.{plain(path)}'.endswith(f'.{target}') for target in targets)
 
 
 def names_of(paths):
     """Their last names, each once, with their number: c_attn (12), c_proj (24)"""
-    names = [path.rpartition('.')[2] for path in paths]
+    names = [plain(path).rpartition('.')[2] for path in paths]
     return ', '.join(f'{name} ({names.count(name)})' for name in dict.fromkeys(names)) or 'none'
 
 

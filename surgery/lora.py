@@ -34,7 +34,19 @@ from surgery.adapters import (
     shapes_of,
     weights,
 )
-from surgery.kanify import call, choose, is_named, named_layers, names_of, tied_modules, watched, without_tied
+from surgery.kanify import (
+    call,
+    choose,
+    is_named,
+    named_layers,
+    names_of,
+    plain,
+    refuse_compiled,
+    tied_modules,
+    unwrap,
+    watched,
+    without_tied,
+)
 
 TARGETS = (  # the attention projections of model families by their names; the first of these that a model has
     ('q_proj', 'v_proj'),  # Llama, OPT, BART, ViT
@@ -75,6 +87,9 @@ def install(model, adapters, name):
         raise ValueError(f'an adapter needs a Python name, and none of a method of nn.ModuleDict, got {name!r}')
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f'the model already has an adapter named {name!r}; others can be added under other names')
+    for path in adapters:
+        if not isinstance(model.get_submodule(path), LoRALayer):
+            refuse_compiled(path)
     for path, adapter in adapters.items():
         module = model.get_submodule(path)
         if not isinstance(module, LoRALayer):
@@ -150,7 +165,7 @@ def say_what_is_left_out(model, config, adapted, copied):
     """
     modules, targets = dict(named_base_modules(model)), config.target_modules or ()
     for target in targets:
-        if not any(f'.{target}.' in f'.{path}.' for path in (*adapted, *copied)):
+        if not any(f'.{target}.' in f'.{plain(path)}.' for path in (*adapted, *copied)):
             print(
                 f'{target!r} gets no adapter: none of its layers takes kind {config.kind!r} without being named itself'
             )
@@ -164,7 +179,7 @@ def say_what_is_left_out(model, config, adapted, copied):
 
 def default_targets(layers):
     for group in TARGETS:
-        if all(any(is_named(path, [name]) or f'.{name}.' in path for path in layers) for name in group):
+        if all(any(is_named(path, [name]) or f'.{name}.' in plain(path) for path in layers) for name in group):
             return group
     raise ValueError(f'found no attention projections by a known name: set target_modules; there is {names_of(layers)}')
 
@@ -309,11 +324,11 @@ def save_lora(model, folder):
     stray = [path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if stray:
         raise ValueError(f'{stray[0]} trains but is not part of the adapter and would be lost: see modules_to_save')
-    copied = [path for path, layer in layers.items() if layer.adapter.kind == 'copy']
+    copied = [plain(path) for path, layer in layers.items() if layer.adapter.kind == 'copy']
     moving = moving_buffers(model)
     record = {
         'config': asdict(next(iter(layers.values())).adapter.config),
-        'layers': {path: [layer.adapter.kind, shapes_of(layer.base_layer)] for path, layer in layers.items()},
+        'layers': {plain(path): [layer.adapter.kind, shapes_of(layer.base_layer)] for path, layer in layers.items()},
         'base': base_identity(model, copied, moving),
         'statistics': sorted(moving),
     }
@@ -324,17 +339,6 @@ def save_lora(model, folder):
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
     write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
-
-
-def unwrap(model):
-    """The model within what torch.compile and (Distributed)DataParallel put around it: its layers have their names."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, '_orig_mod'):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def write_whole(path, content):
@@ -353,7 +357,7 @@ def write_whole(path, content):
 
 def tensors_of(adapters):
     """{name in a file: tensor} of adapters by path"""
-    return {f'{path}.{key}': p for path in adapters for key, p in adapters[path].state_dict().items()}
+    return {plain(f'{path}.{key}'): p for path in adapters for key, p in adapters[path].state_dict().items()}
 
 
 def moving_buffers(model):
@@ -372,17 +376,16 @@ def moving_buffers(model):
 
 def base_name(name):
     """The name of a tensor in the base alone."""
-    return name.removeprefix('.').replace('.base_layer.', '.')
+    return plain(name).removeprefix('.').replace('.base_layer.', '.')
 
 
 def base_identity(model, copied=(), moving=()):
     """Class, number and sha256 of a model's state dict, less adapters, the modules `copied`, which these bring, and the
     buffers `moving`, which a file has.
     """
-    left_out = tuple(f'{path}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
-    state = sorted(model.state_dict().items(), key=lambda pair: pair[0])
-    state = [(base_name(name), x) for name, x in state if not name.startswith(left_out)]
-    kept = [(name, x) for name, x in state if name not in moving]
+    left_out = tuple(f'{plain(path)}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
+    state = [(base_name(name), x) for name, x in model.state_dict().items() if not plain(name).startswith(left_out)]
+    kept = sorted(((name, x) for name, x in state if name not in moving), key=lambda pair: pair[0])
     numbers = sum(x.numel() for _, x in kept)
     return {'class': type(model).__name__, 'numbers': numbers, 'sha256': digest_of(kept)}
 
@@ -404,14 +407,13 @@ def load_lora(model, folder, name='default', check_base=True):
     whole, model = model, unwrap(model)
     refuse_merged(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
-    config, targets, base = read_record(record, folder)
+    config, kinds, base = read_record(record, folder)
     moving = moving_buffers(model)
     statistics = take_statistics(record, tensors, moving, folder)
     if check_base:
-        copied = [path for path, kind in targets.items() if kind == 'copy']
+        copied = [path for path, kind in kinds.items() if kind == 'copy']
         refuse_another_base(base, base_identity(model, copied, statistics), folder)
-    refuse_other_layers(model, record['layers'], folder)
-    adapters = make_adapters(model, config, targets)
+    adapters = make_adapters(model, config, find_layers(model, record['layers'], folder))
     fill(adapters, tensors, folder)
     install(model, adapters, name)
     for key, tensor in statistics.items():
@@ -423,11 +425,11 @@ def read_record(record, folder):
     """(LoRAConfig, {path: kind}, identity of the base) of what is in the header of a file"""
     try:
         config = LoRAConfig(**record['config'])
-        targets = {path: kind for path, (kind, _) in record['layers'].items()}
+        kinds = {path: kind for path, (kind, _) in record['layers'].items()}
         base = {key: record['base'][key] for key in ('class', 'numbers', 'sha256')}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f'{folder}: the header of the adapter is not what save_lora writes ({error})') from None
-    return config, targets, base
+    return config, kinds, base
 
 
 def take_statistics(record, tensors, moving, folder):
@@ -446,20 +448,25 @@ def refuse_another_base(wanted, found, folder):
         raise ValueError(f'{folder} belongs to another base: {theirs}; this is {ours}; {advice}')
 
 
-def refuse_other_layers(model, layers, folder):
-    """ValueError unless the layers of a record, {path: [kind, shapes]}, are in the model."""
-    modules = dict(named_base_modules(model))
-    for path, (kind, was) in layers.items():
-        found = shapes_of(modules[path]) if path in modules else 'not there'
+def find_layers(model, layers, folder):
+    """{path in the model: kind} of the layers of a record, {path in a file: [kind, shapes]}"""
+    modules, paths, targets = dict(named_base_modules(model)), {}, {}
+    for path in modules:
+        paths.setdefault(plain(path), []).append(path)
+    for name, (kind, was) in layers.items():
+        path = paths.get(name, [''])[0 if kind == 'copy' else -1]  # of what is around a layer, or of the layer itself
+        found = shapes_of(modules[path]) if path else 'not there'
         if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
-            raise ValueError(f'{folder}: {path} was {was} with adapter of kind {kind!r}; in this model it is {found}')
+            raise ValueError(f'{folder}: {name} was {was} with adapter of kind {kind!r}; in this model it is {found}')
+        targets[path] = kind
+    return targets
 
 
 def fill(adapters, tensors, folder):
     """Put the tensors of a file into new adapters. ValueError unless names and shapes are the same."""
     wanted = tensors_of(adapters)  # the tensors of the adapters themselves
     # a file may lack the lengths of rows: these are then the base's
-    tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in adapters} | tensors
+    tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in map(plain, adapters)} | tensors
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kolmg_lora import KOLMGLoRAConfig, KOLMGLoRALinear
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +28,8 @@ from kan import KAN, KANLinear
 from layers.spline import plain_spline_linear
 from model import GPT, GPTConfig
 from surgery import adapters, lora
-from surgery.adapters import Dropout
+from surgery.adapters import Dropout, LoRALayer
+from surgery.kanify import kanify
 from surgery.lora import (
     LoRAConfig,
     add_lora,
@@ -1055,6 +1057,61 @@ def test_an_adapter_is_saved_and_loaded_through_what_is_around_a_model(wrap, tmp
     wrapped = wrap(plain)
     assert load_lora(wrapped, tmp_path) is wrapped
     assert torch.equal(plain.layer(x), model.layer(x))
+
+
+AROUND = {'compiled': lambda module: torch.compile(module, backend='eager'), 'checkpointed': checkpoint_wrapper}
+each_around = pytest.mark.parametrize('around', AROUND.values(), ids=AROUND)
+
+
+def block_model(around=lambda module: module):
+    torch.manual_seed(3)
+    model = nn.ModuleDict({'block': nn.Sequential(nn.Linear(I, O), nn.Linear(O, I)), 'head': nn.Linear(I, 2)})
+    return nn.ModuleDict({name: around(module) for name, module in model.items()}), torch.randn(4, I)
+
+
+def through_block(model, x):
+    return model.head(model.block(x))
+
+
+@each_around
+@pytest.mark.parametrize('options', [dict(), dict(kind='kan', use_dora=True)])
+def test_names_in_a_file_are_those_of_the_plain_model(around, options, tmp_path):
+    config = LoRAConfig(target_modules=('block.0',), modules_to_save=('head',), dropout=0.0, **options)
+    (wrapped, x), (plain, _) = block_model(around), block_model()
+    randomise(add_lora(wrapped, config))
+    save_lora(wrapped, tmp_path / 'wrapped')
+    assert torch.allclose(through_block(load_lora(plain, tmp_path / 'wrapped'), x), through_block(wrapped, x))
+    save_lora(plain, tmp_path / 'plain')
+    files = [(tmp_path / name / 'adapter_config.json').read_text() for name in ('wrapped', 'plain')]
+    assert files[0] == files[1]
+    again = load_lora(block_model(around)[0], tmp_path / 'plain')
+    assert torch.allclose(through_block(again, x), through_block(plain, x))
+    with pytest.raises(ValueError, match='already has an adapter'):
+        add_lora(again, config)
+
+
+@each_around
+def test_a_model_is_wrapped_after_its_adapters(around, tmp_path):
+    model, x = block_model()
+    randomise(add_lora(model, LoRAConfig(target_modules=('block',), modules_to_save=('head',), dropout=0.0)))
+    y = through_block(model, x)
+    model.block[0], model['head'] = around(model.block[0]), around(model.head)
+    save_lora(model, tmp_path)
+    assert torch.allclose(through_block(load_lora(block_model()[0], tmp_path), x), y)
+    add_lora(model, LoRAConfig(target_modules=('block.0',)), 'second')
+    assert [*model.block[0].adapters] == ['default', 'second']
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused(tmp_path):
+    """It goes on calling what it was given."""
+    saved, config = block_model()[0], LoRAConfig(target_modules=('block',))
+    save_lora(add_lora(saved, config), tmp_path)
+    for put in lambda model: add_lora(model, config), lambda model: load_lora(model, tmp_path), kanify:
+        model, _ = block_model()
+        model.block[0] = torch.compile(model.block[0], backend='eager')
+        with pytest.raises(ValueError, match='^block.0 is compiled by itself'):
+            put(model, ('block',)) if put is kanify else put(model)
+        assert not any(isinstance(module, (LoRALayer, KANLinear)) for module in model.modules())
 
 
 def moving_model():
