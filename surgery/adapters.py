@@ -191,6 +191,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.config, self.dropout = config, Dropout(config.dropout)
 
+    def adds_nothing(self):
+        """Whether it is as it began."""
+        return False
+
 
 class LowRank(Adapter):
     """lora and kan_base: every weight W of the layer becomes W + s B A."""
@@ -235,6 +239,9 @@ class LowRank(Adapter):
         if kept is not None:
             A = {name: (a.unflatten(1, (len(kept), -1)) * kept.unsqueeze(1)).flatten(1) for name, a in A.items()}
         return {name: self.config.scaling * (self.lora_B[name] @ a) for name, a in A.items()}
+
+    def adds_nothing(self):
+        return not any(self.lora_A[name].any() and self.lora_B[name].any() for name in self.lora_A)
 
     def adapted(self, layer, kept=None):
         """{parameter: the weight with the adapter, as the layer stores it}"""
@@ -300,6 +307,10 @@ class KANAdapter(Adapter):
         if self.magnitude is not None:
             update = update + (rescaled(y, layer, row_scale(self.magnitude, self.lengths)) - y)
         return update
+
+    def adds_nothing(self):
+        phi = self.bottleneck.phi_out
+        return not (phi.base_weight.any() or phi.spline_weight.any())
 
     def merged(self, layer):
         raise ValueError("a 'kan' adapter is not linear in its input, so no weight can hold it: fit_linear comes near")

@@ -52,6 +52,7 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     if init not in ('preserve', 'fresh') or train not in ('all', 'splines'):
         raise ValueError(f"expected init 'preserve' or 'fresh' and train 'all' or 'splines', got {init!r}, {train!r}")
     refuse_adapters(model)
+    refuse_offloaded(model)
     if init == 'preserve' and 'base_activation' in settings:
         raise ValueError("init 'preserve' has the identity as base_activation; absorb takes an activation in")
     if init == 'preserve':
@@ -88,6 +89,7 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     if train not in ('all', 'splines'):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
     refuse_adapters(model)
+    refuse_offloaded(model)
     paths = find_activations(model, [targets] if isinstance(targets, str) else targets)
     refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
@@ -115,6 +117,14 @@ def refuse_adapters(model):
     # the wrappers of adapters.py and of PEFT have one
     if any(hasattr(module, 'base_layer') for module in model.modules()):
         raise ValueError('the model has adapters: kanify comes before them')
+
+
+def refuse_offloaded(model):
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f'{name} is on the meta device, without its numbers: expected a model that is not offloaded'
+            )
 
 
 def refuse_compiled(path):

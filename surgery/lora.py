@@ -42,6 +42,7 @@ from surgery.kanify import (
     names_of,
     plain,
     refuse_compiled,
+    refuse_offloaded,
     tied_modules,
     unwrap,
     watched,
@@ -66,6 +67,7 @@ def add_lora(model, config, name='default'):
     if not isinstance(config, LoRAConfig):
         raise ValueError(f'expected a LoRAConfig, got {type(config).__name__}; those of PEFT go to get_peft_model')
     refuse_merged(model)
+    refuse_offloaded(model)
     if any(type(module).__module__.startswith('peft.') for module in model.modules()):
         raise ValueError('the model has adapters of PEFT: merge_and_unload them first, or add these by PEFT, too')
     copies = dict.fromkeys(find_modules_to_save(model, config), 'copy')
@@ -320,6 +322,7 @@ def save_lora(model, folder):
     model = unwrap(model)
     refuse_merged(model)
     layers = active_lora(model)
+    say_what_adds_nothing(layers)
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}
     stray = [path for path, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if stray:
@@ -339,6 +342,14 @@ def save_lora(model, folder):
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, 'adapter_model.safetensors'), save(tensors, {'adapter': json.dumps(record)}))
     write_whole(os.path.join(folder, 'adapter_config.json'), (json.dumps(record, indent=2) + '\n').encode())
+
+
+def say_what_adds_nothing(layers):
+    """A line about adapters that are as they began: every step moves those whose layers are called."""
+    idle = [path for path, layer in layers.items() if layer.adapter.adds_nothing()]
+    if idle:
+        why = 'no step was taken, or the model does not call their layers'
+        print(f'{len(idle)} of {len(layers)} adapters add nothing, such as that of {idle[0]}: {why}')
 
 
 def write_whole(path, content):
@@ -406,6 +417,7 @@ def load_lora(model, folder, name='default', check_base=True):
     """
     whole, model = model, unwrap(model)
     refuse_merged(model)
+    refuse_offloaded(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
     config, kinds, base = read_record(record, folder)
     moving = moving_buffers(model)

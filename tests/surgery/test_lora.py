@@ -1059,6 +1059,36 @@ def test_an_adapter_is_saved_and_loaded_through_what_is_around_a_model(wrap, tmp
     assert torch.equal(plain.layer(x), model.layer(x))
 
 
+def test_an_offloaded_base_is_refused(tmp_path):
+    make_saved(tmp_path)
+    config = LoRAConfig(target_modules=('layer',))
+    for put in (
+        lambda model: add_lora(model, config),
+        lambda model: load_lora(model, tmp_path, check_base=False),
+        lambda model: kanify(model, 'layer'),
+        lambda model: kanify(model, 'layer', kind='channel', example=torch.ones(1, I)),
+    ):
+        model = make_base()
+        model.head.to('meta')
+        with pytest.raises(ValueError, match='^head.weight is on the meta device'):
+            put(model)
+        assert type(model.layer) is nn.Linear
+
+
+@each_case
+@pytest.mark.parametrize('use_dora', [False, True])
+def test_adapters_of_layers_that_are_never_called_are_named(kind, layer, use_dora, tmp_path, capsys):
+    model = nn.ModuleDict({'layer': LAYERS[layer](), 'unused': LAYERS[layer](), 'head': nn.Linear(O, 2)})
+    config = LoRAConfig(kind=kind, target_modules=('layer', 'unused'), modules_to_save=('head',), use_dora=use_dora)
+    add_lora(model, config)
+    capsys.readouterr()
+    save_lora(model, tmp_path)
+    assert '2 of 3 adapters add nothing, such as that of layer: no step was taken' in capsys.readouterr().out
+    train_steps(model, make(layer)[1], steps=1)
+    save_lora(model, tmp_path)
+    assert '1 of 3 adapters add nothing, such as that of unused' in capsys.readouterr().out
+
+
 AROUND = {'compiled': lambda module: torch.compile(module, backend='eager'), 'checkpointed': checkpoint_wrapper}
 each_around = pytest.mark.parametrize('around', AROUND.values(), ids=AROUND)
 
