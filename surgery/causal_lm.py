@@ -8,7 +8,7 @@ Code that a model brings along is never run.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -33,7 +33,7 @@ class CausalLM(nn.Module):
         if self.body is hf or not isinstance(self.lm_head, nn.Linear) or hf.config.is_encoder_decoder:
             raise ValueError(f'{type(hf).__name__} is not a decoder with a linear head, as causal language models are')
         longest = (getattr(text, name, None) for name in ('max_position_embeddings', 'max_seq_len'))
-        n_layer, block_size = text.num_hidden_layers, next(filter(None, longest), 2048)
+        n_layer, block_size = text.num_hidden_layers, next((n for n in longest if n and n > 0), 2048)
         sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
         self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
         self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
@@ -61,18 +61,25 @@ class CausalLM(nn.Module):
             self.body.get_input_embeddings()
         except NotImplementedError:
             raise ValueError(f'{type(hf).__name__} does not say which its token embeddings are') from None
-        x, logits = self.features(idx), hf(input_ids=idx, use_cache=False).logits
+        try:
+            ours, half = (self.lm_head(self.features(part)) for part in (idx, idx[:, : T // 2]))
+            logits = hf(input_ids=idx, use_cache=False).logits
+        except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # of whatever else is between them
+            why = str(error).splitlines()[0][:200]
+            raise ValueError(
+                f'{type(hf).__name__} does not give features of tokens that its head takes ({why})'
+            ) from None
         tolerance = 1e-3 if logits.dtype == torch.float32 else 0.1
         close = dict(atol=tolerance * logits.float().std().item(), rtol=tolerance)
-        if not torch.allclose(self.lm_head(self.features(idx[:, : T // 2])), self.lm_head(x[:, : T // 2]), **close):
+        if not torch.allclose(half, ours[:, : T // 2], **close):
             raise ValueError(f'the tokens of {type(hf).__name__} see those after them: it is no causal language model')
         is_capped = getattr(hf.config.get_text_config(), 'final_logit_softcapping', None)  # which small logits hide
-        if is_capped or not torch.allclose(self.lm_head(x), logits, **close):
+        if is_capped or not torch.allclose(ours, logits, **close):
             raise ValueError(f'{type(hf).__name__} changes the logits of its head: this is not supported')
         try:
             caches = self.new_caches()
             last = [self.features(part, caches) for part in (idx[:, :-1], idx[:, -1:])][1]
-            works = torch.allclose(self.lm_head(last), self.lm_head(x[:, -1:]), **close)
+            works = torch.allclose(self.lm_head(last), ours[:, -1:], **close)
         except (AttributeError, TypeError, ValueError, IndexError):  # models without attention have caches of their own
             works = False
         if not works:
@@ -258,12 +265,15 @@ def place_of(source):
 
 
 def set_dropout(config, dropout):
-    """Every kind of it that a model has, in the parts of its config too; those that are integers stay."""
+    """Every kind of it that a model has, in the parts of its config too; one that must be an integer stays."""
+    from huggingface_hub.errors import StrictDataclassError
+
     for name, value in vars(config).items():
         if hasattr(value, 'to_dict'):
             set_dropout(value, dropout)
-        elif isinstance(value, float) and ('dropout' in name or name.endswith('_pdrop')):
-            setattr(config, name, dropout)
+        elif type(value) in (int, float) and ('dropout' in name or name.endswith('_pdrop')):
+            with suppress(StrictDataclassError):
+                setattr(config, name, float(dropout))
     return config
 
 

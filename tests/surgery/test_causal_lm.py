@@ -162,6 +162,20 @@ def test_models_that_are_not_causal_or_not_a_head_on_features_are_refused():
         CausalLM(bart)
 
 
+def test_models_that_are_made_in_another_way_are_refused_in_a_line():
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    electra = transformers.ElectraForCausalLM(transformers.ElectraConfig(**sizes, embedding_size=8, is_decoder=True))
+    rembert = transformers.RemBertConfig(**sizes, input_embedding_size=8, output_embedding_size=12, is_decoder=True)
+    for hf in electra, transformers.RemBertForCausalLM(rembert):
+        with pytest.raises(ValueError, match='does not give features of tokens that its head takes') as error:
+            CausalLM(hf)
+        assert one_line(error)
+    xlnet = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    with pytest.raises(ValueError, match='XLNetLMHeadModel') as error:  # max_position_embeddings is -1
+        CausalLM(transformers.XLNetLMHeadModel(xlnet))
+    assert one_line(error)
+
+
 def test_the_longest_text_goes_by_other_names():
     sizes = dict(d_model=16, n_heads=2, n_layers=2, expansion_ratio=2, vocab_size=64, max_seq_len=20)
     model = CausalLM(transformers.MptForCausalLM(transformers.MptConfig(**sizes)).eval())
@@ -172,8 +186,10 @@ def test_dropout_is_set_wherever_a_config_has_it():
     config = transformers.LlamaConfig()
     config.part = transformers.LlamaConfig(attention_dropout=0.1)
     assert set_dropout(config, 0.25).part.attention_dropout == config.attention_dropout == 0.25
-    config = set_dropout(transformers.MptConfig(), 0.25)
+    config = set_dropout(transformers.MptConfig(emb_pdrop=0), 0.25)
     assert (config.resid_pdrop, config.emb_pdrop) == (0.25, 0.25)
+    assert config.attn_config.attn_pdrop == 0  # of type int: transformers takes no other
+    assert set_dropout(transformers.LlamaConfig(attention_dropout=0), 0.25).attention_dropout == 0.25
 
 
 def one_line(error):
