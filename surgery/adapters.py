@@ -378,6 +378,13 @@ class LoRALayer(nn.Module):
                 raise AttributeError(f'{name} would leave the adapter out: {advice}') from None
             return getattr(self.acting, name)
 
+    def register_parameter(self, name, p):
+        """Where tie_weights of transformers puts the shared weight. The layer of one that is tied has it already."""
+        if p is not getattr(self.alone, name, None):
+            raise ValueError(
+                f'the {name} of a layer with an adapter cannot become another one: remove_lora comes first'
+            )
+
     @property
     def at_work(self):
         """The adapter that forward goes through: the active one, unless it is off or merged into the weights."""

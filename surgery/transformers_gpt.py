@@ -91,6 +91,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 'prompts of different lengths are generated one by one: this model has no padding before them'
             )
+        refuse_arguments(others)
         block_size = self.config.max_position_embeddings
         if input_ids.size(1) > block_size:
             return dict(input_ids=input_ids[:, -block_size:], use_cache=False)
@@ -105,10 +106,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all, or of the tokens at
         the places in a tensor. ValueError for arguments that would do nothing.
         """
-        refused = ('inputs_embeds', 'position_ids', 'output_hidden_states', 'output_attentions')
-        refused = [name for name in refused if others.get(name) is not None and others[name] is not False]
-        if refused:
-            raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(refused)}')
+        refuse_arguments(others)
         if past_key_values is not None and not isinstance(past_key_values, GPTCache):
             raise ValueError(
                 f'leave past_key_values out: this model makes a cache of its own, no {type(past_key_values).__name__}'
@@ -133,6 +131,14 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *inputs, **settings):
         with packed_weights(self):
             return super().generate(*inputs, **settings)
+
+
+def refuse_arguments(others):
+    """ValueError for arguments of other models that would do nothing in this one."""
+    refused = ('inputs_embeds', 'position_ids', 'output_hidden_states', 'output_attentions')
+    refused = [name for name in refused if others.get(name) is not None and others[name] is not False]
+    if refused:
+        raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(refused)}')
 
 
 def lengths_of(attention_mask):

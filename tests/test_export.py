@@ -181,6 +181,9 @@ def test_logits_of_some_tokens(folder):
         torch.testing.assert_close(model(ids, return_dict=False)[0], every)
     with pytest.raises(ValueError, match='labels want the logits of all tokens'):
         model(ids, labels=ids, logits_to_keep=2)
+    for name in 'output_hidden_states', 'output_attentions':
+        with pytest.raises(ValueError, match=f'takes input_ids and gives logits, without {name}'):
+            model.generate(ids, max_new_tokens=2, **{name: True})
     with pytest.raises(ValueError, match='leave past_key_values out: .* no DynamicCache'):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match='the vocabulary of this model is fixed'):

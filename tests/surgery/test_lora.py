@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kolmg_lora import KOLMGLoRAConfig, KOLMGLoRALinear
@@ -396,6 +397,21 @@ def test_merging_a_tied_layer_leaves_the_other_alone(capsys):
     assert torch.equal(model.transformer.wte.weight, before) and torch.allclose(model(idx, idx)[0], y, atol=1e-5)
     unmerge_lora(model)
     assert model.lm_head.base_layer.weight is model.transformer.wte.weight is wte
+
+
+@pytest.mark.parametrize('target', ['lm_head', 'wte'])
+def test_transformers_ties_a_layer_with_an_adapter_or_says_why_not(target):
+    config = transformers.GPT2Config(vocab_size=29, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+    model, idx = transformers.GPT2LMHeadModel(config).eval(), torch.arange(8)[None]
+    randomise(add_lora(model, LoRAConfig(target_modules=(target,))))
+    y = model(idx).logits
+    model.tie_weights()
+    assert torch.equal(model(idx).logits, y)
+    if target == 'lm_head':
+        merge_lora(model)
+        with pytest.raises(ValueError, match='^the weight of a layer with an adapter cannot become another one'):
+            model.tie_weights()
+        assert torch.allclose(model(idx).logits, y, atol=1e-5)
 
 
 def test_the_base_can_be_had_at_any_time():
