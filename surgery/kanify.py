@@ -218,7 +218,7 @@ def watch_inputs(model, paths, example):
 
 @contextmanager
 def watched(model, handles):
-    """Inside, the model is in eval mode. Then every module is in its own again, and the hooks of the handles are gone."""
+    """Inside, the model is in eval mode. Then every module is in its own again, and the hooks (handles) are gone."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
