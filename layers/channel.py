@@ -184,8 +184,9 @@ def choose_backend(x, weight, knots, k, activation, gated):
     """The fastest way that suits the input: the fused ones want an order from 1 to 3, no float64, `native` uniform
     knots, too.
     """
-    is_known = k in (1, 2, 3) and activation in native.ACTIVATIONS
-    if BACKEND == 'plain' or not is_known or torch.float64 in (x.dtype, weight.dtype):
+    if BACKEND == 'plain' or k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype):
+        return 'plain'
+    if activation not in native.ACTIVATIONS:
         return 'plain'
     if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
         return 'triton'
