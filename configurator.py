@@ -10,6 +10,7 @@ never executed.
 
 import ast
 import difflib
+import functools
 import math
 import operator
 import os
@@ -70,7 +71,14 @@ def names_of_configs(argv):
 
 def settings_of(script, argv):
     """The settings with which a script of this repository would run under these arguments; nothing is run."""
-    with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+    path = os.path.join(ROOT, script)
+    return override(defaults_in(path, os.stat(path).st_mtime_ns), argv)
+
+
+@functools.cache
+def defaults_in(path, changed_at):
+    """The settings that a script lists, in a version of its file."""
+    with open(path, encoding='utf-8') as f:
         lines = ast.parse(f.read()).body
     defaults = {}
     for line in lines:  # plain assignments, up to the call of `configure`
@@ -79,7 +87,7 @@ def settings_of(script, argv):
             break
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             defaults[line.targets[0].id] = read_value(line.value)
-    return override(defaults, argv)
+    return defaults
 
 
 def override(settings, argv):

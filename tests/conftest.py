@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import subprocess
 
@@ -23,6 +24,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes():
     share_fork_server()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def no_waiting_for_disks():
+    """No test is about a machine that crashes, so that files need not be on the disk when they are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope='session')
