@@ -10,6 +10,8 @@ from data.tokenizer import GPT2Tokenizer
 from forked import end_what_was_started, popen_or_fork, share_fork_server
 from helpers import write_dataset
 
+os.fsync = lambda descriptor: None  # no test is about a machine that crashes
+
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
         # for test_spline_triton.py; read when triton is imported, which other packages do, too
@@ -24,14 +26,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes():
     share_fork_server()
-
-
-@pytest.fixture(scope='session', autouse=True)
-def no_waiting_for_disks():
-    """No test is about a machine that crashes, so that files need not be on the disk when they are written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, 'fsync', lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import importlib
 import inspect
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ for name in MODULES.split():
         importlib.import_module(name)
 for _ in range(3):  # whoever asks for a module's file has those of all modules looked up, which imports some more
     inspect.getmodule(compile('', 'nowhere.py', 'exec'))
+
+os.fsync = lambda descriptor: None  # no test is about a machine that crashes
 
 # each script imports the repository's modules anew: the first one compiles them, whatever PYTHONDONTWRITEBYTECODE says
 sys.pycache_prefix, sys.dont_write_bytecode = tempfile.mkdtemp(prefix='bytecode'), False
