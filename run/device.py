@@ -106,10 +106,16 @@ def flops_promised(device, dtype):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU, else of this process."""
+    """Bytes: of the GPU, else of this process. On Linux getrusage would say that of the process which started this one,
+    where that was larger.
+    """
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try:
+        with open('/proc/self/status', encoding='utf-8') as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith('VmHWM:'))
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def get_rng(device):
