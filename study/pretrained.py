@@ -117,6 +117,12 @@ def runs_of(stage, task, method=None):
     return [run for run in found if method in (None, run.get('method'))]
 
 
+def prompts_of(task, shots):
+    """The records of the prompts alone with so many answered examples, scored on as many of dev as the study says."""
+    wanted = [name for name, (_, settings) in prompt_jobs(task).items() if settings['shots'] == shots]
+    return [run for name, run in STUDY.read().items() if name in wanted]
+
+
 def finals_of(task, method):
     """{seed: record} of the final runs of a method on a task that did not diverge."""
     runs = [run for run in runs_of('final', task, method) if 'failed' not in run]
@@ -169,7 +175,7 @@ def make_table():
     for shots in 0, SHOTS:
         cells = [f'prompt alone, {shots} examples shown (to {SHOWN_TO} of dev)' if shots else 'prompt alone', '0']
         for task in TASKS:
-            found = [run for run in runs_of('prompts', task) if run['shots'] == shots]
+            found = prompts_of(task, shots)
             cells.append(mean_and_std(values_of(found, task), 1) if found else '')
         lines.append(f'| {" | ".join(cells)} | |')
     for method in METHODS:

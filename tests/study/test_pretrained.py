@@ -61,6 +61,15 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
     assert '| KAN-LoRA | 1,000 | 62.1 ± 1.0 (p = ' in page and 'head' not in page
 
 
+def test_prompts_are_those_on_as_many_examples_as_the_study_says(study, monkeypatch):
+    monkeypatch.setattr(study, 'make_prompts', make_prompts)
+    study.run(['prompts'], ['sst'], [])
+    monkeypatch.setattr(study, 'SHOWN_TO', 200)
+    assert '(to 200 of dev) | 0 |  |' in study.make_table()
+    study.run(['prompts'], ['sst'], [])
+    assert '(to 200 of dev) | 0 | 42.0 ± 1.0 |' in study.make_table()
+
+
 def test_the_page_tells_what_is_missing_and_pairs_by_seed(study, monkeypatch):
     monkeypatch.setattr(study, 'make', make)
     study.run(['search', 'final'], ['sst'], ['LoRA', 'KAN-LoRA'])
