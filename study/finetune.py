@@ -18,7 +18,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import configure
-from study.runner import Study, choose, mean_and_std, paired_p, run_to_end
+from study.runner import Study, check_machine, choose, mean_and_std, paired_p, run_to_end
 
 # -----------------------------------------------------------------------------
 init_from = 'out-taskmix'  # the model that all runs begin with
@@ -160,6 +160,7 @@ def against(values, baseline):
 def make_main_table():
     head = '| method | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step'
     lines = [f'{head} | peak memory | in the paper |', '|---|' + '--:|' * 9 + '---|']
+    check_machine({f'time, {method}': read_record('time', method) for method in METHODS})
     for method in METHODS:
         timed, chrf = read_record('time', method), [run['dev']['chrf'] for run in read_finals(method, 'sonnets')]
         first, second = timed['log'][:2]  # epochs: in the first one some things happen once

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from configurator import ROOT, configure
 from kan import KANLinear
-from run.device import keep_memory, peak_memory
-from study.runner import Study, choose, mean_and_std, paired, paired_p, run_json
+from run.device import device_name, keep_memory, peak_memory
+from study.runner import Study, check_machine, choose, mean_and_std, paired, paired_p, run_json
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, fit_linear, lora_param_groups, save_lora
 from tasks.prompts import Example, collate, find_task, make_batches
@@ -270,7 +270,8 @@ def list_runs(stage):
 
 def make(name, one, folder):
     """One run in a process of its own: its record."""
-    return dict(zip(('stage', 'method', 'lr', 'seed'), one), **run_json('study/minilm.py', run=json.dumps(one)))
+    about = dict(zip(('stage', 'method', 'lr', 'seed'), one), device=device_name('cpu'))
+    return about | run_json('study/minilm.py', run=json.dumps(one))
 
 
 def percent(values):
@@ -301,6 +302,8 @@ def values_of(key, stage, method):
 
 
 def make_tables():
+    for stage in 'time', 'peft':
+        check_machine({name: run for name, run in STUDY.read().items() if run['stage'] == stage})
     names = 'trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk'
     lines = [f'| method | {names} |', '|---|' + '--:|' * 7]
     for method in METHODS:

@@ -26,7 +26,7 @@ from configurator import configure
 from kan import KAN
 from run.device import device_name
 from run.records import commit
-from study.runner import Study, choose, mean_and_std
+from study.runner import Study, check_machine, choose, mean_and_std
 
 STUDY = Study('pinn')
 SEEDS = (1, 2, 3)
@@ -136,6 +136,7 @@ def read_group(problem, network):
 
 def make_table():
     lines = ['| problem | network | parameters | error, % | ms / step |', '|---|---|--:|--:|--:|']
+    check_machine(STUDY.read())
     for problem in PROBLEMS:
         for network in NETWORKS:
             runs = read_group(problem, network)

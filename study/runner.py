@@ -212,6 +212,17 @@ def paired(runs, others, value):
     return [value(runs[seed]) for seed in seeds], [value(others[seed]) for seed in seeds]
 
 
+def check_machine(runs):
+    """ValueError where records of times {name: record} are of more than one machine; older ones may not name theirs."""
+    machines = {}
+    for name, run in runs.items():
+        machines.setdefault(run.get('device') or run.get('hardware'), name)
+    if len(machines) > 1:
+        (one, first), (other, second), *_ = machines.items()
+        where = f'{first!r} is of {one or "an unnamed one"}, {second!r} of {other or "an unnamed one"}'
+        raise ValueError(f'times on different machines do not compare: {where}; move the records of one away')
+
+
 def holm(tests):
     """The names of the tests {name: p} that hold at 0.05 when all are counted (Holm 1979)."""
     held, tests = [], {name: p for name, p in tests.items() if not math.isnan(p)}

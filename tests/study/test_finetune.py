@@ -74,6 +74,15 @@ def test_runs_on_cfimdb_are_those_at_the_rate_with_the_lowest_loss(study):
     assert study.rate_of('KAN', 'quora') == study.best_rate('KAN')
 
 
+def test_times_of_another_machine_are_in_no_table(study):
+    make_records(study, 'search')
+    make_records(study, 'final', 'rates', 'time')
+    path = study.STUDY.folder / 'runs.jsonl'
+    path.write_text(path.read_text().replace('"name": "time, KAN"', '"name": "time, KAN", "device": "a Xeon"'))
+    with pytest.raises(ValueError, match="'time, full' is of an unnamed one, 'time, KAN' of a Xeon"):
+        study.make_main_table()
+
+
 def test_page_is_made_of_all_records(study):
     make_records(study, 'search')
     make_records(study, 'final', 'rank', 'single', 'rates', 'time')

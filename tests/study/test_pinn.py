@@ -64,6 +64,14 @@ def test_page_is_made_of_the_records(study, capsys):
     assert (study.STUDY.folder / 'error.png').stat().st_size > 10_000
 
 
+def test_times_of_another_machine_are_in_no_table(study):
+    study.STUDY.folder.mkdir(parents=True)
+    for name in '2-D, MLP, seed=1', '2-D, MLP, seed=2':
+        add_run(str(study.STUDY.folder / 'runs.jsonl'), dict(name=name, hardware=f'machine of {name}'))
+    with pytest.raises(ValueError, match='times on different machines do not compare: .* of machine of 2-D'):
+        study.make_table()
+
+
 def test_a_missing_record_is_named(study):
     with pytest.raises(FileNotFoundError, match='2-D, MLP, seed=1 is missing: python study/pinn.py solves it'):
         study.read_group('2-D', 'MLP')

@@ -16,6 +16,7 @@ from study import runner
 from study.runner import (
     Study,
     add_run,
+    check_machine,
     choose,
     deviation,
     fill,
@@ -299,6 +300,13 @@ def test_p_is_that_of_the_textbook_and_of_scipy():
     assert paired_p(ours, theirs) != pytest.approx(stats.ttest_ind(ours, theirs).pvalue)
     assert paired_p([1.0, 2.0], [1.0, 2.0]) == 1  # and no NaN, which Holm's correction would not count
     assert math.isnan(paired_p([1.0], [2.0])) and math.isnan(paired_p([], []))
+
+
+def test_times_of_different_machines_are_refused():
+    check_machine({'a': dict(device='Xeon'), 'b': dict(hardware='Xeon')})
+    check_machine({'a': {}, 'b': {}})
+    with pytest.raises(ValueError, match="'a' is of an unnamed one, 'c' of Xeon; move"):
+        check_machine({'a': {}, 'b': {}, 'c': dict(device='Xeon')})
 
 
 def test_what_holds_when_all_tests_are_counted():
