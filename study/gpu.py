@@ -101,7 +101,7 @@ def run_all(jobs, study):
     )  # the end of the time is a Ctrl-C, at which training saves
     about, until = describe_machine(), time.monotonic() + 60 * minutes
     for job, make in jobs.items():
-        name, left = f'{job} on {about["card"]}, torch {about["torch"]}', until - time.monotonic()
+        name, left = f'{job} on {place_of(about)}', until - time.monotonic()
         if 'error' not in study.read().get(name, {'error': 'no record'}):
             print(f'{job}: there is a record', flush=True)
         elif left <= 0:
@@ -115,6 +115,11 @@ def run_all(jobs, study):
             add_run(str(study.folder / 'runs.jsonl'), {'name': name, 'job': job, **about, **record})
             said = record.get('error') or record.get('counts') or 'done'
             print(f'{job}: {said}, {record["took"]:.0f} s', flush=True)
+
+
+def place_of(run):
+    """The card of a record and the version of torch there: figures of others do not compare with it."""
+    return f'{run["card"]}, torch {run["torch"]}'
 
 
 def run_one(make, seconds):
@@ -259,14 +264,14 @@ def profile_steps():
 
 
 def make_page(study):
-    """table.md from all records, by card."""
+    """table.md from all records, by card and version of torch."""
     runs, parts = study.read().values(), []
-    for card in sorted({run['card'] for run in runs}):
-        of_card = {run['job']: run for run in runs if run['card'] == card}
-        first = next(iter(of_card.values()))
-        about = f'driver {first["driver"]}, torch {first["torch"]}, Triton {first["triton"]}, commit {first["commit"]}'
-        sections = [f'### {job}\n\n{show_job(run)}\n' for job, run in of_card.items()]
-        parts.append(f'## {card}\n\n{about}\n\n' + '\n'.join(sections))
+    for place in sorted({place_of(run) for run in runs}):
+        there = {run['job']: run for run in runs if place_of(run) == place}
+        first = next(iter(there.values()))
+        about = f'driver {first["driver"]}, Triton {first["triton"]}, commit {first["commit"]}'
+        sections = [f'### {job}\n\n{show_job(run)}\n' for job, run in there.items()]
+        parts.append(f'## {place}\n\n{about}\n\n' + '\n'.join(sections))
     return '\n'.join(parts)
 
 
@@ -333,16 +338,16 @@ THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
 
 
 def readme_table(runs):
-    """The runs of one card, that of the newest record, beside nanoGPKANT's, as lines. Not measured is empty."""
-    done = [run for run in runs if 'config' in run and 'error' not in run]
-    card = max(done, key=lambda run: run['run']['finished'])['card'] if done else 'not measured: no card was at hand'
-    head = f'best validation loss, seconds of training, memory ({card})'
+    """Runs beside nanoGPKANT's, as lines. Not measured is empty."""
+    done = runs_of_newest(runs)
+    place = place_of(done[0]) if done else 'not measured: no card was at hand'
+    head = f'best validation loss, seconds of training, memory ({place})'
     lines = [
         f'| `train_shakespeare_char_` ... | | parameters | {head} | nanoGPKANT on a 4090 |',
         '|---|---|--:|---|---|',
     ]
     for config, (what, size, theirs) in THEIRS.items():
-        of_config = [run for run in done if (run['card'], run['config']) == (card, config)]
+        of_config = [run for run in done if run['config'] == config]
         final = list({run['seed']: run['run']['final'] for run in of_config}.values())
         cell = ''
         if final:
@@ -351,6 +356,13 @@ def readme_table(runs):
             cell = f'{loss:.4f} ({seeds}), {seconds:.0f} s, {memory:.2f} GB'
         lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
     return lines
+
+
+def runs_of_newest(runs):
+    """The runs of train.py on the card and with the torch of the newest one, as none of others compares with it."""
+    done = [run for run in runs if 'config' in run and 'error' not in run]
+    newest = max(done, key=lambda run: run['run']['finished'], default=None)
+    return [run for run in done if place_of(run) == place_of(newest)]
 
 
 def draw_runs(runs, path):
@@ -362,7 +374,7 @@ def draw_runs(runs, path):
         panel.plot(
             [line['seconds'] for line in log], [line['val_loss'] for line in log], label=run['config'], marker='.'
         )
-    panel.set(xlabel=f'seconds of training on {runs[0]["card"]}', ylabel='validation loss, nats per character')
+    panel.set(xlabel=f'seconds of training on {place_of(runs[0])}', ylabel='validation loss, nats per character')
     panel.set(xscale='symlog', title='Validation loss by seconds: Shakespeare by character, 5000 iterations')
     panel.legend()
     figure.savefig(path, dpi=130)
@@ -373,7 +385,7 @@ def show(study):
     runs = list(study.read().values())
     if runs:
         study.show(make_page(study))
-    drawn = [run for run in runs if run['job'].endswith(', seed 1') and 'error' not in run]
+    drawn = [run for run in runs_of_newest(runs) if run['seed'] == 1]
     if drawn:
         draw_runs(drawn, study.folder / 'curves.png')
     if study.folder == Study('gpu').folder:

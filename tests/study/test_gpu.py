@@ -181,21 +181,25 @@ def test_page_and_readme_say_what_the_records_say(study, tmp_path, capsys):
     make_runs(study)
     gpu.show(study)
     page = (study.folder / 'table.md').read_text()
-    assert page == capsys.readouterr().out and page.startswith('## Abacus\n\ndriver 1, torch 2, Triton 3, commit abc\n')
+    assert page == capsys.readouterr().out and page.startswith('## Abacus, torch 2\n\ndriver 1, Triton 3, commit abc\n')
     assert 'last 1.6000, 30 s of training, 20 s in all, 1.00 GB' in page
     assert 'last 1.6000, 60 s of training, 1.00 GB' in page  # a run that was resumed took longer than its last part
     assert '1 failed, exit status 1\n- a.py::b' in page and 'failed: ValueError: no' in page
     table = gpu.readme_table(list(study.read().values()))
-    assert '(Abacus)' in table[0] and any(
+    assert '(Abacus, torch 2)' in table[0] and any(
         '| 8.86M | 1.5000 (2 seeds), 45 s, 1.00 GB | 1.554, 38 min' in line for line in table
     )
 
 
-def test_readme_has_the_runs_of_one_card(study):
+@pytest.mark.parametrize('place', [dict(card='Slide rule'), dict(torch='1')])
+def test_figures_are_those_of_one_card_and_version(study, place):
     make_runs(study)
     runs = list(study.read().values())
-    older = [{**run, 'card': 'Slide rule', 'run': {**run['run'], 'finished': '2025'}} for run in runs if 'run' in run]
-    assert gpu.readme_table(runs + older) == gpu.readme_table(runs)
+    older = [{**run, **place, 'run': {**run['run'], 'finished': '2025'}} for run in runs if 'run' in run]
+    assert gpu.readme_table(older + runs) == gpu.readme_table(runs)
+    add_run(str(study.folder / 'runs.jsonl'), {**older[0], 'name': 'older'})
+    headings = [line for line in gpu.make_page(study).splitlines() if line.startswith('## ')]
+    assert headings == sorted(['## Abacus, torch 2', f'## {gpu.place_of(older[0])}'])
 
 
 def test_table_of_the_readme_is_that_of_the_records(tmp_path):
