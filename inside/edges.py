@@ -171,15 +171,17 @@ def measure(seen):
     slope = covariance / var_x.clamp_min(1e-30).unsqueeze(1)
     activity = variance.sqrt().t().float()
     grid, k = layer.grid.float(), layer.spline_order
+    mass, cross = sums.mass / N, (sums.cross / N).double()
+    cross -= mass.unsqueeze(2) * cross.sum(1, keepdim=True)  # the rounding of the means of phi
     edges = Edges(
         low=low,
         high=high,
         centre=centre.float(),
         sd=var_x.sqrt().float(),
         outside=((x < grid[:, k]) | (x > grid[:, grid.size(1) - 1 - k])).float().mean(0),
-        mass=sums.mass / N,
+        mass=mass,
         overlap=sums.overlap / N,
-        cross=(sums.cross / N).float(),
+        cross=cross.float(),
         output_sd=output.sqrt(),
         mean=(by_feature.double() @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
         activity=activity,

@@ -277,14 +277,25 @@ def test_r2_of_a_formula_is_exact():
     assert len(kinds) >= 4
 
 
-def test_r2_of_the_search_is_that_of_its_numbers():
-    """It comes from nodes, between which a candidate is taken for a line."""
-    seen, edges, found = edges_of_noise()
-    for o, i in PAIRS:
+def check_numbers_of_the_search(seen, edges, found, pairs):
+    """R2 comes from nodes, between which a candidate is taken for a line."""
+    for o, i in pairs:
         x, g = seen.x[:, i].double().numpy(), curve_of(seen, edges, o, i)[1]
         a, b, c, d = (getattr(found, name)[o, i].item() for name in 'abcd')
         fit = c * FUNCTIONS[NAMES[found.family[o, i]]](a * x + b) + d
         assert r2_of(fit, g) == pytest.approx(found.best[o, i].item(), abs=2e-3)
+
+
+def test_r2_of_the_search_is_that_of_its_numbers():
+    check_numbers_of_the_search(*edges_of_noise(), PAIRS)
+
+
+def test_r2_of_the_search_is_that_of_its_numbers_far_from_zero():
+    """Where the mean of an activation is a thousand times what it varies by."""
+    layer, x = KANLinear(2, 8, grid_range=(299.0, 301.0)), 300 + 0.3 * torch.randn(3000, 2)
+    with torch.no_grad():
+        layer.spline_weight.normal_()
+    check_numbers_of_the_search(*study(layer, x), [(o, i) for o in range(8) for i in range(2)])
 
 
 def test_refining_never_makes_worse():
