@@ -110,10 +110,10 @@ def evenly(first, last, n, device=None):
 
 def columns_of(layer, x, features=slice(None)):
     """phi of the features, or of some of them, (n, I) -> (n, P, I) float32."""
-    grid = layer.grid[features].float()
+    bases = basis_function(layer.grid)  # as the layer takes it: an even grid of bfloat16 is uneven in float32
     with no_autocast(x):
-        bases = basis_function(grid)
-        return columns(x[:, features], grid, layer.spline_order, layer.base_activation, bases, torch.float32)
+        grid, rows = layer.grid[features], x[:, features]
+        return columns(rows, grid, layer.spline_order, layer.base_activation, bases, torch.float32)
 
 
 @dataclass

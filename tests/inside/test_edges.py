@@ -189,6 +189,18 @@ def test_curves_and_values_of_edges():
         assert close(base[e], nn.functional.silu(places[e]) * layer.base_weight[o, i])
 
 
+@torch.no_grad()
+def test_edges_of_a_layer_in_bfloat16_are_what_it_computes():
+    """On the even grid that it was given, which bfloat16 rounds."""
+    layer, x = KANLinear(1, O).bfloat16(), torch.linspace(-1, 1, 300).bfloat16().unsqueeze(1)
+    nn.init.zeros_(layer.base_weight)
+    nn.init.normal_(layer.spline_weight)
+    nn.init.ones_(layer.spline_scaler)
+    seen, _ = look(layer, x)
+    y = spline.spline_linear(x.float(), layer.packed_weight(), layer.grid, 3, layer.base_activation, torch.float32)
+    assert torch.allclose(values(seen, [(o, 0) for o in range(O)]), y, atol=1e-5)
+
+
 def test_edges_of_a_mask_are_dead():
     layer = KANLinear(I, O, mask=True)
     layer.mask[1, 2] = False
