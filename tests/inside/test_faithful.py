@@ -87,6 +87,16 @@ def test_afterwards_the_layer_is_as_before(layer_and_inputs):
     assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
 
 
+@torch.no_grad()
+def test_a_forward_that_a_library_has_put_in_place_comes_back(layer_and_inputs):
+    found, x = layer_and_inputs
+    layer = found.seen.layer
+    layer.forward = lambda rows: type(layer).forward(layer, rows) + 1
+    before = layer(x)
+    assert not close(give(found, without(found, torch.zeros(O, I, dtype=torch.bool)), x), before, 1e-2)
+    assert torch.equal(layer(x), before)
+
+
 def test_gradients_are_off_within_and_on_again_after(layer_and_inputs):
     found, x = layer_and_inputs
     assert not give(found, without(found, torch.ones(O, I, dtype=torch.bool)), x).requires_grad
