@@ -143,11 +143,14 @@ def percent(value):
 
 def neurons(layer, n_neurons=8, n_terms=6):
     """Of the output neurons that vary most the sum of their strongest edges: [(output, [(formula, share)])], where the
-    share of the output's variance is what the formulas up to this one explain together.
+    share of the output's variance is what the formulas up to this one explain together. Outputs that do not vary are
+    left out.
     """
     seen, edges = layer.seen, layer.edges
     found = []
-    for o in edges.output_sd.argsort(descending=True)[:n_neurons].tolist():
+    varying = edges.alive.any(1)
+    strongest = edges.output_sd.argsort(descending=True)
+    for o in strongest[varying[strongest]][:n_neurons].tolist():
         features = edges.activity[o].argsort(descending=True)[:n_terms].tolist()
         added = values(seen, [(o, i) for i in range(len(edges.low))])  # (N, I)
         output = added.sum(1)

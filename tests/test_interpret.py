@@ -525,6 +525,15 @@ def test_an_adapter_that_has_not_learned():
 
 
 @pytest.mark.usefixtures('seed')
+@torch.no_grad()
+def test_of_outputs_that_do_not_vary_no_sum_is_said_to_explain_them():
+    layer, x = KANLinear(3, 4), torch.randn(200, 3)
+    layer.base_weight[[0, 2]] = 0
+    layer.spline_weight[[0, 2]] = 0
+    (found,) = look(layer, lambda: layer(x))
+    assert sorted(o for o, _ in neurons(found)) == [1, 3]
+
+
 def test_the_strongest_terms_of_a_neuron_explain_its_variance():
     layer = KANLinear(5, 3)
     with torch.no_grad():
