@@ -108,12 +108,12 @@ def evenly(first, last, n, device=None):
     return torch.linspace(first, last, n, dtype=torch.float32, device=device)
 
 
-def columns_of(layer, x, features=slice(None)):
-    """phi of the features, or of some of them, (n, I) -> (n, P, I) float32."""
+def columns_of(layer, x, features=slice(None), dtype=torch.float32):
+    """phi of the features, or of some of them, (n, I) -> (n, P, I)."""
     bases = basis_function(layer.grid)  # as the layer takes it: an even grid of bfloat16 is uneven in float32
     with no_autocast(x):
         grid, rows = layer.grid[features], x[:, features]
-        return columns(rows, grid, layer.spline_order, layer.base_activation, bases, torch.float32)
+        return columns(rows, grid, layer.spline_order, layer.base_activation, bases, dtype)
 
 
 @dataclass
@@ -232,8 +232,10 @@ class Sums:
 def bend(layer, low, high, by_feature):
     """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
     shares = evenly(0, 1, CURVE, low.device).unsqueeze(1)
-    phi = columns_of(layer, torch.lerp(low, high, shares))  # (CURVE, P, I)
-    second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]).double() * (CURVE - 1) ** 2
+    # in float64, as small differences of large numbers are taken
+    x = torch.lerp(low.double(), high.double(), shares.double())
+    phi = columns_of(layer, x, dtype=torch.float64)  # (CURVE, P, I)
+    second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]) * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
     return (by_feature.double() @ gram * by_feature).sum(-1).clamp_min(0).sqrt().float()
 

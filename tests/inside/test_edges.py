@@ -144,8 +144,10 @@ def test_roughness_of_known_functions():
     assert roughness[2].max() < 1  # rounding of float32
 
 
-def test_roughness_is_that_of_second_differences():
-    x = make_inputs()
+@pytest.mark.parametrize('width', [1.0, 1e-3])
+def test_roughness_is_that_of_second_differences(width):
+    """Of narrow inputs, too, over which an edge is hardly bent."""
+    x = width * make_inputs() + 0.3
     layer = make_layer('cubics')
     seen, edges = look(layer, x)
     t = torch.linspace(0, 1, CURVE, dtype=torch.float64).unsqueeze(1)
