@@ -375,7 +375,8 @@ def write_formulas(folder, layers):
         for pair, formula in zip(layer.pairs, layer.formulas):
             row, latex = row_of(layer, *pair, formula), latex_of(pair, formula)
             rows.append(row)
-            data.append({**rounded(row), 'latex': latex, 'others': rounded(formula.others)})
+            exact = {name: row[name] for name in 'abcd'}  # five digits of b are too few for inputs far from zero
+            data.append({**rounded(row), **exact, 'latex': latex, 'others': rounded(formula.others)})
             text.append(text_of(row, formula))
             tex.append(equation_of(row, latex))
         text += sums(layer)
