@@ -327,8 +327,8 @@ def growth_of(layer, history, n=8):
 def drive(known, met, n=6):
     """Of each token of a prompt the n edges that move their outputs most, against what they give on average: `known`
     {name: Edges} on data, `met` {name: Seen} on the prompt alone. A dict each: layer, output o, feature i, its input x,
-    its distance from its mean in its own standard deviations z, and in those of its output, `share`. A channel has no
-    output o: its share is in those of its layer, the root of the variances of all channels.
+    its distance from its mean in its own standard deviations z (NaN if it has none), and in those of its output,
+    `share`. A channel has no output o: its share is in those of its layer, the root of the variances of all channels.
     """
     found = [[] for _ in next(iter(met.values())).x]
     for name, one in met.items():
@@ -337,12 +337,17 @@ def drive(known, met, n=6):
             phi = columns_of(one.layer, row.unsqueeze(0))[0]  # (P, I)
             apart = (one.weights * phi).sum(1) - edges.mean  # (O, I)
             share = apart / edges.output_sd.clamp_min(1e-30).unsqueeze(1)
-            z = apart / edges.activity.clamp_min(1e-30)
+            z = deviations(apart, edges.activity, edges.alive)
             for place in share.abs().flatten().topk(min(n, share.numel())).indices.tolist():
                 o, i = divmod(place, share.size(1))
                 numbers = dict(x=row[i].item(), z=z[o, i].item(), share=share[o, i].item())
                 found[t].append(dict(layer=short(name), o=output_of(one, o), i=i, **numbers))
     return [sorted(edges, key=lambda edge: -abs(edge['share'])) for edges in found]
+
+
+def deviations(apart, activity, alive):
+    """Distances in standard deviations; NaN of edges that do not vary over the data."""
+    return torch.where(alive, apart / activity.clamp_min(1e-30), torch.nan)
 
 
 def most_driven(known, met, driven, n):
@@ -356,8 +361,8 @@ def most_driven(known, met, driven, n):
         pairs = [(o or 0, i) for layer, o, i in chosen if layer == short(name)]
         if pairs:
             outputs, features = indices(one, pairs)
-            apart = values(one, pairs) - known[name].mean[outputs, features]
-            z = apart / known[name].activity[outputs, features].clamp_min(1e-30)
+            mean, *spread = (getattr(known[name], key)[outputs, features] for key in ('mean', 'activity', 'alive'))
+            z = deviations(values(one, pairs) - mean, *spread)
             labels = [f'{short(name)} {name_of(i, output_of(one, o))}' for o, i in pairs]
             rows += [(label, z[:, e].cpu().numpy()) for e, label in enumerate(labels)]
     return rows

@@ -42,7 +42,7 @@ from inside import faithful
 from inside.edges import kan_layers, measure, values, watch
 from inside.formulas import NAMES, Formula, function_of
 from inside.reading import Text
-from inside.report import drive, facts, look, neurons, short, summarize, table, total_of
+from inside.report import drive, facts, look, most_driven, neurons, short, summarize, table, total_of
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run import checkpoint as ckpt
@@ -281,6 +281,17 @@ def test_the_share_of_a_driven_edge_is_of_its_output(trained):
             assert edge['z'] == pytest.approx((apart / sd).item(), rel=1e-3)
             assert edge['share'] == pytest.approx((apart / y[:, edge['o']].std(correction=0)).item(), rel=1e-3)
     assert edges.output_sd == pytest.approx(y.std(0, correction=0).tolist(), rel=1e-3)
+
+
+def test_an_edge_that_the_data_never_moved_has_no_deviations():
+    layer, x, other = KANLinear(2, 1), torch.randn(100, 2), torch.zeros(2, 2)
+    x[:, 1] = 0.7
+    (seen,), met = watch(layer, lambda: layer(x)).values(), watch(layer, lambda: layer(other))
+    known = {'': measure(seen)}
+    driven = drive(known, met)
+    assert {edge['i']: math.isnan(edge['z']) for edge in driven[0]} == {0: False, 1: True}
+    labels, rows = zip(*most_driven(known, met, driven, 2))
+    assert [np.isnan(z).all() for z in rows] == ['1 -> 0' in label for label in labels]
 
 
 # cut models
