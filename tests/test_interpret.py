@@ -545,6 +545,7 @@ def test_of_outputs_that_do_not_vary_no_sum_is_said_to_explain_them():
     assert sorted(o for o, _ in neurons(found)) == [1, 3]
 
 
+@pytest.mark.usefixtures('seed')
 def test_the_strongest_terms_of_a_neuron_explain_its_variance():
     layer = KANLinear(5, 3)
     with torch.no_grad():
