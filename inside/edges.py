@@ -215,11 +215,7 @@ class Sums:
         y = phi.flatten(1) @ weights.flatten(1).t()  # (n, O), less its mean
         self.with_output += (phi.flatten(1).t() @ y).view_as(self.with_output)
         self.output += y.square().sum(0)
-        at = ((x - self.low) * self.per_node).t()  # (I, n)
-        left = at.floor().clamp(0, NODES - 2)
-        second = (at - left).clamp(0, 1).double()  # what hat_{q+1} gives
-        first = 1 - second
-        place = (left.long() + NODES * torch.arange(len(at), device=x.device).unsqueeze(1)).flatten()
+        place, first, second = self.hats(x)
         for offset, hat in (0, first), (1, second):
             self.mass.view(-1).index_add_(0, place + offset, hat.flatten())
             self.overlap[0].view(-1).index_add_(0, place + offset, hat.square().flatten())
@@ -227,6 +223,16 @@ class Sums:
                 0, place + offset, (per_feature * hat.float().unsqueeze(-1)).flatten(0, 1)
             )
         self.overlap[1].view(-1).index_add_(0, place, (first * second).flatten())
+
+    def hats(self, x):
+        """Of inputs (n, I) the nodes before them, (I n,) among those of all features, and what the hats of these and of
+        the next nodes give, (I, n) each.
+        """
+        at = ((x - self.low) * self.per_node).t()  # (I, n)
+        left = at.floor().clamp(0, NODES - 2)
+        second = (at - left).clamp(0, 1).double()
+        place = left.long() + NODES * torch.arange(len(at), device=x.device).unsqueeze(1)
+        return place.flatten(), 1 - second, second
 
 
 def bend(layer, low, high, by_feature):

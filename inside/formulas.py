@@ -234,25 +234,24 @@ def refine_some(seen, edges, found, pairs, n_families):
         at = (tried == n).any(0).nonzero().squeeze(1)
         alpha, beta = climb(seen, edges, NAMES[n], outputs[at], features[at])
         r2[n, at], lines[n][:, at] = fit(seen, edges, FAMILIES[NAMES[n]].f, alpha, beta, features[at], g[:, at])
-    chosen = simplest(r2, found.tie)
-    formulas = []
-    for e, (o, i) in enumerate(pairs):
-        n = chosen[e].item()
-        ranked = r2[:, e].argsort(descending=True).tolist()
-        others = tuple((NAMES[m], r2[m, e].item()) for m in ranked if m != n and r2[m, e] >= 0)
-        straight = edges.affine_r2[o, i].item()
-        best = r2[n, e].item()
-        if not edges.alive[o, i]:
-            formulas.append(Formula('constant', 0.0, 0.0, 0.0, edges.mean[o, i].item(), math.nan, math.nan, ()))
-        elif best - straight <= found.margin:
-            slope = edges.slope[o, i].item()
-            offset = edges.mean[o, i].item() - slope * edges.centre[i].item()
-            others = ((NAMES[n], best), *others)[:n_families]
-            formulas.append(Formula('affine', 1.0, 0.0, slope, offset, straight, straight, others))
-        else:
-            plain = plainest(NAMES[n], *lines[n][:, e].tolist())
-            formulas.append(Formula(NAMES[n], *plain, best, straight, others))
-    return formulas
+    chosen = simplest(r2, found.tie).tolist()
+    return [formula_of(edges, *pair, r2[:, e], lines[:, :, e], chosen[e], found.margin) for e, pair in enumerate(pairs)]
+
+
+def formula_of(edges, o, i, r2, lines, chosen, margin):
+    """The Formula of an edge: a constant where it does not vary, a line where the chosen family is not better by the
+    margin, else that family. r2 (F,) of all families, -1 of those not tried, and their a, b, c, d, lines (F, 4).
+    """
+    mean, straight, best = edges.mean[o, i].item(), edges.affine_r2[o, i].item(), r2[chosen].item()
+    if not edges.alive[o, i]:
+        return Formula('constant', 0.0, 0.0, 0.0, mean, math.nan, math.nan, ())
+    tried = [n for n in r2.argsort(descending=True).tolist() if r2[n] >= 0]
+    others = [(NAMES[n], r2[n].item()) for n in tried if n != chosen]
+    if best - straight <= margin:
+        slope = edges.slope[o, i].item()
+        offset = mean - slope * edges.centre[i].item()
+        return Formula('affine', 1.0, 0.0, slope, offset, straight, straight, ((NAMES[chosen], best), *others))
+    return Formula(NAMES[chosen], *plainest(NAMES[chosen], *lines[chosen].tolist()), best, straight, tuple(others))
 
 
 def climb(seen, edges, name, outputs, features):

@@ -290,16 +290,21 @@ def r2_groups(layers, fresh):
 
 def r2_of(pairs):
     """R2 of lines, trained and random, then of formulas: (n,) each, None for random where there is none."""
+    now, before = zip(*pairs)
+    return joined(r2_of_line, now), joined(r2_of_line, before), joined(r2_of_best, now), joined(r2_of_best, before)
 
-    def of_formulas(layer):
-        return torch.where(layer.edges.alive, layer.r2, torch.nan)
 
-    found = []
-    for read in (lambda layer: layer.edges.affine_r2), of_formulas:
-        for layers in zip(*pairs):
-            has = layers[0] is not None
-            found.append(torch.cat([read(layer).flatten() for layer in layers]).cpu().numpy() if has else None)
-    return found
+def joined(read, layers):
+    """What is read of layers, as one array; None where there are none."""
+    return None if None in layers else torch.cat([read(layer).flatten() for layer in layers]).cpu().numpy()
+
+
+def r2_of_line(layer):
+    return layer.edges.affine_r2
+
+
+def r2_of_best(layer):
+    return torch.where(layer.edges.alive, layer.r2, torch.nan)
 
 
 def growth_of(layer, history, n=8):
