@@ -93,8 +93,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(-1, keepdim=True)
     logits = (logits.float() - highest) / temperature  # at most zero, so that none can overflow
     if top_k is not None:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, [-1]], -math.inf)
+        kept = logits.topk(min(top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -math.inf).scatter_(1, kept.indices, kept.values)
     probs = F.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True)

@@ -597,6 +597,12 @@ def test_sampling_keeps_exactly_the_tokens_asked_for(options, kept):
     torch.testing.assert_close(actual, expected / expected.sum(), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize('options', [dict(top_k=3), dict(top_p=0.3), dict(top_k=6, top_p=0.5)])
+def test_of_tokens_as_likely_as_each_other_no_more_are_kept(options):
+    """Half precision makes many of them."""
+    assert len(sample_token(torch.zeros(1, 10).expand(2000, -1), **options).unique()) == 3
+
+
 @pytest.mark.parametrize('options', [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)])
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(ValueError, match='expected temperature >= 0, top_k >= 1, 0 < top_p <= 1'):
