@@ -86,12 +86,11 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
-    highest = logits.amax(-1, keepdim=True).float()
-    if not highest.isfinite().all():
-        raise ValueError('the logits are not finite: the weights have diverged, or their dtype is too small for them')
+    check_finite(logits)
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits.float() - highest) / temperature  # at most zero, so that none can overflow
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most zero, so that none can overflow
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -math.inf).scatter_(1, kept.indices, kept.values)
@@ -101,3 +100,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the probability before a token already reaches p
         probs = torch.zeros_like(probs).scatter_(1, order, ranked)
     return torch.multinomial(probs, num_samples=1)
+
+
+def check_finite(logits):
+    """ValueError for logits (B, V) that no token can be drawn by."""
+    if not logits.amax(-1).float().isfinite().all():
+        raise ValueError('the logits are not finite: the weights have diverged, or their dtype is too small for them')

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from data.course import N_LINES
-from layers.generation import packed_weights, sample_token
+from layers.generation import check_finite, packed_weights, sample_token
 
 
 @dataclass
@@ -78,6 +78,7 @@ def check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best
 
 def grow_beams(drafts, log_probs, n):
     """The n most likely drafts a token longer, by log_probs (B, V): the rows they go on from, and the tokens."""
+    check_finite(log_probs)
     so_far = torch.tensor([[draft.log_prob] for draft in drafts], device=log_probs.device)
     totals = (so_far + log_probs).flatten()  # (B * V,)
     best = totals.topk(min(n, len(totals))).indices.tolist()

@@ -250,6 +250,14 @@ def test_narrow_beam_search_is_the_plain_one(n_beams):
         assert draft.score == pytest.approx(mean_log_prob(model, [A, C], draft.ids, 6), abs=1e-5)
 
 
+@pytest.mark.parametrize('sampling', [dict(n_beams=2), dict(best_of=2), dict(temperature=0)], ids=str)
+def test_logits_that_are_no_numbers_write_nothing(sampling):
+    model = make()
+    model.transformer.ln_f.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match='the logits are not finite'):
+        continue_lines(model, Tokenizer(), [A], 2, **sampling)
+
+
 @pytest.mark.parametrize(
     'settings, words',
     [
