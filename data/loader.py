@@ -273,7 +273,8 @@ def open_text(checkpoint, dataset, split, vocab_size):
         raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
     tokenizer = load_tokenizer(checkpoint, vocab_size, name if meta else '')
     trained_on = checkpoint.get('config', {}).get('dataset')
-    if name == trained_on and 'data' in checkpoint and checkpoint['data'] != describe_data(name, meta):
+    is_named_so = trained_on in (name, name_from_anywhere(name))
+    if is_named_so and 'data' in checkpoint and checkpoint['data'] != describe_data(name, meta):
         print(f'warning: data set {name!r} is another text by now than the model was trained on', file=sys.stderr)
     return name, meta, tokenizer, open_split(name, split)
 
