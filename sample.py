@@ -68,13 +68,16 @@ class Sample:
 
     def add(self, token):
         if self.end < 0:
-            self.text += self.stream.add(token)
-            self.end = self.text.find(stop) if stop else -1
+            self.take(self.stream.add(token))
+
+    def take(self, text):
+        self.text += text
+        self.end = self.text.find(stop) if stop else -1
 
     def show(self, finished=False):
         """Print what is new; what may be the beginning of `stop` only when the sample is finished."""
         if finished and self.end < 0:
-            self.text += self.stream.end()
+            self.take(self.stream.end())
         waiting = 0 if finished else held_back(self.text)
         ready = self.end if self.end >= 0 else len(self.text) - waiting
         print(self.text[self.shown : ready], end='', flush=True)

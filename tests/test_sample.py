@@ -135,6 +135,16 @@ def test_stop_ends_each_of_several_samples(trained):
     assert sample(trained, num_samples=3, stop=stop) == ['ROMEO:' + text[6:].partition(stop)[0] for text in whole]
 
 
+def test_stop_may_be_the_last_that_is_drawn(tmp_path):
+    """The mark of a character that is cut waits for the next token, and there is none."""
+    saved, short = make_checkpoint(tmp_path / 'out'), dict(start='!', max_new_tokens=1)
+    (whole,) = sample(tmp_path, **short)
+    chars = saved['tokenizer']['chars'].replace(whole[1], '\ufffd')
+    torch.save({**saved, 'tokenizer': {'kind': 'char', 'chars': chars}}, tmp_path / 'out' / 'ckpt.pt')
+    assert sample(tmp_path, **short) == ['!\ufffd']
+    assert sample(tmp_path, **short, stop='\ufffd') == ['!']
+
+
 def test_text_arrives_while_it_is_generated(trained):
     process = start_forked(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'max_new_tokens': 10**6}))
     try:
