@@ -333,7 +333,8 @@ if state:
 def is_done():
     """All steps are done, or the loss on the part held out has not fallen for `patience` epochs."""
     losses = [line['loss'] for line in log]
-    return step >= n_steps or bool(losses and patience and len(losses) - 1 - losses.index(min(losses)) >= patience)
+    epochs_since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return step >= n_steps or 0 < patience <= epochs_since_best
 
 
 # training loop

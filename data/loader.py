@@ -139,8 +139,8 @@ def read_meta(dataset):
         with open(path, encoding='utf-8-sig') as f:
             meta = dict(json.load(f))
         is_own = 'vocab_size' in meta and 'splits' not in meta
-        for name in META.split() if not is_own else ():
-            functools.reduce(operator.getitem, name.split('.'), meta)
+        for name in [] if is_own else META.split():
+            functools.reduce(operator.getitem, name.split('.'), meta)  # a KeyError where it is missing
     except FileNotFoundError:
         return read_pickled_meta(folder)
     except (ValueError, KeyError, TypeError) as error:

@@ -41,6 +41,10 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
     check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of)
     room, end_of_text = model.config.block_size - len(prompt_ids), getattr(tokenizer, 'end_of_text', None)
     device = next(model.parameters()).device
+
+    def has_ended(draft):
+        return draft.n_lines >= n_lines or len(draft.ids) >= room or draft.ids[-1] == end_of_text
+
     drafts, ended, caches = [Draft() for _ in range(best_of)], [], model.new_caches()
     fresh = torch.tensor([prompt_ids] * best_of, device=device)  # (B, T), from then on (B, 1)
     with packed_weights(model):
@@ -53,9 +57,8 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
                 rows, tokens = list(range(len(drafts))), sample_token(logits, temperature, top_p=top_p)[:, 0].tolist()
             steps = zip(rows, tokens, log_probs[rows, tokens].tolist())
             longer = [extend(drafts[row], token, log_prob, row, tokenizer) for row, token, log_prob in steps]
-            drafts = [draft for draft in longer if draft.n_lines < n_lines and len(draft.ids) < room]
-            drafts = [draft for draft in drafts if draft.ids[-1] != end_of_text]
-            ended += [draft for draft in longer if draft not in drafts]
+            ended += [draft for draft in longer if has_ended(draft)]
+            drafts = [draft for draft in longer if not has_ended(draft)]
             kept = [draft.row for draft in drafts]
             if kept and kept != list(range(len(fresh))):
                 for cache in caches:
