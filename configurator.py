@@ -77,7 +77,7 @@ def settings_of(script, argv):
 
 @functools.cache
 def defaults_in(path, changed_at):
-    """The settings that a script lists, in a version of its file."""
+    """The settings that a script lists. Where its file was changed since, they are read again."""
     with open(path, encoding='utf-8') as f:
         lines = ast.parse(f.read()).body
     defaults = {}
@@ -190,7 +190,7 @@ def differing(then, now, free):
 
 
 def idle_settings(script, settings):
-    """What of the settings of a script is set and does nothing, in lines."""
+    """Lines that name the settings of a script that differ from their defaults and do nothing."""
     changed = [name for name, value in settings_of(script, []).items() if settings[name] != value]
     if settings.get('activation') == 'swish':  # its slopes learn as splines do
         changed = [name for name in changed if name not in ('spline_lr_scale', 'spline_weight_decay')]

@@ -14,6 +14,7 @@ docs/interpret.md explains what is measured.
 """
 
 import functools
+import math
 import os
 import statistics
 import subprocess
@@ -78,7 +79,7 @@ if device.startswith('mps'):  # it has no float64
     device = 'cpu'
 pruned_dir = os.path.join(os.curdir, save)  # which no name of a model can be mistaken for
 part = '-'.join(filter(None, [f'layer{layer}' if layer >= 0 else '', module]))  # e.g. layer0-mlp.0
-folder = folder or os.path.join(out_dir, 'interpret', part)
+folder = folder or os.path.normpath(os.path.join(out_dir, 'interpret', part))
 started = time.perf_counter()
 
 
@@ -118,14 +119,13 @@ def explain_prompt():
     for one in met.values():
         one.x = one.x[: len(ids)]
     driven = report.drive(known, met)
-    print(
-        'of each token the functions that move their outputs most against their means; sd: standard deviations on data'
-    )
+    print('for each token the functions that move their outputs farthest from the means (sd: deviations over the data)')
     for token, edges in zip(tokens, driven):
         print(repr(token))
         for edge in edges[:5]:
-            numbers = 'x = {x:.3g}, {z:+.1f} sd, which is {share:+.2f} sd of its {whole}'
-            numbers = numbers.format(**edge, whole='layer' if edge['o'] is None else 'output')
+            own = 'which the data never moved' if math.isnan(edge['z']) else f'{edge["z"]:+.1f} sd'
+            whole = 'layer' if edge['o'] is None else 'output'
+            numbers = f'x = {edge["x"]:.3g}, {own}, which is {edge["share"]:+.2f} sd of its {whole}'
             print(f'    {edge["layer"]} {report.name_of(edge["i"], edge["o"])}: {numbers}')
     shown = [(name, z[-40:]) for name, z in report.most_driven(known, met, driven, topk)]
     figure = figures.draw_prompt(f'The functions that {prompt[:40]!r} drives most', tokens[-40:], shown)

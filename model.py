@@ -456,7 +456,7 @@ class GPT(nn.Module):
         alike = spline_lr_scale == 1 and spline_decay == weight_decay  # then splines have no group of their own
         of_splines = () if alike else ('.spline_weight', '.spline_scaler')
         of_muon = self.names_of_matrices() if muon else ()
-        matrices, splines, slopes, decaying, others = [], [], [], [], []
+        matrices, splines, slopes, decaying, undecaying = [], [], [], [], []
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
@@ -467,9 +467,9 @@ class GPT(nn.Module):
             elif name in of_muon:
                 matrices.append(p)
             else:
-                (decaying if p.dim() >= 2 else others).append(p)
+                (decaying if p.dim() >= 2 else undecaying).append(p)
         rate = {'lr': learning_rate * spline_lr_scale, 'lr_scale': spline_lr_scale}
-        groups = [{'params': decaying, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+        groups = [{'params': decaying, 'weight_decay': weight_decay}, {'params': undecaying, 'weight_decay': 0.0}]
         groups += [{'params': splines, 'weight_decay': spline_decay, **rate}] if splines else []
         groups += [{'params': slopes, 'weight_decay': 0.0, **rate}] if slopes else []
         fused = device_type in ('cuda', 'cpu') or None

@@ -209,7 +209,8 @@ def make_model(state, base):
     made = {name: getattr(model.config, name) for name in model_settings(config)}
     changed = [f'{name}={value}' for name, value in made.items() if value != config[name]]
     if changed:
-        say(f'warning: {init_from} decides the shape of the model: {", ".join(changed)}')
+        place = out_dir if state else init_from
+        say(f'warning: {place} decides the shape of the model: {", ".join(changed)}')
     config.update(made)
     for line in idle_settings('train.py', config):
         say(f'warning: {line}')

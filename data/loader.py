@@ -272,11 +272,13 @@ def open_text(checkpoint, dataset, split, vocab_size):
     if checkpoint.get('tokenizer') and meta and not same_vocabulary(checkpoint['tokenizer'], meta['tokenizer']):
         raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
     tokenizer = load_tokenizer(checkpoint, vocab_size, name if meta else '')
-    trained_on = checkpoint.get('config', {}).get('dataset')
-    is_named_so = trained_on in (name, name_from_anywhere(name))
-    if is_named_so and 'data' in checkpoint and checkpoint['data'] != describe_data(name, meta):
-        print(f'warning: data set {name!r} is another text by now than the model was trained on', file=sys.stderr)
-    return name, meta, tokenizer, open_split(name, split)
+    data = open_split(name, split)
+    if name_from_anywhere(name) == name_from_anywhere(checkpoint.get('config', {}).get('dataset', '')):
+        before = checkpoint.get('data', {}).get(split)
+        now = meta.get('splits', {}).get(split) or describe_split(data.filename)
+        if before and before != now:
+            print(f'warning: {split} of {name!r} is another text by now than that of the run', file=sys.stderr)
+    return name, meta, tokenizer, data
 
 
 def open_split(dataset, split):

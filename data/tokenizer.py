@@ -198,14 +198,14 @@ def read_beside(folder):
 
 
 def same_vocabulary(one, other):
-    """Whether two dictionaries of `to_dict` say the same, however the JSON in them is spaced."""
-    return unspaced(one) == unspaced(other)
+    """Whether two dictionaries of `to_dict` say the same, however the JSON in them is written."""
+    return one == other or as_written(one) == as_written(other)
 
 
-def unspaced(state):
-    """A dictionary of `to_dict` with its JSON read."""
+def as_written(state):
+    """A dictionary of `to_dict` with its JSON as the library writes it, without what it does not use of it here."""
     try:
-        return {**state, 'json': json.loads(state['json'])}
+        return {**state, 'json': JsonTokenizer(state['json']).tokenizer.to_str()}
     except (KeyError, TypeError, ValueError):  # it holds none
         return state
 

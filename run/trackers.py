@@ -81,7 +81,7 @@ class Trackers:
         wandb.log_artifact(artifact)
 
     def write_points(self):
-        """A point for each number of the lines that TensorBoard does not have yet, in a resumed run of all."""
+        """A point for each number of the new lines. A resumed run writes those of all lines again."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

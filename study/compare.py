@@ -93,7 +93,7 @@ def group_runs(runs):
 
 
 def shared_beginning(names):
-    """What all names begin with, up to a comma, or where there is none up to a dash; nothing of a single name."""
+    """What all names begin with, up to a comma, or else to an underscore or a dash; nothing of a single name."""
     shared = os.path.commonprefix(names) if len(names) > 1 else ''
     end = shared.rfind(',') if ',' in shared else max(shared.rfind('_'), shared.rfind('-'))
     return shared[: end + 1]

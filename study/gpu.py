@@ -80,7 +80,15 @@ def list_jobs():
     }
     # a name that comes twice is done the first time
     order = ['tests', 'tiles, bfloat16', *list(runs)[:2], *list(benches)[:2]]
-    order += ['profile, micro_kan', 'tiles, float32', 'GPT-2', *list(runs)[2:4], *benches, 'tests of train.py', *runs]
+    order += [
+        'profile, micro_kan',
+        'tiles, float32',
+        'GPT-2',
+        *list(runs)[2 : len(RUNS)],
+        *benches,
+        'tests of train.py',
+        *runs,
+    ]
     if tiny:
         order = ['tests', *list(runs)[:1], *benches, 'profile, micro_kan', 'tiles, float32', 'GPT-2']
     return {name: functools.partial(*(runs | benches | others)[name]) for name in order}

@@ -7,8 +7,8 @@
 `tuning` searches for learning rate and initial scale in short runs, `finalists` tries the best of them over all
 iterations, `main` compares the families over five seeds, `longer` gives the vanilla GPT the seconds of the KAN-GPT,
 `scaling` varies the width, and `graph` adds graph attention. The records of `main` are results/nano/runs.jsonl, those
-of the others results/nano/<study>.jsonl. Each has its section in table.md there, its figure, and as a page to zoom and
-sort out-nano/compare.html or out-nano-<study>/compare.html.
+of the others results/nano/<study>.jsonl. Each has a section in table.md there, and all but `finalists` a figure.
+out-nano/compare.html, of the others out-nano-<study>/compare.html, shows the same, to zoom and to sort.
 """
 
 import shutil

@@ -26,7 +26,7 @@ from data.smollm2.prepare import FILES
 from data.tinyshakespeare import read_text
 from run.device import device_name
 from run.records import commit
-from study.runner import Study, choose, mean_and_std
+from study.runner import Study, check_machine, choose, mean_and_std
 from surgery.causal_lm import load_hf, load_tokenizer_of
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora
@@ -34,6 +34,7 @@ from surgery.lora import LoRAConfig, add_lora
 STUDY = Study('smollm2')
 STEPS, BATCH, LENGTH = 60, 2, 128  # windows of LENGTH tokens
 WINDOWS = 32  # of each of the two parts that measure
+TITLES = {'functions': 'functions in place of the SiLUs', 'LoRA': 'LoRA of rank 8 on queries and values'}
 RATES = {  # of AdamW, rising over a tenth of the steps and then falling to zero in a line
     'functions': (1e-3, 4e-3, 1.6e-2, 6.4e-2),
     'LoRA': (4e-4, 1.6e-3, 6.4e-3, 2.56e-2),
@@ -145,16 +146,22 @@ def make_table():
         '| what learns | parameters | learning rate | loss before | loss after | ninth tenth after | seconds |',
         '|---|--:|--:|--:|--:|--:|--:|',
     ]
+    check_machine({run['name']: run for kind in RATES for run in runs_of('final', kind)})
     for kind in RATES:
         runs = [run for run in runs_of('final', kind) if run['rate'] == best_rate(kind)]
         if runs:
-            cells = [kind, f'{runs[0]["parameters"]:,}', f'{runs[0]["rate"]:g}', f'{runs[0]["before"]["held_out"]:.4f}']
+            cells = [
+                TITLES[kind],
+                f'{runs[0]["parameters"]:,}',
+                f'{runs[0]["rate"]:g}',
+                f'{runs[0]["before"]["held_out"]:.4f}',
+            ]
             cells += [mean_and_std([run['after'][part] for run in runs], 4) for part in ('held_out', 'choosing')]
             lines.append('| ' + ' | '.join([*cells, f'{np.mean([run["seconds"] for run in runs]):.0f}']) + ' |')
     lines += ['', '| what learns | learning rate | loss after, ninth tenth |', '|---|--:|--:|']
     for kind in RATES:
         for run in sorted(runs_of('search', kind), key=lambda run: run['rate']):
-            lines.append(f'| {kind} | {run["rate"]:g} | {run["after"]["choosing"]:.4f} |')
+            lines.append(f'| {TITLES[kind]} | {run["rate"]:g} | {run["after"]["choosing"]:.4f} |')
     return '\n'.join(lines) + '\n'
 
 

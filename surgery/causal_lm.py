@@ -64,8 +64,10 @@ class CausalLM(nn.Module):
         try:
             ours, half = (self.lm_head(self.features(part)) for part in (idx, idx[:, : T // 2]))
             logits = hf(input_ids=idx, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # of whatever else is between them
-            why = str(error).splitlines()[0][:200]
+            why = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise ValueError(
                 f'{type(hf).__name__} does not give features of tokens that its head takes ({why})'
             ) from None

@@ -128,10 +128,9 @@ def refuse_offloaded(model):
 
 
 def refuse_compiled(path):
-    if path.endswith('._orig_mod'):  # torch.compile calls the module that it was given
-        raise ValueError(
-            f'{plain(path)} is compiled by itself, so what stands in its place would not run: compile later'
-        )
+    if path.rpartition('.')[2] == '_orig_mod':  # torch.compile calls the module that it was given
+        what = plain(path) or 'the model itself, one layer,'
+        raise ValueError(f'{what} is compiled by itself, so what stands in its place would not run: compile later')
 
 
 def refuse_hooks(model, paths):
@@ -201,7 +200,7 @@ def watch_inputs(model, paths, example):
     for module in model.modules():
         if isinstance(module, CHANNELS_FIRST):
             handles.append(module.register_forward_hook(lambda module, inputs, output: convolved.append(output)))
-    with watched(model, handles):
+    with in_eval_mode(model, handles):
         call(model, example)
     for path, inputs in seen.items():
         if any(x.dim() > 3 for x in inputs):
@@ -217,7 +216,7 @@ def watch_inputs(model, paths, example):
 
 
 @contextmanager
-def watched(model, handles):
+def in_eval_mode(model, handles):
     """Inside, the model is in eval mode. Then every module is in its own again, and the hooks (handles) are gone."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -37,6 +37,7 @@ from surgery.adapters import (
 from surgery.kanify import (
     call,
     choose,
+    in_eval_mode,
     is_named,
     named_layers,
     names_of,
@@ -45,7 +46,6 @@ from surgery.kanify import (
     refuse_offloaded,
     tied_modules,
     unwrap,
-    watched,
     without_tied,
 )
 
@@ -306,7 +306,7 @@ def collect_moments(model, layers, batches):
         sums[:] = sums[0] + x.T @ x, sums[1] + x.T @ d, sums[2] + d.square().sum()
 
     hooks = [layer.register_forward_hook(partial(add, sums=moments[path])) for path, layer in layers.items()]
-    with watched(model, hooks):
+    with in_eval_mode(model, hooks):
         for batch in batches:
             call(model, batch)
     return moments
@@ -346,7 +346,7 @@ def save_lora(model, folder):
 
 def say_what_adds_nothing(layers):
     """A line about adapters that are as they began: every step moves those whose layers are called."""
-    idle = [path for path, layer in layers.items() if layer.adapter.adds_nothing()]
+    idle = [plain(path) for path, layer in layers.items() if layer.adapter.adds_nothing()]
     if idle:
         why = 'no step was taken, or the model does not call their layers'
         print(f'{len(idle)} of {len(layers)} adapters add nothing, such as that of {idle[0]}: {why}')
@@ -445,7 +445,7 @@ def read_record(record, folder):
 
 
 def take_statistics(record, tensors, moving, folder):
-    """{name in the base: running statistic}, which leave the tensors of a file"""
+    """{name in the base: running statistic}, taken out of the tensors of a file"""
     statistics = {key: tensors.pop(f'statistics of the base: {key}', None) for key in record.get('statistics', ())}
     for key, tensor in statistics.items():
         if tensor is None or key not in moving or tensor.shape != moving[key].shape:
@@ -478,7 +478,8 @@ def fill(adapters, tensors, folder):
     """Put the tensors of a file into new adapters. ValueError unless names and shapes are the same."""
     wanted = tensors_of(adapters)  # the tensors of the adapters themselves
     # a file may lack the lengths of rows: these are then the base's
-    tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in map(plain, adapters)} | tensors
+    paths = {plain(path) for path in adapters}
+    tensors = {key: p for key, p in wanted.items() if key.removesuffix('.lengths') in paths} | tensors
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         raise ValueError(f'{folder}: missing {missing[:3] or "nothing"}, not expected {extra[:3] or "nothing"}')

@@ -107,7 +107,7 @@ def test_another_text_under_the_name_of_that_trained_on_is_told(tmp_path):
         write_dataset(tmp_path / 'data', n_val=n_val)
         for name in dataset, './data', '':
             said = run_forked(tmp_path, 'eval.py', '--device=cpu', *flags(dataset=name) if name else []).stderr
-            warning = f'warning: data set {name or dataset!r} is another text by now than the model'
+            warning = f'warning: val of {name or dataset!r} is another text by now than that of the run'
             assert said.startswith(warning) if n_val > 3 * T else not said
     other = write_dataset(tmp_path / 'other', n_val=3 * T)
     assert not run_forked(tmp_path, 'eval.py', '--device=cpu', f'--dataset={other}').stderr

@@ -537,7 +537,7 @@ def test_an_adapter_that_has_not_learned():
 
 @pytest.mark.usefixtures('seed')
 @torch.no_grad()
-def test_of_outputs_that_do_not_vary_no_sum_is_said_to_explain_them():
+def test_outputs_that_do_not_vary_have_no_sum():
     layer, x = KANLinear(3, 4), torch.randn(200, 3)
     layer.base_weight[[0, 2]] = 0
     layer.spline_weight[[0, 2]] = 0

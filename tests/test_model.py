@@ -598,7 +598,7 @@ def test_sampling_keeps_exactly_the_tokens_asked_for(options, kept):
 
 
 @pytest.mark.parametrize('options', [dict(top_k=3), dict(top_p=0.3), dict(top_k=6, top_p=0.5)])
-def test_of_tokens_as_likely_as_each_other_no_more_are_kept(options):
+def test_ties_do_not_add_tokens(options):
     """Half precision makes many of them."""
     assert len(sample_token(torch.zeros(1, 10).expand(2000, -1), **options).unique()) == 3
 

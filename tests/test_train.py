@@ -340,8 +340,9 @@ def test_what_does_nothing():
     tuned = settings_of('finetune.py', []) | dict(use_lora=False, lora_rank=8, use_dora=True, grid_size=3)
     lines = idle_settings('finetune.py', tuned)
     assert [line.partition('these do nothing: ')[2] for line in lines] == ['grid_size', 'lora_rank, use_dora']
-    for task in ROOT.glob('config/finetune/*.py'):
-        assert idle_settings('finetune.py', settings_of('finetune.py', [str(task)])) == []
+    for script, folder in ('train.py', 'config/train_*.py'), ('finetune.py', 'config/finetune/*.py'):
+        for path in ROOT.glob(folder):
+            assert idle_settings(script, settings_of(script, [str(path)])) == [], path
 
 
 def test_files_without_a_meta_file_are_known_by_their_tokens(tmp_path, dataset):

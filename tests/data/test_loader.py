@@ -467,9 +467,12 @@ def test_a_model_keeps_its_own_vocabulary(folder):
 
 
 def test_a_vocabulary_may_be_spaced_otherwise(folder):
-    """The JSON of a tokenizer may come from a file that is written for people."""
+    """The JSON of a tokenizer may come from a file for people, of an older version, with settings of batches."""
     content = byte_pairs().to_str()
-    spaced = [{'kind': 'tokenizers', 'json': text} for text in (content, json.dumps(json.loads(content), indent=2))]
+    other = json.loads(content)
+    other['model']['merges'] = [' '.join(pair) for pair in other['model']['merges']]
+    other['truncation'] = dict(direction='Right', max_length=8, strategy='LongestFirst', stride=0)
+    spaced = [{'kind': 'tokenizers', 'json': text} for text in (content, json.dumps(other, indent=2))]
     meta = {'vocab_size': byte_pairs().get_vocab_size(), 'tokenizer': spaced[0]}
     (folder / 'meta.json').write_text(json.dumps(meta))
     found = loader.load_tokenizer({'tokenizer': spaced[1]}, meta['vocab_size'], str(folder))

@@ -58,8 +58,11 @@ def test_the_final_runs_take_the_best_rate_and_other_seeds(tmp_path, monkeypatch
     assert (smollm2.best_rate('functions'), smollm2.best_rate('LoRA')) == (4e-3, 4e-4)
     assert {run['seed'] for run in smollm2.runs_of('final', 'LoRA')} == set(smollm2.SEEDS['final'])
     page = smollm2.make_table()
-    assert '| functions | 460,800 | 0.004 | 5.0000 | 4.0000 ± 0.0000 | 3.0000 ± 0.0000 | 60 |' in page
-    assert '| LoRA | 0.0064 | 3.5064 |' in page
+    assert (
+        '| functions in place of the SiLUs | 460,800 | 0.004 | 5.0000 | 4.0000 ± 0.0000 | 3.0000 ± 0.0000 | 60 |'
+        in page
+    )
+    assert '| LoRA of rank 8 on queries and values | 0.0064 | 3.5064 |' in page
 
 
 def test_windows_are_even_and_whole():

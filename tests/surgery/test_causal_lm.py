@@ -1,6 +1,7 @@
 """Models of transformers behind the methods of the GPT: tiny ones of each family, with weights drawn at random."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import tokenizers
@@ -174,6 +175,15 @@ def test_models_that_are_made_in_another_way_are_refused_in_a_line():
     with pytest.raises(ValueError, match='XLNetLMHeadModel') as error:  # max_position_embeddings is -1
         CausalLM(transformers.XLNetLMHeadModel(xlnet))
     assert one_line(error)
+
+
+def test_an_error_without_words_is_named(monkeypatch):
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    for error, message in (NotImplementedError, 'head takes .NotImplementedError.'), (torch.OutOfMemoryError, None):
+        monkeypatch.setattr(hf.model, 'forward', Mock(side_effect=error()))
+        with pytest.raises(ValueError if message else error, match=message):
+            CausalLM(hf)
 
 
 def test_the_longest_text_goes_by_other_names():
