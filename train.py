@@ -177,7 +177,7 @@ base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 tokenizer = choose_vocabulary()
-splits = loader.describe_data(dataset, meta)
+splits = meta.get('splits') or loader.describe_splits(loader.dataset_folder(dataset))
 session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_another_text = bool(state) and state.get('data', splits) != splits

@@ -200,11 +200,6 @@ def with_splits(meta, folder):
     return {**meta, 'splits': splits, **counted}
 
 
-def describe_data(dataset, meta):
-    """What is known of the files of a data set: by its meta.json, else by themselves."""
-    return meta.get('splits') or describe_splits(dataset_folder(dataset))
-
-
 def describe_splits(folder):
     """What meta.json says of both files of tokens, from the files; {} where one is missing."""
     paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
@@ -275,8 +270,7 @@ def open_text(checkpoint, dataset, split, vocab_size):
     data = open_split(name, split)
     if name_from_anywhere(name) == name_from_anywhere(checkpoint.get('config', {}).get('dataset', '')):
         before = checkpoint.get('data', {}).get(split)
-        now = meta.get('splits', {}).get(split) or describe_split(data.filename)
-        if before and before != now:
+        if before and before != (meta.get('splits', {}).get(split) or describe_split(data.filename)):
             print(f'warning: {split} of {name!r} is another text by now than that of the run', file=sys.stderr)
     return name, meta, tokenizer, data
 

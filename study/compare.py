@@ -87,7 +87,6 @@ def group_runs(runs):
     shared = shared_beginning([group['full_name'] for group in groups])
     for group in groups:
         group['name'] = group['full_name'].removeprefix(shared)
-    for group in groups:
         refuse_twins(group, groups)
     return groups
 
