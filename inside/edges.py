@@ -149,57 +149,66 @@ class Edges:
 def measure(seen):
     """The Edges of a layer."""
     layer, x, weights = seen.layer, seen.x, seen.weights
-    N, I = x.shape
-    by_feature = weights.permute(2, 0, 1)  # (I, O, P)
-    low, high = x.amin(0), x.amax(0)
-    means = sum(columns_of(layer, rows).double().sum(0) for rows in x.split(CHUNK)) / N  # (P, I)
+    means = sum(columns_of(layer, rows).double().sum(0) for rows in x.split(CHUNK)) / len(x)  # (P, I)
     centre = x.double().mean(0)
-    centred = x - centre.float()
-    sums = Sums(low, high, *weights.shape)
-    for rows, apart in zip(x.split(CHUNK), centred.split(CHUNK)):
-        sums.add(rows, apart, columns_of(layer, rows) - means.float(), weights)
-    cov, with_x = sums.cov / N, sums.with_x / N  # (I, P, P), (I, P)
-    variance = (by_feature.double() @ cov * by_feature).sum(-1).clamp_min(0)  # (I, O)
-    with_output = (weights * (sums.with_output / N).permute(2, 0, 1)).sum(1)  # (O, I) covariances
-    output = sums.output / N  # (O,) variances
+    sums = Sums(x.amin(0), x.amax(0), *weights.shape)
+    for rows in x.split(CHUNK):
+        sums.add(rows, rows - centre.float(), columns_of(layer, rows) - means.float(), weights)
+    edges = Edges(**about_features(seen, centre, sums), **about_edges(seen, means, sums))
+    edges.affine_r2[~edges.alive] = torch.nan
+    return edges
+
+
+def about_features(seen, centre, sums):
+    """The fields of Edges that features have."""
+    x, grid, k = seen.x, seen.layer.grid.float(), seen.layer.spline_order
+    first, last = grid[:, k], grid[:, grid.size(1) - 1 - k]
+    mass, cross = sums.mass / len(x), (sums.cross / len(x)).double()
+    cross -= mass.unsqueeze(2) * cross.sum(1, keepdim=True)  # the rounding of the means of phi
+    return dict(
+        low=sums.low,
+        high=sums.high,
+        centre=centre.float(),
+        sd=(sums.squares / len(x)).sqrt().float(),
+        outside=((x < first) | (x > last)).float().mean(0),
+        mass=mass,
+        overlap=sums.overlap / len(x),
+        cross=cross.float(),
+    )
+
+
+def about_edges(seen, means, sums):
+    """The fields of Edges that outputs and edges have."""
+    N, c = len(seen.x), seen.weights.permute(2, 0, 1).double()  # (I, O, P)
+    variance = (c @ (sums.cov / N) * c).sum(-1).clamp_min(0)  # (I, O)
+    activity = variance.sqrt().t().float()
     if seen.of_channels:
         with_output = variance.t().float()
         output = with_output.sum(1)
-    share = with_output / output.clamp_min(1e-30).unsqueeze(1)
-    covariance = (by_feature.double() @ with_x.unsqueeze(-1)).squeeze(-1)  # (I, O) with x
-    var_x = centred.double().square().mean(0)  # (I,)
-    slope = covariance / var_x.clamp_min(1e-30).unsqueeze(1)
-    activity = variance.sqrt().t().float()
-    grid, k = layer.grid.float(), layer.spline_order
-    mass, cross = sums.mass / N, (sums.cross / N).double()
-    cross -= mass.unsqueeze(2) * cross.sum(1, keepdim=True)  # the rounding of the means of phi
-    edges = Edges(
-        low=low,
-        high=high,
-        centre=centre.float(),
-        sd=var_x.sqrt().float(),
-        outside=((x < grid[:, k]) | (x > grid[:, grid.size(1) - 1 - k])).float().mean(0),
-        mass=mass,
-        overlap=sums.overlap / N,
-        cross=cross.float(),
+    else:
+        with_output = (seen.weights * (sums.with_output / N).permute(2, 0, 1)).sum(1)  # (O, I) covariances
+        output = sums.output / N  # (O,) variances
+    with_x = (c @ (sums.with_x / N).unsqueeze(-1)).squeeze(-1)  # (I, O) covariances
+    slope = with_x / (sums.squares / N).clamp_min(1e-30).unsqueeze(1)
+    return dict(
         output_sd=output.sqrt(),
-        mean=(by_feature.double() @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
+        mean=(c @ means.t().unsqueeze(-1)).squeeze(-1).t().float(),
         activity=activity,
-        share=share,
+        share=with_output / output.clamp_min(1e-30).unsqueeze(1),
         slope=slope.t().float(),
-        affine_r2=(slope * covariance / variance.clamp_min(1e-30)).clamp(max=1).t().float(),
-        roughness=bend(layer, low, high, by_feature).t() / activity.clamp_min(1e-30),
+        affine_r2=(slope * with_x / variance.clamp_min(1e-30)).clamp(max=1).t().float(),
+        roughness=bend(seen.layer, sums.low, sums.high, c).t() / activity.clamp_min(1e-30),
     )
-    edges.affine_r2[~edges.alive] = torch.nan
-    return edges
 
 
 class Sums:
     """Sums over the rows, from which the means of Edges follow."""
 
     def __init__(self, low, high, O, P, I):
-        self.low, make = low, low.new_zeros
+        make = low.new_zeros
+        self.low, self.high = low, high
         self.per_node = (NODES - 1) / (high - low).clamp_min(1e-30)
+        self.squares = make(I, dtype=torch.float64)
         self.cov = make(I, P, P, dtype=torch.float64)
         self.with_x = make(I, P, dtype=torch.float64)
         self.with_output = make(P, I, O)
@@ -209,6 +218,7 @@ class Sums:
 
     def add(self, x, centred, phi, weights):
         """x and its distance from the mean (n, I), phi less its mean (n, P, I), weights (O, P, I)"""
+        self.squares += centred.double().square().sum(0)
         per_feature = phi.permute(2, 0, 1).contiguous()  # (I, n, P)
         self.cov += per_feature.mT @ per_feature
         self.with_x += (per_feature.mT @ centred.t().unsqueeze(-1)).squeeze(-1)
@@ -235,15 +245,17 @@ class Sums:
         return place.flatten(), 1 - second, second
 
 
-def bend(layer, low, high, by_feature):
-    """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain."""
+def bend(layer, low, high, c):
+    """(I, O) root mean square of the second derivative of each edge by t in [0, 1], its place in its domain, of weights
+    c (I, O, P).
+    """
     shares = evenly(0, 1, CURVE, low.device).unsqueeze(1)
     # in float64, as small differences of large numbers are taken
     x = torch.lerp(low.double(), high.double(), shares.double())
     phi = columns_of(layer, x, dtype=torch.float64)  # (CURVE, P, I)
     second = (phi[2:] - 2 * phi[1:-1] + phi[:-2]) * (CURVE - 1) ** 2
     gram = torch.einsum('nai,nbi->iab', second, second) / len(second)
-    return (by_feature.double() @ gram * by_feature).sum(-1).clamp_min(0).sqrt().float()
+    return (c @ gram * c).sum(-1).clamp_min(0).sqrt().float()
 
 
 def curves(seen, edges, pairs, n=64):
