@@ -610,8 +610,11 @@ def test_impossible_sampling_is_refused(options):
 
 
 def test_utilisation_counts_flops_per_second():
-    """6 per parameter and token, 12 per layer, width and position for attention; scalers multiply no token."""
+    """6 per parameter and token, 12 per layer, width and position for attention; of splines, scalers and functions of
+    channels are no part of a matrix.
+    """
     vanilla, kan = make(), make(use_kan=True)
+    channel = make(use_kan=True, kan_kind='channel')
     expected = (6 * vanilla.get_num_params() + 12 * 2 * 16 * 12) * 12 * 40 / 0.5 / 312e12
     assert vanilla.estimate_mfu(40, 0.5) == pytest.approx(expected)
     assert vanilla.estimate_mfu(80, 0.25, 156e12) == pytest.approx(8 * expected)
@@ -619,6 +622,8 @@ def test_utilisation_counts_flops_per_second():
     assert (kan.estimate_mfu(1, 1) - vanilla.estimate_mfu(1, 1)) * 312e12 == pytest.approx(
         6 * 12 * (kan.get_num_params() - scalers - vanilla.get_num_params())
     )
+    assert channel.get_num_params() > vanilla.get_num_params()
+    assert channel.estimate_mfu(1, 1) == pytest.approx(vanilla.estimate_mfu(1, 1))
 
 
 # the scripts' settings of models
