@@ -112,6 +112,7 @@ RATES['0.23M rotary Muon'] = 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2
 SCALES = 0.04, 0.16  # at the best rate
 # sizes with two more trials at the best of these: other rates, of splines where set
 REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon', '0.23M 5000'
+WIDER = ('edge KAN',)  # families with three more trials, as the best of these lay at the ends of their ranges
 DRAWN = '0.23M'  # the size whose functions and controls are drawn
 SEEDS = {
     'ablation': range(1, 5),
@@ -181,7 +182,8 @@ def trials(size, families):
 def trials_of(size, family):
     """What a family tries, as far as the losses of those before tell: rates, scales at the best one, finer settings."""
     found = [dict(USUAL, learning_rate=rate) for rate in RATES[size]]
-    for finer in scales_at, *([rates_at] if size in REFINED else []):
+    finer_trials = [scales_at] + [rates_at] * (size in REFINED) + [beyond] * (family in WIDER)
+    for finer in finer_trials:
         best = best_of(size, family, found)
         found += finer(family, best) if best else []
     return found
@@ -195,6 +197,14 @@ def rates_at(family, best):
     if 'spline_lr_scale' in FAMILIES[family]:
         return [dict(best, spline_lr_scale=scale) for scale in (1.0, 4.0)]
     return [dict(best, learning_rate=round(best['learning_rate'] * scale, 4)) for scale in (0.7, 1.4)]
+
+
+def beyond(family, best):
+    return [
+        dict(best, learning_rate=2 * best['learning_rate']),
+        dict(best, init_std=best['init_std'] / 2),
+        dict(best, spline_lr_scale=4.0),
+    ]
 
 
 def best_of(size, family, trials):
@@ -358,7 +368,7 @@ def run(stages, sizes, groups):
             ablation = {name: (settings, USUAL) for name, settings in ABLATION.items()}
             run_all(jobs_of('ablation', size, ablation))
         if 'tuning' in stages:
-            for _ in 'rates', 'scales', 'finer settings':
+            for _ in 'rates', 'scales', 'finer settings', 'what lies beyond':
                 run_all(trials(size, to_tune))
         if 'depth' in stages and size == '0.23M':
             for shape in DEPTHS:
