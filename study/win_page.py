@@ -308,15 +308,13 @@ def make_page():
 def draw_gaps(path):
     """Of each size how far the main families are from SwiGLU on unseen text."""
     panels = {TITLES[size]: gaps_of(size, MAIN) for size in SIZES}
-    draw_differences(
-        path, panels, MAIN, 'Loss on unseen text less that of SwiGLU: left of it is better (95 % intervals)'
-    )
+    draw_differences(path, panels, MAIN, 'Ahead of SwiGLU on unseen text')
 
 
 def draw_families(path):
     """How far all families are from SwiGLU, at the size that has them."""
     panels = {TITLES[win.DRAWN]: gaps_of(win.DRAWN, FAMILIES)}
-    draw_differences(path, panels, [*FAMILIES], 'Loss on unseen text less that of SwiGLU (95 % intervals)')
+    draw_differences(path, panels, [*FAMILIES], 'Ahead of SwiGLU on unseen text')
 
 
 def gaps_of(size, names):
@@ -333,12 +331,14 @@ def draw_controls(path):
         family, change = CONTROLS[control]
         gap = difference(groups.get(family, {}), groups[control], held_out)
         panels.setdefault(family, {})[change] = gap, COLOURS[family]
-    title = 'Loss on unseen text less that of the same GPT with one change (95 %)'
-    draw_differences(path, dict(sorted(panels.items())), [*CHANGES], title)
+    panels = dict(sorted(panels.items()))
+    draw_differences(path, panels, [*CHANGES], 'Ahead of itself with one change', of_panels=True)
 
 
-def draw_differences(path, panels, names, title):
-    """Panels {title: {row: (`difference`, colour)}}, of at least five seeds, with their 95 % intervals."""
+def draw_differences(path, panels, names, what, of_panels=False):
+    """Panels {title: {row: (`difference`, colour)}}, of at least five seeds, with their 95 % intervals. The title says
+    which rows (or panels) are below zero, as `what` names that.
+    """
     panels = {name: {row: of for row, of in rows.items() if of[0] and of[0][3] >= 5} for name, rows in panels.items()}
     panels = {name: rows for name, rows in panels.items() if rows}
     names = [name for name in names if any(name in rows for rows in panels.values())]
@@ -354,8 +354,19 @@ def draw_differences(path, panels, names, title):
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
-    figure.suptitle(title)
+    figure.suptitle(f'{what}: {leaders(panels, of_panels)}\n(difference of losses, 95 % intervals)')
     figure.savefig(path, dpi=130)
+
+
+def leaders(panels, of_panels):
+    """Which rows (or panels) have whole intervals below zero, and of several in how many."""
+    below = {}
+    for panel, rows in panels.items():
+        for row, ((mean, half, *_), _) in rows.items():
+            below.setdefault(panel if of_panels else row, []).append(mean + half < 0)
+    ahead = {name: found for name, found in below.items() if any(found)}
+    counts = [f'{name} in {sum(found)} of {len(found)}' if found[1:] else name for name, found in ahead.items()]
+    return ', '.join(counts) or 'none'
 
 
 def is_common(size):

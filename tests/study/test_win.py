@@ -340,3 +340,12 @@ def test_the_answer_has_what_all_families_have(study):
     # a thousandth apart in all, so that ± is of rounding alone
     assert first.startswith('| Shakespeare, 0.23M | 1,000 iterations | 9 | ') and ' | **-0.0100 ± 0.0000** | ' in first
     assert longer.startswith('| Shakespeare, 0.23M | 5,000 iterations | 5 | ')
+
+
+def test_titles_name_what_is_ahead():
+    ahead, even = ((-0.02, 0.01, 0.01, 10), 'red'), ((-0.02, 0.03, 0.2, 10), 'red')
+    panels = {'small': {'KAN': ahead, 'GELU': even}, 'large': {'KAN': even, 'GELU': even}}
+    assert win_page.leaders(panels, False) == 'KAN in 1 of 2'
+    assert win_page.leaders(panels, True) == 'small in 1 of 2'
+    assert win_page.leaders({'small': panels['small']}, False) == 'KAN'
+    assert win_page.leaders({'large': panels['large']}, False) == 'none'
