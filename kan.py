@@ -3,13 +3,14 @@
     y_o = sum_i base_weight[o, i] * act(x_i) + spline_scaler[o, i] * sum_m spline_weight[o, i, m] * B_m(x_i)
 
 (Liu et al. 2024, arXiv 2404.19756, eq. 2.10, in the matrix form of efficient-kan; KANLinear and KAN have its names,
-arguments and state dict). The backward pass recomputes the bases, so that a layer keeps no data but its input.
+arguments and state dict). The backward pass recomputes the bases, so that of large inputs a layer keeps nothing else.
 
 Legend: I, O features in and out; G grid intervals; k spline order; K = G + k bases; N rows.
 The knots of one feature are G + 2k + 1 numbers: G intervals on the grid and k more on either side.
 """
 
 import contextlib
+import copy
 import inspect
 import math
 
@@ -48,38 +49,48 @@ def make_activation(given):
     """
     made = given
     if isinstance(given, str):
-        classes = {name.lower(): kind for name, kind in vars(nn.modules.activation).items() if isinstance(kind, type)}
+        classes = {name.lower(): kind for name, kind in vars(nn).items() if isinstance(kind, type)}
         with contextlib.suppress(TypeError):  # of one that wants arguments
             made = classes.get(given.lower(), lambda: None)()
     elif callable(given) and not isinstance(given, nn.Module):
-        made = given() if isinstance(given, type) or takes_nothing(given) else Elementwise(given)
+        makes_one = isinstance(given, type) or takes_nothing(given)
+        with contextlib.suppress(TypeError):
+            made = given() if makes_one else Elementwise(given)
     if not isinstance(made, nn.Module):
         wanted = "a class of modules (nn.SiLU), a module, a function of x, or a name ('silu')"
         raise ValueError(f'base_activation must be {wanted}, got {given!r}')
-    if any(True for _ in made.parameters()):
-        raise ValueError(f'base_activation must have no parameters of its own, got {made}')
-    if getattr(made, 'inplace', False):
-        raise ValueError(f'base_activation must not change its input, got {made}')
-    if not is_elementwise(made):
-        raise ValueError(f'base_activation must act on each number by itself, got {made}')
+    fault = fault_of(made)
+    if fault:
+        raise ValueError(f'base_activation must {fault}, got {made}')
     return made
 
 
 @torch.no_grad()
-def is_elementwise(activation):
-    """Whether a part of the numbers gives a part of the result."""
-    x = torch.linspace(-2, 2, 15, device='cpu').view(3, 5)
+def fault_of(activation):
+    """What a module must do to be an activation that learns: words, or None for one that does. A part of the numbers
+    has to give a part of the result, in training, too, and the numbers to stay as they were.
+    """
+    if any(True for _ in activation.parameters()):
+        return 'have no parameters of its own'
+    numbers = torch.linspace(-2, 2, 1000, dtype=torch.float32, device='cpu').view(10, 100)
+    x = numbers.clone()
     try:
-        return torch.allclose(activation(x)[:2, :2], activation(x[:2, :2]), atol=1e-6, equal_nan=True)
+        trained = copy.deepcopy(activation).train()  # in which dropout is random
+        whole, part = trained(x)[1:, 1:], trained(numbers[1:, 1:].clone())
+        is_elementwise = torch.allclose(whole, part, atol=1e-6, equal_nan=True)
     except (NotImplementedError, TypeError, IndexError, RuntimeError, ValueError):
-        return False  # without a forward, no tensor, one of another shape, or refused, as nn.GLU does odd widths
+        is_elementwise = False  # without a forward, no tensor, one of another shape, or refused
+    if not torch.equal(x, numbers):
+        return 'not change its input'
+    return None if is_elementwise else 'act on each number by itself, always alike'
 
 
 def takes_nothing(function):
-    """Whether a function can be called without arguments, as far as Python knows."""
+    """Whether a function is one to be called without arguments, as far as Python knows."""
     try:
-        inspect.signature(function).bind()
-        return True
+        signature = inspect.signature(function)
+        signature.bind()
+        return all(parameter.kind != parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
     except (TypeError, ValueError):
         return False
 
@@ -99,6 +110,8 @@ class Splines(nn.Module):
         low, high = grid_range
         if not (low < high and math.isfinite(high - low)):
             raise ValueError(f'grid_range must be (low, high) with low < high, got {tuple(grid_range)}')
+        if not 0 <= grid_eps <= 1:
+            raise ValueError(f'grid_eps must lie between 0 and 1, got {grid_eps}')
         self.in_features, self.grid_size, self.spline_order = in_features, grid_size, spline_order
         self.grid_eps, self.grid_range = grid_eps, (low, high)
         self.base_activation = make_activation(base_activation)
@@ -106,13 +119,24 @@ class Splines(nn.Module):
         self.register_buffer('grid', self.even_knots().repeat(in_features, 1))  # (I, G + 2k + 1)
 
     def even_knots(self):
-        """(G + 2k + 1,) on grid_range"""
+        """(G + 2k + 1,) on grid_range, in float32 at least"""
         (low, high), G, k = self.grid_range, self.grid_size, self.spline_order
-        knots = torch.arange(-k, G + k + 1) * ((high - low) / G) + low
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        knots = torch.arange(-k, G + k + 1, dtype=dtype) * ((high - low) / G) + low
         if knots.device.type != 'meta' and not (knots.isfinite().all() and (knots.diff() > 0).all()):
             wanted = f'{knots.dtype} cannot tell the knots of {G} intervals apart'.replace('torch.', '')
             raise ValueError(f'{wanted} on grid_range={self.grid_range}')
         return knots
+
+    def _apply(self, fn, recurse=True):
+        """What `to` and `bfloat16` call. Knots stay in float32 at least, as splines are computed in it: rounded to a
+        shorter dtype they would be those of other functions, or coincide.
+        """
+        grid = self.grid
+        super()._apply(fn, recurse)
+        if self.grid.dtype in (torch.bfloat16, torch.float16):
+            self.grid = grid.to(self.grid.device, torch.float32)
+        return self
 
     def __setstate__(self, state):  # of a copy, or of one from a file
         super().__setstate__(state)
@@ -122,7 +146,7 @@ class Splines(nn.Module):
         return spline_weight
 
     def check_input(self, x):
-        if x.size(-1) != self.in_features or not x.is_floating_point():
+        if x.dim() == 0 or x.size(-1) != self.in_features or not x.is_floating_point():
             wanted = f'{self.in_features} features in the last dimension, of floating point numbers'
             raise ValueError(f'expected {wanted}, got shape {tuple(x.shape)} of {x.dtype}')
 
@@ -148,9 +172,13 @@ class Splines(nn.Module):
         et al. 2024, section 2.3), and refit every spline to the function it was, by least squares over x and, with a
         hundredth of the weight, over the whole grid: a basis that hardly saw data would else take an enormous
         coefficient to fit a single row. Outliers among x are fitted less well for it. Features whose grid stays keep
-        their values. Memory is proportional to N * I.
+        their values. Memory is proportional to N * I. Of several processes each updates its own copy: call it with the
+        same x in all, or before DistributedDataParallel takes the model. ValueError for inputs without rows or not
+        finite, and for splines that cannot be written.
         """
         self.check_input(x)
+        if not margin >= 0:
+            raise ValueError(f'margin must not be negative, got {margin}')
         x = to_float64(x.reshape(-1, self.in_features))
         if x.size(0) == 0:
             raise ValueError('update_grid needs at least one row of inputs')
@@ -159,6 +187,8 @@ class Splines(nn.Module):
             n_nan, n_inf = x.isnan().sum().item(), x.isinf().sum().item()
             raise ValueError(f'update_grid wants finite inputs, got {n_nan} NaN and {n_inf} infinite ones')
         old, new = to_float64(self.grid), self.fitted_knots(x, margin).to(self.grid.dtype)
+        if not new.isfinite().all():
+            raise ValueError(f'update_grid: these inputs want knots beyond the numbers of {new.dtype}')
         new = torch.where(new[:, -1:] > new[:, :1], new, self.grid)  # where a feature is constant, up to rounding
         gram, cross = 0, 0  # sums over the rows of new' new and new' old, (I, K, K)
         G, k = self.grid_size, self.spline_order
@@ -181,7 +211,7 @@ class Splines(nn.Module):
         returns the largest difference that this makes to the spline of an edge. A multiple of the present number makes
         none: each interval is divided evenly, and all knots stay. With another number the splines are the nearest, by
         least squares. The knots outside the grid stay in any case, so that it is no longer uniform. spline_weight is a
-        new parameter: make the optimizer anew.
+        new parameter: make the optimizer anew. ValueError for splines that cannot be written.
         """
         if grid_size < 1:
             raise ValueError(f'grid_size must be at least 1, got {grid_size}')
@@ -288,6 +318,10 @@ class KANLinear(Splines):
         if self.bias is not None:
             self.bias.zero_()
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__.pop('_packed', None)  # a copy has tensors of its own
+
     def scale_splines(self, spline_weight):
         if not self.enable_standalone_scale_spline:
             return spline_weight
@@ -316,12 +350,13 @@ class KANLinear(Splines):
         """Pack the weights once, for passes without gradients: they are packed anew where they have changed since. What
         torch.compile has made of the layer does not look for that.
         """
-        self._packed = self.packed_weight().to(self.compute_dtype()), self.versions()
+        held = [*self.parameters(), *self.buffers()]  # so that no other tensor can get the id of one of them
+        self._packed = self.packed_weight().to(self.compute_dtype()), self.versions(), held
 
     def kept_weight(self):
         if self._packed is None:
             return None
-        weight, versions = self._packed
+        weight, versions, _ = self._packed
         return weight if torch.compiler.is_compiling() or versions == self.versions() else None
 
     def versions(self):
@@ -385,6 +420,8 @@ class KAN(nn.Module):
         base_activation=nn.SiLU, grid_eps=0.02, grid_range=(-1, 1), bias=False, mask=False,
     ):  # fmt: skip
         super().__init__()
+        if len(layers_hidden) < 2:
+            raise ValueError(f'layers_hidden must hold two widths at least, got {layers_hidden}')
         self.grid_size, self.spline_order = grid_size, spline_order
         settings = dict(grid_size=grid_size, spline_order=spline_order, grid_range=grid_range, grid_eps=grid_eps)
         settings.update(scale_noise=scale_noise, scale_base=scale_base, scale_spline=scale_spline)
@@ -401,6 +438,8 @@ class KAN(nn.Module):
     def refine_grid(self, grid_size):
         """KANLinear.refine_grid of each layer; returns the largest of the differences."""
         methods = [layer.refine_grid for layer in self.layers]  # an adapted layer has none: an error before any change
+        for layer in self.layers:
+            layer.check_splines()
         difference = max(refine(grid_size) for refine in methods)
         self.grid_size = grid_size
         return difference

@@ -24,9 +24,11 @@ from layers.spline import (
     activation_gradient,
     bases_derivative,
     basis_function,
+    check_backend,
     is_batched,
     is_eager,
     is_transformed,
+    keep,
     name_of,
     no_autocast,
     recursive_bases,
@@ -36,7 +38,7 @@ from layers.spline import (
     warn,
 )
 
-BACKEND = 'auto'  # the first of 'triton', 'native' and 'plain' that suits the input, or one of them
+BACKEND = 'auto'  # the first of 'triton', 'native', 'plain' that suits the input; or one, else plain
 OPERATORS = __name__.replace('.', '_')  # their namespace, as in spline.py
 SPARE = 4  # numbers behind the sums of a block, for loads of four
 ROWS = 256  # of a block, whose sum of the gradient of the coefficients is added to those of the others
@@ -60,7 +62,7 @@ def halves(x, weight, gated):
 def channel_spline(x, weight, knots, k, activation, gated=False):
     """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise
     module without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32, or in
-    float64 if x is. Deterministic. Differentiable in every mode and order.
+    float64 if x is. Deterministic. Differentiable in every mode and order. ValueError for other shapes.
     """
     if not x.is_floating_point() or x.size(1) != (1 + gated) * len(weight):
         wanted = f'floating point numbers (N, {(1 + gated) * len(weight)})'
@@ -129,11 +131,6 @@ def _(grad, x, weight, knots, k, activation, gated):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def keep(ctx, inputs, output):
-    x, weight, knots, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight, knots)
-
-
 def differentiate(ctx, grad, backward=channel_backward):
     x, weight, knots = ctx.saved_tensors
     if torch.is_grad_enabled() or is_transformed():  # the gradients are to be differentiated in their turn
@@ -184,16 +181,15 @@ def choose_backend(x, weight, knots, k, activation, gated):
     """The fastest way that suits the input: the fused ones want an order from 1 to 3, no float64, `native` uniform
     knots, too.
     """
+    check_backend(BACKEND, ('auto', 'triton', 'native', 'plain'))
     if BACKEND == 'plain' or k not in (1, 2, 3) or torch.float64 in (x.dtype, weight.dtype):
         return 'plain'
     if activation not in native.ACTIVATIONS:
         return 'plain'
     if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
         return 'triton'
-    if x.device.type == 'cpu' and basis_function(knots) is uniform_bases:
-        if BACKEND == 'native' or library(k, activation, gated) is not None:
-            return 'native'
-    return 'plain'
+    suits_native = x.device.type == 'cpu' and basis_function(knots) is uniform_bases
+    return 'native' if suits_native and library(k, activation, gated) is not None else 'plain'
 
 
 @functools.cache

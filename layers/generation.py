@@ -39,7 +39,9 @@ class KVCache:
 
 
 def check_places(start, T, block_size):
-    """ValueError where T tokens after `start` in a cache do not fit, or are several after some."""
+    """ValueError where T tokens after `start` in a cache do not fit, or are several after some, or none."""
+    if T == 0:
+        raise ValueError('expected one token at least, got none')
     if start + T > block_size:
         raise ValueError(f'cannot forward length {start + T}, block_size is only {block_size}')
     if start > 0 and T > 1:
@@ -50,10 +52,10 @@ def check_places(start, T, block_size):
 def packed_weights(model):
     """Inside, KAN layers pack their weights once for all passes without gradients."""
     layers = [module for module in model.modules() if hasattr(module, 'keep_packed')]
-    with torch.no_grad():
-        for layer in layers:
-            layer.keep_packed()
     try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.keep_packed()
         yield
     finally:
         for layer in layers:
@@ -82,9 +84,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw a token from each row: (B, V) -> (B, 1). Temperature 0 takes the most likely one, top_k keeps the k most
-    likely, top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
+    likely, top_p the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751). ValueError for
+    settings that make no sense, and for logits that are not finite.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'expected temperature >= 0, top_k >= 1, 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}')
     check_finite(logits)
     if temperature < torch.finfo(torch.float32).tiny:

@@ -40,18 +40,25 @@ def check_graph(config):
 
 def add_graph(model, last=0, **settings):
     """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return
-    it. At first its logits stay.
+    it. At first its logits stay. ValueError for other settings, or where there are some.
     """
     unknown = [name for name in settings if not name.startswith('graph_')]
     if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
     config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
-    blocks = model.transformer.h[-last:]
+    blocks = last_of(model.transformer.h, last)
     made = [(type(block.ln_2)(config.n_embd, config.bias), GraphAttention(config)) for block in blocks]
     for block, layers in zip(blocks, made):
         block.ln_3, block.graph = (layer.to(block.ln_2.weight).train(block.training) for layer in layers)
     model.config = config
     return model
+
+
+def last_of(blocks, n):
+    """The last n blocks of a model, with 0 all of them."""
+    if not 0 <= n <= len(blocks):
+        raise ValueError(f'last must lie between 0 and {len(blocks)}, the number of blocks, got {n}')
+    return blocks[-n:]
 
 
 def find_gaps(T, S, device):
@@ -185,7 +192,7 @@ class GraphAttention(nn.Module):
             from torch.utils.checkpoint import checkpoint  # brings PyTorch's compiler along, which takes a second
 
             sources, targets = values, self.split(conv.lin_r(x))  # (B, H, S, D), (B, H, T, D)
-            R = max(16, NUMBERS // (B * S * C))
+            R = max(16, NUMBERS // max(1, B * S * C))
             attend_rows = functools.partial(checkpoint, self.attend_rows, use_reentrant=False)
         if x.is_meta:  # FLOPs are counted: of whole matrices, once
             R, attend_rows = T, self.attend_rows

@@ -32,6 +32,10 @@ class Joined(torch.optim.Optimizer):
             start = end
 
     def load_state_dict(self, state_dict):
+        """ValueError for the state of other optimizers."""
+        ours, theirs = ([*map(is_muons, groups)] for groups in (self.param_groups, state_dict['param_groups']))
+        if ours != theirs:
+            raise ValueError('the state is of other optimizers than those that are joined here')
         super().load_state_dict(state_dict)
         self.share()
 
@@ -44,6 +48,11 @@ class Joined(torch.optim.Optimizer):
         for each in self.optimizers:
             each.step()
         return loss
+
+
+def is_muons(group):
+    """Whether a group of parameters is one of Muon's."""
+    return 'momentum' in group
 
 
 def join_muon(adamw, matrices, learning_rate, weight_decay):

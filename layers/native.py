@@ -51,18 +51,27 @@ def compile(name, **definitions):
 def compile_once(name, defined):
     source, problems = Path(__file__).with_name(name), []
     for parallel in PARALLEL:
-        command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
         for folder in own_folder, temporary_folder:
             try:
-                return ctypes.CDLL(str(build(source, command, folder())))
+                command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
+                library = ctypes.CDLL(str(build(source, command, folder())))
             except subprocess.CalledProcessError as error:  # of the compiler, for which no other folder helps
                 problems.append(error.stderr)
                 break
-            except OSError as error:  # a folder where nothing can be written, or run
+            except (OSError, ValueError) as error:  # a folder where nothing can be written, or run; a CXX of no words
                 problems.append(str(error))
+            else:
+                if folder is temporary_folder:
+                    tell_once(f'compiled C++ is not kept, each process takes seconds to compile it: {problems[-1]}')
+                return library
     first = (problems[0].strip().splitlines() or ['no reason given'])[0]
     warnings.warn(f'C++ cannot be compiled and run here, KAN layers do without it, slower: {first}', stacklevel=3)
     return None
+
+
+@functools.cache
+def tell_once(message):
+    warnings.warn(message, stacklevel=4)
 
 
 def build(source, command, folder):
@@ -97,7 +106,7 @@ def own_folder():
     path = path.resolve()
     if hasattr(os, 'getuid'):
         own, *parents = map(os.stat, (path, *path.parents))
-        if own.st_uid != os.getuid() or own.st_mode & 0o077 or not all(map(is_safe, parents)):
+        if own.st_uid != os.getuid() or own.st_mode & 0o022 or not all(map(is_safe, parents)):
             raise OSError(f'others can write into {path}')
     return path
 

@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from layers import native
 
-BACKEND = 'auto'  # the first of 'triton', 'native', 'compiled' and 'plain' that suits the input, or one of them
+BACKEND = 'auto'  # the first of 'triton', 'native', 'compiled', 'plain' that suits the input; or one, else plain
 NUMBERS = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}  # of columns, in spline.cpp
 CHUNK_BYTES = {'plain': 4 << 20, 'compiled': 8 << 20, 'native': 8 << 20}  # of the columns of a row chunk on a CPU
 CHUNK_BYTES_GPU = 256 << 20  # enough rows to fill a GPU
@@ -186,7 +186,9 @@ def input_gradient(dcolumns, x, knots, k, activation, bases):
 
 
 def activation_gradient(activation, x, grad):
-    return torch.func.vjp(activation.forward, x)[1](grad.to(x.dtype))[0]  # `forward`, past the hooks of a tracer
+    has_hooks = activation._forward_hooks or activation._forward_pre_hooks
+    function = activation if has_hooks else activation.forward  # past what a tracer does around modules
+    return torch.func.vjp(function, x)[1](grad.to(x.dtype))[0]
 
 
 def fused_columns(x, first, per_spacing, K, k, activation, dtype):
@@ -217,7 +219,7 @@ def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_
 def spline_linear(x, weight, knots, k, activation, dtype):
     """[B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
     (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
-    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile.
+    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile. ValueError for other shapes.
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
@@ -277,7 +279,8 @@ def name_of(activation):
     if has_state or not all(isinstance(value, PLAIN_FIELDS) for value in settings.values()):
         name = f'{kind.__name__} {id(activation)}'
         ACTIVATIONS[name] = activation
-    elif kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear') and 'forward' not in settings:
+        return name
+    if kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear') and 'forward' not in settings:
         name = repr(activation)
     else:
         values = [id(value) if callable(value) else repr(value) for value in settings.values()]
@@ -413,6 +416,7 @@ def choose_backend(x, knots, k, activation, dtype):
     """The fastest way that suits the input: the fused ones want an order from 1 to 3, and `compiled` uniform knots and
     order 2 or 3: the slopes of order 1 jump at the knots, where a rounded place may be on the other side.
     """
+    check_backend(BACKEND, ('auto', 'triton', 'native', 'compiled', 'plain'))
     if BACKEND == 'plain' or k not in FUSED_ORDERS:
         return 'plain'
     suits_triton = x.is_cuda and torch.float64 not in (x.dtype, dtype)
@@ -425,6 +429,11 @@ def choose_backend(x, knots, k, activation, dtype):
         if BACKEND == 'compiled' or (x.numel() >= WORTH_COMPILING and compiler_works(x.device.type)):
             return 'compiled'
     return 'plain'
+
+
+def check_backend(name, known):
+    if name not in known:
+        raise ValueError(f'BACKEND={name!r}: expected one of {", ".join(known)}')
 
 
 @functools.cache

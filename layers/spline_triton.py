@@ -283,7 +283,7 @@ def column_product(
 
 def settings(kernel, w, k, activation, N, I, O, even):
     """The constants of a kernel: its tile, no larger than the tensors need, and how float32 is multiplied."""
-    precision = 'ieee' if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    precision = 'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'ieee'  # by old settings or new
     is_measured = w.element_size() == 2 or precision == 'tf32'  # others take far more registers and shared memory
     family = card_family(w.device) if is_measured else ''
     tile = dict(tile_of(kernel, w.element_size(), I, O, family) if even else ANY_TILE)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from layers.generation import KVCache, check_places
-from layers.graph import Edges, GraphAttention
+from layers.graph import Edges, GraphAttention, last_of
 from model import GPT, GPTConfig
 
 
@@ -117,9 +117,10 @@ class CausalLM(nn.Module):
 
     def add_graph(self, last=0, **settings):
         """See layers.graph.add_graph."""
+        blocks = last_of([*enumerate(self.blocks)], last)
         self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
         self.shared = Shared()
-        for i, block in [*enumerate(self.blocks)][-last:]:
+        for i, block in blocks:
             block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
             for layer in block.ln_3, block.graph:  # in float32, whatever the block is in
                 layer.to(next(block.parameters()).device).train(block.training)

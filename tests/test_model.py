@@ -603,7 +603,9 @@ def test_ties_do_not_add_tokens(options):
     assert len(sample_token(torch.zeros(1, 10).expand(2000, -1), **options).unique()) == 3
 
 
-@pytest.mark.parametrize('options', [dict(temperature=-1), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)])
+@pytest.mark.parametrize(
+    'options', [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)]
+)
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(ValueError, match='expected temperature >= 0, top_k >= 1, 0 < top_p <= 1'):
         sample_token(torch.zeros(1, 5), **options)

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import jvp, vmap
 
 from helpers import ROOT, run_forked
-from kan import ChannelSpline
-from layers import channel, native
+from kan import ChannelSpline, KANLinear
+from layers import channel, native, spline
 from layers.channel import channel_spline, plain_channel_spline
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -268,6 +268,14 @@ assert len(messages) == 1 and 'C++ cannot be compiled and run here' in messages[
 """
 
 
+@pytest.mark.parametrize('module', [channel, spline])
+def test_a_backend_that_is_none_is_named(monkeypatch, module):
+    monkeypatch.setattr(module, 'BACKEND', 'tritn')
+    layer = ChannelSpline(64) if module is channel else KANLinear(64, 3)
+    with pytest.raises(ValueError, match="BACKEND='tritn': expected one of auto, triton, native"):
+        layer(torch.randn(1000, 64))
+
+
 def test_without_a_compiler_the_plain_passes_run_after_one_warning(tmp_path):
     (tmp_path / 'script.py').write_text(WITHOUT_A_COMPILER)
     env = dict(CXX=f'{tmp_path}/no-compiler', XDG_CACHE_HOME=f'{tmp_path}/cache')
@@ -442,13 +450,18 @@ def test_where_nothing_can_be_kept_a_library_lives_as_long_as_its_process(one, t
     (tmp_path / 'file').touch()
     for cache in f'{tmp_path}/file', 'relative':
         monkeypatch.setenv('XDG_CACHE_HOME', cache)
-        assert compile_again('one.cpp', NUMBER=3).number() == 3
+        native.tell_once.cache_clear()
+        with pytest.warns(UserWarning, match='compiled C.. is not kept'):
+            assert compile_again('one.cpp', NUMBER=3).number() == 3
     assert not (tmp_path / 'kan-gpt').exists()
 
 
 @needs_compiler
+@pytest.mark.filterwarnings('ignore:compiled C')
 def test_a_folder_that_others_can_write_to_is_not_trusted(empty_cache, one, monkeypatch):
     """Nor one in whose place they can put another; in a folder like /tmp they cannot."""
+    assert native.own_folder() == empty_cache
+    empty_cache.chmod(0o755)  # others may read
     assert native.own_folder() == empty_cache
     for folder, mode in (empty_cache, 0o777), (empty_cache.parent, 0o777), (empty_cache.parent, 0o770):
         before = folder.stat().st_mode

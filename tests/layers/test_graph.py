@@ -348,6 +348,9 @@ def test_layers_are_added_once_and_behind_the_mlp_only():
         add_graph(make())
     with pytest.raises(ValueError, match='graph_heads=3'):
         add_graph(GPT(GPTConfig(**SIZES)), graph_heads=3)
+    for last in -1, SIZES['n_layer'] + 1:
+        with pytest.raises(ValueError, match='last must lie between 0 and'):
+            add_graph(GPT(GPTConfig(**SIZES)), last)
 
 
 @pytest.mark.parametrize('place', PLACES)

@@ -63,6 +63,13 @@ def test_joined_optimizers_are_copied_whole_and_get_no_more_groups():
         optimizer.add_param_group({'params': [nn.Parameter(torch.zeros(3))]})
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    model = nn.Linear(4, 3)
+    other = torch.optim.AdamW([{'params': [model.bias]}, {'params': [model.weight]}])
+    with pytest.raises(ValueError, match='the state is of other optimizers'):
+        make(model).load_state_dict(other.state_dict())
+
+
 def test_step_calls_a_closure_and_gives_its_loss():
     model = nn.Linear(2, 1)
     x = torch.ones(3, 2)
