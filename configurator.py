@@ -202,7 +202,22 @@ def idle_settings(script, settings):
     for kind in 'window', 'topk':
         if settings['use_graph'] and f'graph_{kind}' in changed and kind not in settings['graph_edges'].split(','):
             lines.append(f'graph_{kind} does nothing: graph_edges={settings["graph_edges"]!r} holds no {kind}')
-    return lines
+    return lines + (idle_in_finetune(changed, settings) if script == 'finetune.py' else [])
+
+
+def idle_in_finetune(changed, settings):
+    task, kind, n_beams = (settings[name] for name in ('task', 'lora_kind', 'n_beams'))
+    rules = [  # whether settings are idle, which, and why
+        (settings['use_lora'] and kind != 'kan', ('lora_grid_size', 'lora_spline_order'), f'with lora_kind={kind!r}'),
+        (
+            task != 'sonnets',
+            ('temperature', 'top_p', 'n_beams', 'best_of'),
+            f'in the task {task}, which writes no text',
+        ),
+        (task == 'sonnets' and n_beams > 1, ('temperature', 'top_p'), f'with n_beams={n_beams}'),
+    ]
+    found = [([name for name in names if name in changed], why) for is_idle, names, why in rules if is_idle]
+    return [f'these do nothing {why}: {", ".join(names)}' for names, why in found if names]
 
 
 def check_ranges(settings, at_least_one='', not_negative='', fractions='', shares=''):

@@ -112,8 +112,11 @@ def to_transformers(checkpoint, target):
         copy_code(target)
         classes = dict(AutoConfig='GPTSettings', AutoModelForCausalLM='GPTForCausalLM')
         model.config.auto_map = {auto: f'{MODULE}.{name}' for auto, name in classes.items()}
+    ends = save_tokenizer(tokenizer, gpt, target)
+    model.config.eos_token_id = model.generation_config.eos_token_id = ends
+    unused = [*range(tokenizer.vocab_size, gpt.config.vocab_size)]  # rows of the head that are no tokens
+    model.generation_config.suppress_tokens = unused or None
     model.save_pretrained(target)
-    save_tokenizer(tokenizer, gpt, target)
     kept = {key: checkpoint[key] for key in ('config', 'iter_num') if key in checkpoint}
     if 'best_val_loss' in checkpoint:
         kept['best_val_loss'] = float(checkpoint['best_val_loss'])  # nanoGPT's is a tensor
@@ -121,7 +124,8 @@ def to_transformers(checkpoint, target):
     with write_atomically(os.path.join(target, EXPORT), 'w', encoding='utf-8') as f:
         json.dump(about | kept, f, indent=1)
     source = repr(push or target) + ('' if is_plain else ', trust_remote_code=True')
-    write_card(target, how_to_write(source, tokenizer, gpt.config.block_size - 1 if is_plain else 100), checkpoint, gpt)
+    longest = gpt.config.block_size - 1 if is_plain else 100
+    write_gpt_card(target, how_to_write(source, tokenizer, longest), checkpoint, gpt)
 
 
 def how_to_write(source, tokenizer, longest):
@@ -143,8 +147,12 @@ def is_text(text, tokenizer):
 
 
 def save_tokenizer(tokenizer, gpt, target):
-    if not isinstance(tokenizer, IdTokenizer):
-        as_fast(tokenizer, gpt.config.block_size).save_pretrained(target)
+    """Returns the token that ends a text, or None."""
+    if isinstance(tokenizer, IdTokenizer):
+        return None
+    fast = as_fast(tokenizer, gpt.config.block_size)
+    fast.save_pretrained(target)
+    return fast.eos_token_id
 
 
 # ONNX
@@ -185,7 +193,7 @@ def to_onnx(checkpoint, target):
         f"session = InferenceSession('{path}')  # opset {OPSET}",
         "(logits,) = session.run(None, {'idx': ids})  # int64 (B, T) -> (B, T, V)",
     ]
-    write_card(target, how, checkpoint, gpt)
+    write_gpt_card(target, how, checkpoint, gpt)
 
 
 # PEFT
@@ -198,16 +206,19 @@ def to_peft(checkpoint, target):
     from peft import get_peft_model
 
     record, tensors = read_adapter(os.path.join(out_dir, 'adapter', 'adapter_model.safetensors'))
-    check_adapter(record, checkpoint['finetune'])
+    settings = dict(checkpoint['finetune'])
+    if os.path.exists(settings['init_from']):  # a name, and no folder of this machine
+        settings['init_from'] = base_name(settings['init_from'])
+    check_adapter(record, settings)
     base, is_plain, name_of = base_of(checkpoint['model_args'])
+    base.name_or_path = settings['init_from']  # which PEFT writes down
     names = {path: name_of(path) for path in record['layers']}
-    config = peft_config(record, [*names.values()], is_plain)
-    model = get_peft_model(base, config)
-    config.base_model_name_or_path = checkpoint['finetune']['init_from']  # PEFT has put the base without a name there
+    model = get_peft_model(base, peft_config(record, [*names.values()], is_plain))
     for path, name in names.items():
         layer = model.base_model.model.get_submodule(name)
         fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
     model.save_pretrained(target, save_embedding_layers=False)
+    write_adapter_card(target, record['config'], settings)
 
 
 def base_of(model_args):
@@ -264,13 +275,11 @@ def fill(layer, tensors):
 # the card
 
 
-def write_card(target, how, checkpoint, gpt):
+def write_gpt_card(target, how, checkpoint, gpt):
     """README.md with the data, the recipe and the losses, and their curve."""
     record, config = read_record(out_dir), checkpoint.get('config', {})
     log = [line for line in read_log(out_dir) if line['iter'] > 0]
-    parts = [f'---\nlicense: {license}\npipeline_tag: text-generation\n---', f'# {os.path.basename(target)}']
-    parts.append(f'A GPT of {gpt.get_num_params(False):,} parameters, in the shape of nanoGPT.')
-    parts.append('\n'.join(['```python', *how, '```']))
+    parts = [f'A GPT of {gpt.get_num_params(False):,} parameters, in the shape of nanoGPT.']
     if 'dataset' in record:
         data = record['dataset']
         parts.append(f'Data: {base_name(data["name"])}, from {data["source"]}.')
@@ -284,6 +293,25 @@ def write_card(target, how, checkpoint, gpt):
     if log:
         draw_losses(log, os.path.join(target, 'loss.png'))
         parts.append('![Losses in training](loss.png)')
+    write_card(target, parts, how, 'pipeline_tag: text-generation', config)
+
+
+def write_adapter_card(target, adapter, settings):
+    what = f'An adapter of kind {adapter["kind"]} and rank {adapter["rank"]}, trained on {settings["task"]}.'
+    base = settings['init_from']
+    how = ['from peft import PeftModel', 'from transformers import AutoModelForCausalLM', '']
+    if adapter['kind'] == 'kan':
+        how[2:2] = ['import surgery.peft_kan  # tells PEFT of the kind']
+    how.append(f'base = AutoModelForCausalLM.from_pretrained({base!r})')
+    how.append(f'model = PeftModel.from_pretrained(base, {push or target!r})')
+    write_card(target, [what], how, f'base_model: {base}\nlibrary_name: peft', settings)
+
+
+def write_card(target, parts, how, heading, config):
+    """README.md: what it is, how it is used, paragraphs, the recipe."""
+    what, *others = parts
+    parts = [f'---\nlicense: {license}\n{heading}\n---', f'# {os.path.basename(target)}', what]
+    parts += ['\n'.join(['```python', *how, '```']), *others]
     if config:
         settings = (f'`{key} = {value!r}`' for key, value in config.items() if key not in ('out_dir', 'device'))
         parts.append(f'Recipe: {", ".join(settings)}.')
@@ -324,7 +352,7 @@ def load():
     if not unfinished and record and 'finished' not in record:
         raise ValueError(f'{out_dir} was not trained to its end: --unfinished=True exports it as it is')
     config = checkpoint.get('config', {})
-    for name in ('dataset', 'init_from') if 'finetune' not in checkpoint else ['dataset']:
+    for name in 'dataset', 'init_from':
         if name in config:  # a name, and no folder of this machine
             config[name] = base_name(config[name])
     config.pop('out_dir', None)
@@ -364,11 +392,16 @@ def export():
 
 
 def upload(target):
+    """ValueError where that fails, with what to type to try again."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(push, exist_ok=True)
-    print(api.upload_folder(repo_id=push, folder_path=target))
+    try:
+        api = HfApi()
+        api.create_repo(push, exist_ok=True)
+        print(api.upload_folder(repo_id=push, folder_path=target))
+    except Exception as error:  # of the network, the hub or its client
+        what = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+        raise ValueError(f'{target} is whole, its upload failed ({what}): hf upload {push} {target}') from None
 
 
 WAYS = {'transformers': to_transformers, 'onnx': to_onnx, 'peft': to_peft}

@@ -296,6 +296,7 @@ def as_fast(tokenizer, length):
     from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
     settings = dict(model_max_length=length, clean_up_tokenization_spaces=False, padding_side='right')
+    settings['model_input_names'] = ['input_ids', 'attention_mask']  # no types of tokens
     if isinstance(tokenizer, GPT2Tokenizer):
         merges, vocab = (path.read_text(encoding='utf-8') for path in gpt2_paths(cache_gpt2_files()))
         pairs = [tuple(line.split()) for line in merges.strip().splitlines()[1:]]  # behind the version

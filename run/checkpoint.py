@@ -150,7 +150,10 @@ def read_export(folder):
             checkpoint = json.load(f)
         weights = load_file(os.path.join(folder, 'model.safetensors'))
         state = {name.removeprefix('gpt.'): p for name, p in weights.items()}
-        state.update(dict.fromkeys(checkpoint.pop('tied'), state['transformer.wte.weight']))
+        for name in checkpoint.pop('tied'):
+            shared = state['transformer.wte.weight']
+            if not torch.equal(state.setdefault(name, shared), shared):
+                raise ValueError(f'{name} is no longer what transformer.wte.weight is')
         if checkpoint.pop('gpt2'):
             state = {name: p.t() if name.endswith(CONV1D) else p for name, p in state.items()}
             biases = {name: p for name, p in state.items() if name.endswith('.bias')}

@@ -37,6 +37,10 @@ class CausalLM(nn.Module):
         sizes = dict(n_layer=n_layer, n_head=1, n_embd=text.hidden_size, vocab_size=self.lm_head.out_features)
         self.config = GPTConfig(**sizes, block_size=block_size, dropout=dropout)
         self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
+        with suppress(NotImplementedError):  # of one without token embeddings, which check tells
+            tied = self.lm_head.weight is self.body.get_input_embeddings().weight
+            if tied != hf.config.tie_word_embeddings:  # as where an adapter was merged into the head
+                self.description['tie_word_embeddings'] = tied
         lists = (
             path
             for path, module in self.named_modules()

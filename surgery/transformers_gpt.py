@@ -30,6 +30,10 @@ class GPTSettings(PretrainedConfig):
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     max_position_embeddings: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
 
     def __post_init__(self, **others):
         config = GPTConfig(**(self.gpt or {}))
@@ -72,6 +76,13 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """The GPT has initialised itself."""
 
+    def _initialize_missing_keys(self, is_quantized):
+        """What from_pretrained calls in the end. ValueError for weights that the file lacks."""
+        lacking = [name for name, p in self.named_parameters() if not getattr(p, '_is_hf_initialized', False)]
+        if lacking:
+            raise ValueError(f'the file of weights is not of this model: it lacks {lacking[0]}')
+        super()._initialize_missing_keys(is_quantized)
+
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False  # forward makes the GPT's own
@@ -82,21 +93,25 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.gpt.lm_head
 
-    def resize_token_embeddings(self, *sizes, **settings):
+    def resize_token_embeddings(self, new_num_tokens=None, **settings):
+        if new_num_tokens in (None, self.config.vocab_size):
+            return self.get_input_embeddings()
         raise ValueError('the vocabulary of this model is fixed: train one with more tokens')
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **others):
         """The tokens that the cache lacks. Beyond block_size every position moves: the whole window, and no cache."""
-        if lengths_of(attention_mask) is not None:
+        if attention_mask is not None and not attention_mask.all():
             raise ValueError(
                 'prompts of different lengths are generated one by one: this model has no padding before them'
             )
-        refuse_arguments(others)
+        known = 'inputs_embeds', 'position_ids', 'output_hidden_states', 'output_attentions'  # there is more for itself
+        refuse({name: others.get(name) for name in known})
         block_size = self.config.max_position_embeddings
         if input_ids.size(1) > block_size:
-            return dict(input_ids=input_ids[:, -block_size:], use_cache=False)
+            return dict(input_ids=input_ids[:, -block_size:], use_cache=False, logits_to_keep=1)
         fresh = input_ids[:, past_key_values.get_seq_length() if past_key_values else 0 :]
-        return dict(input_ids=fresh, past_key_values=past_key_values, use_cache=others.get('use_cache', True))
+        cache = dict(past_key_values=past_key_values, use_cache=others.get('use_cache', True))
+        return dict(input_ids=fresh, logits_to_keep=1, **cache)
 
     def forward(
         self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0,
@@ -106,7 +121,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all, or of the tokens at
         the places in a tensor. ValueError for arguments that would do nothing.
         """
-        refuse_arguments(others)
+        refuse({name: value for name, value in others.items() if name != 'return_dict'})
         if past_key_values is not None and not isinstance(past_key_values, GPTCache):
             raise ValueError(
                 f'leave past_key_values out: this model makes a cache of its own, no {type(past_key_values).__name__}'
@@ -116,7 +131,10 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = GPTCache(self.gpt.new_caches())
         caches = past_key_values.blocks if past_key_values is not None else None
-        x = self.gpt.features(input_ids, caches, lengths_of(attention_mask))
+        lengths = lengths_of(attention_mask)
+        if caches is not None and lengths is not None:
+            raise ValueError('a cache has no place for padding: leave use_cache out')
+        x = self.gpt.features(input_ids, caches, lengths)
         if isinstance(logits_to_keep, torch.Tensor):
             x = x[:, logits_to_keep]
         elif logits_to_keep:
@@ -133,12 +151,11 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
             return super().generate(*inputs, **settings)
 
 
-def refuse_arguments(others):
+def refuse(others):
     """ValueError for arguments of other models that would do nothing in this one."""
-    refused = ('inputs_embeds', 'position_ids', 'output_hidden_states', 'output_attentions')
-    refused = [name for name in refused if others.get(name) is not None and others[name] is not False]
-    if refused:
-        raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(refused)}')
+    set_ones = [name for name, value in others.items() if value is not None and value is not False]
+    if set_ones:
+        raise ValueError(f'this model takes input_ids and gives logits, without {", ".join(set_ones)}')
 
 
 def lengths_of(attention_mask):

@@ -187,7 +187,12 @@ def test_logits_of_some_tokens(folder):
     with pytest.raises(ValueError, match='leave past_key_values out: .* no DynamicCache'):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match='the vocabulary of this model is fixed'):
-        model.resize_token_embeddings(70)
+        model.resize_token_embeddings(model.config.vocab_size + 1)
+    assert model.resize_token_embeddings(model.config.vocab_size) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match='takes input_ids and gives logits, without token_type_ids'):
+        model(ids, token_type_ids=ids)
+    with pytest.raises(ValueError, match='a cache has no place for padding'):
+        model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), use_cache=True)
 
 
 def test_a_run_in_the_folder_of_an_export_is_the_newer(folder):
@@ -344,7 +349,7 @@ def tuned(folder, name, run=(), **settings):
             nn.init.normal_(p, mean=1.0 if key.endswith('magnitude') else 0.0, std=0.3)
     out = folder / 'out-tuned-adapter'
     save_lora(tuned, str(out / 'adapter'))
-    settings = dict(use_kan=False, use_graph=False, init_from=f'hf-{name}') | dict(run)
+    settings = dict(use_kan=False, use_graph=False, task='sst', init_from=str(folder / f'hf-{name}')) | dict(run)
     save_checkpoint(str(out), dict(model={}, model_args=vars(gpt.config), finetune=settings), is_best=False)
     return gpt
 
@@ -365,7 +370,10 @@ def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
     done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
     assert done.returncode == 0, done.stderr
     about = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
-    assert about.base_model_name_or_path == f'hf-{base}'
+    assert about.base_model_name_or_path == f'hf-{base}'  # without the folder that it is in
+    card = (tmp_path / 'peft' / 'README.md').read_text()
+    assert card.startswith(f'---\nlicense: mit\nbase_model: hf-{base}\n') and f'{folder}' not in card
+    assert f"from_pretrained('hf-{base}')" in card and 'trained on sst' in card
     model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{base}', trust_remote_code=True).eval()
     with torch.no_grad():
         plain = model.double()(ids).logits
@@ -415,6 +423,69 @@ def test_push_uploads_the_folder(folder):
         "pipeline('text-generation', 'me/plays', trust_remote_code=True)"
         in (folder / 'hf-pushed/README.md').read_text()
     )
+
+
+def test_an_upload_that_fails_can_be_tried_again(folder):
+    (folder / 'broken_hub.py').write_text(HUB.replace('return f', 'raise OSError(28, "no space")  # '))
+    command = ['--out_dir=out-swiglu', '--folder=hf-not-pushed', '--push=me/plays']
+    done = run_forked(folder, 'export.py', *command, modules=str(folder), prelude='broken_hub')
+    assert done.returncode == 1 and done.stderr.endswith('no space): hf upload me/plays hf-not-pushed\n')
+    assert 'Traceback' not in done.stderr
+    assert (folder / 'hf-not-pushed' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('name', ['padded', 'padded-kan'])
+def test_generation_ends_where_a_text_ends_and_writes_tokens_alone(folder, name):
+    """The head has more rows than the tokenizer has tokens, as nanoGPT's 50304 of 50257."""
+    from transformers import AutoModelForCausalLM
+
+    made = byte_pairs()
+    made.add_special_tokens([END])
+    tokenizer = JsonTokenizer(made.to_str())
+    more = dict(use_kan=True, kan_kind='channel') if name == 'padded-kan' else {}
+    checkpoint = make_checkpoint(folder / f'out-{name}', vocab_size=tokenizer.vocab_size + 200, **more)
+    save_checkpoint(str(folder / f'out-{name}'), {**checkpoint, 'tokenizer': tokenizer.to_dict()}, is_best=True)
+    done = run_forked(folder, 'export.py', f'--out_dir=out-{name}')
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{name}', trust_remote_code=True)
+    ids = torch.arange(3).view(1, 3)
+    written = [model.generate(ids, do_sample=True, max_new_tokens=8, eos_token_id=None) for _ in range(10)]
+    assert all((ids < tokenizer.vocab_size).all() for ids in written)
+    ends = as_fast(tokenizer, 16).eos_token_id
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == ends is not None
+    assert model.config.pad_token_id is None
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()  # all logits alike, and this one is drawn by a bias
+    drawn = model.generate(ids, max_new_tokens=5, sequence_bias={(ends,): 9.0}, do_sample=False)
+    assert drawn.tolist()[0][3:] == [ends]
+
+
+def test_a_file_that_lacks_weights_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from surgery.transformers_gpt import GPTForCausalLM
+
+    shutil.copytree(folder / 'hf-swiglu', tmp_path / 'hf')
+    weights = load_file(tmp_path / 'hf' / 'model.safetensors')
+    lacking = next(name for name in weights if name.endswith('c_proj.weight'))
+    save_file(
+        {key: p for key, p in weights.items() if key != lacking},
+        tmp_path / 'hf' / 'model.safetensors',
+        {'format': 'pt'},
+    )
+    with pytest.raises(ValueError, match=f'it lacks {lacking}'):
+        GPTForCausalLM.from_pretrained(tmp_path / 'hf')
+
+
+def test_a_head_of_its_own_does_not_come_back_as_a_tied_one(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / 'hf-swiglu', tmp_path / 'hf')
+    weights = load_file(tmp_path / 'hf' / 'model.safetensors')
+    weights['gpt.lm_head.weight'] = weights['gpt.transformer.wte.weight'] + 1
+    save_file(weights, tmp_path / 'hf' / 'model.safetensors', {'format': 'pt'})
+    with pytest.raises(ValueError, match='lm_head.weight is no longer what transformer.wte.weight is'):
+        load_checkpoint(str(tmp_path / 'hf'))
 
 
 def test_a_checkpoint_of_nanogpt_keeps_its_loss_as_a_number(folder):

@@ -340,6 +340,18 @@ def test_what_does_nothing():
     tuned = settings_of('finetune.py', []) | dict(use_lora=False, lora_rank=8, use_dora=True, grid_size=3)
     lines = idle_settings('finetune.py', tuned)
     assert [line.partition('these do nothing: ')[2] for line in lines] == ['grid_size', 'lora_rank, use_dora']
+    for settings, line in (
+        (dict(use_lora=True, lora_grid_size=9), "these do nothing with lora_kind='lora': lora_grid_size"),
+        (dict(use_lora=True, lora_kind='kan', lora_grid_size=9), None),
+        (
+            dict(best_of=4, temperature=0.1),
+            'these do nothing in the task sst, which writes no text: temperature, best_of',
+        ),
+        (dict(task='sonnets', n_beams=4, top_p=0.5), 'these do nothing with n_beams=4: top_p'),
+        (dict(task='sonnets', top_p=0.5), None),
+    ):
+        lines = idle_settings('finetune.py', settings_of('finetune.py', []) | settings)
+        assert lines == ([] if line is None else [line])
     for script, folder in ('train.py', 'config/train_*.py'), ('finetune.py', 'config/finetune/*.py'):
         for path in ROOT.glob(folder):
             assert idle_settings(script, settings_of(script, [str(path)])) == [], path

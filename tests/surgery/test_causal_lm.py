@@ -46,6 +46,21 @@ def tokens(B=2, T=9):
     return torch.randint(1, 290, (B, T))
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_head_that_came_apart_from_the_embeddings_stays_apart(tied, tmp_path):
+    """As one that an adapter was merged into, though the config still says that it is tied."""
+    hf = make('llama', tie_word_embeddings=True)
+    if not tied:
+        hf.lm_head.weight = nn.Parameter(torch.randn_like(hf.lm_head.weight))
+    model, idx = CausalLM(hf), tokens()
+    again = rebuild(model.description, model.config.block_size, 0.0)
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(idx, idx)[0], hf(idx).logits, atol=1e-5, rtol=1e-4)
+    shared = again.lm_head.weight is again.body.get_input_embeddings().weight
+    assert shared == tied and ('tie_word_embeddings' in model.description) >= (not tied)
+
+
 @every_family
 def test_logits_and_greedy_texts_are_those_of_transformers(family, tmp_path):
     hf = make(family)
