@@ -255,6 +255,9 @@ def report(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         return
+    if issubclass(kind, BrokenPipeError):  # as `| head` has read enough; Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     last = os.path.realpath(files[-1]) if files else ''
     ours = last.startswith(ROOT + os.sep) and 'site-packages' not in last

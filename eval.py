@@ -97,8 +97,8 @@ def evaluate_text(checkpoint):
     step = min(stride, length) or max(1, length // 2)
     loader.check_dataset(name, 1, model.config.vocab_size, {'train', 'val', split})
     model.to(device).eval()
-    total = sum_losses(model, data, length, step)
     tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
+    total = sum_losses(model, data, length, step)
     if not math.isfinite(total):
         raise ValueError(f'the loss is {total}: the weights have diverged, or {dtype} is too small for them')
     loss, bits = total / tokens, total / math.log(2)

@@ -10,6 +10,7 @@ Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on
 
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 
@@ -167,12 +168,15 @@ def count_windows(settings):
 
 
 session.join(backend)
+decisive = {name: value for name, value in config.items() if name not in {*INCIDENTAL, 'dataset'}}
+session.check_same('the command', decisive, 'type the same settings on each node')
 if not eval_only:
     session.reserve(out_dir)
 
 # the run to go on from or to begin with, then the data
 is_run = init_from not in ('scratch', 'resume') and ckpt.holds_model(init_from)
 state = load_state() if init_from == 'resume' else None
+session.check_same(f'{out_dir}/ckpt.pt', state and (state['iter_num'], state.get('seconds')))
 base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
@@ -180,9 +184,11 @@ tokenizer = choose_vocabulary()
 splits = meta.get('splits') or loader.describe_splits(loader.dataset_folder(dataset))
 session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-is_another_text = bool(state) and state.get('data', splits) != splits
-has_other_windows = bool(state) and count_windows(config | state.get('config', {})) != count_windows(config)
-is_measured_anew = is_another_text or has_other_windows
+is_resumed = bool(state)
+is_another_text = is_resumed and state.get('data', splits) != splits
+is_validated_by_another = is_another_text and state['data'].get('val') != splits['val']
+has_other_windows = is_resumed and count_windows(config | state.get('config', {})) != count_windows(config)
+is_measured_anew = is_validated_by_another or has_other_windows
 
 
 def make_model(state, base):
@@ -259,7 +265,10 @@ raw_model.to(device)
 optimizer, scaler = make_optimizer(raw_model, state)
 iter_num, tokens, best_val_loss, seconds = 0, 0, math.inf, 0.0
 changes = []  # of settings, as the run was resumed
-if state:
+if is_resumed:
+    made_by = state.get('versions', {}).get('torch', torch.__version__)
+    if made_by != torch.__version__:
+        say(f'warning: the run was begun with torch {made_by} and goes on with {torch.__version__}, not bit for bit')
     then = state.get('config', {})
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
     tokens = state.get('tokens', iter_num * tokens_per_iter)
@@ -299,8 +308,9 @@ if compile and device_type == 'cuda' and not eval_only:
 model = session.wrap(fast_model)
 
 torch.manual_seed(seed + rank)
-if state:
+if is_resumed:
     session.restore_rng(state)
+    state = None  # the host's memory is for others
 
 
 @torch.no_grad()
@@ -394,10 +404,10 @@ def train_batch(iteration, micro_step):
 X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
-log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if state else []
-done_again = ckpt.history_after(out_dir, iter_num) if state and master and not eval_only else []
+log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if is_resumed else []
+done_again = ckpt.saved_after(out_dir, iter_num) if is_resumed and master and not eval_only else []
 if done_again:
-    say(f'{len(done_again)} later weights of history/ are moved to {ckpt.set_aside(out_dir, done_again)}')
+    say(f'what later iterations left is moved to {ckpt.set_aside(out_dir, done_again)}: {len(done_again)} file(s)')
 if is_measured_anew:
     anew = '' if eval_only else ': its best loss starts anew'
     say(f'warning: the tokens or windows of the validation are not those this run began with{anew}')
@@ -408,7 +418,7 @@ if is_measured_anew and not eval_only:
 session.begin(
     None if eval_only else out_dir,
     log,
-    resumed_at=iter_num if state else None,
+    resumed_at=iter_num if is_resumed else None,
     config=config,
     changes=changes,
     parameters={'total': raw_model.get_num_params(False), 'non_embedding': raw_model.get_num_params()},
@@ -421,7 +431,7 @@ source = meta.get('source', 'files without meta.json')
 say(f'data: {dataset}, {len(train_data):,} + {len(val_data):,} tokens, from {source}')
 say(f'number of parameters: {raw_model.get_num_params() / 1e6:.2f}M')
 say(f'{tokens_per_iter:,} tokens per iteration on {device_name(device)}, {world_size} process(es), {dtype}')
-if state:
+if is_resumed:
     say(f'resuming at iteration {iter_num}')
 bar = session.bar(max_iters, iter_num, 'iter')
 
@@ -474,7 +484,7 @@ while True:
     tokens += tokens_per_iter
     bar.update()
 
-    # timing and logging, for which alone a single process waits for its GPU
+    # timing and logging, for which alone a single process with AdamW waits for its GPU
     stopping = session.is_stopping()
     if stopping or iter_num >= max_iters or iter_num % log_interval == 0 or iter_num % eval_interval == 0:
         lossf = session.settle(loss, 'iteration')
@@ -497,3 +507,5 @@ elif not eval_only:
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 del model  # before its process group: the other way round, gloo aborts now and then
 session.leave()
+if eval_only and losses is None:
+    sys.exit('interrupted before the loss was known')

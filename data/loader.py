@@ -280,7 +280,8 @@ def open_split(dataset, split):
     path = os.path.join(dataset_folder(dataset), f'{split}.bin')
     if not os.path.exists(path) or os.path.getsize(path) == 0 or os.path.getsize(path) % DTYPE.itemsize:
         raise ValueError(f'{path} is missing, empty or cut off: prepare the data set again')
-    return np.memmap(path, dtype=DTYPE, mode='r')
+    with open(path, 'rb') as f:
+        return np.memmap(f, dtype=DTYPE, mode='r')
 
 
 def check_dataset(dataset, block_size, vocab_size, splits=('train', 'val')):

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from data.download import download, read_from_wheel
-from run.files import sha256_of, write_atomically
+from run.files import decode_text, sha256_of, write_atomically
 
 # nanoGPT's and nanoGPKANT's checkpoints carry no vocabulary: this is the one they were trained with
 TINYSHAKESPEARE_CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -42,7 +42,8 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError as error:
             char, place = error.args[0], text.index(error.args[0])
-            raise ValueError(f'character {char!r} at position {place} is not one of {self.chars!r}') from None
+            known = self.chars if len(self.chars) <= 100 else f'{self.chars[:100]} and {len(self.chars) - 100} more'
+            raise ValueError(f'character {char!r} at position {place} is not one of {known!r}') from None
 
     def decode(self, ids):
         """Text of the token ids; ValueError for one outside the vocabulary."""
@@ -181,7 +182,7 @@ def read_beside(folder):
     None where there is none.
     """
     if (folder / 'tokenizer.json').is_file():
-        return (folder / 'tokenizer.json').read_text(encoding='utf-8')
+        return decode_text((folder / 'tokenizer.json').read_bytes(), folder / 'tokenizer.json')
     vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
     if not (vocab.is_file() and merges.is_file()):
         return None

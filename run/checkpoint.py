@@ -15,6 +15,7 @@ Checkpoints hold plain tensors, numbers and strings, and are read as such: nothi
 be opened: that of the data set, and of a run of finetune.py without its base `init_from`.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -49,7 +50,7 @@ def save_checkpoint(out_dir, checkpoint, is_best):
         if os.path.exists(latest):
             link(latest, previous)
     if is_best:  # after best.pt: with a crash in between, the run goes on from the state before and gets here again
-        link(best, latest)
+        copy(best, latest)  # two files: whoever writes another state into one of them keeps the other
 
 
 def save_weights(out_dir, weights):
@@ -60,10 +61,16 @@ def save_weights(out_dir, weights):
         write_state(weights, f)
 
 
-def history_after(out_dir, iteration):
-    """The files in history/ of later iterations, which a run that goes on from this one does again."""
+def saved_after(out_dir, iteration):
+    """The files of later iterations, best.pt and those in history/, which a run that goes on from this one does again."""
     names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
-    return [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
+    later = [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
+    with contextlib.suppress(
+        OSError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError
+    ):  # where it is damaged
+        best = torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True, mmap=True)
+        later += ['best.pt'] * (best['iter_num'] > iteration)
+    return later
 
 
 def write_state(state, f):
@@ -85,8 +92,12 @@ def link(path, name):
         os.replace(temporary, name)
         sync_folder(os.path.dirname(name) or '.')
     except OSError:
-        with open(path, 'rb') as source, write_atomically(name) as copy:
-            shutil.copyfileobj(source, copy)
+        copy(path, name)
+
+
+def copy(path, name):
+    with open(path, 'rb') as source, write_atomically(name) as target:
+        shutil.copyfileobj(source, target)
 
 
 def set_aside(out_dir, names=LEFT):

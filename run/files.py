@@ -1,6 +1,7 @@
 """Files that are whole or absent: written aside and renamed. Standard library only."""
 
 import contextlib
+import errno
 import hashlib
 import os
 
@@ -31,6 +32,9 @@ def sync_folder(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some shared folders and network file systems cannot
+                raise
         finally:
             os.close(descriptor)
 

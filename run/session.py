@@ -25,9 +25,10 @@ class Session:
     """One process of a run, started by torchrun or by hand."""
 
     def __init__(self, device, dtype):
-        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
-        self.ddp = 'RANK' in os.environ  # by torchrun
-        self.world_size = int(os.environ.get('WORLD_SIZE', 1)) if self.ddp else 1
+        self.ddp = {'RANK', 'WORLD_SIZE'} <= os.environ.keys()  # by torchrun
+        told = os.environ if self.ddp else {}
+        self.rank, self.local_rank = (int(told.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+        self.world_size = int(told.get('WORLD_SIZE', 1))
         self.master = self.rank == 0
         if self.ddp and device == 'auto' and not torch.cuda.is_available():
             device = 'cpu'  # not mps, on which processes cannot talk
@@ -80,13 +81,13 @@ class Session:
             dist.all_gather_object(values, value)
         return values
 
-    def check_same(self, what, value):
+    def check_same(self, what, value, advice='copy its files from one node to all'):
         """ValueError where the processes have not the same: nodes without a shared disk prepare data of their own."""
         first, *others = self.gather(value)
         rank = next((rank for rank, other in enumerate(others, 1) if other != first), None)
         if rank:
             places = f'on process {rank} as on process 0'
-            raise ValueError(f'{what} is not the same {places}: copy its files from one node to all')
+            raise ValueError(f'{what} is not the same {places}: {advice}')
 
     def gather_rng(self):
         """The random states of all processes."""
@@ -170,10 +171,13 @@ class Session:
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
     def say(self, text):
-        """Print a line. Where nobody reads any more, e.g. a `| tee` that the same Ctrl-C ended, the run goes on."""
+        """Print a line. Where none can be written, as nobody reads any more (a `| tee` that the same Ctrl-C ended) or the
+        disk is full, the run goes on.
+        """
         if self.master:
-            with contextlib.suppress(BrokenPipeError):
-                tqdm.write(text) if self.on_terminal else print(text, flush=True)
+            with contextlib.suppress(OSError):
+                tqdm.write(text) if self.on_terminal else print(text)
+                sys.stdout.flush()
 
     def bar(self, total, initial, unit):
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)

@@ -815,7 +815,7 @@ def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, datas
     state = load(tmp_path / 'out')
     torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
     done = train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
-    assert '1 later weights of history/ are moved to out/earlier-1' in done.stdout
+    assert 'what later iterations left is moved to out/earlier-1: 1 file(s)' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
     assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 

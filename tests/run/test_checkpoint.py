@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_latest_previous_and_best(tmp_path):
     save(tmp_path, 3)
     save(tmp_path, 4)
     assert iterations(tmp_path) == {'ckpt.pt': 4, 'ckpt_prev.pt': 3, 'best.pt': 2}
+
+
+def test_a_state_copied_over_the_latest_leaves_the_best(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2, is_best=True)
+    shutil.copyfile(tmp_path / 'ckpt_prev.pt', tmp_path / 'ckpt.pt')
+    assert iterations(tmp_path) == {'ckpt.pt': 1, 'ckpt_prev.pt': 1, 'best.pt': 2}
+    assert ckpt.saved_after(str(tmp_path), 1) == ['best.pt'] and ckpt.saved_after(str(tmp_path), 2) == []
+    (tmp_path / 'best.pt').write_bytes(b'damaged')
+    assert ckpt.saved_after(str(tmp_path), 1) == []
 
 
 def test_best_is_preferred_unless_asked_otherwise(tmp_path):

@@ -1,6 +1,9 @@
 """Files that are whole or absent."""
 
+import contextlib
+import errno
 import os
+import stat
 
 import pytest
 
@@ -38,3 +41,18 @@ def test_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     with files.write_atomically(tmp_path / 'a') as f:
         f.write(b'x')
     assert calls[:2] == ['sync', 'rename']
+
+
+@pytest.mark.parametrize('number, is_fatal', [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synced_are_no_reason_to_stop(tmp_path, monkeypatch, number, is_fatal):
+    """Shared folders of virtual machines and some network file systems say EINVAL."""
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, 'cannot')
+
+    monkeypatch.setattr(os, 'fsync', sync)
+    with pytest.raises(OSError) if is_fatal else contextlib.nullcontext():
+        with files.write_atomically(tmp_path / 'a') as f:
+            f.write(b'x')
+    assert (tmp_path / 'a').read_bytes() == b'x'

@@ -1,6 +1,9 @@
 """What the processes of a run agree on."""
 
+import contextlib
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -38,6 +41,30 @@ def test_process_with_another_is_named(join, values, first):
     message = f'data set is not the same on process {first} as on process 0: copy its files from one node to all$'
     with pytest.raises(ValueError, match=message):
         join(list(values)).check_same('data set', values[0])
+
+
+def test_what_to_do_about_another_is_the_callers_to_say(join):
+    with pytest.raises(ValueError, match='the command is not the same on process 1 as on process 0: type it again$'):
+        join([{'seed': 1}, {'seed': 2}]).check_same('the command', {'seed': 1}, 'type it again')
+
+
+def test_a_rank_without_a_number_of_processes_is_a_single_process(monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    one = Session('cpu', 'float32')
+    assert not one.ddp and one.master and one.world_size == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
+def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch):
+    one = Session('cpu', 'float32')
+    for one.on_terminal in False, True:
+        full = open('/dev/full', 'w')
+        monkeypatch.setattr(sys, 'stdout', full)
+        one.say('a line')
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_single_process_agrees_with_itself(monkeypatch):
