@@ -15,7 +15,6 @@ Checkpoints hold plain tensors, numbers and strings, and are read as such: nothi
 be opened: that of the data set, and of a run of finetune.py without its base `init_from`.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -65,12 +64,12 @@ def saved_after(out_dir, iteration):
     """The files of later iterations, best.pt and those in history/, which a run that goes on from this one does again."""
     names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
     later = [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
-    with contextlib.suppress(
-        OSError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError
-    ):  # where it is damaged
+    try:
         best = torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True, mmap=True)
-        later += ['best.pt'] * (best['iter_num'] > iteration)
-    return later
+        is_later = best['iter_num'] > iteration
+    except (OSError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):  # there is none, or it is damaged
+        is_later = False
+    return later + ['best.pt'] * is_later
 
 
 def write_state(state, f):
