@@ -243,6 +243,18 @@ def is_ours(module):
     return Path(ROOT, f'{first}.py').exists() or any(Path(ROOT, first).glob('*.py'))
 
 
+def nobody_reads():
+    """Whether the reader of this process has gone, as `| head` when it has read enough. What is left goes nowhere, or
+    Python would complain once more at its end.
+    """
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+
+
 def report(kind, error, trace):
     """
     The excepthook of the scripts: a ValueError or OSError raised by this project's own lines is a mistake of the user's
@@ -252,8 +264,7 @@ def report(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         return
-    if issubclass(kind, BrokenPipeError):  # as `| head` has read enough; Python would say so once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if issubclass(kind, BrokenPipeError) and nobody_reads():
         return
     files = [frame.filename for frame in traceback.extract_tb(trace) if not frame.filename.startswith('<frozen')]
     last = os.path.realpath(files[-1]) if files else ''

@@ -218,7 +218,8 @@ def to_peft(checkpoint, target):
         layer = model.base_model.model.get_submodule(name)
         fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
     model.save_pretrained(target, save_embedding_layers=False)
-    write_adapter_card(target, record['config'], settings)
+    brings_code = 'causal_lm' not in checkpoint['model_args'] and not is_plain
+    write_adapter_card(target, record['config'], settings, brings_code)
 
 
 def base_of(model_args):
@@ -296,13 +297,15 @@ def write_gpt_card(target, how, checkpoint, gpt):
     write_card(target, parts, how, 'pipeline_tag: text-generation', config)
 
 
-def write_adapter_card(target, adapter, settings):
+def write_adapter_card(target, adapter, settings, brings_code):
+    """README.md of an adapter, whose base may bring code of its own."""
     what = f'An adapter of kind {adapter["kind"]} and rank {adapter["rank"]}, trained on {settings["task"]}.'
     base = settings['init_from']
     how = ['from peft import PeftModel', 'from transformers import AutoModelForCausalLM', '']
     if adapter['kind'] == 'kan':
         how[2:2] = ['import surgery.peft_kan  # tells PEFT of the kind']
-    how.append(f'base = AutoModelForCausalLM.from_pretrained({base!r})')
+    source = repr(base) + (', trust_remote_code=True' if brings_code else '')
+    how.append(f'base = AutoModelForCausalLM.from_pretrained({source})')
     how.append(f'model = PeftModel.from_pretrained(base, {push or target!r})')
     write_card(target, [what], how, f'base_model: {base}\nlibrary_name: peft', settings)
 

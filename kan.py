@@ -45,11 +45,12 @@ class Elementwise(nn.Module):
 
 def make_activation(given):
     """The module of an activation: of a class or another function that makes one, of a module, of a function of x, or
-    of the name of a class of torch.nn in any case. ValueError for anything else, and for what a KAN layer cannot have.
+    of the name of an activation of torch.nn in any case. ValueError for anything else, and for what a KAN layer cannot have.
     """
     made = given
     if isinstance(given, str):
-        classes = {name.lower(): kind for name, kind in vars(nn).items() if isinstance(kind, type)}
+        known = {**vars(nn.modules.activation), 'Identity': nn.Identity}
+        classes = {name.lower(): kind for name, kind in known.items() if isinstance(kind, type)}
         with contextlib.suppress(TypeError):  # of one that wants arguments
             made = classes.get(given.lower(), lambda: None)()
     elif callable(given) and not isinstance(given, nn.Module):
@@ -59,38 +60,39 @@ def make_activation(given):
     if not isinstance(made, nn.Module):
         wanted = "a class of modules (nn.SiLU), a module, a function of x, or a name ('silu')"
         raise ValueError(f'base_activation must be {wanted}, got {given!r}')
-    fault = fault_of(made)
-    if fault:
-        raise ValueError(f'base_activation must {fault}, got {made}')
+    rule = broken_rule(made)
+    if rule:
+        raise ValueError(f'base_activation must {rule}, got {made}')
     return made
 
 
 @torch.no_grad()
-def fault_of(activation):
-    """What a module must do to be an activation that learns: words, or None for one that does. A part of the numbers
-    has to give a part of the result, in training, too, and the numbers to stay as they were.
+@torch.inference_mode(False)  # in which tensors have no version
+def broken_rule(activation):
+    """What an activation must do, and this module does not, in words; None for a good one. A part of the numbers has to
+    give a part of the result, in training, too, and nothing may be written into the numbers.
     """
     if any(True for _ in activation.parameters()):
         return 'have no parameters of its own'
     numbers = torch.linspace(-2, 2, 1000, dtype=torch.float32, device='cpu').view(10, 100)
     x = numbers.clone()
+    version = x._version
     try:
-        trained = copy.deepcopy(activation).train()  # in which dropout is random
-        whole, part = trained(x)[1:, 1:], trained(numbers[1:, 1:].clone())
+        in_training = copy.deepcopy(activation).train()  # in which dropout is random
+        whole, part = in_training(x)[1:, 1:], in_training(numbers[1:, 1:].clone())
         is_elementwise = torch.allclose(whole, part, atol=1e-6, equal_nan=True)
     except (NotImplementedError, TypeError, IndexError, RuntimeError, ValueError):
         is_elementwise = False  # without a forward, no tensor, one of another shape, or refused
-    if not torch.equal(x, numbers):
+    if x._version != version:
         return 'not change its input'
     return None if is_elementwise else 'act on each number by itself, always alike'
 
 
 def takes_nothing(function):
-    """Whether a function is one to be called without arguments, as far as Python knows."""
+    """Whether a function can be called without arguments, as far as Python knows."""
     try:
-        signature = inspect.signature(function)
-        signature.bind()
-        return all(parameter.kind != parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+        inspect.signature(function).bind()
+        return True
     except (TypeError, ValueError):
         return False
 

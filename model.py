@@ -482,7 +482,7 @@ class GPT(nn.Module):
         modules = self.transformer.h.named_modules(prefix=self.blocks_path)
         return [f'{name}.{weights[type(module)]}' for name, module in modules if type(module) in weights]
 
-    def num_no_matmul_params(self):
+    def num_params_outside_matmuls(self):
         """Numbers of splines that no matrix product takes: scalers, folded into weights, and functions of channels."""
         scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
         return scalers + sum(m.spline_weight.numel() for m in self.modules() if isinstance(m, ChannelSpline))
@@ -490,7 +490,7 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):
         """Model FLOPs utilisation of an iteration that took dt seconds, by default against an A100's bfloat16 peak."""
         cfg = self.config
-        N = self.get_num_params() - self.num_no_matmul_params()  # PaLM (arXiv 2204.02311), appendix B
+        N = self.get_num_params() - self.num_params_outside_matmuls()  # PaLM (arXiv 2204.02311), appendix B
         if cfg.is_kan('head') and cfg.kan_kind == 'edge':
             N -= self.transformer.wte.weight.numel()  # not tied to the head, the token embeddings are looked up only
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size

@@ -268,7 +268,7 @@ changes = []  # of settings, as the run was resumed
 if is_resumed:
     made_by = state.get('versions', {}).get('torch', torch.__version__)
     if made_by != torch.__version__:
-        say(f'warning: the run was begun with torch {made_by} and goes on with {torch.__version__}, not bit for bit')
+        say(f'warning: ckpt.pt was saved with torch {made_by}, and {torch.__version__} does not go on bit for bit')
     then = state.get('config', {})
     iter_num, best_val_loss, seconds = state['iter_num'], float(state['best_val_loss']), state.get('seconds', 0.0)
     tokens = state.get('tokens', iter_num * tokens_per_iter)
@@ -407,7 +407,9 @@ X, Y = train_batch(iter_num, 0)
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if is_resumed else []
 done_again = ckpt.saved_after(out_dir, iter_num) if is_resumed and master and not eval_only else []
 if done_again:
-    say(f'what later iterations left is moved to {ckpt.set_aside(out_dir, done_again)}: {len(done_again)} file(s)')
+    say(f'{len(done_again)} file(s) of later iterations are moved to {ckpt.set_aside(out_dir, done_again)}')
+if session.all_reduce('best.pt' in done_again)[0] > 0:
+    best_val_loss = math.inf  # the best one is sought anew, so that there is one
 if is_measured_anew:
     anew = '' if eval_only else ': its best loss starts anew'
     say(f'warning: the tokens or windows of the validation are not those this run began with{anew}')

@@ -42,8 +42,9 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError as error:
             char, place = error.args[0], text.index(error.args[0])
-            known = self.chars if len(self.chars) <= 100 else f'{self.chars[:100]} and {len(self.chars) - 100} more'
-            raise ValueError(f'character {char!r} at position {place} is not one of {known!r}') from None
+            more = f' and {len(self.chars) - 100} more' if len(self.chars) > 100 else ''
+            known = f'{self.chars[:100]!r}{more}'
+            raise ValueError(f'character {char!r} at position {place} is not one of {known}') from None
 
     def decode(self, ids):
         """Text of the token ids; ValueError for one outside the vocabulary."""

@@ -67,7 +67,7 @@ def saved_after(out_dir, iteration):
     try:
         best = torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True, mmap=True)
         is_later = best['iter_num'] > iteration
-    except (OSError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError):  # there is none, or it is damaged
+    except Exception:  # there is none, or it is damaged: what torch then raises has no type in common
         is_later = False
     return later + ['best.pt'] * is_later
 
@@ -162,7 +162,8 @@ def read_export(folder):
         state = {name.removeprefix('gpt.'): p for name, p in weights.items()}
         for name in checkpoint.pop('tied'):
             shared = state['transformer.wte.weight']
-            if not torch.equal(state.setdefault(name, shared), shared):
+            found = state.setdefault(name, shared)
+            if found is not shared and not torch.equal(found, shared):
                 raise ValueError(f'{name} is no longer what transformer.wte.weight is')
         if checkpoint.pop('gpt2'):
             state = {name: p.t() if name.endswith(CONV1D) else p for name, p in state.items()}

@@ -177,7 +177,8 @@ class Session:
         if self.master:
             with contextlib.suppress(OSError):
                 tqdm.write(text) if self.on_terminal else print(text)
-                sys.stdout.flush()
+                if sys.stdout:  # a daemon may have none
+                    sys.stdout.flush()
 
     def bar(self, total, initial, unit):
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)

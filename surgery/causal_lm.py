@@ -39,7 +39,7 @@ class CausalLM(nn.Module):
         self.description = {name: value for name, value in hf.config.to_diff_dict().items() if name != 'dtype'}
         with suppress(NotImplementedError):  # of one without token embeddings, which check tells
             tied = self.lm_head.weight is self.body.get_input_embeddings().weight
-            if tied != hf.config.tie_word_embeddings:  # as where an adapter was merged into the head
+            if tied != getattr(hf.config, 'tie_word_embeddings', tied):  # as where an adapter was merged into the head
                 self.description['tie_word_embeddings'] = tied
         lists = (
             path

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from kan import ChannelSpline, KANLinear, fault_of
+from kan import ChannelSpline, KANLinear, broken_rule
 
 AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
@@ -171,7 +171,7 @@ def find_activations(model, targets):
 def is_activation(module):
     """Whether a module is one of PyTorch's or of transformers' that act on each number by itself."""
     is_known = type(module).__module__ in ('torch.nn.modules.activation', 'transformers.activations')
-    return is_known and fault_of(module) is None
+    return is_known and broken_rule(module) is None
 
 
 def is_random(module):

@@ -373,7 +373,8 @@ def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
     assert about.base_model_name_or_path == f'hf-{base}'  # without the folder that it is in
     card = (tmp_path / 'peft' / 'README.md').read_text()
     assert card.startswith(f'---\nlicense: mit\nbase_model: hf-{base}\n') and f'{folder}' not in card
-    assert f"from_pretrained('hf-{base}')" in card and 'trained on sst' in card
+    source = f"'hf-{base}'" + (', trust_remote_code=True' if base == 'kan-glu' else '')
+    assert f'from_pretrained({source})' in card and 'trained on sst' in card
     model = AutoModelForCausalLM.from_pretrained(folder / f'hf-{base}', trust_remote_code=True).eval()
     with torch.no_grad():
         plain = model.double()(ids).logits

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import pickle
 import re
@@ -489,10 +490,19 @@ def test_an_activation_is_given_in_any_way(given):
         close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize('given', ['gleu', 3, None, dict, 'linear', 'threshold', 'MultiheadAttention', nn.Linear])
+@pytest.mark.parametrize(
+    'given', ['gleu', 3, None, dict, 'linear', 'threshold', 'MultiheadAttention', 'sequential', nn.Linear]
+)
 def test_what_is_no_activation_is_named(given):
     with pytest.raises(ValueError, match=re.escape(f'got {given!r}')):
         KANLinear(I, O, base_activation=given)
+
+
+def test_activations_are_made_by_functions_and_names():
+    make = functools.partial(nn.Sequential, nn.SiLU(), nn.Tanh())
+    for given, expected in (make, make()), ('identity', nn.Identity()), (torch.tanh, nn.Tanh()):
+        layer, x = KANLinear(I, O, base_activation=given), torch.randn(5, I)
+        assert torch.equal(layer.base_activation(x), expected(x))
 
 
 @pytest.mark.parametrize('given', ['softmax', nn.Softmax(-1), nn.Module, lambda x: x - x.mean(), lambda x: x.sum()])
@@ -513,7 +523,15 @@ def test_an_activation_that_is_random_or_looks_at_places_is_refused(given):
 @pytest.mark.parametrize('layer', [KANLinear, ChannelSpline])
 @pytest.mark.parametrize(
     'given',
-    [torch.relu_, lambda x: F.silu(x, inplace=True), nn.Sequential(nn.ReLU(inplace=True)), nn.SiLU(inplace=True)],
+    [
+        torch.relu_,
+        lambda x: F.silu(x, inplace=True),
+        lambda x: x.clamp_(-3, 3),  # which leaves small numbers
+        nn.Sequential(nn.ReLU(inplace=True)),
+        nn.SiLU(inplace=True),
+        nn.Hardtanh(-3, 3, inplace=True),
+        nn.Threshold(-5.0, 0.0, inplace=True),
+    ],
 )
 def test_an_activation_that_changes_its_input_is_refused(layer, given):
     with pytest.raises(ValueError, match='base_activation must not change its input'):

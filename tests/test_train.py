@@ -329,6 +329,20 @@ def test_settings_that_do_nothing_are_named(tmp_path, dataset):
     assert f'warning: use_kan is off, and {without}: spline_lr_scale\n' in said
 
 
+def test_going_back_to_an_earlier_state_seeks_the_best_anew(tmp_path, dataset):
+    """Else the folder might have none, and the record the loss of weights that are not there."""
+    out, settings = tmp_path / 'out', dict(eval_interval=1, warmup_iters=0)
+    train(tmp_path, dataset, max_iters=2, **settings)
+    assert torch.load(out / 'best.pt', weights_only=True)['iter_num'] == 2
+    shutil.copyfile(out / 'ckpt_prev.pt', out / 'ckpt.pt')
+    more = dict(settings, init_from='resume', learning_rate=3.0, decay_lr=False)
+    done = train(tmp_path, dataset, max_iters=3, **more)
+    assert '1 file(s) of later iterations are moved to out/earlier-1' in done.stdout
+    best, record = torch.load(out / 'best.pt', weights_only=True), json.loads((out / 'run.json').read_text())
+    assert best['iter_num'] == 1 and record['final']['val_loss'] > record['final']['best_val_loss']
+    assert record['final']['best_val_loss'] == pytest.approx(read_log(out)[1]['val_loss'])
+
+
 def test_what_does_nothing():
     graph = dict(use_graph=True, graph_edges='causal,topk', graph_window=4, graph_topk=4)
     swish = dict(activation='swish', spline_lr_scale=4.0, spline_weight_decay=0.0)
@@ -815,7 +829,7 @@ def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, datas
     state = load(tmp_path / 'out')
     torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
     done = train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
-    assert 'what later iterations left is moved to out/earlier-1: 1 file(s)' in done.stdout
+    assert '1 file(s) of later iterations are moved to out/earlier-1' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
     assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 

@@ -49,6 +49,8 @@ def test_tinyshakespeare_has_its_65_characters_in_order():
 def test_unknown_character_is_named_with_its_place():
     with pytest.raises(ValueError, match=r"'\\t' at position 2 is not one of 'ab'"):
         CharTokenizer('ab').encode('ab\tb\t')
+    with pytest.raises(ValueError, match=r"is not one of '[^']{100}' and 200 more$"):
+        CharTokenizer(''.join(map(chr, range(500, 800)))).encode('a')
 
 
 @pytest.mark.parametrize('i', [-1, 2, 50257])

@@ -58,6 +58,9 @@ def test_a_rank_without_a_number_of_processes_is_a_single_process(monkeypatch):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is always full')
 def test_a_line_that_cannot_be_written_does_not_end_the_run(monkeypatch):
     one = Session('cpu', 'float32')
+    monkeypatch.setattr(sys, 'stdout', None)  # of a daemon
+    one.say('a line')
+    monkeypatch.undo()
     for one.on_terminal in False, True:
         full = open('/dev/full', 'w')
         monkeypatch.setattr(sys, 'stdout', full)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
-from kan import ChannelSpline, KANLinear, fault_of
+from kan import ChannelSpline, KANLinear, broken_rule
 from layers import spline
 from model import GPT, GPTConfig
 from surgery.kanify import as_torch, kanify, kanify_activations
@@ -381,7 +381,7 @@ def test_images_and_what_is_not_elementwise_are_refused():
         with pytest.raises(ValueError, match='follows a convolution'):
             kanify_activations(in_one_dimension, torch.randn(2, 3, 5))
     for activation in nn.GLU(), nn.Softmax(0), nn.Softmax(-1):
-        assert fault_of(activation)
+        assert broken_rule(activation)
     with pytest.raises(ValueError, match='found no activations'):
         kanify_activations(make_block_model(nn.RReLU), torch.randn(3, 4))
 
