@@ -45,7 +45,8 @@ class Elementwise(nn.Module):
 
 def make_activation(given):
     """The module of an activation: of a class or another function that makes one, of a module, of a function of x, or
-    of the name of an activation of torch.nn in any case. ValueError for anything else, and for what a KAN layer cannot have.
+    of the name of an activation of torch.nn in any case. ValueError for anything else, and for what a KAN layer cannot
+    have.
     """
     made = given
     if isinstance(given, str):

@@ -61,7 +61,7 @@ def save_weights(out_dir, weights):
 
 
 def saved_after(out_dir, iteration):
-    """The files of later iterations, best.pt and those in history/, which a run that goes on from this one does again."""
+    """The files of later iterations, best.pt and those in history/: a run that goes on from this one makes new ones."""
     names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
     later = [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
     try:

@@ -171,8 +171,8 @@ class Session:
     # what a run says and writes down, by the first process; a full disk is a warning and an exit status at the end
 
     def say(self, text):
-        """Print a line. Where none can be written, as nobody reads any more (a `| tee` that the same Ctrl-C ended) or the
-        disk is full, the run goes on.
+        """Print a line. The run goes on where none can be written: nobody reads any more, as a `| tee` that the same
+        Ctrl-C ended, or the disk is full.
         """
         if self.master:
             with contextlib.suppress(OSError):
