@@ -123,9 +123,14 @@ def to_transformers(checkpoint, target):
     about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
     with write_atomically(os.path.join(target, EXPORT), 'w', encoding='utf-8') as f:
         json.dump(about | kept, f, indent=1)
-    source = repr(push or target) + ('' if is_plain else ', trust_remote_code=True')
+    source = arguments_of(push or target, brings_code=not is_plain)
     longest = gpt.config.block_size - 1 if is_plain else 100
     write_gpt_card(target, how_to_write(source, tokenizer, longest), checkpoint, gpt)
+
+
+def arguments_of(name, brings_code):
+    """What a card hands to from_pretrained, or to a pipeline."""
+    return repr(name) + (', trust_remote_code=True' if brings_code else '')
 
 
 def how_to_write(source, tokenizer, longest):
@@ -304,7 +309,7 @@ def write_adapter_card(target, adapter, settings, brings_code):
     how = ['from peft import PeftModel', 'from transformers import AutoModelForCausalLM', '']
     if adapter['kind'] == 'kan':
         how[2:2] = ['import surgery.peft_kan  # tells PEFT of the kind']
-    source = repr(base) + (', trust_remote_code=True' if brings_code else '')
+    source = arguments_of(base, brings_code)
     how.append(f'base = AutoModelForCausalLM.from_pretrained({source})')
     how.append(f'model = PeftModel.from_pretrained(base, {push or target!r})')
     write_card(target, [what], how, f'base_model: {base}\nlibrary_name: peft', settings)
