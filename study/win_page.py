@@ -124,6 +124,10 @@ def held_out(run):
     return run['test']
 
 
+def trained_on(run):
+    return run['final']['train_loss']
+
+
 # the tables, as lists of lines
 
 
@@ -134,9 +138,9 @@ def table(heads, rows):
     return lines + ['| ' + ' | '.join(cells) + ' |' for cells in rows]
 
 
-def make_answer(baseline):
-    """How far the main families are from one of them on unseen text, on the seeds that all have, a row for each size
-    and stage with enough of them. Those are bold that hold by Holm's correction over their row.
+def make_answer(baseline, key=held_out):
+    """How far the main families are from one of them, by default on unseen text, on the seeds that all have, a row for
+    each size and stage with enough of them. Those are bold that hold by Holm's correction over their row.
     """
     others = [name for name in ('channel KAN', 'KAN-GLU', 'GELU', 'SwiGLU') if name != baseline]
     rows, lost = [], []
@@ -147,11 +151,11 @@ def make_answer(baseline):
         if len(seeds) < ENOUGH:
             continue
         groups = {name: {seed: groups[name][seed] for seed in seeds} for name in MAIN}
-        gaps = {name: difference(groups[name], groups[baseline], held_out) for name in others}
+        gaps = {name: difference(groups[name], groups[baseline], key) for name in others}
         held = holm({name: gap[2] for name, gap in gaps.items()})
         cells = ['{:+.4f} ± {:.4f}'.format(*gap) for gap in gaps.values()]
         cells = [f'**{cell}**' if name in held else cell for name, cell in zip(gaps, cells)]
-        loss = mean_and_std([*map(held_out, groups[baseline].values())], 4)
+        loss = mean_and_std([*map(key, groups[baseline].values())], 4)
         rows.append([TITLES[size], during(stage, size), str(len(seeds)), *cells, loss])
         lost += diverged(stage, size)
     heads = ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}']
@@ -281,9 +285,13 @@ def make_shapes(size):
 
 
 def make_page():
-    parts = []
+    tables = {
+        f'All sizes, to {baseline}, {text}': make_answer(baseline, key)
+        for text, key in (('validation text', validation), ('text that they were trained on', trained_on))
+        for baseline in ('SwiGLU', 'GELU')
+    }
     for size in SIZES:
-        tables = {
+        tables |= {
             f'{size}: fresh seeds': make_final('final', size),
             f'{size}: what the learning adds': make_controls(size),
             f'{size}: at the seconds of SwiGLU': make_final('seconds', size),
@@ -296,9 +304,7 @@ def make_page():
             ),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
-        for title, lines in tables.items():
-            if lines:
-                parts += [f'## {title}', '', *lines, '']
+    parts = [line for title, lines in tables.items() if lines for line in (f'## {title}', '', *lines, '')]
     return '\n'.join(parts)
 
 
