@@ -62,7 +62,8 @@ def study(tmp_path, monkeypatch):
         loss = 1.6 + 20 * abs(rate - 4e-3) - 0.1 * std + 1e-4 * (flags['seed'] % 7)
         loss -= 0.01 * (about['family'] == 'KAN-GLU') + 1e-3 * (flags.get('spline_lr_scale') == 4.0)
         log = [dict(iter=n, val_loss=loss + 1 / (n + 1)) for n in (0, 500, 1000)]
-        final = dict(val_loss=loss, best_val_loss=loss)
+        train_loss = loss - 0.05 - 0.01 * (about['family'] == 'KAN-GLU')
+        final = dict(val_loss=loss, best_val_loss=loss, train_loss=train_loss)
         run = dict(about, seed=flags['seed'], parameters=dict(total=1), finished='now', final=final, log=log)
         run['config'] = {'max_iters': 1000, **flags}
         run['dataset'] = dict(splits=dict(train=dict(sha256='a'), val=dict(sha256='b')))
@@ -112,6 +113,9 @@ def test_the_main_families_can_be_had_alone_and_longer_and_by_seconds(study):
         '## 0.23M: at the seconds of SwiGLU' in page
         and '| KAN-GLU | 1250.0 (1250.0 to 1250.0) | 1.25 (1.25 to 1.25) |' in page
     )
+    for text, gap in ('validation text', '-0.0100'), ('text that they were trained on', '-0.0200'):
+        rows = page.split(f'## All sizes, to SwiGLU, {text}\n\n')[1].split('\n\n')[0]
+        assert rows.count(f'**{gap} ± 0.0000**') == 3  # final, seconds, longer
 
 
 @pytest.mark.parametrize(
