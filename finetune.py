@@ -151,7 +151,8 @@ if resume:
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
     model, tokenizer = task_model.load_task_model(state)
-    step, best_loss = state['iter_num'], float(state['best_val_loss'])
+    step, has_best = state['iter_num'], os.path.exists(os.path.join(out_dir, 'best.pt'))
+    best_loss = float(state['best_val_loss']) if has_best else math.inf  # without one it is sought anew
     seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
     gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)

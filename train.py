@@ -5,7 +5,7 @@
     python train.py config/train_shakespeare_char_micro_kan.py --init_from=resume
     torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_nano_kan.py --device=cpu
 
-Ctrl-C (or SIGTERM) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help lists settings.
+Ctrl-C (or SIGTERM, SIGHUP) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help lists settings.
 """
 
 import math
@@ -407,8 +407,11 @@ X, Y = train_batch(iter_num, 0)
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if is_resumed else []
 done_again = ckpt.saved_after(out_dir, iter_num) if is_resumed and master and not eval_only else []
 if done_again:
-    say(f'{len(done_again)} file(s) of later iterations are moved to {ckpt.set_aside(out_dir, done_again)}')
-if session.all_reduce('best.pt' in done_again)[0] > 0:
+    say(
+        f'{len(done_again)} file(s), of later iterations or damaged, are moved to {ckpt.set_aside(out_dir, done_again)}'
+    )
+lacks_best = is_resumed and master and not eval_only and not os.path.exists(os.path.join(out_dir, 'best.pt'))
+if session.all_reduce(lacks_best)[0] > 0:
     best_val_loss = math.inf  # the best one is sought anew, so that there is one
 if is_measured_anew:
     anew = '' if eval_only else ': its best loss starts anew'
@@ -441,6 +444,7 @@ bar = session.bar(max_iters, iter_num, 'iter')
 session.listen()
 peak = flops_promised(device, dtype)
 timed_from, iter_timed = seconds, iter_num
+saved_at = iter_num if is_resumed else None  # the iteration of the state in ckpt.pt
 started, stopping = None, False  # when the steps began that the device may still be at
 while True:
     # evaluate the loss on train/val sets, write checkpoints and the record
@@ -460,8 +464,11 @@ while True:
         if not eval_only and (iter_num > 0 or is_last):
             before, is_best = best_val_loss, losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
-            if (is_best or always_save_checkpoint or is_last) and not save(is_best):
-                best_val_loss = before  # the next one may be the best that is saved
+            if is_best or ((always_save_checkpoint or is_last) and saved_at != iter_num):
+                if save(is_best):
+                    saved_at = iter_num
+                else:
+                    best_val_loss = before  # the next one may be the best that is saved
         session.write_record()
     if is_last or eval_only or stopping or (is_due and losses is None):  # told to stop
         break
@@ -501,7 +508,7 @@ while True:
             say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
-if is_last and losses:
+if is_last and saved_at == iter_num:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
     session.finish_tracking()
 elif not eval_only:

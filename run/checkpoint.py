@@ -15,6 +15,7 @@ Checkpoints hold plain tensors, numbers and strings, and are read as such: nothi
 be opened: that of the data set, and of a run of finetune.py without its base `init_from`.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -55,20 +56,24 @@ def save_checkpoint(out_dir, checkpoint, is_best):
 def save_weights(out_dir, weights):
     """Write the weights of an iteration into history/, beside those of the others."""
     folder = os.path.join(out_dir, 'history')
-    os.makedirs(folder, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)  # and not an out_dir that was moved away
     with write_atomically(os.path.join(folder, f'{weights["iter_num"]:08d}.pt')) as f:
         write_state(weights, f)
 
 
 def saved_after(out_dir, iteration):
-    """The files of later iterations, best.pt and those in history/: a run that goes on from this one makes new ones."""
+    """The files of later iterations, best.pt and those in history/: a run that goes on from this one makes new ones. A
+    damaged best.pt is among them.
+    """
     names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
     later = [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
+    path = os.path.join(out_dir, 'best.pt')
     try:
-        best = torch.load(os.path.join(out_dir, 'best.pt'), map_location='cpu', weights_only=True, mmap=True)
+        best = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         is_later = best['iter_num'] > iteration
-    except Exception:  # there is none, or it is damaged: what torch then raises has no type in common
-        is_later = False
+    except Exception:  # what torch raises on damaged files has no type in common
+        is_later = os.path.exists(path)
     return later + ['best.pt'] * is_later
 
 
@@ -119,11 +124,13 @@ def load_checkpoint(out_dir, names=MODELS):
     path = next(filter(os.path.exists, paths), None)
     if path is None and is_export(out_dir):
         return read_export(out_dir)
-    if path is None:
-        raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
     others = [name for name in STATES if os.path.exists(os.path.join(out_dir, name))]
-    others = ', '.join(name for name in others if not os.path.samefile(os.path.join(out_dir, name), path))
-    advice = f'; to use another in its place, copy it there: {others}' if others else ''
+    others = [name for name in others if not path or not os.path.samefile(os.path.join(out_dir, name), path)]
+    advice = f'; to use another in its place, copy it there: {", ".join(others)}' if others else ''
+    if path is None:
+        raise ValueError(
+            f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them{advice}'
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.load does not look at the checksums of tensors, and leaves one marked as a folder (0x10) unread

@@ -155,6 +155,8 @@ class Session:
     def listen(self):
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # of a terminal that is gone; nohup ignores it
+            signal.signal(signal.SIGHUP, self.on_signal)
 
     def on_signal(self, number, frame):
         if self.signals and time.monotonic() - self.signals[0] > 1:

@@ -148,6 +148,8 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
     lets it save first.
     """
     os.makedirs(out_dir, exist_ok=True)
+    with FileLock(os.path.join(out_dir, 'run.lock')):  # of a run whose shell was killed: it ends first
+        pass
     resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []
     command = [sys.executable, '-u', os.path.join(ROOT, script), *args, f'--out_dir={out_dir}', *resume]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -132,7 +132,7 @@ def test_evaluation_and_seeds(tmp_path, dataset):
 # signals
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_during_training_saves_and_exits_0(tmp_path, dataset, number):
     process = start_training(tmp_path, dataset, 'parts', max_iters=NEVER, eval_interval=NEVER)
     read_until(process.stdout, 'iter 3:')
@@ -337,7 +337,7 @@ def test_going_back_to_an_earlier_state_seeks_the_best_anew(tmp_path, dataset):
     shutil.copyfile(out / 'ckpt_prev.pt', out / 'ckpt.pt')
     more = dict(settings, init_from='resume', learning_rate=3.0, decay_lr=False)
     done = train(tmp_path, dataset, max_iters=3, **more)
-    assert '1 file(s) of later iterations are moved to out/earlier-1' in done.stdout
+    assert '1 file(s), of later iterations or damaged, are moved to out/earlier-1' in done.stdout
     best, record = torch.load(out / 'best.pt', weights_only=True), json.loads((out / 'run.json').read_text())
     assert best['iter_num'] == 1 and record['final']['val_loss'] > record['final']['best_val_loss']
     assert record['final']['best_val_loss'] == pytest.approx(read_log(out)[1]['val_loss'])
@@ -536,7 +536,38 @@ def test_full_disk_is_a_warning_and_an_exit_status(tmp_path, dataset, share):
         assert [line['iter'] for line in read_log(out)] == [0, 2, 4, 5]
 
 
+def test_where_nothing_could_be_saved_the_run_has_not_finished(tmp_path, dataset):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))  # more than the records
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'max_iters': 3})
+    full = run_forked(tmp_path, 'train.py', *args, before=limit)
+    assert full.returncode == 1 and 'Traceback' not in full.stderr
+    assert 'warning: iteration 3 is not saved' in full.stdout
+    assert full.stderr.splitlines()[-1].startswith('error: not everything could be saved')
+    record = json.loads((tmp_path / 'out/run.json').read_text())
+    assert 'started' in record and 'finished' not in record and not list((tmp_path / 'out').glob('*.pt'))
+
+
 # what a run leaves behind
+
+
+def test_a_resumed_run_keeps_the_state_before_its_own(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=4)
+    train(tmp_path, dataset, max_iters=4, init_from='resume')
+    assert load(tmp_path / 'out')['iter_num'] == 4 and load(tmp_path / 'out', 'ckpt_prev.pt')['iter_num'] == 2
+    assert 'finished' in json.loads((tmp_path / 'out/run.json').read_text())
+
+
+@pytest.mark.parametrize('damage', ['lost', 'cut off'])
+def test_without_the_best_state_a_resumed_run_seeks_it_anew(tmp_path, dataset, damage):
+    train(tmp_path, dataset, max_iters=4)
+    best = tmp_path / 'out/best.pt'
+    best.unlink() if damage == 'lost' else best.write_bytes(best.read_bytes()[:-9])
+    train(tmp_path, dataset, max_iters=6, init_from='resume', learning_rate=9.0, decay_lr=False)  # none is as good
+    assert (tmp_path / 'out/earlier-1/best.pt').exists() == (damage == 'cut off')
+    best = load(tmp_path / 'out', 'best.pt')
+    losses = {line['iter']: line['val_loss'] for line in read_log(tmp_path / 'out')}
+    final = json.loads((tmp_path / 'out/run.json').read_text())['final']
+    assert best['iter_num'] == 4 and best['best_val_loss'] == losses[4] == final['best_val_loss'] < losses[6]
 
 
 def test_record_log_and_checkpoint(tmp_path, dataset):
@@ -829,7 +860,7 @@ def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, datas
     state = load(tmp_path / 'out')
     torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
     done = train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
-    assert '1 file(s) of later iterations are moved to out/earlier-1' in done.stdout
+    assert '1 file(s), of later iterations or damaged, are moved to out/earlier-1' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
     assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 

@@ -119,7 +119,23 @@ def test_a_state_copied_over_the_latest_leaves_the_best(tmp_path):
     assert iterations(tmp_path) == {'ckpt.pt': 1, 'ckpt_prev.pt': 1, 'best.pt': 2}
     assert ckpt.saved_after(str(tmp_path), 1) == ['best.pt'] and ckpt.saved_after(str(tmp_path), 2) == []
     (tmp_path / 'best.pt').write_bytes(b'damaged')
+    assert ckpt.saved_after(str(tmp_path), 2) == ['best.pt']
+    (tmp_path / 'best.pt').unlink()
     assert ckpt.saved_after(str(tmp_path), 1) == []
+    message = (
+        'expected best.pt, as train.py writes them; to use another in its place, copy it there: ckpt.pt, ckpt_prev'
+    )
+    with pytest.raises(ValueError, match=message):
+        ckpt.load_checkpoint(str(tmp_path), ['best.pt'])
+
+
+def test_weights_are_kept_in_a_folder_that_is_there(tmp_path):
+    for iter_num in 1, 2:
+        ckpt.save_weights(str(tmp_path), {'iter_num': iter_num})
+    assert sorted(os.listdir(tmp_path / 'history')) == ['00000001.pt', '00000002.pt']
+    with pytest.raises(FileNotFoundError):  # one that was moved away is not made anew
+        ckpt.save_weights(str(tmp_path / 'moved'), {'iter_num': 3})
+    assert not (tmp_path / 'moved').exists()
 
 
 def test_best_is_preferred_unless_asked_otherwise(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import statistics
+import threading
 import time
 
 import numpy as np
@@ -185,6 +186,22 @@ def test_a_run_of_a_script_prints_into_a_file(tmp_path, monkeypatch):
     text = ''.join(lines) + f'--out_dir={out} --init_from=resume\nthe last\n\n'
     assert (out / 'train.txt').read_text() == text
     assert (out / 'finetune.txt').read_text() == f'--out_dir={out} --resume=True\nthe last\n\n'
+
+
+def test_a_run_whose_shell_was_killed_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'ROOT', str(tmp_path))
+    (tmp_path / 'train.py').write_text('import sys\nprint(sys.argv[-1])\n')
+    begun = threading.Event()
+
+    def train():
+        with FileLock(tmp_path / 'run.lock'):
+            begun.set()
+            time.sleep(0.5)
+            (tmp_path / 'ckpt.pt').touch()
+
+    threading.Thread(target=train).start()
+    begun.wait()
+    assert runner.run_script('train.py', [], str(tmp_path)) == ('--init_from=resume', 0)
 
 
 @pytest.mark.parametrize(
