@@ -5,7 +5,8 @@
     python train.py config/train_shakespeare_char_micro_kan.py --init_from=resume
     torchrun --standalone --nproc_per_node=2 train.py config/train_shakespeare_char_nano_kan.py --device=cpu
 
-Ctrl-C (or SIGTERM, SIGHUP) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help lists settings.
+Ctrl-C (or SIGTERM, SIGHUP) finishes the step and saves; --init_from=resume then goes on, bit for bit. --help lists
+settings.
 """
 
 import math
