@@ -194,3 +194,10 @@ def test_mistakes_are_named(model_and_data, tmp_path):
     assert 'another vocabulary' in complaint(folder, 'eval.py', f'--dataset={other}')
     torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')
     assert 'name it by --dataset' in complaint(tmp_path, 'eval.py', '--out_dir=.')
+
+
+def test_stride_of_half_a_block_and_parameters(model_and_data):
+    folder, dataset, checkpoint = model_and_data
+    found = evaluate(folder, f'--dataset={dataset}')
+    assert (found['stride'], found['block_size']) == (T // 2, T)
+    assert found['parameters'] == sum(p.numel() for p in build_model(checkpoint).parameters())

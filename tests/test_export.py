@@ -21,6 +21,7 @@ pytest.importorskip('transformers')
 MODELS = {
     'vanilla': dict(),
     'no-bias': dict(bias=False, gelu='tanh', mlp_hidden=2.0),
+    'silu': dict(activation='silu'),
     'swiglu': dict(mlp='swiglu', bias=False),
     'rotary': dict(rotary=True),
     'kan': dict(use_kan=True, kan_targets='attn,mlp,head'),

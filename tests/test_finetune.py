@@ -825,3 +825,23 @@ def test_flags_win_over_the_names_of_the_configs(place):
     tune(place, 'mine', *configs('sst', 'lora'), epochs=1, train_limit=4, wandb_run_name='me', **ADAPTERS)
     config = read_json(place, 'mine', 'run.json')['config']
     assert (config['out_dir'], config['wandb_run_name']) == ('mine', 'me')
+
+
+def test_rates_of_each_epoch_and_what_the_optimizer_has(workshop):
+    """Warm-up over 6 of 15 steps, then down to zero."""
+    settings = dict(epochs=3, warmup_fraction=0.4, beta1=0.8, beta2=0.9)
+    tune(workshop, 'out-rates', **settings, **FULL)
+    rates = [0.01 * share for share in (5 / 7, 6 / 9, 1 / 9)]
+    assert [line['lr'] for line in read_log(workshop / 'out-rates')] == pytest.approx(rates)
+    for group in load(workshop / 'out-rates')['optimizer']['param_groups']:
+        assert group['betas'] == (0.8, 0.9) and group['lr'] == pytest.approx(rates[-1])
+
+
+def test_gradients_are_clipped(workshop):
+    start, moved = load(workshop / 'base')['model'], []
+    for name, grad_clip in ('out-clipped', 1e-12), ('out-free', 0.0):
+        tune(workshop, name, epochs=1, grad_clip=grad_clip, weight_decay=0.0, dropout=0.0, **FULL)
+        state = load(workshop / name)['model']
+        pairs = [(p, state[f'gpt.{key}']) for key, p in start.items() if 'lm_head' not in key]
+        moved.append(max((p - q).abs().max() for p, q in pairs))
+    assert moved[0] < 1e-4 < 1e-3 < moved[1]

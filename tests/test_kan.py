@@ -1028,3 +1028,56 @@ def test_a_constant_feature_keeps_its_grid_where_no_margin_is_left(value, dtype)
     assert torch.equal(layer.grid[0], grid[0]) and not torch.equal(layer.grid[1], grid[1])
     after = layer(torch.full((1, 2), value, dtype=dtype))
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+
+
+def test_a_kan_hands_its_settings_to_every_layer():
+    settings = dict(grid_size=4, spline_order=2, scale_noise=0.3, scale_base=2.0, scale_spline=3.0)
+    settings.update(grid_eps=0.5, grid_range=(-2, 3))
+    for layer in KAN([2, 3, 1], **settings, mask=True).layers:
+        assert {name: getattr(layer, name) for name in settings} == settings and layer.mask is not None
+
+
+def test_a_network_on_a_finer_grid_tells_its_size_and_the_largest_difference():
+    network = KAN([I, 5, O]).double()
+    alone = copy.deepcopy(network)
+    differences = [layer.refine_grid(7) for layer in alone.layers]
+    assert network.refine_grid(7) == max(differences) > min(differences) and network.grid_size == 7
+
+
+def test_a_layer_trains_also_while_its_weights_are_packed():
+    layer, x = KANLinear(I, O), torch.randn(6, I)
+    with packed_weights(layer):
+        layer(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+def test_packed_weights_of_another_parameter_with_as_many_changes():
+    layer, x = KANLinear(I, O), torch.randn(6, I)
+    layer.base_weight = nn.Parameter(layer.base_weight.detach().clone())  # which nothing has changed, as the next one
+    with packed_weights(layer), torch.no_grad():
+        before = layer(x)
+        layer.base_weight = nn.Parameter(3 * layer.base_weight)
+        assert not torch.allclose(layer(x), before)
+
+
+@torch.no_grad()
+def test_packed_weights_are_forgotten_in_the_end():
+    layer, x = KANLinear(I, O), torch.randn(6, I)
+    with packed_weights(layer):
+        before = layer(x)
+    layer.base_weight.data.mul_(3)  # which leaves no trace
+    assert not torch.allclose(layer(x), before)
+
+
+def test_functions_of_channels_have_an_even_grid_from_minus_four_to_four():
+    phi = ChannelSpline(3)
+    assert (phi.grid[0, 3], phi.grid[0, -4]) == (-4, 4)
+    phi.update_grid(torch.randn(500, 3))
+    assert spline.are_uniform(phi.grid)
+
+
+def test_initial_weights_fill_their_bounds():
+    layer = KANLinear(100, 80, scale_base=2.0)
+    for p, bound in (layer.base_weight, 0.2), (layer.spline_scaler, 0.1):
+        assert 0.98 * bound < p.abs().max() <= bound
+        assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)

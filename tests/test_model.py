@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from configurator import settings_of
-from kan import KAN, KANLinear
+from kan import KAN, ChannelSpline, KANLinear
 from layers.generation import sample_token, stream
 from model import GPT, GPTConfig, rotate
 from run.checkpoint import build_model
@@ -809,3 +809,33 @@ def test_residual_projections_leave_the_functions_before_them():
         for name in ('c_attn', 'c_proj')
     )
     assert first.std().item() == pytest.approx(1, rel=0.15) and last.std().item() == pytest.approx(1, rel=0.15)
+
+
+FORMS = [{}, dict(mlp='swiglu'), dict(use_kan=True)]
+FORMS += [dict(use_kan=True, kan_kind='channel', mlp=mlp) for mlp in ('mlp', 'swiglu')]
+
+
+@pytest.mark.parametrize('slots', FORMS, ids=str)
+def test_dropout_acts_on_what_a_block_adds_and_on_the_weights_of_attention(slots):
+    block, x = make(dropout=0.5, **slots).train().transformer.h[0], torch.randn(4, 12, 16)
+    for module in block.attn, block.mlp:
+        assert 0.3 < (module(x) == 0).float().mean() < 0.7
+    block.attn.resid_dropout.eval()
+    assert not torch.equal(block.attn(x), block.attn(x))
+    block.eval()
+    assert all(torch.equal(module(x), module(x)) for module in (block.attn, block.mlp))
+
+
+def test_functions_of_channels_have_the_grid_of_the_config():
+    grid = dict(grid_size=4, spline_order=2, grid_min=-3.0, grid_max=2.0)
+    model = make(n_layer=1, use_kan=True, kan_kind='channel', kan_targets='attn,mlp,head', **grid)
+    functions = [module for module in model.modules() if isinstance(module, ChannelSpline)]
+    assert len(functions) == 4
+    for phi in functions:
+        torch.testing.assert_close(phi.grid[0], -3 + 1.25 * torch.arange(-2.0, 7.0))
+
+
+def test_utilisation_of_a_head_of_splines():
+    vanilla, head = make(), make(use_kan=True, kan_targets='head')
+    more = (head.estimate_mfu(1, 1) - vanilla.estimate_mfu(1, 1)) * 312e12
+    assert more == pytest.approx(6 * 12 * 8 * 20 * 16)  # eight bases; its token embeddings are looked up only

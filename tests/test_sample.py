@@ -388,3 +388,9 @@ def test_very_small_temperature_is_greedy(tmp_path):
         for t in (1e-30, 0)
     )
     assert cold.stdout == greedy.stdout and cold.returncode == 0
+
+
+def test_rows_of_the_head_that_are_no_tokens_are_never_drawn(tmp_path):
+    make_checkpoint(tmp_path / 'out', vocab_size=TOKENIZER.vocab_size + 200)
+    texts = sample(tmp_path, start='ROMEO', num_samples=3, max_new_tokens=10, temperature=99)
+    assert [len(text) for text in texts] == [15] * 3 and set(''.join(texts)) <= set(TOKENIZER.chars)

@@ -1016,3 +1016,62 @@ def test_a_complaint_is_all_that_a_user_sees(tmp_path, dataset):
     done = run(tmp_path, 'train.py', *flags(**{**TINY, 'dataset': dataset, 'n_embd': 15}))
     assert done.returncode == 1 and done.stdout == ''
     assert re.fullmatch(r'error: n_embd=15 is not divisible.*\n', done.stderr)
+
+
+# the recipe
+
+
+def test_rates_of_each_iteration_and_what_the_optimizer_has(tmp_path, dataset):
+    """Warm-up, half a cosine, the end."""
+    schedule = dict(max_iters=8, warmup_iters=2, lr_decay_iters=6, eval_interval=1, eval_iters=1)
+    done = train(tmp_path, dataset, **schedule, beta1=0.8, beta2=0.9, weight_decay=0.2)
+    top, low = TINY['learning_rate'], TINY['min_lr']
+    cosine = [low + (top - low) * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    log = read_log(tmp_path / 'out')
+    assert [line['lr'] for line in log] == pytest.approx([top / 3, 2 * top / 3, *cosine, low, low, low])
+    decaying, rest = load(tmp_path / 'out')['optimizer']['param_groups']
+    assert decaying['lr'] == rest['lr'] == pytest.approx(low) and decaying['betas'] == (0.8, 0.9)
+    assert (decaying['weight_decay'], rest['weight_decay']) == (0.2, 0.0)
+    best = load(tmp_path / 'out', 'best.pt')
+    assert best['optimizer']['param_groups'][0]['lr'] == pytest.approx(log[best['iter_num'] - 1]['lr'])
+    shown = [float(loss) for loss in re.findall(r'iter \d+: loss ([\d.]+)', done.stdout)]
+    assert len(shown) == 8 and all(abs(loss - math.log(TOKENIZER.vocab_size)) < 1 for loss in shown)
+    for before, line in zip(log, log[1:]):
+        speed = (line['tokens'] - before['tokens']) / (line['seconds'] - before['seconds'])
+        assert line['tokens_per_s'] == pytest.approx(speed)
+
+
+def test_gradients_of_a_run_are_clipped(tmp_path, dataset):
+    for name, grad_clip in ('clipped', 1e-12), ('free', 0.0):
+        train(tmp_path, dataset, name, max_iters=1, grad_clip=grad_clip, weight_decay=0.0, decay_lr=False)
+    torch.manual_seed(1337)
+    initial = GPT(GPTConfig(**load(tmp_path / 'free')['model_args'])).state_dict()
+    clipped, free = (
+        max((p - initial[key]).abs().max() for key, p in load(tmp_path / name)['model'].items())
+        for name in ('clipped', 'free')
+    )
+    assert clipped < 1e-4 < 1e-3 < free
+
+
+def test_the_loss_that_is_shown_is_the_mean_over_all_processes(tmp_path, dataset):
+    done = train(tmp_path, dataset, processes=2, max_iters=2)
+    shown = [float(loss) for loss in re.findall(r'iter \d+: loss ([\d.]+)', done.stdout)]
+    assert len(shown) == 2 and all(abs(loss - math.log(TOKENIZER.vocab_size)) < 1 for loss in shown)
+
+
+def test_a_run_learns_from_train_and_is_measured_on_both(tmp_path):
+    """One is of one character, the other of another."""
+    write_split(tmp_path, 'train', [1] * 400)
+    write_split(tmp_path, 'val', [2] * 200)
+    write_meta(tmp_path, TOKENIZER, 'two characters')
+    train(tmp_path, tmp_path, max_iters=20, eval_interval=20, learning_rate=0.03, decay_lr=False)
+    last = read_log(tmp_path / 'out')[-1]
+    assert last['train_loss'] < 1 < math.log(TOKENIZER.vocab_size) < last['val_loss']
+
+
+def test_the_seed_decides_which_windows_are_learned(tmp_path, dataset):
+    """Also where the weights are given."""
+    train(tmp_path, dataset, 'first', max_iters=0)
+    for seed in 1, 2:
+        train(tmp_path, dataset, f'out{seed}', init_from='first', max_iters=1, dropout=0.0, seed=seed)
+    assert not same_state(load(tmp_path / 'out1'), load(tmp_path / 'out2'))

@@ -481,3 +481,15 @@ def test_importing_kernels_imports_neither_triton_nor_the_compiler():
     names = ('triton', 'torch._inductor.compile_fx', 'layers.spline_triton', 'layers.channel_triton')
     code = f'import sys, kan; sys.exit(any(name in sys.modules for name in {names}))'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=ENV).returncode == 0
+
+
+def test_gradients_of_weights_in_bfloat16_are_added_up_in_float32(monkeypatch):
+    monkeypatch.setattr(spline, 'BACKEND', 'plain')
+    monkeypatch.setitem(spline.CHUNK_BYTES, 'plain', 1)  # 64 rows at a time
+    x, weight, knots, _ = make(12800, 5, 3, dtype=torch.bfloat16)
+    found = []
+    for function, w in (spline_linear, weight), (plain_spline_linear, weight.double()):
+        w.requires_grad_()
+        function(x.to(w.dtype), w, knots, 3, nn.SiLU(), w.dtype).sum().backward()
+        found.append(w.grad.double())
+    assert (found[0] - found[1]).abs().max() < 0.01 * found[1].abs().max()

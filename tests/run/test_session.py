@@ -134,3 +134,13 @@ def test_a_scaler_skips_a_gradient_that_is_not_finite_and_goes_on(alone):
     weights, loss = take_steps(alone, [3.0, 2.0, 1.0], [1.0, math.inf, 1.0], True, scaler)
     assert weights[1] == weights[2] != weights[3] and scaler.get_scale() == 2.0
     assert alone.settle(loss, 'iteration') == 1.0
+
+
+@pytest.mark.parametrize('grad_clip, moved', [(1.0, 1.0), (3.0, 3.0), (9.0, 4.0), (0.0, 4.0)])
+def test_gradients_are_clipped(alone, grad_clip, moved):
+    """By AdamW nobody would see it."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    (4 * weight).backward()
+    alone.update(torch.optim.SGD([weight], lr=1.0), scaler, [weight], torch.tensor(1.0), grad_clip, 0)
+    assert weight.item() == pytest.approx(-moved, rel=1e-5)

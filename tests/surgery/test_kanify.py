@@ -402,3 +402,35 @@ def test_an_example_of_several_arguments():
 def test_a_kind_and_its_example(settings):
     with pytest.raises(ValueError, match="expected kind 'edge', or 'channel' and an example"):
         kanify(make_block_model(), **settings)
+
+
+def test_a_model_with_convolutions_wants_names():
+    def make_one():
+        block = nn.Sequential(nn.Conv1d(3, 4, 1), nn.LayerNorm(5), nn.ReLU())
+        return nn.Sequential(nn.Sequential(block)), torch.randn(2, 3, 5)
+
+    with pytest.raises(ValueError, match='the model has convolutions, .* name in targets'):
+        kanify_activations(*make_one())
+    assert type(kanify_activations(*make_one(), '2')[0][0][2]) is ChannelSpline  # whoever names it knows
+
+
+@pytest.mark.parametrize('way', ['forward_hook', 'forward_pre_hook', 'full_backward_hook', 'full_backward_pre_hook'])
+def test_hooks_of_any_kind_are_not_lost(way):
+    model = nn.ModuleDict({'layer': nn.Linear(4, 4)})
+    getattr(model.layer, f'register_{way}')(lambda *arguments: None)
+    with pytest.raises(ValueError, match='layer has hooks, which would be lost'):
+        kanify(model, 'layer')
+
+
+class Scaled(nn.Linear):
+    """As quantised layers have it, a forward of its own."""
+
+    def forward(self, x):
+        return 8 * super().forward(x)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_alone():
+    model = nn.ModuleDict({'layer': Scaled(4, 4)})
+    for replace in (lambda: kanify(model, 'layer'), lambda: add_lora(model, LoRAConfig(target_modules='layer'))):
+        with pytest.raises(ValueError, match="'layer' is a Scaled, which cannot be replaced or adapted; there is none"):
+            replace()

@@ -1544,3 +1544,43 @@ def test_any_shape(case, shape, rank, options, grid):
     y.sum().backward()
     if kind != 'kan':
         assert torch.allclose(merge_lora(model).layer(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_kan_adapters_begin_as_those_of_kolmg_lora():
+    def phi_in(**scales):
+        config = LoRAConfig(kind='kan', rank=50, target_modules='layer', **scales)
+        return add_lora(nn.ModuleDict({'layer': nn.Linear(400, O)}), config).layer.adapter.bottleneck.phi_in
+
+    theirs = KOLMGLoRALinear(nn.Linear(400, O), rank=50, alpha=32.0, grid_size=4, spline_order=1).kan
+    ours, larger = phi_in(), phi_in(kan_scale_base=2.0, kan_scale_noise=0.3)
+    for name, times in ('base_weight', 2), ('spline_weight', 3):
+        std = getattr(ours, name).std().item()
+        assert std == pytest.approx(getattr(theirs, f'in_{name}').std().item(), rel=0.05)
+        assert getattr(larger, name).std().item() == pytest.approx(times * std, rel=0.05)
+
+
+def test_adapters_begin_as_those_of_peft():
+    model = add_lora(nn.ModuleDict({'layer': nn.Linear(400, O)}), LoRAConfig(rank=50, target_modules='layer'))
+    A = model.layer.adapter.lora_A['weight']
+    assert A.abs().max() <= 1 / 20 and A.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.05)
+
+
+def test_fit_linear_measures_two_batches_by_the_last():
+    model, _ = make('Linear without bias', 'kan', torch.float64)
+    randomise(model).forward = lambda x: model.layer(x)
+    first, last = torch.randn(2, 60, I, dtype=torch.float64)
+    d, held = ((model.layer(x) - model.layer.base_layer(x)).detach() for x in (first, last))
+    missed = held - last @ torch.linalg.lstsq(first, d).solution
+    error = fit_linear(model, [first, last])['layer']
+    assert error == pytest.approx((missed.norm() / held.norm()).item(), rel=1e-6)
+
+
+def test_inputs_of_a_kan_adapter_are_brought_onto_its_grid_by_default():
+    model = nn.ModuleDict({'layer': nn.Linear(6, 5)})
+    add_lora(model, LoRAConfig(kind='kan', rank=3, target_modules='layer', dropout=0.0))
+    bottleneck, x = model.layer.adapter.bottleneck, 5 * torch.randn(20, 6)
+    for p in bottleneck.parameters():
+        nn.init.normal_(p, std=0.3)
+    phi_in, phi_out = bottleneck.phi_in, bottleneck.phi_out
+    expected = 32.0 / 3 * phi_out(torch.tanh(phi_in(torch.tanh(x))))
+    torch.testing.assert_close(model.layer(x) - model.layer.base_layer(x), expected, rtol=1e-4, atol=1e-4)
