@@ -8,8 +8,8 @@
     torchrun --standalone --nproc_per_node=2 finetune.py config/finetune/cfimdb.py config/finetune/lora.py
 
 A part of train is held out to stop by; dev is scored once, at the end, with the weights that did best on that part.
-Ctrl-C (or SIGTERM) finishes the step and saves; the same command with --resume=True then goes on, bit for bit. --help
-shows the settings.
+Ctrl-C (or SIGTERM, SIGHUP) finishes the step and saves; the same command with --resume=True then goes on, bit for
+bit. --help shows the settings.
 """
 
 import functools
@@ -151,8 +151,9 @@ if resume:
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
     model, tokenizer = task_model.load_task_model(state)
-    step, has_best = state['iter_num'], os.path.exists(os.path.join(out_dir, 'best.pt'))
-    best_loss = float(state['best_val_loss']) if has_best else math.inf  # without one it is sought anew
+    step, best_loss = state['iter_num'], float(state['best_val_loss'])
+    if not session.keep_best(out_dir, step):
+        best_loss = math.inf  # the best one is sought anew, so that there is one
     seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
     gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)
@@ -340,6 +341,7 @@ def is_done():
 
 # training loop
 bar = session.bar(n_steps, step, 'step')
+saved_at = step if state else None  # the step of the state in ckpt.pt
 model.train()
 while True:
     if step > 0 and step % steps_per_epoch == 0 and (not log or log[-1]['iter'] < step):
@@ -355,7 +357,8 @@ while True:
         log.append(line)
         shown = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
         say(f'epoch {line["epoch"]}: {shown}, {seconds:.0f} s')
-        if not save(is_best):
+        saved_at = step if save(is_best) else None
+        if saved_at is None:
             best_loss = before  # the next one may be the best that is saved
         session.track()
         session.write_record()
@@ -370,7 +373,7 @@ while True:
     bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 bar.close()
 done = log and log[-1]['iter'] == step and is_done()
-if not done:
+if not done and saved_at != step:
     save()
 if not done or (session.master and not finish()):
     say(f'stopped at step {step}; to go on: the same command with --resume=True')

@@ -372,7 +372,7 @@ def save(is_best=False):
     checkpoint['data'] = splits
     if tokenizer:
         checkpoint['tokenizer'] = tokenizer
-    return session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}')
+    return session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}', again=saved_at == iter_num)
 
 
 def save_weights():
@@ -406,13 +406,7 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if is_resumed else []
-done_again = ckpt.saved_after(out_dir, iter_num) if is_resumed and master and not eval_only else []
-if done_again:
-    say(
-        f'{len(done_again)} file(s), of later iterations or damaged, are moved to {ckpt.set_aside(out_dir, done_again)}'
-    )
-lacks_best = is_resumed and master and not eval_only and not os.path.exists(os.path.join(out_dir, 'best.pt'))
-if session.all_reduce(lacks_best)[0] > 0:
+if is_resumed and not eval_only and not session.keep_best(out_dir, iter_num):
     best_val_loss = math.inf  # the best one is sought anew, so that there is one
 if is_measured_anew:
     anew = '' if eval_only else ': its best loss starts anew'
@@ -466,9 +460,8 @@ while True:
             before, is_best = best_val_loss, losses['val'] < best_val_loss
             best_val_loss = min(best_val_loss, losses['val'])
             if is_best or ((always_save_checkpoint or is_last) and saved_at != iter_num):
-                if save(is_best):
-                    saved_at = iter_num
-                else:
+                saved_at = iter_num if save(is_best) else None
+                if saved_at is None:
                     best_val_loss = before  # the next one may be the best that is saved
         session.write_record()
     if is_last or eval_only or stopping or (is_due and losses is None):  # told to stop
@@ -509,11 +502,11 @@ while True:
             say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
-if is_last and saved_at == iter_num:
+if is_last and losses and saved_at == iter_num:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
     session.finish_tracking()
-elif not eval_only:
-    save()
+    say(f'finished: best val loss {best_val_loss:.4f}; for text: python sample.py --out_dir={out_dir}')
+elif not eval_only and (saved_at == iter_num or save()):
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 del model  # before its process group: the other way round, gloo aborts now and then
 session.leave()

@@ -62,7 +62,7 @@ def read_text(source=''):
         try:
             text, description = download(URL, SHA256, SIZE).decode(), f'tinyshakespeare, {URL}, sha256 {SHA256}'
         except (OSError, ValueError) as error:
-            print(f'source: tinyshakespeare cannot be downloaded ({error}), so the plays it was cut from')
+            print(f'source: tinyshakespeare cannot be downloaded ({error}): the plays it was cut from take its place')
             text, description = read_plays()
     print(f'source: {description}')
     return text, description

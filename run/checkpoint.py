@@ -42,12 +42,14 @@ LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a 
 LEFT += ('metrics.json', 'predictions', 'adapter', 'tensorboard')
 
 
-def save_checkpoint(out_dir, checkpoint, is_best):
-    """Write ckpt.pt and keep the one before it; the best is best.pt, too. OSError leaves the older files whole."""
+def save_checkpoint(out_dir, checkpoint, is_best, again=False):
+    """Write ckpt.pt and keep the one before it, unless that is the same state saved `again`; the best is best.pt, too.
+    OSError leaves the older files whole.
+    """
     latest, previous, best = (os.path.join(out_dir, name) for name in STATES)
     with write_atomically(best if is_best else latest) as f:
         write_state(checkpoint, f)
-        if os.path.exists(latest):
+        if os.path.exists(latest) and not again:
             link(latest, previous)
     if is_best:  # after best.pt: with a crash in between, the run goes on from the state before and gets here again
         copy(best, latest)  # two files: whoever writes another state into one of them keeps the other
@@ -64,17 +66,17 @@ def save_weights(out_dir, weights):
 
 def saved_after(out_dir, iteration):
     """The files of later iterations, best.pt and those in history/: a run that goes on from this one makes new ones. A
-    damaged best.pt is among them.
+    best.pt that cannot be read is among them.
     """
     names = sorted(path.name for path in Path(out_dir, 'history').glob('*.pt'))
     later = [f'history/{name}' for name in names if name > f'{iteration:08d}.pt']
     path = os.path.join(out_dir, 'best.pt')
     try:
         best = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        is_later = best['iter_num'] > iteration
+        is_usable = best['iter_num'] <= iteration and not find_damage(path)
     except Exception:  # what torch raises on damaged files has no type in common
-        is_later = os.path.exists(path)
-    return later + ['best.pt'] * is_later
+        is_usable = not os.path.exists(path)
+    return later + ['best.pt'] * (not is_usable)
 
 
 def write_state(state, f):
@@ -127,15 +129,12 @@ def load_checkpoint(out_dir, names=MODELS):
     others = [name for name in STATES if os.path.exists(os.path.join(out_dir, name))]
     others = [name for name in others if not path or not os.path.samefile(os.path.join(out_dir, name), path)]
     advice = f'; to use another in its place, copy it there: {", ".join(others)}' if others else ''
+    if path is None and others:
+        raise ValueError(f'no {" or ".join(names)} in {out_dir!r}: copy {" or ".join(others)} to {names[0]} to use it')
     if path is None:
-        raise ValueError(
-            f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them{advice}'
-        )
+        raise ValueError(f'no checkpoint in {out_dir!r}: expected {" or ".join(names)}, as train.py writes them')
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the checksums of tensors, and leaves one marked as a folder (0x10) unread
-            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
-            damaged = folder or archive.testzip()
+        damaged = find_damage(path)
         if damaged:
             raise ValueError(f'damage in {damaged}')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -147,6 +146,15 @@ def load_checkpoint(out_dir, names=MODELS):
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
     return checkpoint
+
+
+def find_damage(path):
+    """The part of a checkpoint that is damaged, or None. torch.load does not look at the checksums of tensors, and
+    leaves one marked as a folder (0x10) unread.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
+        return folder or archive.testzip()
 
 
 def is_export(folder):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from run import records
-from run.checkpoint import is_export, save_checkpoint, save_weights, set_aside, versions
+from run.checkpoint import is_export, save_checkpoint, save_weights, saved_after, set_aside, versions
 from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, set_up
 from run.trackers import Trackers
 
@@ -185,10 +185,20 @@ class Session:
     def bar(self, total, initial, unit):
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
 
-    def save(self, out_dir, checkpoint, is_best, name):
-        """Save a checkpoint; returns, to all processes, whether it is there."""
+    def keep_best(self, out_dir, iteration):
+        """Of a run that goes on from this iteration move what is of later ones aside, and a best.pt that cannot be read;
+        returns, to all processes, whether there is a best.pt then.
+        """
+        names = saved_after(out_dir, iteration) if self.master else []
+        if names:
+            shown = ', '.join(names[-3:]) + (f' and {len(names) - 3} more' if names[3:] else '')
+            self.say(f'{shown}: moved to {set_aside(out_dir, names)}, as later than iteration {iteration} or damaged')
+        return self.all_reduce(self.master and os.path.exists(os.path.join(out_dir, 'best.pt')))[0] > 0
+
+    def save(self, out_dir, checkpoint, is_best, name, again=False):
+        """Save a checkpoint; returns, to all processes, whether it is there. `again`: ckpt.pt has this state already."""
         lost = f'{name} is not saved, the checkpoint before it stays'
-        saved = self.write(lost, save_checkpoint, out_dir, checkpoint, is_best)
+        saved = self.write(lost, save_checkpoint, out_dir, checkpoint, is_best, again)
         if saved:
             self.say(f'saved {out_dir}/ckpt.pt at {name}')
         return self.all_reduce(saved)[0] > 0

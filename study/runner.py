@@ -148,8 +148,7 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
     lets it save first.
     """
     os.makedirs(out_dir, exist_ok=True)
-    with FileLock(os.path.join(out_dir, 'run.lock')):  # of a run whose shell was killed: it ends first
-        pass
+    wait_for_run(out_dir)
     resume = [RESUME[script]] if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else []
     command = [sys.executable, '-u', os.path.join(ROOT, script), *args, f'--out_dir={out_dir}', *resume]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -168,6 +167,17 @@ def run_script(script, args, out_dir, on_line=lambda line: None):
     if stopped:
         raise KeyboardInterrupt
     return last, process.returncode
+
+
+def wait_for_run(out_dir):
+    """Until the run in out_dir ends, if there is one: its shell may have been killed alone."""
+    lock = FileLock(os.path.join(out_dir, 'run.lock'))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f'waiting for the run that is under way in {out_dir}', flush=True)
+        lock.acquire()
+    lock.release()
 
 
 def run_to_end(script, args, folder):

@@ -845,3 +845,12 @@ def test_gradients_are_clipped(workshop):
         pairs = [(p, state[f'gpt.{key}']) for key, p in start.items() if 'lm_head' not in key]
         moved.append(max((p - q).abs().max() for p, q in pairs))
     assert moved[0] < 1e-4 < 1e-3 < moved[1]
+
+
+def test_a_best_state_that_is_damaged_is_sought_anew(place):
+    tune(place, env={'STOP_AT': '9'}, **FULL)
+    best = place / 'out/best.pt'
+    best.write_bytes(best.read_bytes()[:-9])
+    assert N_STEPS < load(place / 'out')['iter_num'] < 2 * N_STEPS
+    assert 'best.pt: moved to out/earlier-1, as later than ' in tune(place, resume=True, **FULL).stdout
+    assert load(place / 'out', 'best.pt')['iter_num'] == 2 * N_STEPS

@@ -337,7 +337,7 @@ def test_going_back_to_an_earlier_state_seeks_the_best_anew(tmp_path, dataset):
     shutil.copyfile(out / 'ckpt_prev.pt', out / 'ckpt.pt')
     more = dict(settings, init_from='resume', learning_rate=3.0, decay_lr=False)
     done = train(tmp_path, dataset, max_iters=3, **more)
-    assert '1 file(s), of later iterations or damaged, are moved to out/earlier-1' in done.stdout
+    assert 'best.pt: moved to out/earlier-1, as later than iteration 1 or damaged\n' in done.stdout
     best, record = torch.load(out / 'best.pt', weights_only=True), json.loads((out / 'run.json').read_text())
     assert best['iter_num'] == 1 and record['final']['val_loss'] > record['final']['best_val_loss']
     assert record['final']['best_val_loss'] == pytest.approx(read_log(out)[1]['val_loss'])
@@ -543,6 +543,7 @@ def test_where_nothing_could_be_saved_the_run_has_not_finished(tmp_path, dataset
     assert full.returncode == 1 and 'Traceback' not in full.stderr
     assert 'warning: iteration 3 is not saved' in full.stdout
     assert full.stderr.splitlines()[-1].startswith('error: not everything could be saved')
+    assert 'to go on' not in full.stdout and 'finished' not in full.stdout
     record = json.loads((tmp_path / 'out/run.json').read_text())
     assert 'started' in record and 'finished' not in record and not list((tmp_path / 'out').glob('*.pt'))
 
@@ -557,6 +558,36 @@ def test_a_resumed_run_keeps_the_state_before_its_own(tmp_path, dataset):
     assert 'finished' in json.loads((tmp_path / 'out/run.json').read_text())
 
 
+def test_a_resumed_run_that_stops_at_once_keeps_the_states_before(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=4)
+    before = contents(tmp_path / 'out')
+    long = write_dataset(tmp_path / 'long', n_train=10**6, n_val=10**6)
+    for settings, code in (dict(max_iters=NEVER), 0), (dict(max_iters=4), 0), (dict(max_iters=4, eval_only=True), 1):
+        shutil.copytree(tmp_path / 'out', tmp_path / 'again')
+        process = start_training(tmp_path, long, 'again', init_from='resume', eval_iters=NEVER, **settings)
+        read_until(process.stdout, 'resuming at iteration 4')
+        time.sleep(0.5)  # into the evaluation, which takes much longer
+        process.terminate()
+        done = finish(process)
+        assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+        assert ('stopped at iteration 4' in done.stdout) == (code == 0)
+        for name in 'ckpt.pt', 'ckpt_prev.pt':
+            assert (tmp_path / 'again' / name).read_bytes() == before[name]
+        shutil.rmtree(tmp_path / 'again')
+
+
+def test_a_best_state_that_is_lost_and_cannot_be_saved_anew(tmp_path, dataset):
+    train(tmp_path, dataset, max_iters=4)
+    (tmp_path / 'out/best.pt').unlink()
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    args = flags(**{**TINY, 'dataset': dataset, 'out_dir': 'out', 'max_iters': 4, 'init_from': 'resume'})
+    full = run_forked(tmp_path, 'train.py', *args, before=limit)
+    assert full.returncode == 1 and 'Traceback' not in full.stderr and 'finished' not in full.stdout
+    done = train(tmp_path, dataset, max_iters=4, init_from='resume')
+    best = load(tmp_path / 'out', 'best.pt')['best_val_loss']
+    assert f'finished: best val loss {best:.4f}; for text: python sample.py --out_dir=out\n' in done.stdout
+
+
 @pytest.mark.parametrize('damage', ['lost', 'cut off'])
 def test_without_the_best_state_a_resumed_run_seeks_it_anew(tmp_path, dataset, damage):
     train(tmp_path, dataset, max_iters=4)
@@ -564,6 +595,7 @@ def test_without_the_best_state_a_resumed_run_seeks_it_anew(tmp_path, dataset, d
     best.unlink() if damage == 'lost' else best.write_bytes(best.read_bytes()[:-9])
     train(tmp_path, dataset, max_iters=6, init_from='resume', learning_rate=9.0, decay_lr=False)  # none is as good
     assert (tmp_path / 'out/earlier-1/best.pt').exists() == (damage == 'cut off')
+    assert load(tmp_path / 'out', 'ckpt_prev.pt')['iter_num'] == 4  # and not twice the state it went on from
     best = load(tmp_path / 'out', 'best.pt')
     losses = {line['iter']: line['val_loss'] for line in read_log(tmp_path / 'out')}
     final = json.loads((tmp_path / 'out/run.json').read_text())['final']
@@ -860,7 +892,7 @@ def test_weights_of_iterations_that_are_done_again_are_set_aside(tmp_path, datas
     state = load(tmp_path / 'out')
     torch.save({**state, 'iter_num': 4}, tmp_path / 'out' / 'ckpt.pt')
     done = train(tmp_path, dataset, init_from='resume', max_iters=5, keep_history=True)
-    assert '1 file(s), of later iterations or damaged, are moved to out/earlier-1' in done.stdout
+    assert 'history/00000006.pt: moved to out/earlier-1, as later than iteration 4 or damaged\n' in done.stdout
     assert sorted(os.listdir(tmp_path / 'out' / 'history')) == ['00000000.pt', '00000004.pt', '00000005.pt']
     assert os.listdir(tmp_path / 'out' / 'earlier-1' / 'history') == ['00000006.pt']
 

@@ -41,11 +41,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def save(folder, iter_num, is_best=False, size=1000):
+def save(folder, iter_num, is_best=False, size=1000, again=False):
     ckpt.save_checkpoint(
         str(folder),
         {'model': {'w': torch.full((size,), float(iter_num))}, 'model_args': {}, 'iter_num': iter_num},
         is_best,
+        again,
     )
 
 
@@ -110,6 +111,8 @@ def test_latest_previous_and_best(tmp_path):
     save(tmp_path, 3)
     save(tmp_path, 4)
     assert iterations(tmp_path) == {'ckpt.pt': 4, 'ckpt_prev.pt': 3, 'best.pt': 2}
+    save(tmp_path, 4, is_best=True, again=True)
+    assert iterations(tmp_path) == {'ckpt.pt': 4, 'ckpt_prev.pt': 3, 'best.pt': 4}
 
 
 def test_a_state_copied_over_the_latest_leaves_the_best(tmp_path):
@@ -118,14 +121,15 @@ def test_a_state_copied_over_the_latest_leaves_the_best(tmp_path):
     shutil.copyfile(tmp_path / 'ckpt_prev.pt', tmp_path / 'ckpt.pt')
     assert iterations(tmp_path) == {'ckpt.pt': 1, 'ckpt_prev.pt': 1, 'best.pt': 2}
     assert ckpt.saved_after(str(tmp_path), 1) == ['best.pt'] and ckpt.saved_after(str(tmp_path), 2) == []
-    (tmp_path / 'best.pt').write_bytes(b'damaged')
-    assert ckpt.saved_after(str(tmp_path), 2) == ['best.pt']
+    content = (tmp_path / 'best.pt').read_bytes()
+    middle = len(content) // 2  # within the weights, where torch.load alone does not see it
+    damaged = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for content in damaged, b'damaged':
+        (tmp_path / 'best.pt').write_bytes(content)
+        assert ckpt.saved_after(str(tmp_path), 2) == ['best.pt']
     (tmp_path / 'best.pt').unlink()
     assert ckpt.saved_after(str(tmp_path), 1) == []
-    message = (
-        'expected best.pt, as train.py writes them; to use another in its place, copy it there: ckpt.pt, ckpt_prev'
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match='no best.pt in .*: copy ckpt.pt or ckpt_prev.pt to best.pt to use it'):
         ckpt.load_checkpoint(str(tmp_path), ['best.pt'])
 
 

@@ -188,7 +188,7 @@ def test_a_run_of_a_script_prints_into_a_file(tmp_path, monkeypatch):
     assert (out / 'finetune.txt').read_text() == f'--out_dir={out} --resume=True\nthe last\n\n'
 
 
-def test_a_run_whose_shell_was_killed_is_waited_for(tmp_path, monkeypatch):
+def test_a_run_whose_shell_was_killed_is_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, 'ROOT', str(tmp_path))
     (tmp_path / 'train.py').write_text('import sys\nprint(sys.argv[-1])\n')
     begun = threading.Event()
@@ -199,9 +199,12 @@ def test_a_run_whose_shell_was_killed_is_waited_for(tmp_path, monkeypatch):
             time.sleep(0.5)
             (tmp_path / 'ckpt.pt').touch()
 
-    threading.Thread(target=train).start()
-    begun.wait()
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert begun.wait(30)
     assert runner.run_script('train.py', [], str(tmp_path)) == ('--init_from=resume', 0)
+    thread.join()
+    assert capsys.readouterr().out == f'waiting for the run that is under way in {tmp_path}\n'
 
 
 @pytest.mark.parametrize(
