@@ -186,8 +186,8 @@ class Session:
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
 
     def keep_best(self, out_dir, iteration):
-        """Of a run that goes on from this iteration move what is of later ones aside, and a best.pt that cannot be read;
-        returns, to all processes, whether there is a best.pt then.
+        """Move aside what is of later iterations than this, from which a run goes on, and a best.pt that cannot be
+        read; returns, to all processes, whether there is a best.pt then.
         """
         names = saved_after(out_dir, iteration) if self.master else []
         if names:
@@ -196,7 +196,7 @@ class Session:
         return self.all_reduce(self.master and os.path.exists(os.path.join(out_dir, 'best.pt')))[0] > 0
 
     def save(self, out_dir, checkpoint, is_best, name, again=False):
-        """Save a checkpoint; returns, to all processes, whether it is there. `again`: ckpt.pt has this state already."""
+        """Save a checkpoint; returns, to all processes, whether it is there. `again`: ckpt.pt has this state."""
         lost = f'{name} is not saved, the checkpoint before it stays'
         saved = self.write(lost, save_checkpoint, out_dir, checkpoint, is_best, again)
         if saved:
