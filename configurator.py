@@ -37,10 +37,6 @@ SWITCHES = {  # what is off without them: how the names of these settings begin
 }
 
 
-class ConfigError(ValueError):
-    """A config file or flag that cannot be used; the message says where and what would be right."""
-
-
 def configure(variables, argv=None):
     """Override the settings among `variables` in place and return all of them, for the log and the checkpoint."""
     sys.excepthook = report
@@ -104,7 +100,7 @@ def override(settings, argv):
 def read_flag(arg, settings):
     name, equals, text = arg.removeprefix('--').partition('=')
     if not arg.startswith('--') or not equals:
-        raise ConfigError(f'expected a config file or --key=value, got {arg!r}')
+        raise ValueError(f'expected a config file or --key=value, got {arg!r}')
     if isinstance(settings.get(name), str):
         return name, text, arg  # text stays text, so --out_dir=123 works
     try:
@@ -120,20 +116,20 @@ def read_file(path, within=()):
             source = f.read()
         body = ast.parse(source, path).body
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ConfigError(f'cannot read config file {path!r}: {error}') from None
+        raise ValueError(f'cannot read config file {path!r}: {error}') from None
     for line in body:
         where, text = f'{path}:{line.lineno}', source.split('\n')[line.lineno - 1].strip()[:80]
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a docstring
         if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
             advice = 'a config file is read and never run, so leave the line out'
-            raise ConfigError(f'{where}: only `name = value` lines are allowed, got `{text}`: {advice}')
+            raise ValueError(f'{where}: only `name = value` lines are allowed, got `{text}`: {advice}')
         try:
             value = read_value(line.value)
         except (TypeError, ArithmeticError, RecursionError):
             wanted = 'a value must be a number, a string, True or False'
             advice = f'write the result, or set it in the shell by --{line.targets[0].id}="$(...)"'
-            raise ConfigError(f'{where}: {wanted}, got `{text}`: {advice}') from None
+            raise ValueError(f'{where}: {wanted}, got `{text}`: {advice}') from None
         if line.targets[0].id == 'include':
             yield from read_file(included(value, path, where, within), (*within, path))
         else:
@@ -143,10 +139,10 @@ def read_file(path, within=()):
 def included(name, path, where, within):
     """The path of the config file `name` beside the one at `path`."""
     if not isinstance(name, str) or os.path.basename(name) != name:
-        raise ConfigError(f'{where}: include wants the name of a config file in the same folder, got {name!r}')
+        raise ValueError(f'{where}: include wants the name of a config file in the same folder, got {name!r}')
     other = os.path.join(os.path.dirname(path), name)
     if other in (*within, path):
-        raise ConfigError(f'{where}: {name} includes itself')
+        raise ValueError(f'{where}: {name} includes itself')
     return other
 
 
@@ -168,20 +164,20 @@ def check(name, value, settings, where):
     if name not in settings:
         close = difflib.get_close_matches(name, settings, n=1)
         advice = f'did you mean {close[0]!r}?' if close else 'see --help'
-        raise ConfigError(f'{where}: unknown setting {name!r}, {advice}')
+        raise ValueError(f'{where}: unknown setting {name!r}, {advice}')
     kind = type(settings[name])
     expected = f'{where}: {name} is {kind.__name__} (default {settings[name]!r})'
     if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
-        raise ConfigError(f'{expected}, got an int of {value.bit_length()} bits')
+        raise ValueError(f'{expected}, got an int of {value.bit_length()} bits')
     if type(value) is kind:
         if kind is float and not math.isfinite(value):
-            raise ConfigError(f'{where}: {name} must be finite, got {value!r}')
+            raise ValueError(f'{where}: {name} must be finite, got {value!r}')
         return value
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
     if kind is float and type(value) is int:
         return float(value)
-    raise ConfigError(f'{expected}, got {type(value).__name__} {value!r}')
+    raise ValueError(f'{expected}, got {type(value).__name__} {value!r}')
 
 
 def differing(then, now, free):
@@ -199,9 +195,11 @@ def idle_settings(script, settings):
         names = [name for name in changed if name.startswith(begins)]
         if names and not settings.get(switch, True):
             lines.append(f'{switch} is off, and without it these do nothing: {", ".join(names)}')
+    edges = settings['graph_edges'].split(',')
     for kind in 'window', 'topk':
-        if settings['use_graph'] and f'graph_{kind}' in changed and kind not in settings['graph_edges'].split(','):
-            lines.append(f'graph_{kind} does nothing: graph_edges={settings["graph_edges"]!r} holds no {kind}')
+        if settings['use_graph'] and f'graph_{kind}' in changed and (kind not in edges or 'causal' in edges):
+            why = f'holds no {kind}' if kind not in edges else 'holds causal, and with it all earlier tokens'
+            lines.append(f'graph_{kind} does nothing: graph_edges={settings["graph_edges"]!r} {why}')
     return lines + (idle_in_finetune(changed, settings) if script == 'finetune.py' else [])
 
 

@@ -27,7 +27,7 @@ from model import GPT
 from run.checkpoint import build_model, holds_model, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
-from run.records import perplexity
+from run.records import perplexity, without_nan
 from tasks import model as task_model
 from tasks import prompts, score
 
@@ -42,7 +42,6 @@ limit = 0  # of a task, score that many examples at most, drawn the same way eac
 block_size = 0  # of a model that has not learned its task: tokens of the longest prompt; 0 is what the model takes
 adapter = ''  # the out_dir of a run of finetune.py whose adapter goes onto the model of init_from
 seed = 1337  # of a model that has not learned its task: draws the shots, and sonnets
-baselines = 10  # of sonnets, that many draws for the scores that need no model
 stride = 0  # 0 is half of block_size; block_size itself gives the windows of train.py
 batch_size = 8  # windows at a time
 device = 'auto'  # 'cuda', 'cuda:0', 'mps', 'cpu'; auto takes the first there is
@@ -54,8 +53,6 @@ if init_from != 'resume' and holds_model(init_from):
 check_ranges(globals(), at_least_one='batch_size', not_negative='stride shots limit block_size seed')
 if split not in ('train', 'val', 'test', 'dev'):
     raise ValueError(f'split={split!r}: expected train, val, test or dev')
-if baselines < 2:
-    raise ValueError(f'baselines must be at least 2, got {baselines}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 
@@ -148,15 +145,14 @@ def evaluate_task(checkpoint):
     torch.manual_seed(settings['seed'])
     sampling = {key: settings[key] for key in ('temperature', 'top_p', 'n_beams', 'best_of')}
     scores, _ = score.score(model.to(device), tokenizer, name, examples, batch_size, device, dtype, sampling)
-    shown = ', '.join(f'{key} {value:.4f}' for key, value in scores.items())
-    print(f'{source} on {part} of {name}, {len(examples):,} examples: {shown}')
+    print(f'{source} on {part} of {name}, {len(examples):,} examples: {score.text_of(scores)}')
     result = dict(scores, task=name, split=part, examples=len(examples), shots=shots)
     result['parameters'] = task_model.count_trained(model)[1]
     if not prompts.find_task(name).answers:
         train = prompts.read_examples(name, 'train', tokenizer, model.gpt.config.block_size)
-        texts = [[example.text for example in part] for part in (train, examples)]
-        result['baselines'] = score.sonnet_baselines(*texts, range(baselines))
-        print('without a model: ' + ', '.join(f'{key} {value:.4f}' for key, value in result['baselines'].items()))
+        texts = [[example.text for example in some] for some in (train, examples)]
+        result['baselines'] = score.sonnet_baselines(*texts)
+        print(f'without a model: {score.text_of(result["baselines"])}')
     return result
 
 
@@ -167,5 +163,4 @@ if on_task and dataset:
     raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')
 result = evaluate_task(checkpoint) if on_task else evaluate_text(checkpoint)
 about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
-numbers = {key: None if value == math.inf else value for key, value in result.items()}  # JSON has no infinity
-print(json.dumps({**numbers, **about}))
+print(json.dumps({**without_nan(result), **about}))

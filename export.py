@@ -23,8 +23,8 @@ from torch import nn
 from configurator import ROOT, configure
 from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, as_fast
-from model import GPT, GPTConfig
-from run.checkpoint import CONV1D, EXPORT, build_model, load_checkpoint
+from model import CONV1D, GPT, GPTConfig
+from run.checkpoint import EXPORT, build_model, load_checkpoint
 from run.files import write_atomically
 from run.records import read_log, read_record
 from surgery.causal_lm import build_hf, name_in_hf
@@ -47,7 +47,7 @@ CODE = {  # file of an export: where it is from
     'kan.py': 'kan.py',
     **{
         f'{name}.py': f'layers/{name}.py'
-        for name in ('activations', 'channel', 'generation', 'graph', 'muon', 'spline')
+        for name in ('activations', 'channel', 'generation', 'graph', 'muon', 'pretrained', 'spline')
     },
 }
 OPSET = 18  # of ONNX

@@ -33,7 +33,7 @@ from surgery.lora import digest_of, save_lora
 from tasks import model as task_model
 from tasks.frozen import FrozenBlocks
 from tasks.prompts import collate, draw_some, find_task, hold_out, make_batches, prepare_task, read_examples
-from tasks.score import check_packages, predict, score, sonnet_baselines, write_predictions
+from tasks.score import check_packages, predict, score, sonnet_baselines, text_of, write_predictions
 
 # -----------------------------------------------------------------------------
 # default config values; rank, alpha and epochs are those of the paper (arXiv 2504.10490)
@@ -140,21 +140,22 @@ session.reserve(out_dir)
 
 # model: with resume all of it is in the checkpoint, or all but the base
 torch.manual_seed(seed)
-state, step, log, best_loss, seconds, train_loss = None, 0, [], math.inf, 0.0, 0.0
+state, step, log = None, 0, []
+best_loss, seconds, train_loss = math.inf, 0.0, 0.0
 if resume:
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
     if 'finetune' not in state:
-        raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py')
+        raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py: train.py resumes it, by --init_from=resume')
     free = {*INCIDENTAL, 'resume', 'predict_test', 'save_base', 'frozen_cache'} - {'init_from'}
     then = {**settings_of('finetune.py', []), **state['finetune']}  # a setting younger than the run had its default
     changed = [f'{name}={then[name]}' for name in differing(then, config, free)]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')
     model, tokenizer = task_model.load_task_model(state)
-    step, best_loss = state['iter_num'], float(state['best_val_loss'])
+    step, log, model_args = state['iter_num'], state['log'], state['model_args']
+    best_loss, seconds, train_loss = float(state['best_val_loss']), state['seconds'], state['train_loss']
     if not session.keep_best(out_dir, step):
         best_loss = math.inf  # the best one is sought anew, so that there is one
-    seconds, train_loss, log, model_args = (state[name] for name in ('seconds', 'train_loss', 'log', 'model_args'))
 else:
     gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)
     model_args = task_model.describe(gpt)
@@ -302,14 +303,14 @@ def finish():
         write_predictions(os.path.join(out_dir, 'predictions'), task, split, examples, predictions)
         if split == 'dev':
             dev = scores
-            say(f'dev: {", ".join(f"{name} {value:.4f}" for name, value in dev.items())}')
+            say(f'dev: {text_of(dev)}')
     if use_lora:
         save_lora(model, os.path.join(out_dir, 'adapter'))
     metrics = dict(task=task, dev=dev, valid=best['log'][-1], steps=step, seconds=seconds)
     metrics.update(trained=n_trained, parameters=n_parameters, peak_memory=peak_memory(device))
     if not find_task(task).answers:
         texts = [[example.text for example in part] for part in (examples_of_train, scored['dev'])]
-        metrics['baselines'] = sonnet_baselines(*texts, range(10))
+        metrics['baselines'] = sonnet_baselines(*texts)
     with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
         json.dump(metrics, f, indent=1, allow_nan=False)
     session.write_record(final=metrics, finished=records.now())
@@ -355,8 +356,7 @@ while True:
         line = dict(iter=step, epoch=step // steps_per_epoch, seconds=seconds, train_loss=train_loss)
         line.update(lr=get_lr(step - 1), **scores)
         log.append(line)
-        shown = ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
-        say(f'epoch {line["epoch"]}: {shown}, {seconds:.0f} s')
+        say(f'epoch {line["epoch"]}: {text_of(scores)}, {seconds:.0f} s')
         saved_at = step if save(is_best) else None
         if saved_at is None:
             best_loss = before  # the next one may be the best that is saved

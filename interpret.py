@@ -126,7 +126,7 @@ def explain_prompt():
             own = 'which the data never moved' if math.isnan(edge['z']) else f'{edge["z"]:+.1f} sd'
             whole = 'layer' if edge['o'] is None else 'output'
             numbers = f'x = {edge["x"]:.3g}, {own}, which is {edge["share"]:+.2f} sd of its {whole}'
-            print(f'    {edge["layer"]} {report.name_of(edge["i"], edge["o"])}: {numbers}')
+            print(f'    {edge["layer"]} {figures.name_of(edge["i"], edge["o"])}: {numbers}')
     shown = [(name, z[-40:]) for name, z in report.most_driven(known, met, driven, topk)]
     figure = figures.draw_prompt(f'The functions that {prompt[:40]!r} drives most', tokens[-40:], shown)
     report.write_figure(figure, folder, 'prompt')
@@ -147,9 +147,9 @@ def explain():
     drawn = dict(report.draw(layers, fresh, topk, history()))
     if losses:
         now = faithful.measure_losses(layers, lambda: source.loss(source.model))
-        before = random_too and faithful.measure_losses(fresh, lambda: source.loss(fresh_model), draws=0)
+        before = faithful.measure_losses(fresh, lambda: source.loss(fresh_model), draws=0) if random_too else None
         page += '\n' + faithful.table(now, before)
-        result.update(losses=now, random_losses=before or None)
+        result.update(losses=now, random_losses=before)
         drawn['pruning'] = report.draw_losses(now)
         say('losses with edges cut and replaced')
     print('', page, sep='\n')
@@ -249,8 +249,12 @@ def cut_edges():
 def cut_neurons():
     """Remove the hidden neurons of the KAN MLPs that add least, as many from each; what changes in its args."""
     config = source.model.config
-    if layer >= 0 or module or not config.is_kan('mlp'):
-        raise ValueError('prune_by=neurons cuts those of all KAN MLPs: it wants a model with some, no layer, no module')
+    if layer >= 0 or module:
+        raise ValueError('prune_by=neurons cuts those of all KAN MLPs alike: leave layer and module out')
+    if not config.is_kan('mlp'):
+        raise ValueError(
+            f'prune_by=neurons cuts those of KAN MLPs, and {out_dir} has none: --prune_by=edges cuts edges'
+        )
     if config.kan_kind == 'channel':
         return cut_channels()
     if config.kan_norm:

@@ -16,6 +16,10 @@ from layers.activations import ACTIVATIONS
 from layers.generation import KVCache, check_places, stream
 from layers.graph import Edges, GraphAttention, check_graph
 from layers.muon import join_muon
+from layers.pretrained import load_gpt2
+
+GPT2S = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # what transformers' GPT-2 has the other way round
 
 
 @dataclass
@@ -81,7 +85,7 @@ class GPTConfig:
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f'rotary wants heads of an even width, got n_embd={self.n_embd} / n_head={self.n_head}')
         if self.rotary and self.is_graph('attention'):
-            raise ValueError("rotary turns queries and keys, and graph_place='attention' leaves none")
+            raise ValueError("rotary turns queries and keys, and graph_place='attention' has none: leave one out")
         if set(self.kan_targets.split(',')) - {'attn', 'mlp', 'head'}:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of attn, mlp, head joined by commas')
 
@@ -94,7 +98,7 @@ class GPTConfig:
         if is_channel and self.is_kan('mlp') and self.activation == 'swish':
             raise ValueError("activation='swish' learns a slope: a learned function begins as one of the others")
         if self.mlp_form() == 'kan' and self.activation:
-            raise ValueError(f'activation={self.activation!r}: between KAN layers in the MLP there is none')
+            raise ValueError(f'activation={self.activation!r}: between KAN layers in the MLP there is none, drop it')
         if self.spline_init_std < 0 or (self.spline_init_std and not is_channel):
             wanted = "spline_init_std must not be negative, and wants use_kan and kan_kind='channel'"
             raise ValueError(f'{wanted}, got {self.spline_init_std}')
@@ -102,9 +106,11 @@ class GPTConfig:
     def refuse_idle(self):
         """ValueError for more settings that would do nothing; models that were made with them are loaded."""
         if self.mlp_form() == 'kan' and (self.mlp != 'mlp' or self.mlp_hidden != 4.0):
-            raise ValueError('mlp and mlp_hidden are of MLPs without KAN layers on edges, whose width is kan_hidden')
+            advice = 'whose width is kan_hidden: leave them out'
+            raise ValueError(f'mlp and mlp_hidden are of MLPs without KAN layers on edges, {advice}')
         if self.use_kan and not self.is_kan('mlp') and (self.kan_norm or self.kan_hidden != 4.0):
-            raise ValueError(f'kan_norm and kan_hidden are of KAN layers in the MLP: kan_targets={self.kan_targets!r}')
+            advice = f'leave them out, or add mlp to kan_targets={self.kan_targets!r}'
+            raise ValueError(f'kan_norm and kan_hidden are of KAN layers in the MLP: {advice}')
 
     def is_kan(self, target):
         return self.use_kan and target in self.kan_targets.split(',')
@@ -124,26 +130,12 @@ def model_settings(settings):
     return {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
 
 
-def load_gpt2(name):
-    """The GPT-2 of transformers by a name of the hub or a folder, in eval mode; ValueError for what is none."""
-    try:
-        from transformers import AutoConfig, GPT2LMHeadModel
-    except ImportError:
-        raise ValueError(f'loading {name!r} needs transformers: pip install transformers') from None
-    found = {}
-    try:
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        if kind == 'gpt2':
-            model, found = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # damaged files raise errors of all kinds
-        what = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise ValueError(f'cannot load {name!r} ({what[:200]})') from None
-    if kind != 'gpt2':
-        raise ValueError(f'{name!r} is a {kind}, expected a GPT-2')
-    missing = sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']]))
-    if missing:
-        raise ValueError(f'{name!r} has no weights that fit for {missing[0]}')
-    return model.eval()
+@torch.no_grad()
+def gives_the_same(gpt, model_hf):
+    """Whether a GPT and a GPT-2 of transformers have the same logits, on a few tokens."""
+    idx = torch.arange(min(8, gpt.config.block_size, gpt.config.vocab_size)).unsqueeze(0)
+    ours, theirs = gpt(idx, idx)[0], model_hf(idx).logits
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.std().item())
 
 
 def make_kan(config, *widths):
@@ -416,8 +408,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type, override_args=None):
         """GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl of the Hugging Face hub, or a folder in its form."""
         override_args = override_args or {}
-        if model_type not in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl') and not os.path.isdir(model_type):
-            raise ValueError(f'expected gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, got {model_type!r}')
+        if model_type not in GPT2S and not os.path.isdir(model_type):
+            raise ValueError(f'expected {", ".join(GPT2S)} or a folder, got {model_type!r}')
         if set(override_args) - {'dropout'}:
             raise ValueError(f'of a pretrained model only dropout can be overridden, got {override_args}')
         model_hf = load_gpt2(model_type)
@@ -430,16 +422,11 @@ class GPT(nn.Module):
         model = cls(GPTConfig(**sizes, bias=True, gelu=gelu, **override_args)).eval()
         state, masks = model_hf.state_dict(), ('.attn.bias', '.attn.masked_bias')
         state = {name: p for name, p in state.items() if not name.endswith(masks)}
-        for name in state:  # OpenAI's Conv1D keeps its weights the other way round
-            if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
-                state[name] = state[name].t()
-        idx, is_same = torch.arange(min(8, hf.n_positions, hf.vocab_size)).unsqueeze(0), False
-        if state.keys() == model.state_dict().keys():
+        state = {name: p.t() if name.endswith(CONV1D) else p for name, p in state.items()}
+        has_same_names = state.keys() == model.state_dict().keys()
+        if has_same_names:
             model.load_state_dict(state)
-            with torch.no_grad():
-                ours, theirs = model(idx, idx)[0], model_hf(idx).logits
-            is_same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.std().item())
-        if not is_same:
+        if not has_same_names or not gives_the_same(model, model_hf):
             settings = 'a head of its own, cross-attention, another layer_norm_epsilon, or scale_attn_weights'
             raise ValueError(f'{model_type!r} is no GPT-2 as OpenAI made it: look in its config for {settings}')
         return model.train()

@@ -20,7 +20,7 @@ import torch
 from configurator import INCIDENTAL, check_ranges, configure, differing, idle_settings
 from data import loader
 from data.tokenizer import beside_model, same_vocabulary
-from model import GPT, GPTConfig, model_settings
+from model import GPT, GPT2S, GPTConfig, model_settings
 from run import checkpoint as ckpt
 from run import records
 from run.cost import count_flops
@@ -137,7 +137,8 @@ def load_state():
     if 'finetune' in state:
         raise ValueError(f'{out_dir} holds a run of finetune.py: that script resumes it, by --resume=True')
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= state.keys():
-        raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume')
+        advice = f'--init_from={out_dir} with another --out_dir begins a new run with it'
+        raise ValueError(f'{out_dir}/ckpt.pt holds a model but no state of training to resume: {advice}')
     before = state.get('config', {}).get('dataset', dataset)
     if before != config['dataset'] and not loader.is_prepared(dataset):
         advice = f'name the config file of that run or --dataset={before}, or prepare the other first'
@@ -149,7 +150,7 @@ def load_base():
     """The checkpoint of a run of one's own that a new run begins with: the best one in the folder init_from."""
     state = ckpt.load_checkpoint(init_from)
     if 'finetune' in state:
-        raise ValueError(f'{init_from} holds a run of finetune.py, whose model is not one of text alone')
+        raise ValueError(f'{init_from} holds a run of finetune.py, with a head or adapters: name a run of train.py')
     return state
 
 
@@ -205,7 +206,7 @@ def make_model(state, base):
     elif init_from.startswith('gpt2') or os.path.isdir(init_from):
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     else:
-        names = "'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a run or of a GPT-2"
+        names = f"'scratch', 'resume', {', '.join(GPT2S)} or the folder of a run or of a GPT-2"
         raise ValueError(f'init_from={init_from!r}: expected {names}')
     if meta:
         loader.check_vocab_size(dataset, meta, model.config.vocab_size)
@@ -368,8 +369,8 @@ def save(is_best=False):
         'rng': session.gather_rng(),
         'scaler': scaler.state_dict(),
         'versions': ckpt.versions(),
+        'data': splits,
     }
-    checkpoint['data'] = splits
     if tokenizer:
         checkpoint['tokenizer'] = tokenizer
     return session.save(out_dir, checkpoint, is_best, f'iteration {iter_num}', again=saved_at == iter_num)

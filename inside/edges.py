@@ -122,8 +122,7 @@ class Edges:
 
     low: Tensor  # (I,) the domain: the least and the greatest input
     high: Tensor
-    centre: Tensor  # (I,) mean and standard deviation of the inputs
-    sd: Tensor
+    centre: Tensor  # (I,) mean of the inputs
     outside: Tensor  # (I,) share of inputs outside the grid
     mass: Tensor  # (I, Q) float64, mean of hat_q, which is 1 at node q, 0 at all others, and a line between
     overlap: Tensor  # (2, I, Q) float64, mean of hat_q hat_q and of hat_q hat_{q+1}
@@ -135,8 +134,7 @@ class Edges:
     share: Tensor  # covariance with its output over the variance of that (of channels, of all): these sum to 1
     slope: Tensor  # of its best straight line
     affine_r2: Tensor  # share of its variance that that line has; NaN where it has no variance
-    roughness: Tensor  # root mean square of its second derivative, in domains and activities: 0 for a line, 39 for a
-    # period of a sine
+    roughness: Tensor  # root mean square of its second derivative, in domains and activities; of a sine's period 39
 
     @property
     def alive(self):
@@ -169,7 +167,6 @@ def about_features(seen, centre, sums):
         low=sums.low,
         high=sums.high,
         centre=centre.float(),
-        sd=(sums.squares / len(x)).sqrt().float(),
         outside=((x < first) | (x > last)).float().mean(0),
         mass=mass,
         overlap=sums.overlap / len(x),

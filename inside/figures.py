@@ -19,10 +19,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 WIDTH = 10  # inches: a README shows them on about 850 pixels, where 8 points can still be read
 SMALL, TITLE = 8, 11  # points; all else has 9
 TICKS, OVER = 0.7, 0.2  # inches beside a panel for the numbers of its axis, and what a title may take of them
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = '#000 #e69f00 #56b4e9 #009e73 #0072b2 #d55e00 #cc79a7'.split()
+BLACK, ORANGE, SKY, BLUE, VERMILION = '#000 #e69f00 #56b4e9 #0072b2 #d55e00'.split()
 INPUTS, OUTSIDE, GREY, DARK = '#b7d7ea', '#e8e8e8', '#777777', '#444444'
 STEPS = (1, 2, 5, 10)  # between ticks
-MARKERS = 'os^Dvx'
 # names and tokens are no formulas of TeX, whatever dollars they hold
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'legend.fontsize': 9, 'text.parse_math': False}
 BINS = np.linspace(0, 4.25, 18)  # of -log10(1 - R2); the last holds all above the last of R2
@@ -35,18 +34,16 @@ LIMIT = 4  # standard deviations
 
 @rc_context(STYLE)
 def draw_edges(title, edges):
-    """A panel for each edge, up to 24: {'i', 'o' (None of a channel), 'x', 'total', 'base', 'fit' (curves, the last may
-    be None), 'formula', 'family', 'r2' (may be NaN), 'counts' (of inputs, evenly from x[0] to x[-1]), 'knots' (P,),
-    'grid' (low, high)}.
+    """A panel for each edge, up to 24: {'i', 'o' (None of a channel), 'x', 'total', 'base', 'fit' (curves), 'formula',
+    'family', 'r2' (may be NaN), 'counts' (of inputs, evenly from x[0] to x[-1]), 'knots' (P,), 'grid' (low, high)}.
     """
     check(edges, 'edges', 24)
-    names = [f'{name_of(edge)}  {edge["family"]}, R² ' for edge in edges]
+    names = [f'{name_of(edge["i"], edge["o"])}  {edge["family"]}, R² ' for edge in edges]
     names = [name + f'{edge["r2"]:.3f}'.replace('nan', '–') for name, edge in zip(names, edges)]
     widest = max(width(name, SMALL) for name in names) + TICKS - OVER
     figure, panels = make_panels(title, len(edges), min(6, max(2, int(WIDTH / widest))), 1.45)
     room = panel_width(figure, panels) + OVER
-    formulas = [edge['formula'] or '' for edge in edges]
-    formulas = [formula if width(formula, SMALL) <= room else '' for formula in formulas]
+    formulas = [edge['formula'] if width(edge['formula'], SMALL) <= room else '' for edge in edges]
     for panel, edge, name, formula in zip(panels, edges, names, formulas):
         draw_edge(panel, edge)
         set_title(panel, shorten(name, room, SMALL), SMALL, formula, any(formulas))
@@ -55,8 +52,8 @@ def draw_edges(title, edges):
     return figure
 
 
-def name_of(edge):
-    return f'channel {edge["i"]}' if edge['o'] is None else f'{edge["i"]} -> {edge["o"]}'
+def name_of(i, o):
+    return f'channel {i}' if o is None else f'{i} -> {o}'
 
 
 def what_of(edges):
@@ -65,12 +62,11 @@ def what_of(edges):
 
 def draw_edge(panel, edge):
     x, total, fit = edge['x'], edge['total'], edge['fit']
-    parts = [edge['base'], total - edge['base'], *([] if fit is None else [fit])]
+    parts = [edge['base'], total - edge['base'], fit]
     panel.plot(x, total, color=BLACK, linewidth=2.4, label='function')
     panel.plot(x, parts[0], color=ORANGE, linewidth=1.2, label='its activation')
     panel.plot(x, parts[1], color=BLUE, linewidth=1.2, label='its spline')
-    if fit is not None:
-        panel.plot(x, fit, color=VERMILION, linewidth=1.5, linestyle=(0, (3, 2)), label='formula')
+    panel.plot(x, fit, color=VERMILION, linewidth=1.5, linestyle=(0, (3, 2)), label='formula')
     draw_inputs(panel, x, edge['counts'])
     marks = dict(color=DARK, markersize=5, transform=panel.get_xaxis_transform(), label='knots')
     panel.plot(edge['knots'], np.full(len(edge['knots']), 0.03), '|', **marks)
@@ -169,20 +165,16 @@ def draw_shares(panel, trained, random):
 @rc_context(STYLE)
 def draw_pruning(curves, full_loss):
     """Loss over the share of edges cut, as it is and above full_loss, for each (name, shares (n,), losses (n,), spread
-    (n,) or None), up to 6. A name that ends in ', tuned ...' has the colour of the name without that.
+    (n,) or None), up to 2.
     """
-    check(curves, 'curves', 6)
+    check(curves, 'curves', 2)
     figure = Figure((WIDTH, 5), layout='constrained')
     add_title(figure, 'Loss against the share of functions cut')
     panels = figure.subplots(1, 2)
-    orders = list(dict.fromkeys(name.split(', tuned')[0] for name, *_ in curves))
-    for name, shares, losses, spread in curves:
-        order = orders.index(name.split(', tuned')[0])
-        color, marker = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)[order], MARKERS[order]
-        tuned = dict(linestyle='--', markerfacecolor='white') if ', tuned' in name else {}
+    for (name, shares, losses, spread), color, marker in zip(curves, (BLUE, VERMILION), 'os'):
         label = shorten(name, WIDTH / 3, 9)
         for panel, zero in zip(panels, (0, full_loss)):
-            panel.plot(shares, losses - zero, color=color, marker=marker, markersize=5, label=label, **tuned)
+            panel.plot(shares, losses - zero, color=color, marker=marker, markersize=5, label=label)
             if spread is not None:
                 band = losses - zero - spread, losses - zero + spread
                 panel.fill_between(shares, *band, color=color, alpha=0.2, linewidth=0)
@@ -223,7 +215,7 @@ def scale_losses(panels, losses, full_loss):
 
 @rc_context(STYLE)
 def draw_growth(title, edges):
-    """A panel for each edge, up to 8: {'i', 'o', 'iterations' (m), 'x', 'curves' (m, 64), 'counts' or None}, m <= 6."""
+    """A panel for each edge, up to 8: {'i', 'o', 'iterations' (m), 'x', 'curves' (m, 64), 'counts'}, m <= 6."""
     check(edges, 'edges', 8)
     for edge in edges:
         check(edge['iterations'], 'iterations', 6)
@@ -237,10 +229,9 @@ def draw_growth(title, edges):
     for panel, edge in zip(panels, edges):
         for iteration, curve in zip(edge['iterations'], edge['curves']):
             panel.plot(edge['x'], curve, **styles[iteration])
-        if edge['counts'] is not None:
-            draw_inputs(panel, edge['x'], edge['counts'])
+        draw_inputs(panel, edge['x'], edge['counts'])
         set_limits(panel, edge['x'], edge['curves'])
-        panel.set_title(name_of(edge), fontsize=9)
+        panel.set_title(name_of(edge['i'], edge['o']), fontsize=9)
     label_axes(figure, panels, 'input', what_of(edges))
     add_legend(figure, panels)
     return figure

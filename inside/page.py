@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from run.files import write_atomically
+from run.records import without_nan
 
 TEMPLATE = Path(__file__).with_name('page.html')
 
@@ -27,5 +28,4 @@ def write_page(path, report):
 
 def embedded(report):
     """The JSON of `report` as the text of a script element: no `<` that could end it, null for NaN and infinities."""
-    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
-    return json.dumps(finite, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
+    return json.dumps(without_nan(report), allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')

@@ -15,6 +15,7 @@ from inside import figures
 from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch, weights_of
 from inside.formulas import Formula, Found, expression, function_of, refine, search
 from run.files import write_atomically
+from run.records import without_nan
 
 BINS = 40  # of a histogram of inputs
 CLOSE = 0.99  # an R2 that is called close
@@ -49,14 +50,14 @@ def look(model, read, names=None, rows=16384, n_edges=200, **thresholds):
     """
     layers = []
     seen = watch(model, read, names, rows)
-    bar = tqdm(total=sum(found.layer.in_features for found in seen.values()), unit='feature', leave=False, disable=None)
+    bar = tqdm(total=sum(one.layer.in_features for one in seen.values()), unit='feature', leave=False, disable=None)
     for name, one in seen.items():
         edges = measure(one)
         if not n_edges:
             layers.append(Layer(short(name), one, edges, None, [], []))
             continue
         found = search(one, edges, bar.update, **thresholds)
-        O, I = edges.activity.shape
+        I = edges.activity.size(1)
         strongest = edges.activity.flatten().argsort(descending=True)[:n_edges].tolist()
         pairs = [divmod(place, I) for place in strongest]
         layers.append(Layer(short(name), one, edges, found, pairs, refine(one, edges, found, pairs)))
@@ -117,14 +118,8 @@ def mean_over_edges(key, summaries):
 
 def table(rows):
     """What `facts` found as markdown, each figure beside that of the same layer with random initial weights, if any."""
-    heads = [
-        'layer',
-        'functions',
-        f'straight lines (R² > {CLOSE})',
-        f'formulas (R² > {CLOSE})',
-        'variance that is no line',
-    ]
-    heads += ['inputs outside the grid']
+    heads = ['layer', 'functions', f'straight lines (R² > {CLOSE})', f'formulas (R² > {CLOSE})']
+    heads += ['variance that is no line', 'inputs outside the grid']
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
     for row in rows:
         now, old = row['trained'], row['random']
@@ -191,10 +186,6 @@ def edges_of(layer, n=None):
 def output_of(seen, o):
     """The output of an edge; None for the function of a channel, which has none."""
     return None if seen.of_channels else o
-
-
-def name_of(i, o):
-    return figures.name_of(dict(i=i, o=o))
 
 
 def numbers_of(edges, o, i):
@@ -313,17 +304,21 @@ def growth_of(layer, history, n=8):
         pair for pair, formula in zip(layer.pairs, layer.formulas) if formula.family not in ('affine', 'constant')
     ]
     pairs, found = (curved or layer.pairs)[:n], []
-    at = [
-        next(module for name, module in kan_layers(model).items() if short(name) == layer.name) for _, model in history
-    ]
-    then = [Seen(module, layer.seen.x, weights_of(module).detach()) for module in at]
     x = curves(layer.seen, layer.edges, pairs)[0]
-    totals = torch.stack([curves(seen, layer.edges, pairs)[1] for seen in then], 1)  # (pairs, m, n)
+    totals = torch.stack([curves_then(layer, model, pairs) for _, model in history], 1)  # (pairs, m, 64)
+    iterations = [iteration for iteration, _ in history]
     for e, (o, i) in enumerate(pairs):
-        about = dict(i=i, o=output_of(layer.seen, o), iterations=[iteration for iteration, _ in history])
-        about.update(counts=inputs_of(layer, i)['counts'])
+        counts = inputs_of(layer, i)['counts']
+        about = dict(i=i, o=output_of(layer.seen, o), iterations=iterations, counts=counts)
         found.append(arrays(dict(about, x=x[e].tolist(), curves=totals[e].tolist())))
     return found
+
+
+def curves_then(layer, model, pairs):
+    """What edges of a layer gave in another state of the model, over the inputs that they see at last: (pairs, 64)"""
+    module = next(module for name, module in kan_layers(model).items() if short(name) == layer.name)
+    then = Seen(module, layer.seen.x, weights_of(module).detach())
+    return curves(then, layer.edges, pairs)[1]
 
 
 # what a prompt drives
@@ -368,7 +363,7 @@ def most_driven(known, met, driven, n):
             outputs, features = indices(one, pairs)
             mean, *spread = (getattr(known[name], key)[outputs, features] for key in ('mean', 'activity', 'alive'))
             z = deviations(values(one, pairs) - mean, *spread)
-            labels = [f'{short(name)} {name_of(i, output_of(one, o))}' for o, i in pairs]
+            labels = [f'{short(name)} {figures.name_of(i, output_of(one, o))}' for o, i in pairs]
             rows += [(label, z[:, e].cpu().numpy()) for e, label in enumerate(labels)]
     return rows
 
@@ -437,17 +432,8 @@ def sums(layer):
     return lines
 
 
-def plain(value):
-    """What JSON can hold: None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def as_json(value):
-    return json.dumps(plain(value), allow_nan=False)
+    return json.dumps(without_nan(value), allow_nan=False)
 
 
 def write_text(folder, name, text):

@@ -55,7 +55,7 @@ def plain_channel_spline(x, weight, knots, k, activation, gated, bases=recursive
 
 
 def halves(x, weight, gated):
-    """(gate, value), (N, C) each; without a gate (x, None)."""
+    """(gate, value), (N, C) each; not gated, x is the gate and there is no value: (x, None)."""
     return x.split(len(weight), 1) if gated else (x, None)
 
 
@@ -70,11 +70,10 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
     is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # exports hold only PyTorch's own operators
     if is_exported or is_transformed() or (knots.requires_grad and torch.is_grad_enabled()):
         return plain_channel_spline(x, weight, knots, k, activation, gated)
-    wanted = len(weight), weight.size(1) + k + 1
-    if knots.shape != wanted:
-        raise ValueError(
-            f'expected knots {wanted} for weight {tuple(weight.shape)} and order {k}, got {tuple(knots.shape)}'
-        )
+    shape = len(weight), weight.size(1) + k + 1
+    if knots.shape != shape:
+        of = f'weight {tuple(weight.shape)} and order {k}'
+        raise ValueError(f'expected knots {shape} for {of}, got {tuple(knots.shape)}')
     function = ChannelSplineFunction.apply if is_eager(x) else channel_forward
     return function(x, weight, knots, k, name_of(activation), gated)
 
@@ -148,9 +147,9 @@ channel_forward.register_autograd(differentiate, setup_context=keep)
 
 class ChannelSplineFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, knots, k, activation, gated):
-        keep(ctx, (x, weight, knots, k, activation, gated), None)
-        return run_forward(x, weight, knots, k, activation, gated)
+    def forward(ctx, *inputs):
+        keep(ctx, inputs, None)
+        return run_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

@@ -23,10 +23,8 @@ import warnings
 from pathlib import Path
 
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -x c++'
-if platform.machine() in ('x86_64', 'AMD64'):
-    FLAGS += (
-        ' -mprefer-vector-width=512'  # where there are such vectors; some compilers take shorter ones by themselves
-    )
+if platform.machine() in ('x86_64', 'AMD64'):  # vectors as long as there are: some compilers prefer shorter ones
+    FLAGS += ' -mprefer-vector-width=512'
 ACTIVATIONS = {  # names in spline.py and in activations.h
     'SiLU()': 'silu',
     "GELU(approximate='none')": 'gelu',
@@ -49,29 +47,33 @@ def compile(name, **definitions):
 
 @functools.cache
 def compile_once(name, defined):
-    source, problems = Path(__file__).with_name(name), []
+    problems = []
     for parallel in PARALLEL:
-        for folder in own_folder, temporary_folder:
-            try:
-                command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
-                library = ctypes.CDLL(str(build(source, command, folder())))
-            except subprocess.CalledProcessError as error:  # of the compiler, for which no other folder helps
-                problems.append(error.stderr)
-                break
-            except (OSError, ValueError) as error:  # a folder where nothing can be written, or run; a CXX of no words
-                problems.append(str(error))
-            else:
-                if folder is temporary_folder:
-                    tell_once(f'compiled C++ is not kept, each process takes seconds to compile it: {problems[-1]}')
-                return library
+        try:
+            command = [*shlex.split(f'{os.environ.get("CXX") or "c++"} {FLAGS} {parallel}'), *defined]
+            return load(Path(__file__).with_name(name), command)
+        except subprocess.CalledProcessError as error:
+            problems.append(error.stderr)
+        except (OSError, ValueError) as error:  # no folder where anything can be written and run; a CXX of no words
+            problems.append(str(error))
     first = (problems[0].strip().splitlines() or ['no reason given'])[0]
     warnings.warn(f'C++ cannot be compiled and run here, KAN layers do without it, slower: {first}', stacklevel=3)
     return None
 
 
+def load(source, command):
+    """The library in the user's cache; where none can be there, one in a folder of this process, with a warning."""
+    try:
+        return ctypes.CDLL(str(build(source, command, own_folder())))
+    except OSError as error:  # a folder where nothing can be written, or run
+        library = ctypes.CDLL(str(build(source, command, temporary_folder())))
+        tell_once(f'compiled C++ is not kept, each process takes seconds to compile it: {error}')
+        return library
+
+
 @functools.cache
 def tell_once(message):
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=5)
 
 
 def build(source, command, folder):

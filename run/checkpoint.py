@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from model import GPT, GPTConfig
+from layers.muon import is_muons
+from model import CONV1D, GPT, GPTConfig
 from run.files import sync_folder, write_atomically
 
 MODELS = ('best.pt', 'ckpt.pt')  # what a model is loaded from, the first that is there
@@ -37,7 +38,6 @@ STATES = ('ckpt.pt', 'ckpt_prev.pt', 'best.pt')
 # in a folder of export.py: model_args, tokenizer, config, iter_num, best_val_loss; gpt2: whether it is one; tied: the
 # names that have the weight of the token embeddings
 EXPORT = 'gpt.json'
-CONV1D = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # what transformers' GPT-2 has the other way round
 LEFT = (*STATES, 'run.json', 'log.jsonl', 'history', 'interpret')  # all that a run leaves behind
 LEFT += ('metrics.json', 'predictions', 'adapter', 'tensorboard')
 
@@ -216,7 +216,7 @@ def moments_fit(groups, saved):
     """
 
     def kinds(groups):
-        return [(len(group['params']), 'betas' in group) for group in groups]  # those of Muon have no betas
+        return [(len(group['params']), is_muons(group)) for group in groups]
 
     if kinds(groups) != kinds(saved['param_groups']):
         return False

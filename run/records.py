@@ -61,6 +61,11 @@ def read_json(path, read, nothing):
         raise ValueError(f'{path} is damaged ({error}): move it away') from None
 
 
+def without_nan(value, default=None):
+    """A value as JSON holds it: None for NaN and infinities. `default` as in json.dumps."""
+    return json.loads(json.dumps(value, default=default), parse_constant=lambda name: None)
+
+
 def write_log(out_dir, lines):
     with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(line, allow_nan=False) + '\n' for line in lines)

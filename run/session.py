@@ -84,10 +84,9 @@ class Session:
     def check_same(self, what, value, advice='copy its files from one node to all'):
         """ValueError where the processes have not the same: nodes without a shared disk prepare data of their own."""
         first, *others = self.gather(value)
-        rank = next((rank for rank, other in enumerate(others, 1) if other != first), None)
-        if rank:
-            places = f'on process {rank} as on process 0'
-            raise ValueError(f'{what} is not the same {places}: {advice}')
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise ValueError(f'{what} is not the same on process {rank} as on process 0: {advice}')
 
     def gather_rng(self):
         """The random states of all processes."""
@@ -178,7 +177,10 @@ class Session:
         """
         if self.master:
             with contextlib.suppress(OSError):
-                tqdm.write(text) if self.on_terminal else print(text)
+                if self.on_terminal:
+                    tqdm.write(text)
+                else:
+                    print(text)
                 if sys.stdout:  # a daemon may have none
                     sys.stdout.flush()
 

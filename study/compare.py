@@ -29,7 +29,7 @@ from scipy import stats
 
 from configurator import INCIDENTAL, configure
 from run.files import write_atomically
-from run.records import base_of, complete, perplexity
+from run.records import base_of, complete, perplexity, without_nan
 from study import figures
 from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 
@@ -357,8 +357,7 @@ def compare(runs, out, baseline='', mix=False, over='', scaling=False):
     private = ('finished', 'unfinished', 'not_counted', 'base')
     public = [{key: value for key, value in group.items() if key not in private} for group in shown]
     report = {'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}}
-    text = json.dumps(report, default=lambda array: array.tolist())
-    report = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN
+    report = without_nan(report, default=lambda array: array.tolist())
     texts = {'compare.md': table, 'compare.json': json.dumps(report, indent=1)}
     texts['compare.html'] = page(groups, base, laws, grids, settings)
     os.makedirs(out, exist_ok=True)

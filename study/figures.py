@@ -37,7 +37,7 @@ def has_curves(groups):
 def draw_curves(groups, base):
     """Of more than six groups `base` and those that end lowest."""
     by_end = sorted(groups, key=lambda group: (group is not base, group['curve']['mean'][-1]))
-    drawn, others = {group['name'] for group in by_end[:N_LINES]}, len(groups[N_LINES:])
+    drawn, others = {group['name'] for group in by_end[:N_LINES]}, max(0, len(groups) - N_LINES)
     groups = [group for group in groups if group['name'] in drawn]
     figure = Figure(figsize=(10, 7.5), layout='constrained')
     panels = figure.subplots(2, 2, sharey=True)

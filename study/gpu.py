@@ -34,7 +34,7 @@ from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, make_step
 from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
 from run.files import write_atomically
-from run.records import commit
+from run.records import commit, without_nan
 from study.runner import Study, add_run, fill, run_json, run_to_end
 from study.speed import make_table
 
@@ -144,8 +144,7 @@ def run_one(make, seconds):
         record = {'error': f'{type(error).__name__}: {error}'[:2000]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # a NaN is no JSON
-    return {**record, 'took': time.monotonic() - t0}
+    return {**without_nan(record), 'took': time.monotonic() - t0}
 
 
 def describe_machine():

@@ -109,10 +109,12 @@ def apply_method(model, method, lr, batch):
         groups = [{'params': trained, 'lr': lr, 'weight_decay': WEIGHT_DECAY}]
     if method == 'head only':
         return groups
-    head = {p: WEIGHT_DECAY * (p.dim() - 1) for p in model.head.parameters() if p.requires_grad}  # none of the bias
+    head = dict.fromkeys(p for p in model.head.parameters() if p.requires_grad)
     for group in groups:
         group['params'] = [p for p in group['params'] if p not in head]
-    groups += [{'params': [p], 'lr': HEAD_RATE, 'weight_decay': decay} for p, decay in head.items()]
+    for p in head:
+        decay = WEIGHT_DECAY if p.dim() == 2 else 0.0  # none of the bias
+        groups.append({'params': [p], 'lr': HEAD_RATE, 'weight_decay': decay})
     return [group for group in groups if group['params']]
 
 

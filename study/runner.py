@@ -132,7 +132,7 @@ def share(locks, is_done, do, wait=True, progress=iter):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     done = {}
     try:
-        for blocking in (False, True)[: 1 + wait]:
+        for blocking in (False, True) if wait else (False,):
             for name in progress(locks):
                 with contextlib.suppress(Timeout), FileLock(locks[name], blocking=blocking):
                     if not is_done(name):

@@ -8,7 +8,7 @@ Code that a model brings along is never run.
 """
 
 import os
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn as nn
 
 from layers.generation import KVCache, check_places
 from layers.graph import Edges, GraphAttention, last_of
+from layers.pretrained import one_line, refuse_missing
 from model import GPT, GPTConfig
 
 
@@ -193,9 +194,7 @@ def load_hf(source, dropout=0.0, dtype=torch.float32):
         raise ValueError(
             f'{source} has weights of a few bits each, which cannot be trained: expected one with whole ones'
         )
-    if found['missing_keys'] or found['mismatched_keys']:
-        first = min(map(str, {*found['missing_keys'], *found['mismatched_keys']}))
-        raise ValueError(f'{source} has no weights that fit for {first}: it is another model than its config says')
+    refuse_missing(source, found)
     return hf
 
 
@@ -282,19 +281,3 @@ def set_dropout(config, dropout):
             with suppress(StrictDataclassError):
                 setattr(config, name, float(dropout))
     return config
-
-
-@contextmanager
-def one_line(source):
-    """Whatever transformers raises while it reads a source as a ValueError of one line."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(f'loading {source} needs {error.name}: pip install -r requirements-all.txt') from None
-    except Exception as error:  # damaged files raise errors of all kinds
-        if 'trust_remote_code' in str(error):
-            raise ValueError(
-                f'{source} brings code of its own, which is never run: expected a model that needs none'
-            ) from None
-        what = f'{type(error).__name__}: {error}'.split('. ')[0].splitlines()[0]
-        raise ValueError(f'cannot load {source} ({what[:200]})') from None

@@ -466,9 +466,11 @@ def find_layers(model, layers, folder):
     for path in modules:
         paths.setdefault(plain(path), []).append(path)
     for name, (kind, was) in layers.items():
-        path = paths.get(name, [''])[0 if kind == 'copy' else -1]  # of what is around a layer, or of the layer itself
-        found = shapes_of(modules[path]) if path else 'not there'
-        if found != was or kind not in (*kinds_of(modules[path]), 'copy'):
+        found, kinds = 'not there', ()
+        if name in paths:
+            path = paths[name][0] if kind == 'copy' else paths[name][-1]  # with what is around a layer, or it alone
+            found, kinds = shapes_of(modules[path]), (*kinds_of(modules[path]), 'copy')
+        if found != was or kind not in kinds:
             raise ValueError(f'{folder}: {name} was {was} with adapter of kind {kind!r}; in this model it is {found}')
         targets[path] = kind
     return targets

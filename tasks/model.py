@@ -25,7 +25,7 @@ from data.loader import load_tokenizer
 from data.tokenizer import PretrainedTokenizer
 from kan import KANLinear
 from layers.graph import add_graph
-from model import GPT, MLP, GPTConfig
+from model import GPT, GPT2S, MLP, GPTConfig
 from run.checkpoint import build_model, holds_model, load_checkpoint, shorten
 from run.records import read_record
 from surgery import causal_lm
@@ -35,7 +35,6 @@ from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, digest_of, load_lora, lora_param_groups
 from tasks.prompts import answer_ids, find_task
 
-GPT2S = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 FORMS, MODES, WEIGHTS = ('cloze', 'linear'), ('full', 'head', 'adapter'), ('float32', 'bfloat16')
 
 

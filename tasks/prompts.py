@@ -67,13 +67,13 @@ class Sonnets(Task):
 
 
 QUESTIONS = ('Question 1:', '\nQuestion 2:')
-TASKS = [
+ALL = [
     Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
     Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
     Task('quora', QUESTIONS, '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
     Sonnets('sonnets', before=(), question='', answers=(), column=''),
 ]
-TASKS = {task.name: task for task in TASKS}
+TASKS = {task.name: task for task in ALL}
 
 
 def find_task(name):
@@ -219,10 +219,10 @@ def draw_evenly(rows, n, draw):
 # what is held out, and batches
 
 
-def hold_out(examples, fraction, seed=0):
+def hold_out(examples, fraction):
     """(the examples to learn from, those to stop by), the same split for every run."""
     examples = list(examples)
-    random.Random(seed).shuffle(examples)
+    random.Random(0).shuffle(examples)
     n = max(1, round(fraction * len(examples)))
     if n >= len(examples):
         raise ValueError(f'valid_fraction={fraction} of {len(examples)} examples leaves none to learn from')

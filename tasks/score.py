@@ -76,6 +76,10 @@ def score_written(model, tokenizer, examples, device, dtype, sampling, stop=()):
 # scores
 
 
+def text_of(scores):
+    return ', '.join(f'{name} {value:.4f}' for name, value in scores.items())
+
+
 def check_packages(name):
     """ValueError where a package is missing that scores the task `name`, before anything has been trained."""
     package = find_task(name).scored_by
@@ -118,7 +122,7 @@ def score_sonnets(written, sonnets):
     return {'chrf': chrf(written, sonnets), 'chrf_continuation': chrf(*continuations)}
 
 
-def sonnet_baselines(train, sonnets, seeds):
+def sonnet_baselines(train, sonnets, seeds=range(10)):
     """Scores of the texts `sonnets` without a model: 'prompt' is that of the given lines alone; 'random' and
     'random_continuation' those of the given lines with what follows in a sonnet drawn from `train`, as means over
     seeds, and with '_std' their standard deviations (of one seed: NaN).
