@@ -542,7 +542,7 @@ def test_resume_wants_the_same_settings_and_data(place):
     words = complaint(
         place, 'finetune.py', *flags(**{**common, 'out_dir': 'base'}), modules=str(place), prelude='small'
     )
-    assert words == 'error: base/ckpt.pt is not one of finetune.py\n'
+    assert words == 'error: base/ckpt.pt is not one of finetune.py: train.py resumes it, by --init_from=resume\n'
     words = complaint(
         place, 'finetune.py', *flags(**{**common, 'out_dir': 'nowhere'}), modules=str(place), prelude='small'
     )

@@ -345,9 +345,13 @@ def test_going_back_to_an_earlier_state_seeks_the_best_anew(tmp_path, dataset):
 
 def test_what_does_nothing():
     graph = dict(use_graph=True, graph_edges='causal,topk', graph_window=4, graph_topk=4)
+    edges, all_of_them = "graph_edges='causal,topk'", 'holds causal, and with it all earlier tokens'
     swish = dict(activation='swish', spline_lr_scale=4.0, spline_weight_decay=0.0)
     for settings, lines in (
-        (graph, ["graph_window does nothing: graph_edges='causal,topk' holds no window"]),
+        (
+            graph,
+            [f'graph_window does nothing: {edges} holds no window', f'graph_topk does nothing: {edges} {all_of_them}'],
+        ),
         (swish, []),
     ):
         assert idle_settings('train.py', settings_of('train.py', []) | settings) == lines
