@@ -92,7 +92,7 @@ def evaluate_text(checkpoint):
     name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
-    loader.check_dataset(name, 1, model.config.vocab_size, {'train', 'val', split})
+    loader.check_dataset(name, 1, model.config.vocab_size, [split])
     model.to(device).eval()
     tokens, (chars, n_bytes) = len(data) - 1, measure_text(tokenizer, data[1:])
     total = sum_losses(model, data, length, step)

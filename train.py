@@ -503,7 +503,7 @@ while True:
             say(f'iter {iter_num}: {status}, {dt * 1000:.0f} ms')
 
 bar.close()
-if is_last and losses and saved_at == iter_num:
+if is_last and losses and not eval_only and saved_at == iter_num:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
     session.finish_tracking()
     say(f'finished: best val loss {best_val_loss:.4f}; for text: python sample.py --out_dir={out_dir}')

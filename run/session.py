@@ -194,7 +194,8 @@ class Session:
         names = saved_after(out_dir, iteration) if self.master else []
         if names:
             shown = ', '.join(names[-3:]) + (f' and {len(names) - 3} more' if names[3:] else '')
-            self.say(f'{shown}: moved to {set_aside(out_dir, names)}, as later than iteration {iteration} or damaged')
+            place = set_aside(out_dir, names)
+            self.say(f'{shown}: moved to {place}, as later than iteration {iteration} or damaged')
         return self.all_reduce(self.master and os.path.exists(os.path.join(out_dir, 'best.pt')))[0] > 0
 
     def save(self, out_dir, checkpoint, is_best, name, again=False):

@@ -304,7 +304,10 @@ def make_page():
             ),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
-    parts = [line for title, lines in tables.items() if lines for line in (f'## {title}', '', *lines, '')]
+    parts = []
+    for title, lines in tables.items():
+        if lines:
+            parts += [f'## {title}', '', *lines, '']
     return '\n'.join(parts)
 
 

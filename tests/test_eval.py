@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -201,3 +202,11 @@ def test_stride_of_half_a_block_and_parameters(model_and_data):
     found = evaluate(folder, f'--dataset={dataset}')
     assert (found['stride'], found['block_size']) == (T // 2, T)
     assert found['parameters'] == sum(p.numel() for p in build_model(checkpoint).parameters())
+
+
+def test_a_split_that_is_not_scored_is_not_read(tmp_path, model_and_data):
+    folder, dataset, _ = model_and_data
+    shutil.copytree(dataset, tmp_path / 'data')
+    (tmp_path / 'data/train.bin').write_bytes(b'damaged ')
+    found = evaluate(folder, f'--dataset={tmp_path}/data')
+    assert found['loss'] == evaluate(folder, f'--dataset={dataset}')['loss']

@@ -235,7 +235,8 @@ def test_another_text_has_a_best_loss_of_its_own(tmp_path, dataset):
     before = (tmp_path / 'out' / 'best.pt').read_bytes()
     other = write_dataset(tmp_path / 'other', n_train=3000)
     said = train(tmp_path, other, init_from='resume', eval_only=True, max_iters=2).stdout
-    assert 'are not those this run began with\n' in said and not (tmp_path / 'out' / 'earlier-1').exists()
+    assert 'are not those this run began with\n' in said and 'finished' not in said
+    assert not (tmp_path / 'out' / 'earlier-1').exists()
     done = train(tmp_path, other, init_from='resume', max_iters=4, log_to='tensorboard')
     assert 'are not those this run began with: its best loss starts anew' in done.stdout
     best = load(tmp_path / 'out', 'best.pt')
@@ -574,7 +575,7 @@ def test_a_resumed_run_that_stops_at_once_keeps_the_states_before(tmp_path, data
         process.terminate()
         done = finish(process)
         assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
-        assert ('stopped at iteration 4' in done.stdout) == (code == 0)
+        assert ('stopped at iteration 4' in done.stdout) == (code == 0) and 'finished' not in done.stdout
         for name in 'ckpt.pt', 'ckpt_prev.pt':
             assert (tmp_path / 'again' / name).read_bytes() == before[name]
         shutil.rmtree(tmp_path / 'again')
