@@ -154,7 +154,8 @@ if resume:
     model, tokenizer = task_model.load_task_model(state)
     step, log, model_args = state['iter_num'], state['log'], state['model_args']
     best_loss, seconds, train_loss = float(state['best_val_loss']), state['seconds'], state['train_loss']
-    if not session.keep_best(out_dir, step):
+    session.set_later_aside(out_dir, step)
+    if not session.has_best(out_dir):
         best_loss = math.inf  # the best one is sought anew, so that there is one
 else:
     gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)

@@ -407,8 +407,10 @@ X, Y = train_batch(iter_num, 0)
 
 # the record of the run, and what it says while it runs
 log = [line for line in records.read_log(out_dir) if line['iter'] <= iter_num] if is_resumed else []
-if is_resumed and not eval_only and not session.keep_best(out_dir, iter_num):
-    best_val_loss = math.inf  # the best one is sought anew, so that there is one
+if is_resumed and not eval_only:
+    session.set_later_aside(out_dir, iter_num)
+    if not session.has_best(out_dir):
+        best_val_loss = math.inf  # the best one is sought anew, so that there is one
 if is_measured_anew:
     anew = '' if eval_only else ': its best loss starts anew'
     say(f'warning: the tokens or windows of the validation are not those this run began with{anew}')

@@ -187,15 +187,18 @@ class Session:
     def bar(self, total, initial, unit):
         return tqdm(total=total, initial=initial, unit=unit, disable=not self.on_terminal, dynamic_ncols=True)
 
-    def keep_best(self, out_dir, iteration):
+    def set_later_aside(self, out_dir, iteration):
         """Move aside what is of later iterations than this, from which a run goes on, and a best.pt that cannot be
-        read; returns, to all processes, whether there is a best.pt then.
+        read.
         """
         names = saved_after(out_dir, iteration) if self.master else []
         if names:
             shown = ', '.join(names[-3:]) + (f' and {len(names) - 3} more' if names[3:] else '')
             place = set_aside(out_dir, names)
             self.say(f'{shown}: moved to {place}, as later than iteration {iteration} or damaged')
+
+    def has_best(self, out_dir):
+        """Whether there is a best.pt, as the first process sees it."""
         return self.all_reduce(self.master and os.path.exists(os.path.join(out_dir, 'best.pt')))[0] > 0
 
     def save(self, out_dir, checkpoint, is_best, name, again=False):
