@@ -49,8 +49,9 @@ win: .venv/installed-all
 	$(ONE_THREAD) study/win.py
 	$(ONE_THREAD) study/win_page.py
 
+# in two shells, to share the runs
 smollm2: .venv/installed-all
-	$(BIN)/python study/smollm2.py
+	$(ONE_THREAD) study/smollm2.py
 
 # in two shells, to share the runs; the tasks' files as for finetune
 pretrained: .venv/installed-all

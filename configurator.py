@@ -14,6 +14,7 @@ import functools
 import math
 import operator
 import os
+import select
 import sys
 import time
 import traceback
@@ -46,10 +47,14 @@ def configure(variables, argv=None):
     settings = override(settings, [arg for arg in argv if arg not in ('--help', '-h')])
     if '--help' in argv or '-h' in argv:  # the settings this command would run with, so it also checks a config file
         print((variables.get('__doc__') or '').strip(), '', sep='\n')
-        print(*(f'--{name}={value!r}' for name, value in settings.items()), sep='\n')
+        print(*(f'--{name}={value!r}' for name, value in settings.items()), sep='\n', flush=True)
         sys.exit()
     variables.update(settings)
     return settings
+
+
+def flags_of(settings):
+    return [f'--{name}={value}' for name, value in settings.items()]
 
 
 def divide(argv, names):
@@ -245,12 +250,12 @@ def nobody_reads():
     """Whether the reader of this process has gone, as `| head` when it has read enough. What is left goes nowhere, or
     Python would complain once more at its end.
     """
-    try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # tells of errors alone
+    gone = bool(poll.poll(0))
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    return gone
 
 
 def report(kind, error, trace):

@@ -215,19 +215,21 @@ def to_peft(checkpoint, target):
     if os.path.exists(settings['init_from']):  # a name, and no folder of this machine
         settings['init_from'] = base_name(settings['init_from'])
     check_adapter(record, settings)
-    base, is_plain, name_of = base_of(checkpoint['model_args'])
+    base, is_plain, name_of = base_for_peft(checkpoint['model_args'])
     base.name_or_path = settings['init_from']  # which PEFT writes down
     names = {path: name_of(path) for path in record['layers']}
     model = get_peft_model(base, peft_config(record, [*names.values()], is_plain))
     for path, name in names.items():
         layer = model.base_model.model.get_submodule(name)
-        fill(layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')})
+        load_into_peft(
+            layer, {key.removeprefix(f'{path}.'): p for key, p in tensors.items() if key.startswith(f'{path}.')}
+        )
     model.save_pretrained(target, save_embedding_layers=False)
     brings_code = 'causal_lm' not in checkpoint['model_args'] and not is_plain
     write_adapter_card(target, record['config'], settings, brings_code)
 
 
-def base_of(model_args):
+def base_for_peft(model_args):
     """(the model of transformers that an adapter is for, without its weights, which PEFT does not save; whether it is a
     GPT-2; what it calls a path of finetune.py)
     """
@@ -267,7 +269,7 @@ def peft_config(record, names, is_plain):
     return KanLoraConfig(**settings | {name: ours[name] for name in SHARED})
 
 
-def fill(layer, tensors):
+def load_into_peft(layer, tensors):
     """Put the tensors of an adapter of surgery/adapters.py into a layer of PEFT."""
     if hasattr(layer, 'kanlora_adapters'):
         layer.kanlora_adapters['default'].load_state_dict(tensors)

@@ -24,7 +24,7 @@ import time
 import torch
 from filelock import FileLock, Timeout
 
-from configurator import ROOT, check_ranges, configure, settings_of
+from configurator import ROOT, check_ranges, configure, flags_of, settings_of
 from inside import faithful, figures, report
 from inside.edges import kan_layers, measure, watch
 from inside.page import write_page
@@ -87,7 +87,7 @@ def say(text):
     print(f'[{time.perf_counter() - started:5.1f} s] {text}', flush=True)
 
 
-def choose(model):
+def layers_asked_for(model):
     """The full names of the KAN layers that layer and module name."""
     names = {name: report.short(name) for name in kan_layers(model)}
     if not names:
@@ -102,7 +102,7 @@ def choose(model):
 
 
 def look(model, n_edges=n_edges):
-    return report.look(model, lambda: source.read(model), choose(model), rows, n_edges)
+    return report.look(model, lambda: source.read(model), layers_asked_for(model), rows, n_edges)
 
 
 def explain_prompt():
@@ -111,7 +111,7 @@ def explain_prompt():
     gpt = getattr(source.model, 'gpt', source.model)
     if not 1 <= len(ids) <= gpt.config.block_size:
         raise ValueError(f'the prompt has {len(ids)} tokens, expected 1 to {gpt.config.block_size}')
-    tokens, names = [source.tokenizer.decode([token]) for token in ids], choose(source.model)
+    tokens, names = [source.tokenizer.decode([token]) for token in ids], layers_asked_for(source.model)
     seen = watch(source.model, lambda: source.read(source.model), names, rows)
     known = {name: measure(one) for name, one in seen.items()}
     x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
@@ -240,7 +240,7 @@ def cut_edges():
         raise ValueError(
             'this model has a function on each channel and none on edges: --prune_by=neurons cuts channels'
         )
-    for kan, one in statistics_of(choose(source.model)).items():
+    for kan, one in statistics_of(layers_asked_for(source.model)).items():
         keep = surgery.strongest(one.edges.activity, 1 - prune)
         surgery.mask_edges(kan, keep, faithful.lost(one, keep))
     return {}
@@ -335,7 +335,7 @@ def tuned():
     now.update(learning_rate=rate, min_lr=rate / 20, keep_history=False)
     now.update(wandb_log=False, wandb_artifact=False, log_to='')
     known = settings_of('train.py', [])  # a checkpoint may hold others
-    flags = [f'--{name}={value}' for name, value in {**then, **now}.items() if name in known]
+    flags = flags_of({name: value for name, value in {**then, **now}.items() if name in known})
     say(f'python train.py --init_from={pruned_dir} --out_dir={tuned_dir} --max_iters={tune} --learning_rate={rate} ...')
     status = exit_status_of([sys.executable, os.path.join(ROOT, 'train.py'), *flags])
     if status or 'finished' not in read_record(tuned_dir):
@@ -348,7 +348,7 @@ if 'finetune' in checkpoint:
     source = Examples(checkpoint, rows, loss_rows, device)
 else:
     source = Text(checkpoint, dataset, split, rows, loss_rows, device)
-choose(source.model)  # says so at once where there are none
+layers_asked_for(source.model)  # says so at once where there are none
 if save:
     result = prune_model()
 else:

@@ -1,5 +1,5 @@
 # The vanilla GPT that costs what the KAN-GPT of train_shakespeare_char_nano_kan.py costs: 193 ms per step, 1.018
-# times as long, on Intel(R) Xeon(R) Processor, 2 threads, float32.
+# times as long, on Intel(R) Xeon(R) Processor, 2 threads, float32 (no record).
 #     python train.py config/train_shakespeare_char_nano_by_seconds.py
 # Found by `python study/balance.py config/train_shakespeare_char_nano_kan.py --by=seconds`; learning rate and initial
 # scale are those of nano_balanced.

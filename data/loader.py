@@ -216,7 +216,7 @@ def model_vocab_size(meta):
 def load_tokenizer(checkpoint, vocab_size, dataset=''):
     """The tokenizer of `dataset` if named, else that in the checkpoint; nanoGPT's have none, and their size tells."""
     if dataset:
-        tokenizer = load_tokenizer_of(dataset, vocab_size)
+        tokenizer = tokenizer_of_dataset(dataset, vocab_size)
         if not same_vocabulary(checkpoint.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
             raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
         return tokenizer
@@ -232,7 +232,7 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
     raise ValueError(f'the checkpoint holds no vocabulary for its {vocab_size} tokens: {advice}')
 
 
-def load_tokenizer_of(dataset, vocab_size):
+def tokenizer_of_dataset(dataset, vocab_size):
     """The tokenizer of a data set; ValueError where it is not that of a model with vocab_size rows."""
     meta = read_meta(dataset)
     if not meta:

@@ -25,14 +25,14 @@ def complete(config):
     return {**ADDED, **config}
 
 
-def base_of(config):
+def began_with(config):
     """What a run of these settings began with, '' from scratch; older records say resume of all that were resumed."""
     began = config.get('init_from', 'scratch')
     return '' if began in ('scratch', 'resume') else began
 
 
 def read_record(out_dir):
-    """The contents of run.json, {} where there is none; ValueError where it is no JSON."""
+    """The contents of run.json, {} where there is none; ValueError where it is no JSON, or holds no dict."""
     return read_json(os.path.join(out_dir, 'run.json'), json.load, {})
 
 
@@ -47,18 +47,26 @@ def read_log(out_dir):
 
 
 def read_whole_lines(f):
-    return [json.loads(line) for line in f if line.endswith('\n')]
+    lines = [json.loads(line) for line in f if line.endswith('\n')]
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError('expected a dict in each line')
+    return lines
 
 
 def read_json(path, read, nothing):
-    """What `read` finds in a file, `nothing` where there is no file; ValueError where it is no JSON."""
+    """What `read` finds in a file, `nothing` where there is no file; ValueError where it is no JSON, or of another type
+    than `nothing`.
+    """
     try:
         with open(path, encoding='utf-8') as f:
-            return read(f)
+            found = read(f)
     except (FileNotFoundError, NotADirectoryError):
         return nothing
     except ValueError as error:
         raise ValueError(f'{path} is damaged ({error}): move it away') from None
+    if type(found) is not type(nothing):
+        raise ValueError(f'{path} holds a {type(found).__name__}, expected a {type(nothing).__name__}: move it away')
+    return found
 
 
 def without_nan(value, default=None):

@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import ROOT, check_ranges, configure, settings_of
+from configurator import ROOT, check_ranges, configure, flags_of, settings_of
 from kan import KAN, ChannelSpline, KANLinear
 from layers import channel, spline
 from layers.graph import Edges
@@ -344,8 +344,8 @@ def measure(dtype, where, name):
 
 def measure_apart(*case):
     """The same in a process of its own; ValueError with the last line it says where it fails."""
-    flags = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep)
-    command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+    settings = dict(suite=suite, device=device, repeats=repeats, dropout=dropout, operators=operators, keep=keep)
+    command = [sys.executable, __file__, *flags_of(settings)]
     done = subprocess.run([*command, f'--case={json.dumps(case)}'], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr.strip().split('\n')[-1] or f'ended by signal {-done.returncode}')

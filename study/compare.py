@@ -29,7 +29,7 @@ from scipy import stats
 
 from configurator import INCIDENTAL, configure
 from run.files import write_atomically
-from run.records import base_of, complete, perplexity, without_nan
+from run.records import began_with, complete, perplexity, without_nan
 from study import figures
 from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 
@@ -119,8 +119,8 @@ def settings_apart(record):
     from scratch, and what changed when it was resumed.
     """
     config = {key: value for key, value in record['config'].items() if key not in (*INCIDENTAL, 'seed')}
-    if base_of(record['config']):
-        config['init_from'] = without_seed(base_of(record['config']))
+    if began_with(record['config']):
+        config['init_from'] = without_seed(began_with(record['config']))
     if record.get('changes'):
         config['changes'] = record['changes']
     return config

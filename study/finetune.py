@@ -17,7 +17,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
-from configurator import configure
+from configurator import configure, flags_of
 from study.runner import Study, check_machine, choose, mean_and_std, paired_p, run_to_end
 
 # -----------------------------------------------------------------------------
@@ -89,8 +89,7 @@ def list_runs(stage):
 
 def make(name, settings, folder):
     """A run of finetune.py; its checkpoints are thrown away."""
-    flags = dict(settings, init_from=init_from, predict_test=False)
-    run = run_to_end('finetune.py', [f'--{key}={value}' for key, value in flags.items()], folder)
+    run = run_to_end('finetune.py', flags_of(dict(settings, init_from=init_from, predict_test=False)), folder)
     if 'failed' in run:
         raise ValueError(f'{name} diverged: {run["failed"]}')
     base = dict(name=Path(init_from).name, model_args=run['model_args'])
@@ -98,7 +97,7 @@ def make(name, settings, folder):
     return dict(stage=name.split(', ')[0], settings=settings, base=base, **run['final'], **about)
 
 
-def read_record(stage, name):
+def record_of(stage, name):
     records = STUDY.read()
     if f'{stage}, {name}' not in records:
         raise FileNotFoundError(f'{stage}, {name} is missing: the stage {stage} is not finished')
@@ -120,11 +119,11 @@ def check_records(runs):
 def best_rate(method):
     """The learning rate with the lowest loss on what was held out of SST."""
     rates = METHODS[method][1]
-    return min(rates, key=lambda lr: read_record('search', f'{method}, lr={lr:g}')['valid']['loss'])
+    return min(rates, key=lambda lr: record_of('search', f'{method}, lr={lr:g}')['valid']['loss'])
 
 
 def read_seeds(stage, name):
-    return [read_record(stage, f'{name}, seed={seed}') for seed in seeds.split(',')]
+    return [record_of(stage, f'{name}, seed={seed}') for seed in seeds.split(',')]
 
 
 def read_cfimdb(method, lr):
@@ -160,9 +159,9 @@ def against(values, baseline):
 def make_main_table():
     head = '| method | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step'
     lines = [f'{head} | peak memory | in the paper |', '|---|' + '--:|' * 9 + '---|']
-    check_machine({f'time, {method}': read_record('time', method) for method in METHODS})
+    check_machine({f'time, {method}': record_of('time', method) for method in METHODS})
     for method in METHODS:
-        timed, chrf = read_record('time', method), [run['dev']['chrf'] for run in read_finals(method, 'sonnets')]
+        timed, chrf = record_of('time', method), [run['dev']['chrf'] for run in read_finals(method, 'sonnets')]
         first, second = timed['log'][:2]  # epochs: in the first one some things happen once
         seconds = (second['seconds'] - first['seconds']) / (second['iter'] - first['iter'])
         cells = [method, f'{read_finals(method, "sst")[0]["trained"]:,}']

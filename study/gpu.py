@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 import torch
 from matplotlib.figure import Figure
 
-from configurator import ROOT, configure, settings_of
+from configurator import ROOT, configure, flags_of, settings_of
 from data.loader import is_prepared
 from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, make_step
@@ -224,7 +224,7 @@ def use_tiles(runs):
 def train(config, seed):
     """A run of train.py from a config file to its end, with its evaluations and checkpoints."""
     args = [f'{ROOT}/config/train_shakespeare_char_{config}.py', f'--seed={seed}', f'--dataset={dataset}']
-    args += [f'--{key}={value}' for key, value in {**(TINY_RUN if tiny else {}), 'device': device}.items()]
+    args += flags_of({**(TINY_RUN if tiny else {}), 'device': device})
     folder = Path(ROOT, 'out-gpu', f'{config}_{seed}')
     resumed = (folder / 'ckpt.pt').exists()
     run = run_to_end('train.py', args, folder)

@@ -1,6 +1,6 @@
 """KANs, efficient-kan's KANs and MLPs of equal parameters that solve differential equations: error and seconds.
 
-    OMP_NUM_THREADS=1 python study/pinn.py   # solves what has no record, an hour on one core; make pinn does the same
+    OMP_NUM_THREADS=1 python study/pinn.py   # what has no record, a quarter of an hour; make pinn does the same
     python study/pinn.py --problems=         # the page and the figure from the records alone
 
 A network u(x) learns to satisfy an equation at points of its domain and the solution's values at its boundary (Raissi

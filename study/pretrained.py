@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
-from configurator import ROOT, configure
+from configurator import ROOT, configure, flags_of
 from study import smollm2
 from study.finetune import against, values_of
 from study.runner import Study, choose, mean_and_std, paired, run_json, run_to_end
@@ -96,7 +96,7 @@ def make(name, job, folder):
     places = dict(
         init_from=BASE, save_base=False, frozen_cache=FROZEN if settings.get('finetune_mode') != 'full' else ''
     )
-    run = run_to_end('finetune.py', [f'--{key}={value}' for key, value in {**settings, **places}.items()], folder)
+    run = run_to_end('finetune.py', flags_of(settings | places), folder)
     if 'failed' in run:
         return {**about, 'settings': settings, 'failed': run['failed']}
     kept = {key: run[key] for key in ('log', 'device', 'versions', 'commit')}

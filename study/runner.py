@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from configurator import ROOT
+from configurator import ROOT, flags_of
 from run.files import write_atomically
 from run.records import read_log, read_record
 
@@ -191,9 +191,9 @@ def run_to_end(script, args, folder):
     return run
 
 
-def run_json(script, **flags):
+def run_json(script, **settings):
     """What a script prints in its last line, from JSON."""
-    command = [sys.executable, os.path.join(ROOT, script), *(f'--{key}={value}' for key, value in flags.items())]
+    command = [sys.executable, os.path.join(ROOT, script), *flags_of(settings)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f'{" ".join(command[1:])} failed, see above')

@@ -27,7 +27,7 @@ from data.tinyshakespeare import read_text
 from run.device import device_name
 from run.records import commit
 from study.runner import Study, check_machine, choose, mean_and_std
-from surgery.causal_lm import load_hf, load_tokenizer_of
+from surgery.causal_lm import load_hf, load_hf_tokenizer
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora
 
@@ -50,7 +50,7 @@ def load():
     (name,) = FILES
     prepare_dataset('smollm2', [name])
     source = os.path.join(dataset_folder('smollm2'), name)
-    return load_tokenizer_of(source), load_hf(source)
+    return load_hf_tokenizer(source), load_hf(source)
 
 
 def adapt(model, kind, example):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import INCIDENTAL, configure, divide, settings_of
 from data import loader
-from run.records import base_of, complete, read_record
+from run.records import began_with, complete, read_record
 from study.runner import run_script, share
 
 # -----------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def check_record(place, record, settings):
     others = [f'{name}={value!r}' for name, value in config.items() if name not in free and value != settings.get(name)]
     if record.get('changes'):
         others.append(f'settings that changed when it was resumed ({record["changes"]})')
-    if base_of(config):
-        others.append(f'init_from={base_of(config)!r}')
+    if began_with(config):
+        others.append(f'init_from={began_with(config)!r}')
     if others:
         raise ValueError(f'{place} holds a run with {", ".join(others)}; move it away first')
 

@@ -35,7 +35,7 @@ from run.records import commit
 from study.runner import Study, choose, mean_and_std
 
 STUDY = Study('symbolic')
-SEEDS = {'ours': (1, 2, 3), 'pykan': (1,), 'pykan, our edges': (1,)}  # pykan needs most of a minute for an edge
+SEEDS = {'ours': (1, 2, 3), 'pykan': (1,), 'pykan, our edges': (1,)}  # pykan needs half a minute for an edge
 ROWS = 1000  # to learn from, and as many to test on: what pykan has by default
 GRID, GRIDS = 5, (10, 20)  # intervals at first, and those that follow: a formula is seen in an accurate KAN alone
 STARTS, FIRST, STEPS = 6, 5, 50  # starts of FIRST steps, the best of which goes on for STEPS; 20 iterations each

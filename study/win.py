@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
-from configurator import ROOT, configure, settings_of
+from configurator import ROOT, configure, flags_of, settings_of
 from data import loader
 from inside.edges import kan_layers, watch
 from inside.shapes import shapes_of
@@ -277,7 +277,7 @@ def make(name, job, folder):
 
 
 def args_of(settings):
-    return [CONFIG, *(f'--{key}={value}' for key, value in settings.items())]
+    return [CONFIG, *flags_of(settings)]
 
 
 def cases_of(size):

@@ -247,7 +247,7 @@ def without_code(config):
     return config
 
 
-def load_tokenizer_of(source):
+def load_hf_tokenizer(source):
     """The fast tokenizer of a model, one of transformers."""
     place = place_of(source)
     with one_line(source):

@@ -162,7 +162,7 @@ def find_activations(model, targets):
     """The paths of the activations that targets name, in order."""
     modules = named_layers(model)
     found = [path for path, module in modules.items() if is_activation(module)]
-    chosen = [path for path in found if in_block(model, path)] if targets is None else choose(found, targets, modules)
+    chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, modules)
     if not chosen:
         raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
     return chosen
@@ -302,7 +302,9 @@ def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
     modules = named_layers(model)
     layers = [path for path, module in modules.items() if is_linear(module) or is_conv1d(module)]
-    chosen = [path for path in layers if in_block(model, path)] if targets is None else choose(layers, targets, modules)
+    chosen = (
+        [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, modules)
+    )
     if not chosen:
         raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
     return without_tied(chosen, tied_modules(model), targets or ())
@@ -338,7 +340,7 @@ def find_absorbed(model, paths, absorb):
     return found
 
 
-def choose(paths, targets, modules):
+def matching(paths, targets, modules):
     """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing;
     `modules`, {path: module} of all there are, says what it names in their place.
     """

@@ -36,9 +36,9 @@ from surgery.adapters import (
 )
 from surgery.kanify import (
     call,
-    choose,
     in_eval_mode,
     is_named,
+    matching,
     named_layers,
     names_of,
     plain,
@@ -145,7 +145,7 @@ def find_targets(model, config):
     modules = dict(named_base_modules(model))
     layers = {path: module for path, module in modules.items() if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    found = choose(layers, targets, modules)
+    found = matching(layers, targets, modules)
     chosen = [path for path in found if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     if not chosen:
         raise ValueError(f'embeddings have to be named themselves: {names_of(found)}')
@@ -419,21 +419,21 @@ def load_lora(model, folder, name='default', check_base=True):
     refuse_merged(model)
     refuse_offloaded(model)
     record, tensors = read_adapter(os.path.join(folder, 'adapter_model.safetensors'))
-    config, kinds, base = read_record(record, folder)
+    config, kinds, base = read_header(record, folder)
     moving = moving_buffers(model)
     statistics = take_statistics(record, tensors, moving, folder)
     if check_base:
         copied = [path for path, kind in kinds.items() if kind == 'copy']
         refuse_another_base(base, base_identity(model, copied, statistics), folder)
     adapters = make_adapters(model, config, find_layers(model, record['layers'], folder))
-    fill(adapters, tensors, folder)
+    load_adapters(adapters, tensors, folder)
     install(model, adapters, name)
     for key, tensor in statistics.items():
         moving[key].copy_(tensor)
     return whole
 
 
-def read_record(record, folder):
+def read_header(record, folder):
     """(LoRAConfig, {path: kind}, identity of the base) of what is in the header of a file"""
     try:
         config = LoRAConfig(**record['config'])
@@ -476,7 +476,7 @@ def find_layers(model, layers, folder):
     return targets
 
 
-def fill(adapters, tensors, folder):
+def load_adapters(adapters, tensors, folder):
     """Put the tensors of a file into new adapters. ValueError unless names and shapes are the same."""
     wanted = tensors_of(adapters)  # the tensors of the adapters themselves
     # a file may lack the lengths of rows: these are then the base's

@@ -103,7 +103,7 @@ def check_vocabulary(init_from, tokenizer, model):
 
 
 def own_tokenizer(init_from):
-    tokenizer = causal_lm.load_tokenizer_of(init_from)
+    tokenizer = causal_lm.load_hf_tokenizer(init_from)
     return PretrainedTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
 

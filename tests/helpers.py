@@ -21,6 +21,7 @@ import pytest
 import tokenizers
 import torch
 
+from configurator import flags_of
 from data.loader import write_meta, write_split
 from data.tokenizer import CharTokenizer
 from forked import ROOMS, ROOT, Forked
@@ -129,7 +130,7 @@ def copy_code(folder):
 
 
 def flags(**settings):
-    return [f'--{name}={value}' for name, value in settings.items()]
+    return flags_of(settings)
 
 
 def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):

@@ -417,6 +417,17 @@ def run_script(tmp_path, *argv, body=''):
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
 
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_a_reader_that_has_gone_is_no_error(tmp_path, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, write_script(tmp_path), '--help']
+    env = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(write)
+    assert done.stderr == ''
+
+
 @pytest.mark.parametrize('flag', ['--help', '-h'])
 def test_help_prints_the_resolved_settings_and_exits(tmp_path, flag):
     (tmp_path / 'c.py').write_text('n_layer = 5')

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import idle_settings, settings_of
+from configurator import flags_of, idle_settings, settings_of
 from data.loader import read_meta, write_meta, write_split
 from data.tokenizer import CharTokenizer
 from helpers import (
@@ -272,9 +272,7 @@ def test_groups_of_one_size_and_other_weights_are_told_apart(tmp_path, dataset, 
         **{**TINY, **edges, **then, 'dataset': dataset, 'out_dir': 'out', 'init_from': 'resume', 'max_iters': 4}
     )
     words = complaint(tmp_path, 'train.py', *args)
-    asked = ' '.join(
-        f'--{name}={value}' for name, value in sorted({'muon': False, 'spline_lr_scale': 1.0, **first}.items())
-    )
+    asked = ' '.join(sorted(flags_of({'muon': False, 'spline_lr_scale': 1.0, **first})))
     assert words == f'error: the run to resume has its weights in other groups: resume it with {asked}\n'
 
 

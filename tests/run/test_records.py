@@ -28,6 +28,15 @@ def test_damage_is_named(tmp_path, name, read):
         read(tmp_path)
 
 
+@pytest.mark.parametrize('name, read', [('run.json', records.read_record), ('log.jsonl', records.read_log)])
+def test_json_of_another_kind_is_named(tmp_path, name, read):
+    (tmp_path / name).write_text('[1]\n')
+    with pytest.raises(
+        ValueError, match=f'{tmp_path}/{name} (holds a list, expected a dict|is damaged .expected a dict)'
+    ):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
 def test_number_that_json_does_not_have_is_refused(tmp_path, value):
     """And the files stay as they were."""

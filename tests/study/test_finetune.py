@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from configurator import settings_of
+from configurator import flags_of, settings_of
 from helpers import ROOT, complaint
 from study import finetune
 from study.runner import Study, read_runs
@@ -43,7 +43,7 @@ def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
     searched = path.read_text()
 
     def make(name, settings, folder):
-        settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+        settings_of('finetune.py', flags_of(settings))
         folders.append(folder)
         return {}
 
@@ -61,7 +61,7 @@ def test_every_run_is_one_of_finetune_and_has_a_record_of_its_own(study):
 
 def test_the_rate_of_a_method_is_the_one_with_the_lowest_loss_on_what_was_held_out(study):
     make_records(study, 'search')
-    rates = {lr: study.read_record('search', f'LoRA, lr={lr:g}')['valid']['loss'] for lr in study.METHODS['LoRA'][1]}
+    rates = {lr: study.record_of('search', f'LoRA, lr={lr:g}')['valid']['loss'] for lr in study.METHODS['LoRA'][1]}
     assert study.best_rate('LoRA') == min(rates, key=rates.get)
 
 
@@ -86,7 +86,7 @@ def test_times_of_another_machine_are_in_no_table(study):
 def test_page_is_made_of_all_records(study):
     make_records(study, 'search')
     make_records(study, 'final', 'rank', 'single', 'rates', 'time')
-    values = [100 * study.read_record('final', f'KAN, sst, seed={seed}')['dev']['accuracy'] for seed in (1, 2, 3)]
+    values = [100 * study.record_of('final', f'KAN, sst, seed={seed}')['dev']['accuracy'] for seed in (1, 2, 3)]
     row = next(line for line in study.make_main_table() if line.startswith('| KAN |'))
     assert f'| {sum(values) / 3:.1f} ± ' in row and row.count('(p = ') == 4 and '| 500 | 500 MB |  |' in row
     assert '(p = ' not in next(line for line in study.make_main_table() if line.startswith('| LoRA |'))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configurator import settings_of
+from configurator import flags_of, settings_of
 from study import pretrained
 from study.runner import Study
 
@@ -18,7 +18,7 @@ def study(tmp_path, monkeypatch):
 def make(name, job, folder):
     """LoRA is right in 0.5, and more with higher seeds; its best rate is the middle one. KAN-LoRA is 0.1 better."""
     about, settings = job
-    settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+    settings_of('finetune.py', flags_of(settings))
     right = 0.5 + 0.01 * settings['seed'] + 0.001 * (settings['seed'] % 3) * (about['method'] == 'KAN-LoRA')
     right += 0.1 * (about['method'] == 'KAN-LoRA')
     if settings['learning_rate'] == 3e-3 and about['method'] == 'LoRA':
@@ -103,7 +103,7 @@ def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypat
         for method in study.METHODS:
             for stage in 'search', 'final':
                 for name, (_, settings) in study.jobs_of(stage, task, method).items():
-                    settings_of('finetune.py', [f'--{key}={value}' for key, value in settings.items()])
+                    settings_of('finetune.py', flags_of(settings))
                     assert settings['task'] == task and (settings['seed'] == 0) == (stage == 'search')
                     names.append(name)
     assert len(set(names)) == len(names) == 4 * (5 * 4 + 3 * 3 + 8 * 3)

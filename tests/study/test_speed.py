@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configurator import settings_of
+from configurator import flags_of, settings_of
 from helpers import complaint
 from study import speed
 from study.runner import Study, add_run
@@ -59,7 +59,7 @@ def test_a_job_that_fails_ends_the_study(study, forks):
 
 def test_jobs_are_settings_of_bench():
     for settings in speed.JOBS.values():
-        settings_of('study/bench.py', [f'--{key}={value}' for key, value in settings.items()])
+        settings_of('study/bench.py', flags_of(settings))
 
 
 def test_unknown_jobs_are_named(tmp_path):

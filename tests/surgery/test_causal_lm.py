@@ -11,7 +11,7 @@ from torch import nn
 from data.tokenizer import PretrainedTokenizer, tokenizer_from_dict
 from helpers import byte_fallback, byte_pairs
 from kan import KANLinear
-from surgery.causal_lm import CausalLM, build_hf, load_causal_lm, load_tokenizer_of, rebuild, set_dropout
+from surgery.causal_lm import CausalLM, build_hf, load_causal_lm, load_hf_tokenizer, rebuild, set_dropout
 from surgery.kanify import kanify
 
 transformers = pytest.importorskip('transformers')
@@ -312,7 +312,7 @@ def test_gguf(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(idx, idx)[0], hf(idx).logits, atol=1e-5, rtol=1e-4)
     json.dumps(model.description)  # of plain values alone, as a checkpoint wants them
-    assert load_tokenizer_of(str(path))('on and on').input_ids == byte_pairs().encode('on and on').ids
+    assert load_hf_tokenizer(str(path))('on and on').input_ids == byte_pairs().encode('on and on').ids
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ValueError, match='cannot load .*tiny.gguf') as error:
         load_causal_lm(str(path))
@@ -362,7 +362,7 @@ def test_a_tokenizer_that_is_slow_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', lambda **place: Slow())
     with pytest.raises(ValueError, match='has a Slow, expected a fast tokenizer'):
-        load_tokenizer_of(str(tmp_path))
+        load_hf_tokenizer(str(tmp_path))
 
 
 def test_small_models_are_wrapped_too():
