@@ -11,8 +11,11 @@ or learned functions in place of its activations.
 The functions that find layers serve adapters, too.
 """
 
+import functools
+import inspect
+import re
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn as nn
@@ -20,6 +23,11 @@ import torch.nn as nn
 from kan import ChannelSpline, KANLinear, broken_rule
 
 AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
+# self.PATH.weight, but where something like its dtype is asked for
+ASIDE = r'dtype|device|shape|size|ndim|dim|requires_grad|is_|numel'
+READS = re.compile(rf'(?<!isinstance\()\bself\.([\w.]+)\.weight\b(?!\s*=[^=]|\.(?:{ASIDE}))')
+CALLS = re.compile(r'\bself\.([\w.]+)\(')
+READ = 'the module around it reads and does not call: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
 
@@ -60,6 +68,7 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
     absorbed = find_absorbed(model, paths, absorb or {})
     refuse_hooks(model, [*paths, *absorbed.values()])
+    say_what_is_read(model, paths)
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation = model.get_submodule(absorbed[path]) if path in absorbed else None
@@ -160,9 +169,8 @@ def report(model, what, before):
 
 def find_activations(model, targets):
     """The paths of the activations that targets name, in order."""
-    modules = named_layers(model)
-    found = [path for path, module in modules.items() if is_activation(module)]
-    chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, modules)
+    found = [path for path, module in named_layers(model).items() if is_activation(module)]
+    chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, model)
     if not chosen:
         raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
     return chosen
@@ -256,7 +264,8 @@ def to_kan(layer, init, activation, settings):
 
 def is_linear(layer):
     """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
-    return type(layer).forward is nn.Linear.forward and has_plain_weight(layer)
+    computes_the_same = type(layer).forward is nn.Linear.forward or type(layer).__name__ == 'FalconLinear'
+    return computes_the_same and has_plain_weight(layer)
 
 
 def has_plain_weight(layer):
@@ -272,13 +281,56 @@ def is_conv1d(layer):
 
 
 def named_layers(model):
-    """{path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
-    linear layers and do not always call them, so that what stands in the place of one would be passed by in silence.
-    """
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
-    named = model.named_modules(remove_duplicate=False)
+    """{path: module}, less those that are read and not called"""
+    read, named = ids_of_read(model), model.named_modules(remove_duplicate=False)
     return {path: module for path, module in named if path and id(module) not in read}
+
+
+def ids_of_read(model):
+    """Of the layers that the module around them reads and does not call, so that what stands in their place would be
+    passed by in silence.
+    """
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which read their activations, too
+    read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
+    return read | {id(layer) for _, layer, is_called in read_layers(model) if not is_called}
+
+
+def say_what_is_read(model, paths):
+    """A line for each class of modules that in some places calls a layer among `paths` and in others reads its weight."""
+    names = {id(model.get_submodule(path)): path.rpartition('.')[2] for path in paths}
+    read = {}
+    for module, layer, is_called in read_layers(model):
+        if is_called and id(layer) in names:
+            read.setdefault(type(module).__name__, set()).add(names[id(layer)])
+    for kind, layers in read.items():
+        print(f'{kind} also reads the weight of {", ".join(sorted(layers))}: what stands in their place is not in that')
+
+
+def read_layers(model):
+    """(module, layer, whether the module also calls it), where a module reads the weight of a layer in it. Embeddings are
+    left out: one module calls them and another reads them, where a head shares their weight.
+    """
+    for module in model.modules():
+        for path, is_called in weights_read(type(module)).items():
+            with suppress(AttributeError):  # not all modules of a class have it
+                layer = module.get_submodule(path)
+                if not isinstance(getattr(layer, 'base_layer', layer), nn.Embedding):
+                    yield module, layer, is_called
+
+
+@functools.cache
+def weights_read(kind):
+    """{path: whether it is also called} of the layers within modules of this class whose weight its methods take, as
+    their source tells: dt_proj of Mamba, the projections of WavLM's attention.
+    """
+    methods = {name: method for cls in reversed(kind.__mro__) for name, method in vars(cls).items()}
+    source = ''
+    for name, method in methods.items():
+        if inspect.isfunction(method) and not re.search('init|reset|tie', name):
+            with suppress(OSError):  # no source
+                source += inspect.getsource(method)
+    called = set(CALLS.findall(source))
+    return {path: path in called for path in READS.findall(source)}
 
 
 def plain(path):
@@ -300,11 +352,8 @@ def unwrap(model):
 
 def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
-    modules = named_layers(model)
-    layers = [path for path, module in modules.items() if is_linear(module) or is_conv1d(module)]
-    chosen = (
-        [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, modules)
-    )
+    layers = [path for path, module in named_layers(model).items() if is_linear(module) or is_conv1d(module)]
+    chosen = [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, model)
     if not chosen:
         raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
     return without_tied(chosen, tied_modules(model), targets or ())
@@ -340,17 +389,22 @@ def find_absorbed(model, paths, absorb):
     return found
 
 
-def matching(paths, targets, modules):
-    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing;
-    `modules`, {path: module} of all there are, says what it names in their place.
-    """
+def matching(paths, targets, model):
+    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing."""
     for target in targets:
         if not any(f'.{target}.' in f'.{plain(path)}.' for path in paths):
-            kinds = [type(module).__name__ for path, module in modules.items() if is_named(path, [target])]
-            what = f'{target!r} is a {kinds[0]}, which cannot be replaced or adapted' if kinds else ''
-            what = what or f'no layer to replace or adapt by the name {target!r}'
-            raise ValueError(f'{what}; there is {names_of(paths)}')
+            raise ValueError(f'{why_not(target, model)}; there is {names_of(paths)}')
     return [path for path in paths if any(f'.{target}.' in f'.{plain(path)}.' for target in targets)]
+
+
+def why_not(target, model):
+    """Why no layer of this name is replaced or adapted."""
+    named = [module for path, module in model.named_modules() if is_named(path, [target])]
+    if not named:
+        return f'no layer to replace or adapt by the name {target!r}'
+    kind = type(getattr(named[0], 'base_layer', named[0])).__name__
+    is_read = id(named[0]) in ids_of_read(model)
+    return f'{target!r} is a {kind}, which {READ if is_read else "cannot be replaced or adapted"}'
 
 
 def is_named(path, targets):

@@ -44,6 +44,7 @@ from surgery.kanify import (
     plain,
     refuse_compiled,
     refuse_offloaded,
+    say_what_is_read,
     tied_modules,
     unwrap,
     without_tied,
@@ -54,7 +55,9 @@ TARGETS = (  # the attention projections of model families by their names; the f
     ('query', 'value'),  # BERT, RoBERTa
     ('q_lin', 'v_lin'),  # DistilBERT
     ('c_attn',),  # GPT-2, and the GPT of model.py
-    ('query_key_value',),  # GPT-NeoX, BLOOM
+    ('query_key_value',),  # GPT-NeoX, BLOOM, Falcon
+    ('qkv_proj',),  # Phi-3, CodeGen
+    ('Wqkv',),  # MPT, ModernBERT
     ('SelfAttention.q', 'SelfAttention.v'),  # T5
 )
 
@@ -74,6 +77,7 @@ def add_lora(model, config, name='default'):
     within = tuple(path + '.' for path in copies)
     found = [path for path in find_targets(model, config) if not path.startswith(within)]
     say_what_is_left_out(model, config, found, within)
+    say_what_is_read(model, found)
     targets = dict.fromkeys(found, config.kind) | copies
     install(model, make_adapters(model, config, targets), name)
     return model
@@ -142,10 +146,9 @@ def lora_off(model):
 
 def find_targets(model, config):
     """The paths of the layers that a config names, embeddings and those that share a weight by their own names only."""
-    modules = dict(named_base_modules(model))
-    layers = {path: module for path, module in modules.items() if kinds_of(module)}
+    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    found = matching(layers, targets, modules)
+    found = matching(layers, targets, model)
     chosen = [path for path in found if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     if not chosen:
         raise ValueError(f'embeddings have to be named themselves: {names_of(found)}')

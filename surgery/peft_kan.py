@@ -37,10 +37,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from surgery.adapters import KANAdapter, LoRAConfig, adapter_dtype, weights
-from surgery.kanify import is_conv1d, is_linear
+from surgery.kanify import READ, is_conv1d, is_linear, weights_read
 from surgery.lora import write_whole
 
 UNMERGEABLE = 'a KANLORA adapter is not linear in its input, so no weight can hold it'
+LEAVE_OUT = 'leave the layer out by target_modules or exclude_modules'
 NAME = 'KANLORA'  # the peft_type in adapter_config.json
 # fields of KanLoraConfig by the names they have in adapters.py
 SHARED = ('use_dora', 'grid_size', 'spline_order', 'grid_range', 'kan_scale_noise', 'kan_scale_base', 'squash')
@@ -187,8 +188,7 @@ def check_layer(path, layer):
     elif is_linear(layer) or is_conv1d(layer):
         return
     wanted = 'a KANLORA adapter goes on nn.Linear or Conv1D of float weights'
-    advice = 'leave the layer out by target_modules or exclude_modules, or load the base without quantisation'
-    raise ValueError(f'{path} is a {found}: {wanted}; {advice}')
+    raise ValueError(f'{path} is a {found}: {wanted}; {LEAVE_OUT}, or load the base without quantisation')
 
 
 def add_names(module, args, kwargs, names):
@@ -207,6 +207,8 @@ class KanLoraModel(BaseTuner):
         if isinstance(target, KanLoraLinear):
             return target.update_layer(adapter_name, config)
         check_layer(current_key, target)
+        if not weights_read(type(parent)).get(target_name, True):
+            raise ValueError(f'{current_key} is a layer that {READ}; {LEAVE_OUT}')
         layer = KanLoraLinear(target, adapter_name)
         layer.update_layer(adapter_name, config)
         self._replace_module(parent, target_name, layer, target)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 from transformers.pytorch_utils import Conv1D
 
 from helpers import TINY
@@ -35,6 +36,7 @@ MODELS = {  # class, sizes, layers in blocks
     ),
     'GPT2LMHeadModel': ('GPT2Config', dict(n_embd=16, n_layer=2, n_head=2, vocab_size=40, eos_token_id=2), 8),
     'LlamaForCausalLM': ('LlamaConfig', ENCODER, 14),
+    'FalconForCausalLM': ('FalconConfig', ENCODER, 8),
     'T5ForConditionalGeneration': (
         'T5Config',
         dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0),
@@ -44,8 +46,6 @@ MODELS = {  # class, sizes, layers in blocks
 
 
 def make(name):
-    import transformers
-
     config, sizes, _ = MODELS[name]
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
     for p in model.parameters():  # biases and heads that start at zero would hide what becomes of them
@@ -278,8 +278,46 @@ def test_a_model_without_blocks_wants_names():
 def test_layers_that_are_read_and_not_always_called_are_left_alone():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
     for name in ('out_proj', 'linear1'):
-        with pytest.raises(ValueError, match=rf"by the name '{name}'; there is 1 \(1\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"'{name}' is a \w*Linear, which the module around it reads .* passed by; there is 1 \(1\)",
+        ):
             kanify(model, name)
+
+
+class Reader(nn.Module):
+    """Its methods take weights in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.typed = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.deep, self.embedding = nn.Sequential(OrderedDict(inner=nn.Linear(4, 4))), nn.Embedding(4, 4)
+        nn.init.zeros_(self.called.weight)
+
+    def forward(self, x):
+        x = self.called(x) @ self.read.weight.T + self.typed(x.to(self.typed.weight.dtype))
+        return (self.deep(x) + self.deep.inner.weight[0]) @ self.embedding.weight
+
+
+def test_what_a_module_reads_is_told_from_its_source():
+    model = nn.ModuleDict({'h': nn.ModuleList([Reader()])})
+    kanify(model)
+    assert list(kans(model)) == ['h.0.called', 'h.0.typed']
+    with pytest.raises(ValueError, match="'read' is a Linear, which the module around it reads"):
+        kanify(nn.Sequential(Reader()), ('called', 'read'))
+
+
+def test_layers_that_mamba_reads_are_left_alone_or_told(capsys):
+    """The splines of its dt_proj would never act."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=20)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+    idx = torch.arange(6)[None]
+    before = model(idx).logits
+    kanify(model)
+    assert [path.rpartition('.')[2] for path in kans(model)] == ['in_proj', 'x_proj', 'out_proj']
+    torch.testing.assert_close(model(idx).logits, before)
+    assert capsys.readouterr().out.startswith('MambaMixer also reads the weight of out_proj, x_proj: ')
 
 
 # activations

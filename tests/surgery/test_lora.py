@@ -686,6 +686,9 @@ MODELS = {
     ),
     'Llama': (lambda: tiny('Llama', **ENCODER), ['self_attn.q_proj', 'self_attn.v_proj']),
     'GPT-NeoX': (lambda: tiny('GPTNeoX', **ENCODER), ['attention.query_key_value']),
+    'Falcon': (lambda: tiny('Falcon', **ENCODER), ['self_attention.query_key_value']),
+    'Phi-3': (lambda: tiny('Phi3', **ENCODER, pad_token_id=0), ['self_attn.qkv_proj']),
+    'MPT': (lambda: tiny('Mpt', d_model=16, n_layers=2, n_heads=2, vocab_size=40), ['attn.Wqkv']),
     'T5': (
         lambda: tiny('T5', d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40),
         ['SelfAttention.q', 'SelfAttention.v'],
@@ -770,12 +773,12 @@ BAD_TARGETS = [
     (
         lambda: nn.TransformerEncoderLayer(8, 2),
         dict(target_modules=('out_proj',)),
-        "by the name 'out_proj'; there is none",
+        "'out_proj' is a NonDynamicallyQuantizableLinear, which the module around it reads .* passed by; there is none",
     ),
     (
         lambda: nn.TransformerEncoderLayer(8, 2),
         dict(target_modules=('linear1',)),
-        "by the name 'linear1'; there is none",
+        "'linear1' is a Linear, which the module around it reads .* passed by; there is none",
     ),
 ]
 

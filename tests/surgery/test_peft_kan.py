@@ -29,7 +29,15 @@ pytest.importorskip('peft')
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from surgery import peft_kan
 from surgery.lora import LoRAConfig, add_lora, lora_layers
@@ -496,6 +504,13 @@ def test_other_layers_are_named(make, named):
     toy.first = make()
     with pytest.raises(ValueError, match=rf'^first is a [\w.]*{named}: .* nn.Linear or Conv1D .*quantis'):
         adapted(toy, target_modules=['first'])
+
+
+def test_a_layer_that_is_read_and_not_called_is_refused():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=20)
+    mamba = MambaForCausalLM(MambaConfig(**sizes))
+    with pytest.raises(ValueError, match=r'mixer.dt_proj is a layer that the module around it reads .*; leave .* out'):
+        adapted(mamba, target_modules=['x_proj', 'dt_proj'])
 
 
 @pytest.mark.parametrize(
