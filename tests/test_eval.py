@@ -24,6 +24,7 @@ from helpers import (
     write_dataset,
 )
 from run.checkpoint import build_model
+from run.cost import count_flops
 from run.files import sha256_of
 
 T = SHAPE['block_size']
@@ -197,11 +198,12 @@ def test_mistakes_are_named(model_and_data, tmp_path):
     assert 'name it by --dataset' in complaint(tmp_path, 'eval.py', '--out_dir=.')
 
 
-def test_stride_of_half_a_block_and_parameters(model_and_data):
+def test_stride_of_half_a_block_and_costs(model_and_data):
     folder, dataset, checkpoint = model_and_data
     found = evaluate(folder, f'--dataset={dataset}')
     assert (found['stride'], found['block_size']) == (T // 2, T)
     assert found['parameters'] == sum(p.numel() for p in build_model(checkpoint).parameters())
+    assert found['flops_per_token'] == count_flops(checkpoint['model_args'])
 
 
 def test_a_split_that_is_not_scored_is_not_read(tmp_path, model_and_data):

@@ -41,13 +41,15 @@ from helpers import (
 from inside import faithful
 from inside.edges import kan_layers, measure, values, watch
 from inside.formulas import NAMES, Formula, function_of
-from inside.reading import Text
+from inside.reading import Examples, Text
 from inside.report import drive, facts, look, most_driven, neurons, short, summarize, table, total_of
 from kan import KANLinear
 from model import GPT, GPTConfig
 from run import checkpoint as ckpt
 from surgery.lora import LoRAConfig, add_lora
 from tasks import model as task_model
+from tasks import prompts
+from tasks.prompts import Example
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -149,6 +151,14 @@ def test_losses_are_those_of_the_model(trained, explained, dataset):
     layers = look(source.model, lambda: source.read(source.model), rows=128, n_edges=0)
     with faithful.edited([(one.seen, faithful.without(one, torch.zeros_like(one.edges.alive))) for one in layers]):
         assert losses['by_activity'][-1] == pytest.approx(source.loss(source.model), rel=1e-4)
+
+
+def test_losses_are_means_over_windows(tmp_path):
+    """Of batches of unlike size."""
+    dataset, state = write_dataset(tmp_path / 'data', n_val=800), make_checkpoint(tmp_path / 'out', **MODEL)
+    source = Text(state, dataset, 'val', 17 * 16, 17 * 16, 'cpu')
+    losses = [source.mean_loss(source.model, [start]) for start in source.halves[1]]
+    assert len(losses) == 17 and source.loss(source.model) == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_random_weights_are_those_that_the_training_began_with(trained, dataset):
@@ -633,3 +643,53 @@ def test_a_share_of_channels_is_what_was_cut(tmp_path, dataset):
     make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=0.5)
     costs = costs_of(interpret(tmp_path, dataset=dataset, prune=0.3, prune_by='neurons', save='smaller'))
     assert '25% of the neurons cut' in costs  # two of eight
+
+
+def test_channels_that_add_least_are_cut(tmp_path, dataset):
+    """However much they vary themselves; a bias takes over what they gave on average."""
+    state, means = make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=0.5, bias=True), []
+    into, out = (state['model'][f'transformer.h.0.mlp.{name}.weight'] for name in ('c_fc', 'c_proj'))
+    into[[2, 5]] *= 10
+    out[:, [2, 5]] *= 1e-2
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    interpret(tmp_path, dataset=dataset, prune=0.25, prune_by='neurons', save='smaller')
+    left = load(tmp_path / 'smaller', 'best.pt')['model']['transformer.h.0.mlp.c_proj.weight']
+    assert torch.equal(left, out[:, [0, 1, 3, 4, 6, 7]])
+    for name, file in ('out', 'ckpt.pt'), ('smaller', 'best.pt'):
+        source, met = Text(load(tmp_path / name, file), dataset, 'val', 128, 64, 'cpu'), []
+        source.model.transformer.h[0].mlp.register_forward_hook(lambda mlp, inputs, y, met=met: met.append(y))
+        source.read(source.model)
+        means.append(torch.cat(met).flatten(0, 1).mean(0))
+    assert torch.allclose(*means, atol=1e-6)
+
+
+def test_neurons_that_add_least_are_cut(tmp_path, dataset):
+    """However much they vary themselves."""
+    state = make_checkpoint(tmp_path / 'out', **MODEL)
+    into, out, splines = (
+        state['model'][f'transformer.h.0.mlp.kan.layers.{name}_weight'] for name in ('0.base', '1.base', '1.spline')
+    )
+    into[[2, 5]] *= 10
+    out[:, [2, 5]] *= 1e-3
+    splines[:, [2, 5]] *= 1e-3
+    torch.save(state, tmp_path / 'out' / 'ckpt.pt')
+    interpret(tmp_path, dataset=dataset, prune=1 / 6, prune_by='neurons', save='smaller')
+    left = load(tmp_path / 'smaller', 'best.pt')['model']['transformer.h.0.mlp.kan.layers.1.base_weight']
+    assert torch.equal(left, out[:, [0, 1, 3, 4, *range(6, 12)]])
+
+
+@pytest.mark.parametrize('task', ['sst', 'sonnets'])
+def test_examples_for_losses_are_others_than_those_for_statistics(monkeypatch, task):
+    """Their loss is that of an answer, of sonnets that of a token."""
+    examples = [Example(str(i), [*range(3 + 2 * i)], i % 5, 'x' * (task == 'sonnets')) for i in range(6)]
+    settings = settings_of('finetune.py', flags(task=task, finetune_mode='full', use_lora=False))
+    gpt = GPT(GPTConfig(**SHAPE, vocab_size=Words.vocab_size + 3, dropout=0.0))
+    model = task_model.make_task_model(gpt, Words(), settings)
+    monkeypatch.setattr(task_model, 'load_task_model', lambda checkpoint, dropout: (model, Words()))
+    monkeypatch.setattr(prompts, 'prepare_task', lambda name: None)
+    monkeypatch.setattr(prompts, 'read_examples', lambda *args: examples)
+    source = Examples({'finetune': settings}, 1000, 1000, 'cpu')
+    assert [[example.id for example in half] for half in source.halves] == [['0', '2', '4'], ['1', '3', '5']]
+    losses = [source.mean_loss(model, [example]) for example in source.halves[1]]
+    n = [len(example.ids) - 1 if task == 'sonnets' else 1 for example in source.halves[1]]
+    assert source.loss(model) == pytest.approx(np.average(losses, weights=n), rel=1e-5)

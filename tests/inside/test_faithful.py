@@ -10,7 +10,7 @@ import torch.nn as nn
 from helpers import FUNCTIONS
 from inside import faithful
 from inside.edges import CHUNK, values, watch
-from inside.faithful import at_random, by_formula, edited, measure_losses, most_active, table, without
+from inside.faithful import at_random, by_formula, edited, measure_losses, most_active, prune_curve, table, without
 from inside.formulas import NAMES
 from inside.report import look
 from kan import KAN, KANLinear
@@ -289,6 +289,9 @@ def test_losses():
     assert empty == pytest.approx((constant - y).square().mean().item(), rel=1e-4)
     assert found['by_activity'][-1] == found['at_random'][-1] == empty and found['at_random_std'][-1] == 0
     assert found['shares'][-1] == 1 and found['at_random_std'][0] > 0
+    drawn = [prune_curve(layers, loss, at_random(draw)) for draw in range(2)]
+    assert found['at_random'] == pytest.approx(np.mean(drawn, 0))
+    assert found['at_random_std'] == pytest.approx(np.std(drawn, 0, ddof=1), abs=1e-9)
     with edited([(layer.seen, without(layer, most_active(layer, 1 - found['shares'][0]))) for layer in layers]):
         assert found['by_activity'][0] == loss()
     with edited([(layer.seen, by_formula(layer, torch.ones_like(layer.edges.alive))) for layer in layers]):

@@ -62,7 +62,9 @@ def test_parameters_are_those_of_the_model(settings):
 def test_a_step_trains(one_thread, seed):
     model = GPT(GPTConfig(**SIZES))
     before = [p.clone() for p in model.parameters()]
-    step = make_step(model, 2, 2, 'cpu', 'bfloat16')
-    assert step() > 0
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    step = make_step(model, 2, 3, 'cpu', 'bfloat16')
+    assert step() > 0 and len(passes) == 3
     assert all((p != old).any() for p, old in zip(model.parameters(), before) if p.dim() > 1)
     assert all(p.grad is None and torch.isfinite(p).all() for p in model.parameters())

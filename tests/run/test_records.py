@@ -1,5 +1,7 @@
 """run.json and log.jsonl."""
 
+import subprocess
+
 import pytest
 
 from run import records
@@ -48,3 +50,24 @@ def test_number_that_json_does_not_have_is_refused(tmp_path, value):
         records.write_log(tmp_path, [{'loss': 1.0}, {'loss': value}])
     assert records.read_record(tmp_path) == {'final': {'loss': 1.0}} and records.read_log(tmp_path) == [{'loss': 1.0}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ['log.jsonl', 'run.json']
+
+
+def test_a_commit_says_whether_its_code_was_changed(tmp_path, monkeypatch):
+    """Other results are no change."""
+
+    def git(*words):
+        command = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    monkeypatch.setattr(records, 'ROOT', str(tmp_path))
+    assert records.commit() is None
+    (tmp_path / 'results').mkdir()
+    for name in 'code.py', 'results/table.md':
+        (tmp_path / name).write_text('a')
+    git('init'), git('add', '.'), git('commit', '-m', 'a')
+    head = git('rev-parse', 'HEAD')
+    (tmp_path / 'results/table.md').write_text('b')
+    assert records.commit() == head
+    (tmp_path / 'code.py').write_text('b')
+    assert records.commit() == f'{head}+'

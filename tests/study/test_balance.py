@@ -31,7 +31,8 @@ from run import cost
 def make_step(model, *settings, muon):
     # grows, but as no other cost does
     seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer
-    return lambda: seconds
+    taken = iter([1e9])  # of the first step, which compiles and does not count
+    return lambda: next(taken, seconds)
 
 cost.make_step = make_step
 """

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from matplotlib.figure import Figure
 
 from configurator import flags_of, settings_of
 from helpers import ROOT, complaint
@@ -135,3 +136,32 @@ def test_a_record_of_other_settings_or_of_another_model_is_refused(study, monkey
 def test_a_stage_that_is_not_there(tmp_path):
     message = "error: stages: expected any of search, final, rank, single, rates, time, got 'search,all'\n"
     assert complaint(tmp_path, 'study/finetune.py', '--stages=search,all') == message
+
+
+def test_curves_are_those_of_train_and_of_what_was_held_out(study, monkeypatch):
+    make_records(study, 'search')
+    make_records(study, 'final', 'rates')
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda figure, *args, **how: figures.append(figure) or save(figure, *args, **how)
+    )
+    study.draw_curves()
+    lines = {line.get_label(): line.get_ydata() for line in figures[0].axes[0].lines}
+    runs = study.read_finals('LoRA', 'sst')
+    for name, key in ('train', 'train_loss'), ('held out', 'loss'):
+        expected = [sum(run['log'][i][key] for run in runs) / len(runs) for i in (0, 1)]
+        assert lines[f'LoRA, {name}'] == pytest.approx(expected)
+
+
+def test_a_record_is_that_of_its_run(study, monkeypatch, tmp_path):
+    def run_to_end(script, args, folder):
+        asked.extend(args)
+        about = dict(log=[], device='x', versions={}, commit='c', model_args=dict(n_layer=1), config={})
+        return dict(about, final=dict(task='sst', dev=dict(accuracy=0.5)))
+
+    asked, settings = [], study.tune('sst', 'LoRA', 1e-3, seed=3)
+    monkeypatch.setattr(study, 'run_to_end', run_to_end)
+    record = study.make('search, LoRA, lr=0.001', settings, tmp_path)
+    assert {f'--{key}={value}' for key, value in settings.items()} | {'--init_from=out-taskmix'} <= {*asked}
+    assert record['settings'] == settings and record['dev'] == dict(accuracy=0.5) and record['stage'] == 'search'
+    assert record['base']['name'] == 'out-taskmix'

@@ -6,10 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import ROOT, complaint, run_forked, write_dataset
+from model import GPT, GPTConfig
+from run.cost import count_flops
 from study.runner import Study, add_run, fill
 
 with pytest.MonkeyPatch.context() as patch:  # read when triton is imported, as in test_spline_triton.py
@@ -200,6 +203,31 @@ def test_figures_are_those_of_one_card_and_version(study, place):
     add_run(str(study.folder / 'runs.jsonl'), {**older[0], 'name': 'older'})
     headings = [line for line in gpu.make_page(study).splitlines() if line.startswith('## ')]
     assert headings == sorted(['## Abacus, torch 2', f'## {gpu.place_of(older[0])}'])
+
+
+def test_speed_of_gpt2_and_parts_of_a_step_by_hand(monkeypatch):
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20)
+    model, settings = GPT(GPTConfig(**sizes)), dict(batch_size=12, block_size=8)
+    monkeypatch.setattr(gpu, 'device', 'cpu')
+    monkeypatch.setattr(gpu, 'prepare_step', lambda config, vocab_size, micro_steps: (model, settings, lambda: 0.5))
+    monkeypatch.setattr(gpu, 'flops_promised', lambda device, dtype: 1e9)
+    monkeypatch.setattr(gpu, 'profile', lambda run, device: [('a', 10, 2.0), ('b', 5, 0.25)])
+    row = gpu.step_gpt2('train_gpt2')
+    assert (row['seconds'], row['tokens_per_s']) == (0.5, 12 * 8 / 0.5)
+    assert row['mfu'] == pytest.approx(192 * count_flops(sizes) / 1e9)
+    found = gpu.profile_steps()  # of five steps
+    assert found == dict(seconds=0.5, busy=pytest.approx(0.45), kernels=[['a', 10, 0.4], ['b', 5, 0.05]])
+
+
+def test_losses_are_drawn_over_seconds(study, monkeypatch):
+    make_runs(study)
+    figures, save = [], gpu.Figure.savefig
+    monkeypatch.setattr(
+        gpu.Figure, 'savefig', lambda figure, *args, **how: figures.append(figure) or save(figure, *args, **how)
+    )
+    gpu.show(study)
+    (line,) = figures[0].axes[0].lines
+    assert np.allclose(line.get_xydata(), [[n, 2.0 - n / 9] for n in range(3)])
 
 
 def test_table_of_the_readme_is_that_of_the_records(tmp_path):

@@ -73,6 +73,65 @@ def test_a_run_of_each_stage(clone, one, found):
         assert 0 <= record['linear_accuracy'] <= 1 and 0 < record['linear_error']
 
 
+@pytest.mark.parametrize(
+    'stage, learned, judged',
+    [('search', 16, ('train', 6)), ('squash', 16, ('train', 6)), ('final', 48, ('dev', 20))],
+)
+def test_accuracy_is_that_on_rows_that_were_not_learned_from(monkeypatch, stage, learned, judged):
+    def load_split(split):
+        return [Example(f'{split} {i}', [5 + i % 7] * (3 + i % 4), i % 5) for i in range(dict(train=48, dev=20)[split])]
+
+    def load_batches(rows, seed=None):
+        met.append([row.id for row in rows])
+        return plain(rows, seed)
+
+    met, plain = [], minilm.load_batches
+    monkeypatch.setattr(minilm, 'load_split', load_split)
+    monkeypatch.setattr(minilm, 'load_model', lambda: minilm.Classifier(make_bert()))
+    monkeypatch.setattr(minilm, 'load_batches', load_batches)
+    monkeypatch.setattr(minilm, 'keep_memory', lambda: None)
+    found = minilm.train(stage, 'LoRA', 1e-3, 1)
+    rows, others = map(set, met)
+    assert (len(rows), len(others)) == (learned, judged[1]) and not rows & others
+    assert {row.split()[0] for row in rows} == {'train'} and {row.split()[0] for row in others} == {judged[0]}
+    assert found['accuracy'] * judged[1] == pytest.approx(round(found['accuracy'] * judged[1]))
+
+
+def test_the_nearest_linear_map_is_measured_when_it_is_fitted(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(minilm, 'load_split', lambda split: [Example(str(i), [5] * 3, i % 5) for i in range(40)])
+    monkeypatch.setattr(minilm, 'load_model', lambda: minilm.Classifier(make_bert()))
+    monkeypatch.setattr(minilm, 'keep_memory', lambda: None)
+    monkeypatch.setattr(minilm, 'count_right', lambda model, rows: 0.25 if fitted else 0.5)
+    monkeypatch.setattr(minilm, 'fit_linear', lambda model, batches: fitted.append(model) or {'a': 0.1, 'b': 0.3})
+    found = minilm.train('final', 'KAN-LoRA', 1e-3, 1)
+    assert (found['accuracy'], found['linear_accuracy']) == (0.5, 0.25)
+    assert found['linear_error'] == pytest.approx(0.2)
+
+
+def test_the_search_goes_on_beyond_the_end_where_the_best_rate_lies(monkeypatch):
+    for accuracies, beyond in ((1, 2, 3), 0.027), ((3, 2, 1), 0.00033), ((1, 3, 2), None):
+        monkeypatch.setattr(minilm, 'searched', lambda method, found=accuracies: dict(zip((1e-3, 3e-3, 9e-3), found)))
+        assert minilm.next_rate('LoRA') == beyond
+
+
+def test_seconds_are_those_of_ours_and_of_peft(monkeypatch):
+    """On a clock that a forward pass of PEFT's layers moves by 3 seconds, one of ours by 1."""
+    now = [0.0]
+
+    def load_model():
+        model = minilm.Classifier(make_bert())
+        model.register_forward_hook(lambda model, *_: now.append(now[-1] + (1 if lora_layers(model) else 3)))
+        return model
+
+    rows = [Example(str(i), [5 + i % 7] * 26, i % 5) for i in range(32)]
+    monkeypatch.setattr(minilm, 'load_split', lambda split: rows)
+    monkeypatch.setattr(minilm, 'load_model', load_model)
+    monkeypatch.setattr(minilm, 'keep_memory', lambda: None)
+    monkeypatch.setattr(minilm.time, 'perf_counter', lambda: now[-1])
+    assert minilm.time_beside_peft('LoRA') == dict(seconds=1.0, peft_seconds=3.0)
+
+
 def test_a_record_says_which_run_it_is(monkeypatch):
     def run_json(script, run):
         assert script == 'study/minilm.py'

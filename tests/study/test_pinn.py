@@ -48,6 +48,24 @@ def test_a_run_learns(monkeypatch, one_thread, problem, network):
     )
 
 
+def test_the_error_is_relative_and_on_other_points(monkeypatch):
+    """Of a network that gives nothing it is one."""
+    met, (solution, dimensions, n) = [], pinn.PROBLEMS['2-D']
+
+    def make_nothing(sizes):
+        model = pinn.make_mlp(sizes)
+        torch.nn.init.zeros_(model[-1].weight), torch.nn.init.zeros_(model[-1].bias)
+        return model
+
+    monkeypatch.setitem(pinn.PROBLEMS, '2-D', (lambda x: met.append(x.detach()) or solution(x), dimensions, n))
+    monkeypatch.setitem(pinn.NETWORKS, 'nothing', (make_nothing, {2: [4]}))
+    for name, value in dict(STEPS=1, EVERY=1, RATE=0.0).items():
+        monkeypatch.setattr(pinn, name, value)
+    assert pinn.solve('2-D', 'nothing', 1)['error'] == pytest.approx(1)
+    learned, others = ({tuple(point) for point in x.round(decimals=4).tolist()} for x in (met[0], met[-1]))
+    assert len(learned) == n * n and len(learned & others) < 0.01 * len(others)
+
+
 def test_page_is_made_of_the_records(study, capsys):
     for name, (problem, network, seed) in study.list_runs(study.PROBLEMS).items():
         log = [dict(step=i, seconds=i / seed, loss=1 / i, error=1 / i) for i in (1, 2, 3)]

@@ -21,6 +21,7 @@ def make(name, job, folder):
     settings_of('finetune.py', flags_of(settings))
     right = 0.5 + 0.01 * settings['seed'] + 0.001 * (settings['seed'] % 3) * (about['method'] == 'KAN-LoRA')
     right += 0.1 * (about['method'] == 'KAN-LoRA')
+    right += settings['learning_rate'] * (about['stage'] == 'search')  # it is the losses that choose
     if settings['learning_rate'] == 3e-3 and about['method'] == 'LoRA':
         return {**about, 'settings': settings, 'failed': 'loss is nan'}
     loss = abs(settings['learning_rate'] - 1e-3)
@@ -107,6 +108,25 @@ def test_every_run_is_one_of_finetune_and_has_a_name_of_its_own(study, monkeypat
                     assert settings['task'] == task and (settings['seed'] == 0) == (stage == 'search')
                     names.append(name)
     assert len(set(names)) == len(names) == 4 * (5 * 4 + 3 * 3 + 8 * 3)
+
+
+def test_a_record_is_that_of_a_run_with_its_settings(study, monkeypatch, tmp_path):
+    """What frozen blocks make of the texts is kept, but where no block is frozen."""
+
+    def run_to_end(script, args, folder):
+        asked.append(dict(arg.removeprefix('--').split('=', 1) for arg in args))
+        about = dict(log=[], device='x', versions={}, commit='c')
+        return dict(about, final=dict(dev=dict(accuracy=0.5), valid=dict(loss=1.0), trained=7))
+
+    asked = []
+    monkeypatch.setattr(study, 'run_to_end', run_to_end)
+    for method, cache in ('LoRA', study.FROZEN), ('full', ''):
+        (job, *_) = study.jobs_of('search', 'sst', method).values()
+        record = study.make('any', job, tmp_path)
+        assert record['settings'] == job[1] and (record['task'], record['method']) == ('sst', method)
+        places = dict(init_from=study.BASE, save_base=False, frozen_cache=cache)
+        assert asked.pop() == {key: str(value) for key, value in {**job[1], **places}.items()}
+        assert record['dev'] == dict(accuracy=0.5)
 
 
 def test_the_page_is_made_from_the_records():

@@ -1,5 +1,7 @@
 """The study of learned gates in a pretrained Llama, on a small one with random weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,6 +65,29 @@ def test_the_final_runs_take_the_best_rate_and_other_seeds(tmp_path, monkeypatch
         in page
     )
     assert '| LoRA of rank 8 on queries and values | 0.0064 | 3.5064 |' in page
+
+
+def test_a_run_learns_from_eight_tenths_and_is_measured_on_the_others(llama, monkeypatch, tmp_path):
+    """Of a text whose tokens tell to which part they belong."""
+    text = torch.cat([torch.arange(800) % 10, 10 + torch.arange(100) % 10, 20 + torch.arange(100) % 10])
+    for name, value in dict(STEPS=3, LENGTH=16, WINDOWS=4).items():
+        monkeypatch.setattr(smollm2, name, value)
+    monkeypatch.setattr(smollm2, 'load', lambda: (lambda words: SimpleNamespace(input_ids=text.tolist()), llama))
+    monkeypatch.setattr(smollm2, 'read_text', lambda: ('',))
+    loss_of, learned = smollm2.loss_of, []
+
+    def remember(model, batch):
+        if torch.is_grad_enabled():
+            learned.append(batch)
+        return loss_of(model, batch)
+
+    monkeypatch.setattr(smollm2, 'loss_of', remember)
+    run = smollm2.make('any', dict(stage='final', kind='functions', rate=1e-2, seed=1), tmp_path)
+    assert torch.cat(learned).shape == (6, 17) and torch.cat(learned).max() < 10
+    for part, first in ('choosing', 800), ('held_out', 900):
+        batches = smollm2.even_windows(text[first : first + 100])
+        assert run['after'][part] == pytest.approx(smollm2.measure(llama, batches)) != run['before'][part]
+    assert len(run['losses']) == 3 and run['parameters'] == 2 * 24 * 10
 
 
 def test_windows_are_even_and_whole():

@@ -97,6 +97,31 @@ def test_a_run_finds_the_function(study, monkeypatch):
     }  # fmt: skip
 
 
+def test_errors_are_on_rows_that_were_not_learned_from(monkeypatch):
+    function = symbolic.FUNCTIONS['Feynman I.6.20a']
+    x, _ = function.rows(1)
+    monkeypatch.setattr(symbolic, 'rmse', lambda model, x, y: x[0, 0].item())
+    monkeypatch.setattr(symbolic, 'STEPS', 1)
+    monkeypatch.setattr(symbolic, 'train', lambda function, x, y, seed: KAN(function.sizes, grid_range=function.bounds))
+    run = symbolic.ours(function, 1)
+    assert run['errors'] == dict.fromkeys(('kan', 'formulas', 'refit'), pytest.approx(x[symbolic.ROWS, 0].item()))
+
+
+def test_the_best_of_the_starts_goes_on(monkeypatch):
+    met = []
+
+    def fit(model, x, y, steps, update=0):
+        met.append((model, steps))
+        return [3.0, 1.0, 2.0][len(met) - 1] if len(met) < 4 else 0.0
+
+    monkeypatch.setattr(symbolic, 'fit', fit)
+    monkeypatch.setattr(symbolic, 'STARTS', 3)
+    model = symbolic.train(symbolic.FUNCTIONS['a product'], None, None, 1)
+    models, steps = zip(*met)
+    assert models[3:] == (models[1],) * 3 and model is models[1] and len({*models}) == 3
+    assert steps == (symbolic.FIRST,) * 3 + (symbolic.STEPS, symbolic.STEPS // 2, symbolic.STEPS // 2)
+
+
 def test_another_kan_is_imported_beside_ours(tmp_path, monkeypatch):
     package = tmp_path / 'kan'
     package.mkdir()

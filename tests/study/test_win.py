@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from configurator import settings_of
-from helpers import ROOT, write_dataset
+from helpers import ROOT, make_checkpoint, write_dataset
 from inside.shapes import Shapes
 from model import model_settings
 from run.cost import count_parameters
 from study import win, win_page
 from study.runner import Study, add_run, fill
-from study.sweep import check_texts
+from study.sweep import check_record, check_texts
 
 CURVE = [[-1.0, 1.0], [0.5, 0.5], [-0.3, 0.7]]
 SHAPES = {
@@ -353,3 +353,137 @@ def test_titles_name_what_is_ahead():
     assert win_page.leaders(panels, True) == 'small in 1 of 2'
     assert win_page.leaders({'small': panels['small']}, False) == 'KAN'
     assert win_page.leaders({'large': panels['large']}, False) == 'none'
+
+
+@pytest.mark.parametrize('stage', ['depth', 'final', 'seconds', 'longer'])
+def test_records_have_the_settings_of_the_study(stage):
+    """Those of the first seed; what later trials beat may be on record, too."""
+    found, met = {}, set()
+    for name, run in win.STUDY.read().items():
+        if (run['stage'], run.get('seed')) == (stage, win.SEEDS[stage][0]):
+            found[name] = run
+    families = {(run['size'], run['family']) for run in found.values()}
+    for size, family in families:
+        chosen, more = win.tuned(size.partition(',')[0], [family]), win.LONGER if stage == 'longer' else {}
+        chosen = win.by_seconds(size, chosen) if stage == 'seconds' else chosen
+        for name, (_, settings) in win.jobs_of(stage, size, chosen, **more).items():
+            if name in found:
+                check_record(name, found[name], settings_of('train.py', win.args_of(settings)))
+                met.add((size, family))
+    assert met == families
+
+
+def test_trials_are_judged_by_their_last_loss():
+    run = dict(final=dict(val_loss=1.6, best_val_loss=1.5))
+    assert win.last_loss(dict(run, finished='now')) == 1.6 and win.last_loss(dict(run, failed='nan')) == float('inf')
+
+
+@pytest.mark.parametrize(
+    'size, asked',
+    [('0.23M', dict(dataset='shakespeare_char')), ('0.33M Python', dict(split='test', stride=64))],
+)
+def test_a_final_run_is_measured_on_text_that_no_other_has_seen(tmp_path, monkeypatch, size, asked):
+    def run_json(script, out_dir, **flags):
+        assert (script, out_dir, flags) == ('eval.py', tmp_path, asked)
+        return dict(loss=1.5, perplexity=4.5, dataset='x', split='y', sha256='z', tokens=9)
+
+    def run_to_end(script, args, folder):
+        seed = next(int(arg.removeprefix('--seed=')) for arg in args if arg.startswith('--seed='))
+        return dict(finished='now', seed=seed, final=dict(val_loss=1.6))
+
+    monkeypatch.setattr(win, 'run_json', run_json)
+    monkeypatch.setattr(win, 'run_to_end', run_to_end)
+    monkeypatch.setattr(win, 'describe_shapes', lambda folder, dataset, n_curves: n_curves)
+    jobs = win.jobs_of('final', size, {'KAN-GLU': (win.FAMILIES['KAN-GLU'], win.USUAL)})
+    runs = [win.make(name, job, tmp_path) for name, job in jobs.items()]
+    assert {run['test'] for run in runs} == {1.5}
+    assert runs[0]['test_data'] == dict(dataset='x', split='y', sha256='z')
+    assert [run['shapes'] for run in runs] == [8 * (size == win.DRAWN)] + [0] * 9  # curves of the first seed alone
+    (job, *_) = win.jobs_of('tuning', size, {'KAN-GLU': (win.FAMILIES['KAN-GLU'], win.USUAL)}).values()
+    assert 'test' not in win.make('a trial', job, tmp_path)
+
+
+def test_shapes_are_those_on_the_validation_text(tmp_path):
+    """The text that was trained on is not read."""
+    dataset = write_dataset(tmp_path / 'data')
+    Path(dataset, 'train.bin').write_bytes(b'damaged')
+    make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=0.5)
+    (found,) = win.describe_shapes(tmp_path / 'out', dataset, 3).values()
+    assert found['channels'] == 8 and len(found['curves']) == 3 and sum(found['turns']) == 8
+
+
+# the figures, by what is in them
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels of the figures that the test draws."""
+    panels, make = [], win_page.panels_of
+
+    def panels_of(*sizes):
+        figure, found = make(*sizes)
+        panels.extend(found)
+        return figure, found
+
+    monkeypatch.setattr(win_page, 'panels_of', panels_of)
+    return panels
+
+
+def set_apart(study):
+    """Let KAN-GLU be behind on the validation text, but not on the text that no run has seen, and each of its controls
+    ever farther behind there.
+    """
+    path = study.STUDY.folder / 'runs.jsonl'
+    for run in (runs := [json.loads(line) for line in path.read_text().splitlines()]):
+        if (run['stage'], run['family']) == ('final', 'KAN-GLU'):
+            run['final'] = dict(run['final'], val_loss=run['final']['val_loss'] + 1)
+        if run['family'].startswith('KAN-GLU, '):
+            run['test'] += 0.1 * [*win.CHANGES].index(run['family'].removeprefix('KAN-GLU, '))
+    path.write_text(''.join(json.dumps(run) + '\n' for run in runs))
+
+
+def bars(panel):
+    """{height: place} of the points of a panel with their intervals."""
+    return {y: x for (point, *_) in panel.containers for x, y in point.get_xydata()}
+
+
+def test_gaps_are_drawn_as_they_are_on_unseen_text(study, drawn, tmp_path):
+    study.run(['tuning', 'final'], ['0.23M'], ['main', 'controls'])
+    set_apart(study)
+    win_page.draw_gaps(tmp_path / 'gaps.png')
+    names = [label.get_text() for label in drawn[0].get_yticklabels()]
+    expected = {'GELU': 0.0, 'channel KAN': 0.0, 'KAN-GLU': -0.01}
+    assert {names[int(y)]: round(x, 6) for y, x in bars(drawn[0]).items()} == expected
+    drawn.clear()
+    win_page.draw_controls(tmp_path / 'controls.png')
+    changes = [label.get_text() for label in drawn[0].get_yticklabels()]
+    panels = {panel.get_title(): {changes[int(y)]: round(x, 6) for y, x in bars(panel).items()} for panel in drawn}
+    ahead = {change: round(-0.01 - 0.1 * n, 6) for n, change in enumerate(win.CHANGES)}
+    assert panels['KAN-GLU'] == {change: ahead[change] for change in panels['KAN-GLU']} and len(changes) == 4
+    assert panels['channel KAN'] == dict.fromkeys(changes, 0.0)
+
+
+def test_curves_are_gaps_to_swiglu_of_the_same_seed(study, drawn, tmp_path):
+    study.run(['tuning', 'final'], ['0.23M'], ['main'])
+    win_page.draw_curves(tmp_path / 'curves.png')
+    panel = drawn[0]
+    lines = {line.get_label(): line.get_xydata() for line in panel.lines}
+    assert np.allclose(lines['KAN-GLU'], [[500, -0.01], [1000, -0.01]]) and np.allclose(lines['GELU'][:, 1], 0)
+    assert all(np.ptp(band.get_paths()[0].vertices[:, 1]) < 1e-6 for band in panel.collections)  # all seeds agree
+
+
+def test_scaling_is_drawn_by_losses_on_unseen_text(study, drawn, tmp_path):
+    study.run(['tuning', 'final'], ['0.23M', '0.45M'], ['main'])
+    set_apart(study)
+    win_page.draw_scaling(tmp_path / 'scaling.png')
+    heights = {points.get_label(): points[0].get_xydata()[:, 1] for points in drawn[0].containers}
+    assert np.allclose(heights['KAN-GLU'], heights['SwiGLU'] - 0.01) and heights['SwiGLU'].shape == (2,)
+    mean = np.mean([run['test'] for run in win_page.groups_of('final', '0.45M')['SwiGLU'].values()])
+    assert heights['SwiGLU'][1] == pytest.approx(mean)
+
+
+def test_functions_are_drawn_beside_what_they_began_as(study, drawn, tmp_path):
+    study.run(['tuning', 'final'], ['0.23M'], ['main'])
+    win_page.draw_functions(tmp_path / 'functions.png', '0.23M', 'KAN-GLU')
+    lines = {line.get_label(): line.get_xydata().T.tolist() for line in drawn[0].lines}
+    assert lines == {'SiLU': [CURVE[0], CURVE[2]], 'learned': [CURVE[0], CURVE[1]]}

@@ -102,6 +102,12 @@ def test_answers_are_single_tokens_that_go_on_from_the_prompt(gpt2, name):
         assert gpt2.encode(task.question + answer) == [*gpt2.encode(task.question), i]
 
 
+def test_words_of_labels_are_in_the_order_of_the_course():
+    """From the worst to the best, and 1 where two questions are the same."""
+    assert TASKS['sst'].answers == (' terrible', ' bad', ' okay', ' good', ' great')
+    assert TASKS['cfimdb'].answers == (' bad', ' good') and TASKS['quora'].answers == (' no', ' yes')
+
+
 def test_of_several_tokens_the_first_is_the_answer_if_it_tells_them_apart(gpt2, capsys):
     def task(*answers):
         return prompts.Task('sst', ('',), '\nSentiment:', answers, '')
@@ -124,7 +130,7 @@ def test_shots_are_answered_prompts_before_the_prompt(gpt2, data, capsys):
     parts = text.split('\n\n')
     assert len(parts) == 3 and parts[2] == alone and shown.ids[: len(shots)] == shots
     for part in parts[:2]:
-        assert re.fullmatch(r'Question 1: .*\nQuestion 2: .*\nThe same question: (no|yes)', part)
+        assert re.fullmatch(r'Question 1: .*\nQuestion 2: .*\nThe same question: yes', part)  # the label of all of them
     assert {part.split()[2] for part in parts[:2]} <= {'one', 'two', 'three'} and parts[0] != parts[1]
     assert prompts.encode_shots('quora', gpt2, 2, seed=1) == shots
     (cut,) = prompts.read_examples('quora', 'dev', gpt2, len(shown.ids) - 1, shots)
