@@ -105,7 +105,7 @@ def run_backward(grad, x, weight, knots, k, activation, gated):
         settings = weight, knots, k, ACTIVATIONS[activation], gated, derivative
         pairs = zip(chunks(grad, weight), chunks(x, weight))
         parts = [plain_gradients(*pair, *settings) for pair in pairs]
-        return torch.cat([dx for dx, _ in parts]), torch.stack([dw for _, dw in parts]).sum(0)
+        return torch.cat([dx for dx, _ in parts]), torch.stack([dw for _, dw in parts]).sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op(f'{OPERATORS}::channel_spline', mutates_args=())
@@ -137,6 +137,7 @@ def differentiate(ctx, grad, backward=channel_backward):
         derivative = bases_derivative if is_transformed() else smooth_bases(knots)
         with no_autocast(grad):
             dx, dw = plain_gradients(grad, x, weight, knots, k, ACTIVATIONS[activation], gated, derivative)
+            dw = dw.to(weight.dtype)
     else:
         dx, dw = backward(grad, x, weight, knots, *ctx.settings)
     return dx, dw, None, None, None, None
@@ -157,7 +158,9 @@ class ChannelSplineFunction(torch.autograd.Function):
 
 
 def plain_gradients(grad, x, weight, knots, k, activation, gated, derivative):
-    """What channel_backward computes, in operators that can be differentiated; `derivative` as bases_derivative."""
+    """What channel_backward computes, in operators that can be differentiated; `derivative` as bases_derivative. The
+    gradient of weight is not rounded to its dtype: chunks of rows add up first.
+    """
     gate, value = halves(x, weight, gated)
     grad, rows, knots, coefficients = to_working_dtype(grad, gate, knots, weight)
     dphi = grad if value is None else grad * value
@@ -168,7 +171,7 @@ def plain_gradients(grad, x, weight, knots, k, activation, gated, derivative):
         phi = activation(rows) + (bases * coefficients.t()).sum(1)
         dx = torch.cat([dx, grad * phi], 1)
     dw = (bases * dphi.unsqueeze(1)).sum(0).t()
-    return dx.to(x.dtype), dw.to(weight.dtype)
+    return dx.to(x.dtype), dw
 
 
 def chunks(rows, weight):

@@ -611,6 +611,27 @@ def test_impossible_sampling_is_refused(options):
         sample_token(torch.zeros(1, 5), **options)
 
 
+@pytest.mark.parametrize('temperature', [0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature):
+    """But for some that are never to be drawn."""
+    for logits in [0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3:
+        with pytest.raises(ValueError, match='the logits are not finite: the weights have diverged'):
+            sample_token(torch.tensor([[0.0, 1.0, 2.0], logits]), temperature)
+    assert sample_token(torch.tensor([[-math.inf, 1.0, -math.inf]]), temperature) == 1
+
+
+def test_a_temperature_near_zero_overflows_nothing():
+    assert sample_token(torch.tensor([[30.0, 90.0, 60.0]]), temperature=2e-38) == 1
+
+
+def test_logits_in_half_precision_are_drawn_by_as_their_numbers_in_float32():
+    logits, drawn = (0.3 * torch.randn(5000, 100)).bfloat16(), []
+    for given in logits, logits.float():
+        torch.manual_seed(0)
+        drawn.append(sample_token(given, temperature=0.7, top_p=0.9))
+    assert torch.equal(*drawn)
+
+
 def test_utilisation_counts_flops_per_second():
     """6 per parameter and token, 12 per layer, width and position for attention; of splines, scalers and functions of
     channels are no part of a matrix.

@@ -26,7 +26,8 @@ ACTIVATIONS = [nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.S
 
 def make(N=37, C=5, k=3, G=4, gated=True, irregular=False, dtype=torch.float32):
     """x, weight, knots, gradient of y. Some inputs are outside the knots, which differ from channel to channel."""
-    knots = torch.stack([-2 - i / 7 + (1.1 + i / 50) * torch.arange(-k, G + k + 1.0) for i in range(C)])
+    steps = torch.arange(-k, G + k + 1, dtype=torch.promote_types(dtype, torch.float32))
+    knots = torch.stack([-2 - i / 7 + (1.1 + i / 50) * steps for i in range(C)])
     if irregular:
         knots = (knots + 0.3 * torch.rand_like(knots)).sort(1).values
     x, weight, grad = 4 * torch.randn(N, (1 + gated) * C), torch.randn(C, G + k), torch.randn(N, C)
@@ -140,14 +141,15 @@ def test_a_nan_stays_one_and_spares_its_neighbours(monkeypatch):
         assert dx.isnan().nonzero().tolist() == [[3, 2], [3, 7]]
 
 
+@pytest.mark.parametrize('backend', ['auto', 'plain'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_input_and_output_alone(dtype):
+def test_half_precision_is_that_of_input_and_output_alone(monkeypatch, dtype, backend):
+    monkeypatch.setattr(channel, 'BACKEND', backend)
     x, weight, knots, grad = make(dtype=dtype)
     for a, b in zip(
         results(channel_spline, x, weight, knots, grad), results(channel_spline, *make_float(x, weight, knots, grad))
     ):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a, b.to(dtype), rtol=0.01, atol=0.01)
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
 
 
 def make_float(*tensors):
@@ -161,6 +163,17 @@ def test_what_is_not_contiguous_and_what_is_empty():
     assert y.shape == (0, 5) and dx.shape == (0, 10) and not dw.any()
 
 
+@needs_compiler
+def test_a_view_whose_numbers_are_yet_to_be_negated():
+    """As PyTorch has the imaginary part of a conjugate: its memory holds the opposite."""
+    x, weight, knots, grad = make()
+    negated, negated_grad = torch._neg_view(-x), torch._neg_view(-grad)
+    arguments = weight, knots, 3, 'SiLU()', True
+    assert torch.equal(channel.run_forward(negated, *arguments), channel.run_forward(x, *arguments))
+    found = channel.run_backward(negated_grad, negated, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(found, channel.run_backward(grad, x, *arguments)))
+
+
 def test_the_same_bits_with_any_number_of_threads():
     arguments, outcomes = make(N=900, C=70), []
     for threads in 1, 3, 1:
@@ -169,6 +182,28 @@ def test_the_same_bits_with_any_number_of_threads():
     torch.set_num_threads(1)
     for found in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found, outcomes[0]))
+
+
+def test_the_gradient_of_weights_is_as_exact_as_they_are():
+    """Also of an input in half precision, as under autocast."""
+    x, weight, knots, grad = make(dtype=torch.bfloat16)
+    weight = torch.randn(weight.shape)
+    for backend in 'auto', 'plain':
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel, 'BACKEND', backend)
+            _, dx, dw = results(channel_spline, x, weight, knots, grad)
+        expected = results(channel_spline, x.double(), weight.double(), knots.double(), grad.double())[2]
+        assert (dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(dw.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_weights_in_half_precision_are_rounded_once(monkeypatch):
+    """And not for each chunk of rows."""
+    monkeypatch.setattr(channel, 'BACKEND', 'plain')
+    monkeypatch.setattr(channel, 'CHUNK', 1)
+    arguments = make(N=300, dtype=torch.bfloat16)
+    found, exact = (results(channel_spline, *given)[2] for given in (arguments, make_float(*arguments)))
+    torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_the_backward_pass_keeps_the_input_alone():
@@ -196,6 +231,12 @@ def test_finite_differences(k, gated, irregular):
 
     assert gradcheck(function, (x, weight), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(function, (x, weight), atol=1e-4)
+
+
+def test_knots_that_train():
+    x, weight, knots, _ = make(dtype=torch.float64, irregular=True)
+    knots = knots.double().requires_grad_()
+    assert gradcheck(lambda knots: channel_spline(x, weight, knots, 3, ACTIVATIONS[0], True), (knots,))
 
 
 def test_transforms():
@@ -315,6 +356,27 @@ def test_a_library_is_kept_by_all_that_it_depends_on(empty_cache, one):
     one.write_text('extern "C" int number() { return 2 * NUMBER; }')
     assert compile_again('one.cpp', NUMBER=3).number() == 6 and len(list(empty_cache.iterdir())) == 3
     assert empty_cache.stat().st_mode & 0o077 == 0
+
+
+@needs_compiler
+def test_a_changed_header_is_compiled_anew(empty_cache, one):
+    header = one.with_name('two.h')
+    one.write_text('#include "two.h"\nextern "C" int number() { return TWO; }')
+    for two in 2, 3:
+        header.write_text(f'#define TWO {two}')
+        assert compile_again('one.cpp').number() == two
+
+
+@needs_compiler
+def test_another_processor_gets_another_library(empty_cache, one, monkeypatch):
+    """A compiler names the processor that it compiles for, on a home folder shared with other machines, too."""
+    compiler = empty_cache.parent / 'compiler'
+    compiler.write_text('#!/bin/sh\necho for $PROCESSOR >&2\nexec c++ "$@"')
+    compiler.chmod(0o700)
+    monkeypatch.setenv('CXX', str(compiler))
+    for count, processor in (1, 'one'), (1, 'one'), (2, 'another'):
+        monkeypatch.setenv('PROCESSOR', processor)
+        assert compile_again('one.cpp', NUMBER=3).number() == 3 and len(list(empty_cache.iterdir())) == count
 
 
 def test_code_that_does_not_compile_is_a_warning_of_one_line(empty_cache, one):

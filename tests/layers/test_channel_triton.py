@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('seed')
 
 
 def check(k=3, G=4, N=21, C=37, gated=True, irregular=False, activation=nn.SiLU(), dtype=torch.float32):  # noqa: B008
-    knots = (torch.arange(-k, G + k + 1) - 2.0).repeat(C, 1)
+    knots = (0.5 + torch.arange(C).unsqueeze(1) % 3 / 2) * torch.arange(-k, G + k + 1) - 2  # each channel's own
     if irregular:
         knots = (knots + 0.3 * torch.rand_like(knots)).sort(1).values
     x, w, grad = 3 * torch.randn(N, (1 + gated) * C), torch.randn(C, G + k), torch.randn(N, C)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import run_forked
-from kan import KANLinear
+from kan import ChannelSpline, KANLinear
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -27,6 +27,8 @@ def make_example(name):
     """A module that gives a tensor, and an input."""
     if name == 'layer':
         return KANLinear(5, 3, bias=True).eval(), torch.randn(7, 5)
+    if name == 'functions':
+        return ChannelSpline(5).eval(), torch.randn(7, 5)
     return GPT(GPTConfig(**SIZES)).eval(), torch.randint(20, (2, 8))
 
 
@@ -46,7 +48,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.parametrize('way', ['traced.pt', 'exported.pt2'])
-@pytest.mark.parametrize('name', ['layer', 'gpt'])
+@pytest.mark.parametrize('name', ['layer', 'functions', 'gpt'])
 def test_another_process_gets_the_same_outputs(tmp_path, name, way):
     model, x = make_example(name)
     with torch.no_grad():

@@ -166,6 +166,8 @@ def test_bfloat16_is_rounded_to_the_nearest_and_to_even():
     make_columns, _ = spline.passes('native', torch.arange(5.0).unsqueeze(0), 1, spline.name_of(nn.Identity()))
     made, expected = make_columns(x, torch.bfloat16)[:, -1], x.bfloat16()
     assert made[-1].isnan() and torch.equal(made[:-1], expected[:-1])
+    bits = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32)  # NaN that rounding would make infinite or 0
+    assert make_columns(bits.view(torch.float32).unsqueeze(1), torch.bfloat16)[:, -1].isnan().all()
 
 
 @needs_compiler
