@@ -250,9 +250,12 @@ def nobody_reads():
     """Whether the reader of this process has gone, as `| head` when it has read enough. What is left goes nowhere, or
     Python would complain once more at its end.
     """
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # tells of errors alone
-    gone = bool(poll.poll(0))
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # tells of errors alone
+        gone = bool(poll.poll(0))
+    except (AttributeError, OSError, TypeError, ValueError):  # no file, or a system without poll
+        return False
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone

@@ -1,8 +1,8 @@
 """What learned gates add to a pretrained Llama: the SiLUs of SmolLM2 become functions on channels, which alone learn to
 write Shakespeare, beside LoRA of as many parameters. Records and page go to results/smollm2.
 
-    python study/smollm2.py            # trains what has no record; make smollm2 does the same
-    python study/smollm2.py --stages=  # the page from the records alone
+    OMP_NUM_THREADS=1 python study/smollm2.py  # trains what has no record; make smollm2 does the same
+    python study/smollm2.py --stages=          # the page from the records alone
 
 `search` tries learning rates and chooses on the ninth tenth of the text; `final` trains with other seeds at the best
 one and is measured on the last tenth.

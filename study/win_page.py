@@ -321,8 +321,8 @@ def draw_gaps(path):
 
 
 def draw_families(path):
-    """How far all families are from SwiGLU, at the size that has them."""
-    panels = {TITLES[win.DRAWN]: gaps_of(win.DRAWN, FAMILIES)}
+    """How far all families are from SwiGLU, at the sizes that have them."""
+    panels = {TITLES[size]: found for size in SIZES if len(found := gaps_of(size, FAMILIES)) == len(FAMILIES)}
     draw_differences(path, panels, [*FAMILIES], 'Ahead of SwiGLU on unseen text')
 
 

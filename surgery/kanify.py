@@ -11,11 +11,8 @@ or learned functions in place of its activations.
 The functions that find layers serve adapters, too.
 """
 
-import functools
-import inspect
-import re
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -23,11 +20,10 @@ import torch.nn as nn
 from kan import ChannelSpline, KANLinear, broken_rule
 
 AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
-# self.PATH.weight, but where something like its dtype is asked for
-ASIDE = r'dtype|device|shape|size|ndim|dim|requires_grad|is_|numel'
-READS = re.compile(rf'(?<!isinstance\()\bself\.([\w.]+)\.weight\b(?!\s*=[^=]|\.(?:{ASIDE}))')
-CALLS = re.compile(r'\bself\.([\w.]+)\(')
-READ = 'the module around it reads and does not call: what stood in its place would be passed by'
+# modules of transformers that take the weights of these layers and do not call them
+READERS = {'WavLMAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'), 'DisentangledSelfAttention': ('in_proj',)}
+READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',)}
+READ = 'is read by the module around it and not always called: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
 
@@ -68,7 +64,6 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
     absorbed = find_absorbed(model, paths, absorb or {})
     refuse_hooks(model, [*paths, *absorbed.values()])
-    say_what_is_read(model, paths)
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation = model.get_submodule(absorbed[path]) if path in absorbed else None
@@ -169,8 +164,9 @@ def report(model, what, before):
 
 def find_activations(model, targets):
     """The paths of the activations that targets name, in order."""
-    found = [path for path, module in named_layers(model).items() if is_activation(module)]
-    chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, model)
+    modules = named_layers(model)
+    found = [path for path, module in modules.items() if is_activation(module)]
+    chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, modules)
     if not chosen:
         raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
     return chosen
@@ -264,8 +260,8 @@ def to_kan(layer, init, activation, settings):
 
 def is_linear(layer):
     """nn.Linear, or a kind of it that computes the same; quantised layers have a forward of their own."""
-    computes_the_same = type(layer).forward is nn.Linear.forward or type(layer).__name__ == 'FalconLinear'
-    return computes_the_same and has_plain_weight(layer)
+    is_falcon = type(layer).__name__ == 'FalconLinear' and type(layer).__module__.startswith('transformers.')
+    return (type(layer).forward is nn.Linear.forward or is_falcon) and has_plain_weight(layer)
 
 
 def has_plain_weight(layer):
@@ -281,56 +277,13 @@ def is_conv1d(layer):
 
 
 def named_layers(model):
-    """{path: module}, less those that are read and not called"""
-    read, named = ids_of_read(model), model.named_modules(remove_duplicate=False)
-    return {path: module for path, module in named if path and id(module) not in read}
-
-
-def ids_of_read(model):
-    """Of the layers that the module around them reads and does not call, so that what stands in their place would be
-    passed by in silence.
+    """{path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
+    linear layers and do not always call them, so that what stands in the place of one would be passed by in silence.
     """
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # which read their activations, too
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
-    return read | {id(layer) for _, layer, is_called in read_layers(model) if not is_called}
-
-
-def say_what_is_read(model, paths):
-    """A line for each class of modules that in some places calls a layer among `paths` and in others reads its weight."""
-    names = {id(model.get_submodule(path)): path.rpartition('.')[2] for path in paths}
-    read = {}
-    for module, layer, is_called in read_layers(model):
-        if is_called and id(layer) in names:
-            read.setdefault(type(module).__name__, set()).add(names[id(layer)])
-    for kind, layers in read.items():
-        print(f'{kind} also reads the weight of {", ".join(sorted(layers))}: what stands in their place is not in that')
-
-
-def read_layers(model):
-    """(module, layer, whether the module also calls it), where a module reads the weight of a layer in it. Embeddings are
-    left out: one module calls them and another reads them, where a head shares their weight.
-    """
-    for module in model.modules():
-        for path, is_called in weights_read(type(module)).items():
-            with suppress(AttributeError):  # not all modules of a class have it
-                layer = module.get_submodule(path)
-                if not isinstance(getattr(layer, 'base_layer', layer), nn.Embedding):
-                    yield module, layer, is_called
-
-
-@functools.cache
-def weights_read(kind):
-    """{path: whether it is also called} of the layers within modules of this class whose weight its methods take, as
-    their source tells: dt_proj of Mamba, the projections of WavLM's attention.
-    """
-    methods = {name: method for cls in reversed(kind.__mro__) for name, method in vars(cls).items()}
-    source = ''
-    for name, method in methods.items():
-        if inspect.isfunction(method) and not re.search('init|reset|tie', name):
-            with suppress(OSError):  # no source
-                source += inspect.getsource(method)
-    called = set(CALLS.findall(source))
-    return {path: path in called for path in READS.findall(source)}
+    named = model.named_modules(remove_duplicate=False)
+    return {path: module for path, module in named if path and id(module) not in read}
 
 
 def plain(path):
@@ -352,11 +305,33 @@ def unwrap(model):
 
 def find_linear(model, targets):
     """The paths of the linear layers that targets name, in order."""
-    layers = [path for path, module in named_layers(model).items() if is_linear(module) or is_conv1d(module)]
-    chosen = [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, model)
+    modules = named_layers(model)
+    layers = [path for path, module in modules.items() if is_linear(module) or is_conv1d(module)]
+    chosen = (
+        [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, modules)
+    )
     if not chosen:
         raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
-    return without_tied(chosen, tied_modules(model), targets or ())
+    return without_tied(without_read(chosen, model, targets or ()), tied_modules(model), targets or ())
+
+
+def without_read(paths, model, targets):
+    """The paths less those of layers that are read, which a line names. ValueError where a target names one itself."""
+    ids = {id(layer) for module in model.modules() for layer in layers_read(module)}
+    read = [path for path in paths if id(model.get_submodule(path)) in ids]
+    for path in read:
+        if is_named(path, targets):
+            raise ValueError(f'{path} {READ}')
+    if read:
+        print(f'left out: {names_of(read)}, each of which {READ}')
+    return [path for path in paths if path not in read]
+
+
+def layers_read(module):
+    """The layers in a module of transformers whose weights it, or a kernel that it calls, takes for itself."""
+    if all(hasattr(module, name) for name in ('A_log', 'in_proj', 'conv1d')):  # a Mamba, of any kind
+        return [layer for name, layer in module.named_children() if name != 'in_proj']
+    return [getattr(module, name) for name in READERS.get(type(module).__name__, ()) if hasattr(module, name)]
 
 
 def without_tied(paths, tied, targets):
@@ -389,22 +364,17 @@ def find_absorbed(model, paths, absorb):
     return found
 
 
-def matching(paths, targets, model):
-    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing."""
+def matching(paths, targets, modules):
+    """The paths that targets name: `c_attn`, `attn`, `h.0` name h.0.attn.c_attn. ValueError where one names nothing;
+    `modules`, {path: module} of all there are, says what it names in their place.
+    """
     for target in targets:
         if not any(f'.{target}.' in f'.{plain(path)}.' for path in paths):
-            raise ValueError(f'{why_not(target, model)}; there is {names_of(paths)}')
+            kinds = [type(module).__name__ for path, module in modules.items() if is_named(path, [target])]
+            what = f'{target!r} is a {kinds[0]}, which cannot be replaced or adapted' if kinds else ''
+            what = what or f'no layer to replace or adapt by the name {target!r}'
+            raise ValueError(f'{what}; there is {names_of(paths)}')
     return [path for path in paths if any(f'.{target}.' in f'.{plain(path)}.' for target in targets)]
-
-
-def why_not(target, model):
-    """Why no layer of this name is replaced or adapted."""
-    named = [module for path, module in model.named_modules() if is_named(path, [target])]
-    if not named:
-        return f'no layer to replace or adapt by the name {target!r}'
-    kind = type(getattr(named[0], 'base_layer', named[0])).__name__
-    is_read = id(named[0]) in ids_of_read(model)
-    return f'{target!r} is a {kind}, which {READ if is_read else "cannot be replaced or adapted"}'
 
 
 def is_named(path, targets):

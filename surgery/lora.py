@@ -44,9 +44,9 @@ from surgery.kanify import (
     plain,
     refuse_compiled,
     refuse_offloaded,
-    say_what_is_read,
     tied_modules,
     unwrap,
+    without_read,
     without_tied,
 )
 
@@ -77,7 +77,6 @@ def add_lora(model, config, name='default'):
     within = tuple(path + '.' for path in copies)
     found = [path for path in find_targets(model, config) if not path.startswith(within)]
     say_what_is_left_out(model, config, found, within)
-    say_what_is_read(model, found)
     targets = dict.fromkeys(found, config.kind) | copies
     install(model, make_adapters(model, config, targets), name)
     return model
@@ -146,12 +145,14 @@ def lora_off(model):
 
 def find_targets(model, config):
     """The paths of the layers that a config names, embeddings and those that share a weight by their own names only."""
-    layers = {path: module for path, module in named_base_modules(model) if kinds_of(module)}
+    modules = dict(named_base_modules(model))
+    layers = {path: module for path, module in modules.items() if kinds_of(module)}
     targets = config.target_modules or default_targets(layers)
-    found = matching(layers, targets, model)
+    found = matching(layers, targets, modules)
     chosen = [path for path in found if is_named(path, targets) or not isinstance(layers[path], nn.Embedding)]
     if not chosen:
         raise ValueError(f'embeddings have to be named themselves: {names_of(found)}')
+    chosen = without_read(chosen, model, targets)
     fitting = [path for path in chosen if config.kind in kinds_of(layers[path])]
     wrong = [path for path in chosen if path not in fitting and (is_named(path, targets) or not fitting)]
     if wrong:

@@ -37,7 +37,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from surgery.adapters import KANAdapter, LoRAConfig, adapter_dtype, weights
-from surgery.kanify import READ, is_conv1d, is_linear, weights_read
+from surgery.kanify import READ, is_conv1d, is_linear, layers_read
 from surgery.lora import write_whole
 
 UNMERGEABLE = 'a KANLORA adapter is not linear in its input, so no weight can hold it'
@@ -207,8 +207,8 @@ class KanLoraModel(BaseTuner):
         if isinstance(target, KanLoraLinear):
             return target.update_layer(adapter_name, config)
         check_layer(current_key, target)
-        if not weights_read(type(parent)).get(target_name, True):
-            raise ValueError(f'{current_key} is a layer that {READ}; {LEAVE_OUT}')
+        if any(target is layer for layer in layers_read(parent)):
+            raise ValueError(f'{current_key} {READ}; {LEAVE_OUT}')
         layer = KanLoraLinear(target, adapter_name)
         layer.update_layer(adapter_name, config)
         self._replace_module(parent, target_name, layer, target)

@@ -1,5 +1,6 @@
 """run.json and log.jsonl."""
 
+import os
 import subprocess
 
 import pytest
@@ -60,6 +61,8 @@ def test_a_commit_says_whether_its_code_was_changed(tmp_path, monkeypatch):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    monkeypatch.setenv('GIT_CONFIG_GLOBAL', os.devnull)  # where hooks and signatures may be asked for
+    monkeypatch.setenv('GIT_CONFIG_NOSYSTEM', '1')
     monkeypatch.setattr(records, 'ROOT', str(tmp_path))
     assert records.commit() is None
     (tmp_path / 'results').mkdir()

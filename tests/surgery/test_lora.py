@@ -773,14 +773,39 @@ BAD_TARGETS = [
     (
         lambda: nn.TransformerEncoderLayer(8, 2),
         dict(target_modules=('out_proj',)),
-        "'out_proj' is a NonDynamicallyQuantizableLinear, which the module around it reads .* passed by; there is none",
+        "by the name 'out_proj'; there is none",
     ),
     (
         lambda: nn.TransformerEncoderLayer(8, 2),
         dict(target_modules=('linear1',)),
-        "'linear1' is a Linear, which the module around it reads .* passed by; there is none",
+        "by the name 'linear1'; there is none",
     ),
 ]
+
+
+def test_layers_that_are_read_get_no_adapter(tmp_path, capsys):
+    """But may be trained as copies, which are read in their turn."""
+
+    def mamba():
+        torch.manual_seed(0)
+        return tiny('Mamba', hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=20)
+
+    idx, model = torch.arange(6)[None], mamba()
+    with pytest.raises(ValueError, match=r'layers.0.mixer.dt_proj is read by the module around it'):
+        add_lora(model, LoRAConfig(target_modules=('in_proj', 'dt_proj')))
+    add_lora(model, LoRAConfig(target_modules=('mixer',), modules_to_save=('dt_proj', 'conv1d')))
+    assert 'left out: conv1d (1), x_proj (1), dt_proj (1), out_proj (1), each of which is' in capsys.readouterr().out
+    assert sorted(path.rpartition('.')[2] for path in lora_layers(model)) == ['conv1d', 'dt_proj', 'in_proj']
+    before = model(idx)[0]
+    before.sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                assert p.grad is not None
+                p += 0.1 * torch.randn_like(p)
+    save_lora(model, tmp_path)
+    after = model(idx)[0]
+    assert not torch.allclose(after, before) and torch.equal(load_lora(mamba(), tmp_path).eval()(idx)[0], after)
 
 
 @pytest.mark.parametrize('make_model, config, message', BAD_TARGETS)

@@ -506,11 +506,11 @@ def test_other_layers_are_named(make, named):
         adapted(toy, target_modules=['first'])
 
 
-def test_a_layer_that_is_read_and_not_called_is_refused():
+def test_a_layer_that_is_read_is_refused():
     sizes = dict(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=20)
     mamba = MambaForCausalLM(MambaConfig(**sizes))
-    with pytest.raises(ValueError, match=r'mixer.dt_proj is a layer that the module around it reads .*; leave .* out'):
-        adapted(mamba, target_modules=['x_proj', 'dt_proj'])
+    with pytest.raises(ValueError, match=r'mixer.dt_proj is read by the module around it .*; leave .* out'):
+        adapted(mamba, target_modules=['in_proj', 'dt_proj'])
 
 
 @pytest.mark.parametrize(
