@@ -316,11 +316,13 @@ def find_linear(model, targets):
 
 
 def without_read(paths, model, targets):
-    """The paths less those of layers that are read, which a line names. ValueError where a target names one itself."""
+    """The paths less those of layers that are read, which a line names. ValueError where a target names one itself, or
+    where none is left.
+    """
     ids = {id(layer) for module in model.modules() for layer in layers_read(module)}
     read = [path for path in paths if id(model.get_submodule(path)) in ids]
     for path in read:
-        if is_named(path, targets):
+        if is_named(path, targets) or len(read) == len(paths):
             raise ValueError(f'{path} {READ}')
     if read:
         print(f'left out: {names_of(read)}, each of which {READ}')

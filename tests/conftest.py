@@ -18,9 +18,10 @@ if not torch.cuda.is_available():
         patch.setenv('TRITON_INTERPRET', '1')
         import triton  # noqa: F401
 
-# as in the background of a shell; what the tests start would inherit it
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# as in the background of a shell, or under nohup; what the tests start would inherit it
+for number, usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -294,6 +294,13 @@ def test_layers_whose_weights_a_mamba_reads_are_left_out(capsys):
         kanify(model, 'out_proj')
 
 
+def test_a_module_whose_layers_are_all_read_is_refused():
+    tdnn = transformers.models.wav2vec2.modeling_wav2vec2.TDNNLayer(transformers.Wav2Vec2Config())
+    for change in kanify, lambda model, target: add_lora(model, LoRAConfig(target_modules=(target,))):
+        with pytest.raises(ValueError, match='0.kernel is read by the module around it'):
+            change(nn.Sequential(tdnn), '0')
+
+
 def test_layers_whose_weights_another_attention_reads_are_left_out():
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     layer = transformers.models.wavlm.modeling_wavlm.WavLMEncoderLayer(transformers.WavLMConfig(**sizes))
