@@ -207,7 +207,7 @@ class KanLoraModel(BaseTuner):
         if isinstance(target, KanLoraLinear):
             return target.update_layer(adapter_name, config)
         check_layer(current_key, target)
-        if any(target is layer for layer in layers_read(parent)):
+        if target in layers_read(parent):
             raise ValueError(f'{current_key} {READ}; {LEAVE_OUT}')
         layer = KanLoraLinear(target, adapter_name)
         layer.update_layer(adapter_name, config)

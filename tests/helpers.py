@@ -133,6 +133,20 @@ def flags(**settings):
     return flags_of(settings)
 
 
+def keep_figures(monkeypatch):
+    """A list that gets every figure of matplotlib that is saved from now on."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, *args, **how):
+        figures.append(figure)
+        save(figure, *args, **how)
+
+    monkeypatch.setattr(Figure, 'savefig', savefig)
+    return figures
+
+
 def write_dataset(folder, n_train=4000, n_val=800, tokenizer=TOKENIZER):
     """Random characters as train.bin, val.bin and meta.json; returns the folder's path."""
     os.makedirs(folder, exist_ok=True)

@@ -39,16 +39,8 @@ def write_run(folder, seed, loss, parameters=1000, finished=True, splits='0', ch
         out_dir=folder.name,
     )
     log = [dict(iter=0, val_loss=9.0, tokens_per_s=None, peak_mem=1e9)]
-    for i, extra in enumerate((1.0, 0.0, 0.1), 1):
-        log.append(
-            dict(
-                iter=10 * i,
-                val_loss=loss + extra,
-                tokens_per_s=(100.0, 200.0, 600.0)[i - 1],
-                peak_mem=1e9 * i,
-                seconds=1.0,
-            )
-        )
+    for i, (extra, speed) in enumerate([(1.0, 100.0), (0.0, 200.0), (0.1, 600.0)], 1):
+        log.append(dict(iter=10 * i, val_loss=loss + extra, tokens_per_s=speed, peak_mem=1e9 * i, seconds=1.0))
     record = dict(
         config={**settings, **config},
         parameters={'total': parameters},

@@ -4,10 +4,9 @@ import json
 import random
 
 import pytest
-from matplotlib.figure import Figure
 
 from configurator import flags_of, settings_of
-from helpers import ROOT, complaint
+from helpers import ROOT, complaint, keep_figures
 from study import finetune
 from study.runner import Study, read_runs
 
@@ -141,10 +140,7 @@ def test_a_stage_that_is_not_there(tmp_path):
 def test_curves_are_those_of_train_and_of_what_was_held_out(study, monkeypatch):
     make_records(study, 'search')
     make_records(study, 'final', 'rates')
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, 'savefig', lambda figure, *args, **how: figures.append(figure) or save(figure, *args, **how)
-    )
+    figures = keep_figures(monkeypatch)
     study.draw_curves()
     lines = {line.get_label(): line.get_ydata() for line in figures[0].axes[0].lines}
     runs = study.read_finals('LoRA', 'sst')
@@ -162,6 +158,6 @@ def test_a_record_is_that_of_its_run(study, monkeypatch, tmp_path):
     asked, settings = [], study.tune('sst', 'LoRA', 1e-3, seed=3)
     monkeypatch.setattr(study, 'run_to_end', run_to_end)
     record = study.make('search, LoRA, lr=0.001', settings, tmp_path)
-    assert {f'--{key}={value}' for key, value in settings.items()} | {'--init_from=out-taskmix'} <= {*asked}
+    assert {*flags_of(settings), '--init_from=out-taskmix'} <= {*asked}
     assert record['settings'] == settings and record['dev'] == dict(accuracy=0.5) and record['stage'] == 'search'
     assert record['base']['name'] == 'out-taskmix'

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, complaint, run_forked, write_dataset
+from helpers import ROOT, complaint, keep_figures, run_forked, write_dataset
 from model import GPT, GPTConfig
 from run.cost import count_flops
 from study.runner import Study, add_run, fill
@@ -221,10 +221,7 @@ def test_speed_of_gpt2_and_parts_of_a_step_by_hand(monkeypatch):
 
 def test_losses_are_drawn_over_seconds(study, monkeypatch):
     make_runs(study)
-    figures, save = [], gpu.Figure.savefig
-    monkeypatch.setattr(
-        gpu.Figure, 'savefig', lambda figure, *args, **how: figures.append(figure) or save(figure, *args, **how)
-    )
+    figures = keep_figures(monkeypatch)
     gpu.show(study)
     (line,) = figures[0].axes[0].lines
     assert np.allclose(line.get_xydata(), [[n, 2.0 - n / 9] for n in range(3)])
