@@ -169,7 +169,7 @@ def find_activations(model, targets):
     chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, modules)
     if not chosen:
         raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
-    return chosen
+    return without_read(chosen, model, targets or ())
 
 
 def is_activation(module):
@@ -277,13 +277,8 @@ def is_conv1d(layer):
 
 
 def named_layers(model):
-    """{path: module}, less the layers of PyTorch's own attention and encoder layers: these read the weights of their
-    linear layers and do not always call them, so that what stands in the place of one would be passed by in silence.
-    """
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    read = {id(child) for module in model.modules() if isinstance(module, readers) for child in module.children()}
-    named = model.named_modules(remove_duplicate=False)
-    return {path: module for path, module in named if path and id(module) not in read}
+    """{path: module} of all modules in the model, one that has several paths under each"""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
 
 
 def plain(path):
@@ -330,7 +325,9 @@ def without_read(paths, model, targets):
 
 
 def layers_read(module):
-    """The layers in a module of transformers whose weights it, or a kernel that it calls, takes for itself."""
+    """The layers in a module whose weights it, or a kernel that it calls, takes for itself."""
+    if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return [*module.children()]
     if all(hasattr(module, name) for name in ('A_log', 'in_proj', 'conv1d')):  # a Mamba, of any kind
         return [layer for name, layer in module.named_children() if name != 'in_proj']
     return [getattr(module, name) for name in READERS.get(type(module).__name__, ()) if hasattr(module, name)]

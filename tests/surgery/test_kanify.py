@@ -278,8 +278,11 @@ def test_a_model_without_blocks_wants_names():
 def test_layers_that_are_read_and_not_always_called_are_left_alone():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
     for name in ('out_proj', 'linear1'):
-        with pytest.raises(ValueError, match=rf"by the name '{name}'; there is 1 \(1\)"):
+        with pytest.raises(ValueError, match=rf'{name} is read by the module around it'):
             kanify(model, name)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, activation=nn.GELU()), 1)
+    with pytest.raises(ValueError, match='activation is read by the module around it'):
+        kanify(encoder, kind='channel', example=torch.randn(3, 8))
 
 
 def test_layers_whose_weights_a_mamba_reads_are_left_out(capsys):

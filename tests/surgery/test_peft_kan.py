@@ -511,6 +511,8 @@ def test_a_layer_that_is_read_is_refused():
     mamba = MambaForCausalLM(MambaConfig(**sizes))
     with pytest.raises(ValueError, match=r'mixer.dt_proj is read by the module around it .*; leave .* out'):
         adapted(mamba, target_modules=['in_proj', 'dt_proj'])
+    with pytest.raises(ValueError, match='linear1 is read by the module around it'):
+        adapted(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), target_modules=['linear1'])
 
 
 @pytest.mark.parametrize(
