@@ -210,11 +210,12 @@ def idle_settings(script, settings):
 
 def idle_in_finetune(changed, settings):
     task, kind, n_beams = (settings[name] for name in ('task', 'lora_kind', 'n_beams'))
-    drawing = 'temperature', 'top_p'
+    drawing, is_certain = ('temperature', 'top_p'), n_beams == 1 and settings['temperature'] == 0
     rules = [  # whether settings are idle, which, and why
         (settings['use_lora'] and kind != 'kan', ('lora_grid_size', 'lora_spline_order'), f'with lora_kind={kind!r}'),
         (task != 'sonnets', (*drawing, 'n_beams', 'best_of'), f'in the task {task}, which writes no text'),
         (task == 'sonnets' and n_beams > 1, drawing, f'with n_beams={n_beams}'),
+        (task == 'sonnets' and is_certain, ('top_p', 'best_of'), 'with temperature=0, which takes the likeliest token'),
     ]
     found = [([name for name in names if name in changed], why) for is_idle, names, why in rules if is_idle]
     return [f'these do nothing {why}: {", ".join(names)}' for names, why in found if names]

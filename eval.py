@@ -27,6 +27,7 @@ from model import GPT
 from run.checkpoint import build_model, holds_model, load_checkpoint
 from run.cost import count_flops
 from run.device import autocast, device_name, pick_device, pick_dtype
+from run.files import sha256_of
 from run.records import perplexity, without_nan
 from tasks import model as task_model
 from tasks import prompts, score
@@ -89,7 +90,7 @@ def evaluate_text(checkpoint):
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=0.0))
         checkpoint = beside_model(init_from)
-    name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
+    name, _, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
     loader.check_dataset(name, 1, model.config.vocab_size, [split])
@@ -107,8 +108,7 @@ def evaluate_text(checkpoint):
         shown += ', {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
     print(f'{source} on {split} of {name}: {size}\nwindows of {length} tokens, every {step}')
     print(shown.format(**found))
-    sha256 = meta.get('splits', {}).get(split, {}).get('sha256')
-    about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256)
+    about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256_of(data.filename))
     costs = dict(parameters=model.get_num_params(False), flops_per_token=count_flops(vars(model.config)))
     return {**found, **about, 'stride': step, 'block_size': length, **costs}
 

@@ -31,7 +31,7 @@ from run.session import Session
 from run.trackers import names_of_trackers
 from surgery.lora import digest_of, save_lora
 from tasks import model as task_model
-from tasks.frozen import FrozenBlocks
+from tasks.frozen import keep_frozen
 from tasks.prompts import collate, draw_some, find_task, hold_out, make_batches, prepare_task, read_examples
 from tasks.score import check_packages, predict, score, sonnet_baselines, text_of, write_predictions
 
@@ -114,8 +114,7 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; auto is bfloat16 (else float
 # -----------------------------------------------------------------------------
 config = configure(globals())
 out_dir = out_dir or '-'.join(['out-finetune', *names_of_configs(sys.argv[1:])])
-wandb_run_name = wandb_run_name or out_dir
-config.update(out_dir=out_dir, wandb_run_name=wandb_run_name)
+config.update(out_dir=out_dir)
 
 check_ranges(
     config,
@@ -129,6 +128,7 @@ if valid_fraction == 0:
 if min(n_beams, best_of) > 1:
     raise ValueError(f'one of n_beams and best_of must be 1, got {n_beams} and {best_of}')
 names_of_trackers(config)  # which checks them
+task_model.check_choices(config)
 check_packages(task)
 prepare_task(task)
 session = Session(device, dtype)
@@ -136,6 +136,8 @@ device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 session.join(backend)
+decisive = {name: value for name, value in config.items() if name not in {*INCIDENTAL, 'frozen_cache'}}
+session.check_same('the command', decisive, 'type the same settings on each node')
 session.reserve(out_dir)
 
 # model: with resume all of it is in the checkpoint, or all but the base
@@ -144,6 +146,7 @@ state, step, log = None, 0, []
 best_loss, seconds, train_loss = math.inf, 0.0, 0.0
 if resume:
     state = ckpt.load_checkpoint(out_dir, ['ckpt.pt'])
+    session.check_same(f'{out_dir}/ckpt.pt', (state.get('iter_num'), state.get('seconds')))
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py: train.py resumes it, by --init_from=resume')
     free = {*INCIDENTAL, 'resume', 'predict_test', 'save_base', 'frozen_cache'} - {'init_from'}
@@ -161,6 +164,7 @@ else:
     gpt, tokenizer = task_model.load_base(init_from, dropout, block_size, weights)
     model_args = task_model.describe(gpt)
     model = task_model.make_task_model(gpt, tokenizer, config)
+is_resumed = state is not None
 model.to(device)
 for line in idle_settings('finetune.py', config):
     say(f'warning: {line}')
@@ -179,7 +183,7 @@ if predict_test and find_task(task).path('test').exists():
     scored['test'] = read_examples(task, 'test', tokenizer, longest)
 data = hashlib.sha256(repr([(example.ids, example.label) for example in examples_of_train]).encode()).hexdigest()
 session.check_same(f'train of data/{task}', data)
-if state and state['data'] != data:
+if is_resumed and state.get('data', data) != data:
     raise ValueError(f'train of data/{task} is not what this run began with: to resume, put it back as it was')
 steps_per_epoch = math.ceil(math.ceil(len(train_examples) / batch_size) / gradient_accumulation_steps)
 n_steps = epochs * steps_per_epoch
@@ -190,34 +194,24 @@ say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {sessio
 
 session.listen()
 if frozen_cache:
-    frozen = FrozenBlocks(model.gpt)
-    os.makedirs(frozen_cache, exist_ok=True)
-    path = frozen.path_in(frozen_cache, (task, model_args, dtype, session.device_type, torch.__version__))
-    frozen.load(path)
     examples = [*train_examples, *valid_examples, *sum(scored.values(), [])]
-    n_new = frozen.read(examples, batch_size, device, dtype, session.signals)
-    what = f'texts as the first {frozen.n} of {model.gpt.config.n_layer} blocks give them'
-    megabytes = sum(x.nbytes for x in frozen.kept.values()) / 1e6
-    say(f'{path}: {what}, {n_new:,} of {len(frozen.kept):,} are new, {megabytes:.0f} MB in memory')
-    if n_new and session.master:
-        try:
-            frozen.save(path)
-        except OSError as error:
-            say(f'warning: the next run has to read them again: {error}')
+    about = task, model_args, dtype, session.device_type, torch.__version__
+    keep_frozen(model.gpt, frozen_cache, about, examples, batch_size, session)
 
 base_digest = None if save_base else digest_of(task_model.frozen_weights(model).items())
 trained = [p for p in model.parameters() if p.requires_grad]
 groups, fused = task_model.param_groups(model, config), session.device_type in ('cpu', 'cuda')
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)
 scaler = torch.amp.GradScaler(session.device_type, enabled=dtype == 'float16')
-if state:
+if is_resumed:
     optimizer.load_state_dict(state['optimizer'])
     if scaler.is_enabled():
         scaler.load_state_dict(state['scaler'])
 fast_model = session.wrap(model)
 torch.manual_seed(seed + session.rank)
-if state:
+if is_resumed:
     session.restore_rng(state)
+    state = None  # the host's memory is for others
 
 
 def get_lr(step):
@@ -324,13 +318,13 @@ n_trained, n_parameters = task_model.count_trained(model)
 session.begin(
     out_dir,
     log,
-    resumed_at=step if state else None,
+    resumed_at=step if is_resumed else None,
     config=config,
     parameters={'total': n_parameters, 'trained': n_trained},
     model_args=model_args,
     dataset={'name': task, **counts},
 )
-if state:
+if is_resumed:
     say(f'resuming at step {step}')
 
 
@@ -343,7 +337,7 @@ def is_done():
 
 # training loop
 bar = session.bar(n_steps, step, 'step')
-saved_at = step if state else None  # the step of the state in ckpt.pt
+saved_at = step if is_resumed else None  # the step of the state in ckpt.pt
 model.train()
 while True:
     if step > 0 and step % steps_per_epoch == 0 and (not log or log[-1]['iter'] < step):
@@ -374,9 +368,9 @@ while True:
     bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 bar.close()
 done = log and log[-1]['iter'] == step and is_done()
-if not done and saved_at != step:
-    save()
-if not done or (session.master and not finish()):
+is_saved = saved_at == step or (not done and save())
+is_finished = done and (not session.master or finish())
+if is_saved and not is_finished:
     say(f'stopped at step {step}; to go on: the same command with --resume=True')
 if session.ddp:
     del fast_model  # before its process group: the other way round, gloo aborts now and then

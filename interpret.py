@@ -1,7 +1,7 @@
 """Look inside a trained KAN-GPT: draw its functions, write them down, cut off what does little.
 
     python interpret.py --out_dir=out-shakespeare-char-nano-kan
-    python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.0 --topk=24
+    python interpret.py --out_dir=out-shakespeare-char-nano-kan --layer=0 --module=mlp.0 --topk=12
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --prompt="ROMEO:"
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.2 --save=out-pruned --tune=100
     python interpret.py --out_dir=out-shakespeare-char-nano-kan --prune=0.5 --prune_by=neurons --save=out-smaller
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
@@ -136,9 +137,9 @@ def explain_prompt():
 
 def explain():
     """All files but those of a prompt; returns what the page says, in a dict."""
+    fresh_model = source.fresh() if random_too else None  # whose base may be gone, before the work
     layers = look(source.model)
     say(f'{sum(one.edges.activity.numel() for one in layers):,} functions of {len(layers)} layers, on {source.about}')
-    fresh_model = source.fresh() if random_too else None
     fresh = look(fresh_model, n_edges=1) if random_too else None
     result = dict(layers=report.facts(layers, fresh))
     page = report.table(result['layers'])
@@ -171,8 +172,7 @@ def about():
 def history():
     """The models of the evaluations of the run, six at most, the first and the last among them: [(iteration, model)]"""
     kept = os.path.join(out_dir, 'history')
-    names = sorted(os.listdir(kept)) if os.path.isdir(kept) else []
-    names = [name for name in names if name.endswith('.pt')]
+    names = sorted(path.name for path in Path(kept).glob('*.pt'))
     picked = dict.fromkeys(names[round(i * (len(names) - 1) / 5)] for i in range(6)) if names else ()
     states = (ckpt.load_checkpoint(kept, [name]) for name in picked)
     return [(state['iter_num'], ckpt.build_model(state, dropout=0.0).to(device).eval()) for state in states]
@@ -345,6 +345,10 @@ def tuned():
 
 checkpoint = ckpt.load_checkpoint(out_dir)
 if 'finetune' in checkpoint:
+    if dataset or split != 'val':
+        raise ValueError(
+            f'dataset and split are of texts, and {out_dir} is looked at with dev of its task: leave them out'
+        )
     source = Examples(checkpoint, rows, loss_rows, device)
 else:
     source = Text(checkpoint, dataset, split, rows, loss_rows, device)

@@ -158,7 +158,7 @@ class Splines(nn.Module):
         self.check_input(x)
         rows, knots = to_working_dtype(x.reshape(-1, self.in_features), self.grid)
         bases = recursive_bases(rows, knots, self.spline_order).transpose(1, 2)
-        return bases.to(x.dtype).reshape(*x.shape, -1)
+        return bases.to(x.dtype).reshape(*x.shape, bases.size(-1))
 
     def curve2coeff(self, x, y):
         """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K)."""
@@ -406,7 +406,7 @@ class ChannelSpline(Splines):
         return y.view(*x.shape[:-1], self.in_features)
 
     def gate_of(self, x, gated=False):
-        if gated and x.size(-1) != 2 * self.in_features:
+        if gated and (x.dim() == 0 or x.size(-1) != 2 * self.in_features):
             wanted = f'expected {2 * self.in_features} features in the last dimension, gates and values'
             raise ValueError(f'{wanted}, got shape {tuple(x.shape)}')
         return x[..., : self.in_features] if gated else x

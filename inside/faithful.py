@@ -8,6 +8,7 @@ An Edit takes the place of a layer's output while the context lasts; the model i
 
 import contextlib
 import functools
+import math
 import statistics
 from dataclasses import dataclass, field
 
@@ -154,11 +155,10 @@ def prune_curve(layers, loss, keep):
 
 def formula_losses(layers, loss):
     """[(which edges, their share of all, the loss with their formulas in their place)]"""
-    kinds = [(f'the strongest {kept:.0%}', lambda layer, n=kept: most_active(layer, n)) for kept in REPLACED]
-    kinds += [(f'R² above {level}', lambda layer, r2=level: layer.r2 > r2) for level in LEVELS]
+    kinds = [(f'the strongest {kept:.0%}', [most_active(layer, kept) for layer in layers]) for kept in REPLACED]
+    kinds += [(f'R² above {level}', [layer.r2 > level for layer in layers]) for level in LEVELS]
     found = []
-    for name, choose in kinds:
-        masks = [choose(layer) for layer in layers]
+    for name, masks in kinds:
         with edited([(layer.seen, by_formula(layer, mask)) for layer, mask in zip(layers, masks)]):
             part = sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
             found.append((name, part, loss()))
@@ -176,21 +176,27 @@ def measure_losses(layers, loss, draws=2):
     return found
 
 
+def loss_text(loss, digits=4):
+    """A loss; NaN and None, as a record has it for NaN, too."""
+    return 'not finite' if loss is None or not math.isfinite(loss) else f'{loss:.{digits}f}'
+
+
 def table(now, before):
     """What measure_losses found as markdown, of a model and of the one with random initial weights, if any."""
 
     def beside(text, old):
         return f'{text} (random weights: {old})' if before else text
 
+    def losses(ours, theirs):
+        return beside(loss_text(ours), loss_text(theirs, 3))
+
     old = before or now
     lines = ['| functions cut | the least active | drawn at random |', '|---|---|---|']
-    full = beside(f'{now["full"]:.4f}', f'{old["full"]:.3f}')
-    lines.append(f'| none | {full} | |')
+    lines.append(f'| none | {losses(now["full"], old["full"])} | |')
     for i, cut in enumerate(now['shares']):
-        active = beside(f'{now["by_activity"][i]:.4f}', f'{old["by_activity"][i]:.3f}')
-        lines.append(f'| {cut:.0%} | {active} | {now["at_random"][i]:.4f} |')
+        active = losses(now['by_activity'][i], old['by_activity'][i])
+        lines.append(f'| {cut:.0%} | {active} | {loss_text(now["at_random"][i])} |')
     lines += ['', '| functions replaced by their formulas | share of all | loss |', '|---|---|---|']
     for (name, part, loss), (_, old_part, old_loss) in zip(now['formulas'], old['formulas']):
-        cells = beside(f'{part:.1%}', f'{old_part:.1%}'), beside(f'{loss:.4f}', f'{old_loss:.3f}')
-        lines.append(f'| {name} | {cells[0]} | {cells[1]} |')
+        lines.append(f'| {name} | {beside(f"{part:.1%}", f"{old_part:.1%}")} | {losses(loss, old_loss)} |')
     return '\n'.join(lines) + '\n'

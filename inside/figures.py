@@ -101,7 +101,7 @@ def draw_maps(layers):
         for axis in panel.xaxis, panel.yaxis:
             axis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True, min_n_ticks=1))
         note = f'a dot: the largest of {down} × {across} edges' if down * across > 1 else ''
-        set_title(panel, shorten(without_prefix(name), room, 9), 9, note, reduced_any)
+        set_title(panel, shorten(name, room, 9), 9, note, reduced_any)
     label_axes(figure, panels, 'input feature', 'output neuron')
     below = any((activity < low).any() for _, activity in layers)
     bar = figure.colorbar(image, ax=panels, extend='min' if below else 'neither', pad=0.02, aspect=30)
@@ -243,7 +243,7 @@ def draw_prompt(title, tokens, rows):
     check(tokens, 'tokens', 40)
     check(rows, 'rows', 24)
     names = [shorten(''.join(map(visible, token)), 0.9, SMALL) for token in tokens]
-    labels = [shorten(without_prefix(label), 2.6, SMALL) for label, _ in rows]
+    labels = [shorten(label, 2.6, SMALL) for label, _ in rows]
     deep = max(width(name, SMALL) for name in names)
     across, down = min(WIDTH, max(7.5, 0.3 * len(tokens) + 3)), 2.2 + 0.2 * len(rows) + deep
     figure = Figure((across, down), layout='constrained')
@@ -370,11 +370,6 @@ def compact(value, _=None):
 def width(text, size):
     """Of a line in so many points, in inches."""
     return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0] / 72
-
-
-def without_prefix(name):
-    """The name of a layer without what all have in common, so that the middle can stay."""
-    return name.removeprefix('transformer.')
 
 
 def shorten(text, room, size):

@@ -78,7 +78,7 @@ def lattice(kind):
     if kind == 'placed':  # in the domain and on both sides of it
         v = evenly(-1, 2, 193)
         return 0 * v, v
-    if kind in ('scaled', 'wave'):  # from a tenth of a wave in the domain to 20
+    if kind in ('scaled', 'wave'):  # from a twentieth of a wave in the domain to 20
         u = evenly(math.log(0.3), math.log(120), 32)
         v = evenly(-0.25, 1.25, 73) if kind == 'scaled' else evenly(0, 1, 65)[:-1]
         return torch.cartesian_prod(u, v).unbind(1)

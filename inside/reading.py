@@ -3,6 +3,7 @@ statistics (`read`), the other for losses (`loss`), so that a formula is not jud
 """
 
 import math
+import random
 
 import numpy as np
 import torch
@@ -14,7 +15,19 @@ from tasks import model as task_model
 from tasks import prompts
 
 
-class Text:
+class Reading:
+    """What Text and Examples share: `halves`, and `mean_loss` of a model on one of them."""
+
+    def read(self, model):
+        loss = self.mean_loss(model, self.halves[0])
+        if not math.isfinite(loss):
+            raise ValueError(f'the loss is {loss}: the weights have diverged')
+
+    def loss(self, model):
+        return self.mean_loss(model, self.halves[1])
+
+
+class Text(Reading):
     """Windows of a split of a data set, every other one for the statistics."""
 
     def __init__(self, checkpoint, dataset, split, rows, loss_rows, device):
@@ -22,7 +35,7 @@ class Text:
         self.model = build_model(checkpoint, dropout=0.0).to(device).eval()
         T, vocab_size = self.model.config.block_size, self.model.config.vocab_size
         name, _, self.tokenizer, self.data = loader.open_text(checkpoint, dataset, split, vocab_size)
-        loader.check_dataset(name, T, vocab_size)
+        loader.check_dataset(name, T, vocab_size, [split])
         starts = loader.fixed_starts(self.data, T, 2 * math.ceil(max(rows, loss_rows) / T))
         if len(starts) < 2:
             raise ValueError(f'{split} of {name!r} holds one window of {T} tokens: statistics and losses want one each')
@@ -42,18 +55,14 @@ class Text:
             total += model(x, y)[1].item() * len(batch)
         return total / len(starts)
 
-    def read(self, model):
-        check_loss(self.mean_loss(model, self.halves[0]))
 
-    def loss(self, model):
-        return self.mean_loss(model, self.halves[1])
-
-
-class Examples:
-    """The examples of dev of a task, one at a time, so that no padding is measured."""
+class Examples(Reading):
+    """The examples of dev of a task in any order, as the files of tasks are sorted here and there; one at a time, so that
+    no padding is measured.
+    """
 
     def __init__(self, checkpoint, rows, loss_rows, device):
-        self.settings, self.device = checkpoint['finetune'], device
+        self.settings, self.device = task_model.complete(checkpoint['finetune']), device
         model, self.tokenizer = task_model.load_task_model(checkpoint, dropout=0.0)
         self.model = model.to(device).eval()
         name = self.settings['task']
@@ -61,14 +70,15 @@ class Examples:
         examples = prompts.read_examples(name, 'dev', self.tokenizer, model.gpt.config.block_size)
         if len(examples) < 2:
             raise ValueError(f'dev of {name} holds {len(examples)} examples: statistics and losses want one each')
+        random.Random(0).shuffle(examples)
         self.halves = first(examples[::2], rows), first(examples[1::2], loss_rows)
         self.about = f'{len(self.halves[0]):,} examples of dev of {name}'
 
     def fresh(self):
         """The base model with new adapters, graph layers and KAN layers, as its fine-tuning began with it."""
         torch.manual_seed(self.settings['seed'])
-        more = task_model.longest_and_weights(self.settings)
-        gpt, tokenizer = task_model.load_base(self.settings['init_from'], 0.0, **more)
+        longest, weights = self.settings['block_size'], self.settings['weights']
+        gpt, tokenizer = task_model.load_base(self.settings['init_from'], 0.0, longest, weights)
         return task_model.make_task_model(gpt, tokenizer, self.settings).to(self.device).eval()
 
     @torch.no_grad()
@@ -78,17 +88,6 @@ class Examples:
             idx, lengths, targets = prompts.collate([example], self.device)
             total += float(task_model.sum_losses(model(idx, lengths), targets))
         return total / task_model.count_targets(examples)
-
-    def read(self, model):
-        check_loss(self.mean_loss(model, self.halves[0]))
-
-    def loss(self, model):
-        return self.mean_loss(model, self.halves[1])
-
-
-def check_loss(loss):
-    if not math.isfinite(loss):
-        raise ValueError(f'the loss is {loss}: the weights have diverged')
 
 
 def spread(starts, n):

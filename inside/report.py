@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from inside import figures
 from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch, weights_of
+from inside.faithful import loss_text
 from inside.formulas import Formula, Found, expression, function_of, refine, search
 from run.files import write_atomically
 from run.records import without_nan
@@ -74,7 +75,8 @@ def cost_table(costs):
     """What interpret.py's `cost` found of models as markdown; `costs` are {label: numbers}."""
     lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
     for label, cost in costs.items():
-        lines.append('| {} | {loss:.4f} | {parameters:,} | {mb:.2f} | {ms:.1f} |'.format(label, **cost))
+        cells = '{parameters:,} | {mb:.2f} | {ms:.1f}'.format(**cost)
+        lines.append(f'| {label} | {loss_text(cost["loss"])} | {cells} |')
     return '\n'.join(lines) + '\n'
 
 

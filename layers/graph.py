@@ -47,7 +47,7 @@ def add_graph(model, last=0, **settings):
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
     config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
     blocks = last_of(model.transformer.h, last)
-    made = [(type(block.ln_2)(config.n_embd, config.bias), GraphAttention(config)) for block in blocks]
+    made = [(nn.LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)) for _ in blocks]
     for block, layers in zip(blocks, made):
         block.ln_3, block.graph = (layer.to(block.ln_2.weight).train(block.training) for layer in layers)
     model.config = config

@@ -66,7 +66,7 @@ def load(source, command):
     try:
         return ctypes.CDLL(str(build(source, command, own_folder())))
     except OSError as error:  # a folder where nothing can be written, or run
-        library = ctypes.CDLL(str(build(source, command, temporary_folder())))
+        library = ctypes.CDLL(str(build(source, command, temporary_folder(os.getpid()))))
         tell_once(f'compiled C++ is not kept, each process takes seconds to compile it: {error}')
         return library
 
@@ -119,13 +119,9 @@ def is_safe(state):
     return state.st_uid in (0, os.getuid()) and not is_shared
 
 
-def temporary_folder():
-    """A folder of this process, gone at its end."""
-    return make_temporary_folder(os.getpid())
-
-
 @functools.cache
-def make_temporary_folder(process):
+def temporary_folder(process):
+    """A folder of this process, gone at its end."""
     path = Path(tempfile.mkdtemp(prefix='kan-gpt-'))
     atexit.register(lambda: os.getpid() == process and shutil.rmtree(path, ignore_errors=True))  # and not in a fork
     return path

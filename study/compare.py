@@ -13,6 +13,7 @@ needed) and the figures as PNG into --out.
 """
 
 import html
+import itertools
 import json
 import math
 import os
@@ -216,8 +217,10 @@ def families(groups, settings):
     named = {}
     for members in found.values():
         parts = [group['full_name'].split(',') for group in members]
-        name = ','.join(part for part in parts[0] if all(part in others for others in parts))
-        named[name if name and name not in named else members[0]['full_name']] = members
+        common = ','.join(part for part in parts[0] if all(part in others for others in parts))
+        first = members[0]['full_name']
+        names = itertools.chain(filter(None, [common, first]), (f'{first} ({n})' for n in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = members
     return list(named.items())
 
 

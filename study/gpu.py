@@ -104,9 +104,8 @@ def step_both_gpt2():
 
 def run_all(jobs, study):
     """Make the record of each job that has none on this card, or one of an error."""
-    signal.signal(
-        signal.SIGALRM, signal.default_int_handler
-    )  # the end of the time is a Ctrl-C, at which training saves
+    # the end of the time is a Ctrl-C, at which training saves
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     about, until = describe_machine(), time.monotonic() + 60 * minutes
     for job, make in jobs.items():
         name, left = f'{job} on {place_of(about)}', until - time.monotonic()
@@ -178,9 +177,12 @@ def run_tests(which='not resumes'):
     )
     try:
         text, code = process.communicate(timeout=TEST_SECONDS)[0], process.returncode
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+    except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         text, code = process.communicate()[0], f'cut off after {TEST_SECONDS} s'
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     with write_atomically(Path(out, f'{which.replace(" ", "-")}.txt'), 'w', encoding='utf-8') as f:
         f.write(text)
     counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|failed|skipped|errors?)', text[-400:])}
@@ -225,7 +227,8 @@ def train(config, seed):
     """A run of train.py from a config file to its end, with its evaluations and checkpoints."""
     args = [f'{ROOT}/config/train_shakespeare_char_{config}.py', f'--seed={seed}', f'--dataset={dataset}']
     args += flags_of({**(TINY_RUN if tiny else {}), 'device': device})
-    folder = Path(ROOT, 'out-gpu', f'{config}_{seed}')
+    where = f'{config} {seed} {dataset} {device_name(device)} {torch.__version__}'  # what one run is of
+    folder = Path(ROOT, 'out-gpu', re.sub(r'[^\w.+-]+', '_', where))
     resumed = (folder / 'ckpt.pt').exists()
     run = run_to_end('train.py', args, folder)
     if 'final' not in run:
@@ -263,7 +266,9 @@ def profile_steps():
     _, _, step = prepare_step('train_shakespeare_char_micro_kan', 65, 1)
     n = 1 if tiny else 5
     seconds = statistics.median(step() for _ in range(n))  # without the profiler
-    kernels = [[name, count, total / n] for name, count, total in profile(lambda: [step() for _ in range(n)], device)]
+    kernels = [
+        [name, count / n, total / n] for name, count, total in profile(lambda: [step() for _ in range(n)], device)
+    ]
     return {'seconds': seconds, 'busy': sum(total for *_, total in kernels), 'kernels': kernels[:25]}
 
 
@@ -312,7 +317,8 @@ def show_tiles(run):
         times = ' | '.join(
             f'{row[name]:.0f}' if row[name] else '' for name in ('us', 'guess_us', 'matmul_us', 'floor_us')
         )
-        lines.append(f'| {where} | {tile} | {times} | {row["error"]:.1e} |')
+        error = 'not finite' if row['error'] is None else f'{row["error"]:.1e}'
+        lines.append(f'| {where} | {tile} | {times} | {error} |')
     return '\n'.join(lines)
 
 
@@ -324,7 +330,7 @@ def show_profile(run):
 def show_run(run):
     final, took = run['run']['final'], '' if run['resumed'] else f', {run["took"]:.0f} s in all'
     losses = f'best validation loss {final["best_val_loss"]:.4f}, last {final["val_loss"]:.4f}'
-    return f'{losses}, {final["seconds"]:.0f} s of training{took}, {final["peak_mem"] / 2**30:.2f} GB'
+    return f'{losses}, {final["seconds"]:.0f} s of training{took}, {final["peak_mem"] / 1e9:.2f} GB'
 
 
 def show_gpt2(run):
@@ -332,7 +338,7 @@ def show_gpt2(run):
     for row in run['rows']:
         cells = f'{row["parameters"] / 1e6:.1f}M | {row["seconds"] * 1e3:.1f} | {row["tokens_per_s"]:,.0f}'
         mfu = f'{row["mfu"]:.1%}' if row['mfu'] else ''
-        lines.append(f'| `{row["config"]}` | {cells} | {mfu} | {row["peak_bytes"] / 2**30:.1f} GB |')
+        lines.append(f'| `{row["config"]}` | {cells} | {mfu} | {row["peak_bytes"] / 1e9:.1f} GB |')
     return '\n'.join(lines)
 
 
@@ -359,7 +365,7 @@ def readme_table(runs):
         cell = ''
         if final:
             loss, seconds = (statistics.mean(f[key] for f in final) for key in ('best_val_loss', 'seconds'))
-            memory, seeds = max(f['peak_mem'] for f in final) / 2**30, f'{len(final)} seed{"s" * (len(final) > 1)}'
+            memory, seeds = max(f['peak_mem'] for f in final) / 1e9, f'{len(final)} seed{"s" * (len(final) > 1)}'
             cell = f'{loss:.4f} ({seeds}), {seconds:.0f} s, {memory:.2f} GB'
         lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
     return lines
@@ -396,7 +402,8 @@ def show(study):
     if drawn:
         draw_runs(drawn, study.folder / 'curves.png')
     if study.folder == Study('gpu').folder:
-        use_tiles(searches(runs))
+        if importlib.util.find_spec('triton'):  # without it there is no table to be read
+            use_tiles(searches(runs))
         fill(Path(ROOT, 'README.md'), 'study/gpu.py', readme_table(runs))
 
 

@@ -197,9 +197,9 @@ def compare(runs, others, task):
     if not runs:
         return ''
     values, baseline = paired(runs, others, lambda run: values_of([run], task)[0])
-    if len(values) == len(runs) == len(others) > 1:
-        return against(values, baseline)
     missing = '' if len(runs) == len(SEEDS) else f' (n = {len(runs)})'
+    if len(values) == len(runs) == len(others) > 1:
+        return against(values, baseline) + missing
     return mean_and_std(values_of(runs.values(), task), 1) + missing
 
 

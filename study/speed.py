@@ -8,6 +8,7 @@ A machine is named by its processor or card, its threads and torch; figures of d
 tables, as ratios hold within one run alone.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from configurator import configure
 from run.device import device_name, pick_device
 from run.records import commit
 from study.runner import Study, choose, run_json
+from study.win import cases_of
 
 STUDY = Study('speed')
 STEP, ONCE = dict(suite='step', only='micro'), dict(rounds=2, repeats=1)
@@ -30,7 +32,7 @@ JOBS = {  # settings of bench.py
     'step without dropout': dict(STEP, dropout=0, **ONCE),
     'step with memory given back': dict(STEP, keep=False, rounds=1, repeats=1),
     'nano step': dict(suite='step', only='nano', rounds=2),
-    'mlp': dict(suite='mlp', only=' 0.23M ', rounds=20, repeats=5),
+    'mlp': dict(suite='mlp', only=cases_of('0.23M'), rounds=20, repeats=5),
     'sample': dict(suite='sample', **ONCE),
     'adapter': dict(suite='adapter', rounds=1, repeats=5),
     'adapter without dropout': dict(suite='adapter', dropout=0, rounds=1, repeats=5),
@@ -56,13 +58,15 @@ def make_table(rows):
     for row in rows:
         group = f'{row["where"]}, {row["dtype"]}'
         if 'error' in row:
+            first.setdefault(group, math.nan)
             lines.append(f'| {group}: {row["name"]} | failed: {row["error"]} | | |')
             continue
         low, median, high = 1e3 * np.percentile(row['seconds']['total'], [20, 50, 80])
         edges = 1e3 * np.median(row['seconds'].get('edges', 0))
         note = f', {edges / median:.2%} finds edges' if edges else ''
         ratio = median / first.setdefault(group, median)
-        cells = f'{median:.4g} ({low:.4g} to {high:.4g}){note} | {ratio:.3g} | {row["peak_bytes"] / 2**20:,.0f} MiB'
+        times = '' if math.isnan(ratio) else f'{ratio:.3g}'
+        cells = f'{median:.4g} ({low:.4g} to {high:.4g}){note} | {times} | {row["peak_bytes"] / 2**20:,.0f} MiB'
         lines.append(f'| {group}: {row["name"]} | {cells} |')
     return '\n'.join(lines)
 

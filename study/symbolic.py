@@ -137,12 +137,17 @@ def train(function, x, y, seed):
     for _ in range(STARTS):
         model = KAN(function.sizes, grid_size=GRID, grid_range=function.bounds, **CURVED)
         started.append((fit(model, x, y, FIRST, UPDATE), len(started), model))
-    model = min(started)[-1]
+    model = best_of(started)
     fit(model, x, y, STEPS, UPDATE)
     for grid_size in GRIDS:
         model.refine_grid(grid_size)
         fit(model, x, y, STEPS // 2)
     return model
+
+
+def best_of(started):
+    """The model of the smallest error, of [(error, place, model)] those with a finite one."""
+    return min(start for start in started if math.isfinite(start[0]))[-1]
 
 
 class FormulaKAN(nn.Module):
@@ -251,8 +256,7 @@ def train_theirs(package, function, data, seed):
         model = make_theirs(package, function, GRID, 100 * seed + start)
         model.fit(data, opt='LBFGS', steps=FIRST)
         started.append((rmse(model, data['train_input'], data['train_label']), start, model))
-    finite = [start for start in started if math.isfinite(start[0])]
-    model = min(finite)[-1]
+    model = best_of(started)
     model.fit(data, opt='LBFGS', steps=STEPS)
     return model
 

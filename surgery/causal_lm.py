@@ -10,6 +10,7 @@ Code that a model brings along is never run.
 import os
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -116,7 +117,7 @@ class CausalLM(nn.Module):
 
     def crop_block_size(self, block_size):
         """Take shorter texts at most."""
-        if block_size > self.config.block_size:
+        if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'cannot crop to block_size={block_size}, the model has {self.config.block_size}')
         self.config.block_size = block_size
 
@@ -124,7 +125,7 @@ class CausalLM(nn.Module):
         """See layers.graph.add_graph."""
         blocks = last_of([*enumerate(self.blocks)], last)
         self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
-        self.shared = Shared()
+        self.shared = SimpleNamespace()  # the edges of the pass at hand, and the caches of the graph layers
         for i, block in blocks:
             block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
             for layer in block.ln_3, block.graph:  # in float32, whatever the block is in
@@ -154,10 +155,6 @@ class Cache:
         self.kept.reorder_cache(torch.tensor(rows))
         for cache in self.graph:
             cache.select(rows)
-
-
-class Shared:
-    """The edges of the pass at hand, and the caches of the graph layers."""
 
 
 class AddGraph:

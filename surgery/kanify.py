@@ -59,6 +59,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     refuse_offloaded(model)
     if init == 'preserve' and 'base_activation' in settings:
         raise ValueError("init 'preserve' has the identity as base_activation; absorb takes an activation in")
+    if 'bias' in settings:
+        raise ValueError('a KAN layer has a bias where the layer it replaces has one: leave bias out')
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
     paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
@@ -107,8 +109,7 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     before, layers = sum(p.numel() for p in model.parameters()), {}
     for path in paths:
         activation, x = model.get_submodule(path), inputs[path]
-        base = as_torch(activation)
-        phi = ChannelSpline(x.size(-1), base_activation=lambda base=base: base, **settings)
+        phi = ChannelSpline(x.size(-1), base_activation=as_torch(activation), **settings)
         layers[path] = phi.to(x.device).train(activation.training)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
@@ -178,10 +179,6 @@ def is_activation(module):
     return is_known and broken_rule(module) is None
 
 
-def is_random(module):
-    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
-
-
 @torch.no_grad()
 def as_torch(activation):
     """The activation of PyTorch that computes the same, whatever another library calls it: the fast passes know it.
@@ -244,7 +241,7 @@ def to_kan(layer, init, activation, settings):
     weight = layer.weight.t() if is_conv1d(layer) else layer.weight
     O, I = weight.shape
     if activation is not None:
-        settings = settings | dict(base_activation=lambda: activation)
+        settings = settings | dict(base_activation=activation)
     with torch.device(weight.device):
         kan = KANLinear(I, O, bias=layer.bias is not None, **settings).to(weight.dtype).train(layer.training)
     kan.requires_grad_(layer.weight.requires_grad)
@@ -357,9 +354,6 @@ def find_absorbed(model, paths, absorb):
         if not pairs:
             raise ValueError(f'absorb: found no layer {layer!r} among the targets with {activation!r} beside it')
         found.update(pairs)
-    random = next((path for path in found.values() if is_random(modules[path])), None)
-    if random:
-        raise ValueError(f'absorb: {random} is a {type(modules[random]).__name__}, which draws random numbers')
     return found
 
 

@@ -394,7 +394,7 @@ def base_name(name):
     return plain(name).removeprefix('.').replace('.base_layer.', '.')
 
 
-def base_identity(model, copied=(), moving=()):
+def base_identity(model, copied, moving):
     """Class, number and sha256 of a model's state dict, less adapters, the modules `copied`, which these bring, and the
     buffers `moving`, which a file has.
     """

@@ -104,6 +104,25 @@ class FrozenBlocks:
         return os.path.join(folder, f'frozen-{digest[:16]}.safetensors')
 
 
+def keep_frozen(gpt, folder, about, examples, batch_size, session):
+    """Have the frozen blocks of a GPT read all examples, and keep what they make of them in a file of the folder, for
+    other runs; `about` as in path_in.
+    """
+    frozen = FrozenBlocks(gpt)
+    os.makedirs(folder, exist_ok=True)
+    path = frozen.path_in(folder, about)
+    frozen.load(path)
+    n_new = frozen.read(examples, batch_size, session.device, session.dtype, session.signals)
+    what = f'texts as the first {frozen.n} of {gpt.config.n_layer} blocks give them'
+    megabytes = sum(x.nbytes for x in frozen.kept.values()) / 1e6
+    session.say(f'{path}: {what}, {n_new:,} of {len(frozen.kept):,} are new, {megabytes:.0f} MB in memory')
+    if n_new and session.master:
+        try:
+            frozen.save(path)
+        except OSError as error:
+            session.say(f'warning: the next run has to read them again: {error}')
+
+
 def count_frozen(gpt, blocks):
     """How many of the first blocks give what no trained weight changes. ValueError for none, and for dropout."""
     training, n = gpt.training, 0

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from configurator import settings_of
 from data.loader import load_tokenizer
 from data.tokenizer import PretrainedTokenizer
 from kan import KANLinear
@@ -43,8 +44,6 @@ def load_base(init_from, dropout, block_size=0, weights='float32'):
     other language model of transformers. block_size is the length of the longest text, 0 what the model takes; weights
     is the dtype of the model's own.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f'weights={weights!r}: expected {", ".join(WEIGHTS)}')
     dtype = getattr(torch, weights)
     if holds_model(init_from):
         checkpoint = load_checkpoint(init_from)
@@ -66,11 +65,6 @@ def cast(model, dtype):
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
-
-
-def longest_and_weights(settings):
-    """Of the settings of a run, which may be older than these, what load_base takes."""
-    return {name: settings[name] for name in ('block_size', 'weights') if name in settings}
 
 
 def load_pretrained(init_from, dropout, dtype):
@@ -168,7 +162,7 @@ def make_task_model(gpt, tokenizer, settings):
     mode, task = settings['finetune_mode'], find_task(settings['task'])
     if settings['use_graph']:
         graph = {name: settings[name] for name in settings if name.startswith('graph_')}
-        last = graph.pop('graph_last', 0)
+        last = graph.pop('graph_last')
         if isinstance(gpt, CausalLM):
             gpt.add_graph(last, **graph)
         else:
@@ -182,7 +176,7 @@ def make_task_model(gpt, tokenizer, settings):
     tied = tied_layer(gpt)
     if mode == 'head' and head is None and tied is not None:  # on its own, or the embeddings would train with it
         tied.weight = nn.Parameter(tied.weight.detach().clone())
-    if settings.get('gradient_checkpointing'):
+    if settings['gradient_checkpointing']:
         checkpoint_blocks(gpt)
     if mode == 'adapter':
         add_lora(model, lora_config(gpt, settings, has_head=head is not None))
@@ -217,19 +211,24 @@ def check_adapters(model, settings):
     if settings['use_kan'] and idle:
         advice = "lora_kind='kan_base' or 'kan', and lora_targets with mlp"
         raise ValueError(f'use_kan=True, but no adapter is on {idle[0]}, and untrained it does nothing: {advice}')
-    if model.answers and settings.get('weights') == 'bfloat16' and 'gpt.lm_head' in layers:
+    if model.answers and settings['weights'] == 'bfloat16' and 'gpt.lm_head' in layers:
         raise ValueError("lora_targets names lm_head, and answers are read off in float32: not with weights='bfloat16'")
     if model.head is not None and 'gpt.lm_head' in layers:
         raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
 
 
-def check_settings(gpt, settings):
-    """ValueError for settings out of range, or that contradict each other or the model."""
-    for name, choices in ('form', FORMS), ('finetune_mode', MODES):
+def check_choices(settings):
+    """ValueError for a setting that is none of its choices."""
+    for name, choices in ('form', FORMS), ('finetune_mode', MODES), ('weights', WEIGHTS):
         if settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
+
+
+def check_settings(gpt, settings):
+    """ValueError for settings out of range, or that contradict each other or the model."""
+    check_choices(settings)
     mode, use_kan, use_lora = (settings[name] for name in ('finetune_mode', 'use_kan', 'use_lora'))
-    if settings.get('weights') == 'bfloat16':
+    if settings['weights'] == 'bfloat16':
         check_half(gpt, settings)
     if settings['form'] == 'linear' and not find_task(settings['task']).answers:
         raise ValueError("form='linear' reads labels off, and sonnets have none: leave form out")
@@ -250,7 +249,7 @@ def check_settings(gpt, settings):
         raise ValueError(f'kan_single_layer={single} says which block gets KAN layers: it wants use_kan=True')
     if not -1 <= single < n:
         raise ValueError(f'kan_single_layer={single}: the model has blocks 0 to {n - 1}; -1 means all')
-    last = settings.get('graph_last', 0)
+    last = settings['graph_last']
     if not 0 <= last <= n or (last and not settings['use_graph']):
         wanted = f'the last of {n} blocks that get graph layers by use_graph=True; 0 means all'
         raise ValueError(f'graph_last={last}: expected how many are {wanted}')
@@ -388,15 +387,22 @@ def frozen_weights(model):
     return {name: p for name, p in weights if not p.requires_grad and id(p) not in copied}
 
 
-def load_task_model(checkpoint, **overrides):
-    """(TaskModel, tokenizer) of a checkpoint of finetune.py; of one without its base that is read from init_from."""
-    settings = checkpoint['finetune']
+def complete(settings):
+    """The settings of a run of finetune.py, with the defaults of those that there were not yet."""
+    return {**settings_of('finetune.py', []), **settings}
+
+
+def load_task_model(checkpoint, dropout=None):
+    """(TaskModel, tokenizer) of a checkpoint of finetune.py; of one without its base that is read from init_from.
+    dropout is that of the GPT, None as in training.
+    """
+    settings = complete(checkpoint['finetune'])
+    dropout = settings['dropout'] if dropout is None else dropout
     try:
         if 'base' in checkpoint:
-            gpt = load_same_base(checkpoint, **overrides)
+            gpt = load_same_base(checkpoint, settings, dropout)
         else:
-            gpt = build({**checkpoint['model_args'], **overrides})
-            cast(gpt, getattr(torch, settings.get('weights', 'float32')))
+            gpt = cast(build({**checkpoint['model_args'], 'dropout': dropout}), getattr(torch, settings['weights']))
         tokenizer = load_tokenizer(checkpoint, gpt.config.vocab_size)
         with contextlib.redirect_stdout(sys.stderr):  # what surgery reports is no part of a sample
             model = make_task_model(gpt, tokenizer, settings)
@@ -406,12 +412,11 @@ def load_task_model(checkpoint, **overrides):
     return model, tokenizer
 
 
-def load_same_base(checkpoint, **overrides):
+def load_same_base(checkpoint, settings, dropout):
     """The base of a checkpoint without it. ValueError where init_from has none any more, or another one."""
-    settings, then = checkpoint['finetune'], checkpoint['model_args']
-    init_from, dropout = settings['init_from'], overrides.get('dropout', settings['dropout'])
+    init_from, then = settings['init_from'], checkpoint['model_args']
     try:
-        gpt, _ = load_base(init_from, dropout, **longest_and_weights(settings))
+        gpt, _ = load_base(init_from, dropout, settings['block_size'], settings['weights'])
     except ValueError as error:
         raise ValueError(f'the checkpoint was saved without its base, init_from={init_from}: {error}') from None
     if what_computes(describe(gpt)) != what_computes(then):
@@ -431,7 +436,8 @@ def load_adapter(out_dir, init_from):
     settings = read_record(out_dir).get('config', {})
     if not settings.get('use_lora') or 'lora_kind' not in settings:
         raise ValueError(f'{out_dir} holds no run of finetune.py with an adapter: expected run.json and adapter/')
-    gpt, tokenizer = load_base(init_from, 0.0, **longest_and_weights(settings))
+    settings = complete(settings)
+    gpt, tokenizer = load_base(init_from, 0.0, settings['block_size'], settings['weights'])
     model = make_task_model(
         gpt, tokenizer, {**settings, 'use_lora': False, 'finetune_mode': 'full', 'weights': 'float32'}
     )

@@ -67,13 +67,15 @@ class Sonnets(Task):
 
 
 QUESTIONS = ('Question 1:', '\nQuestion 2:')
-ALL = [
-    Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
-    Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
-    Task('quora', QUESTIONS, '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
-    Sonnets('sonnets', before=(), question='', answers=(), column=''),
-]
-TASKS = {task.name: task for task in ALL}
+TASKS = {
+    task.name: task
+    for task in [
+        Task('sst', ('',), '\nSentiment:', (' terrible', ' bad', ' okay', ' good', ' great'), 'Predicted_Sentiment'),
+        Task('cfimdb', ('',), '\nSentiment:', (' bad', ' good'), 'Predicted_Sentiment'),
+        Task('quora', QUESTIONS, '\nThe same question:', (' no', ' yes'), 'Predicted_Is_Paraphrase'),
+        Sonnets('sonnets', before=(), question='', answers=(), column=''),
+    ]
+}
 
 
 def find_task(name):
@@ -84,7 +86,8 @@ def find_task(name):
 
 def prepare_task(name):
     """Run data/<name>/prepare.py where its files are missing."""
-    loader.prepare_dataset(find_task(name).name, made=['meta.json'])
+    find_task(name)  # which checks it
+    loader.prepare_dataset(name, made=['meta.json'])
 
 
 def read_examples(name, split, tokenizer, block_size, shots=()):
@@ -201,9 +204,15 @@ def encode_sonnet(text, tokenizer, block_size):
     return ids[: block_size + 1], len(ids) > block_size + 1  # the last token is a target only
 
 
+def split_sonnet(text):
+    """The lines that are given, and those that follow."""
+    lines = text.split('\n')
+    return '\n'.join(lines[:N_PROMPT_LINES]), '\n'.join(lines[N_PROMPT_LINES:])
+
+
 def prompt_of(sonnet):
-    """The first three lines of a sonnet, with the break after them: what is to be continued."""
-    return '\n'.join(sonnet.split('\n')[:N_PROMPT_LINES]) + '\n'
+    """The lines that are given, with the break after them: what is to be continued."""
+    return split_sonnet(sonnet)[0] + '\n'
 
 
 def draw_evenly(rows, n, draw):

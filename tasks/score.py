@@ -15,7 +15,7 @@ from data.course import N_PROMPT_LINES
 from run.device import autocast
 from run.files import write_atomically
 from tasks.model import sum_losses
-from tasks.prompts import collate, find_task, make_batches, prompt_of
+from tasks.prompts import collate, find_task, make_batches, prompt_of, split_sonnet
 from tasks.sonnets import write_sonnet
 
 COURSE_LABELS = {'Predicted_Is_Paraphrase': {0: 3919, 1: 8505}}  # there a label is the token of GPT-2: no, yes
@@ -101,12 +101,6 @@ def score_labels(labels, predictions):
     return {'accuracy': float(accuracy_score(labels, predictions)), 'macro_f1': float(f1)}
 
 
-def split_sonnet(text):
-    """The lines that are given, and those that follow."""
-    lines = text.split('\n')
-    return '\n'.join(lines[:N_PROMPT_LINES]), '\n'.join(lines[N_PROMPT_LINES:])
-
-
 def chrf(written, sonnets):
     from sacrebleu.metrics import CHRF
 
@@ -163,7 +157,7 @@ def write_labels(path, task, ids, predictions):
     names = COURSE_LABELS.get(task.column, {})
     with write_atomically(path, 'w', encoding='utf-8') as f:
         f.write(f'id \t {task.column} \n')
-        f.writelines(f'{i}, {names.get(int(label), int(label))} \n' for i, label in zip(ids, predictions))
+        f.writelines(f'{i}, {names.get(label, label)} \n' for i, label in zip(ids, predictions))
 
 
 def write_sonnets(path, numbers, texts):

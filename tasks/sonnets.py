@@ -38,8 +38,8 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
 
     ValueError for a prompt that is empty or leaves no room, for settings out of range, and for n_beams with best_of.
     """
-    check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of)
-    room, end_of_text = model.config.block_size - len(prompt_ids), getattr(tokenizer, 'end_of_text', None)
+    check_sampling(model, prompt_ids, n_lines, n_beams, best_of)
+    room, end_of_text = model.config.block_size - len(prompt_ids), tokenizer.end_of_text
     device = next(model.parameters()).device
 
     def has_ended(draft):
@@ -67,7 +67,7 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
     return max(ended, key=lambda draft: draft.score)
 
 
-def check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of):
+def check_sampling(model, prompt_ids, n_lines, n_beams, best_of):
     if min(n_lines, n_beams, best_of) < 1:
         raise ValueError(f'expected n_lines, n_beams and best_of of at least 1, got {n_lines}, {n_beams} and {best_of}')
     if n_beams > 1 and best_of > 1:
@@ -75,8 +75,6 @@ def check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best
     n, most = len(prompt_ids), model.config.block_size - 1
     if not 0 < n <= most:
         raise ValueError(f'the prompt has {n} tokens, expected 1 to {most}: block_size less one')
-    if n_beams > 1:
-        sample_token(torch.zeros(1, 1), temperature, top_p=top_p)  # not used, but checked all the same
 
 
 def grow_beams(drafts, log_probs, n):
@@ -101,7 +99,7 @@ def write_sonnet(model, tokenizer, prompt, **sampling):
         raise ValueError(f'the prompt has {n_given} lines, a whole sonnet has {N_LINES}')
     prompt_ids = tokenizer.encode(prompt)
     draft = continue_lines(model, tokenizer, prompt_ids, N_LINES - n_given, **sampling)
-    ids = [i for i in draft.ids if i != getattr(tokenizer, 'end_of_text', None)]
+    ids = [i for i in draft.ids if i != tokenizer.end_of_text]
     # a tokenizer may write tokens otherwise where none are before them
     text = prompt + tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
     return '\n'.join(text.split('\n')[:N_LINES]).rstrip()

@@ -152,7 +152,7 @@ def test_another_vocabulary_is_refused_where_the_checkpoint_holds_none(model_and
     torch.save({'model': checkpoint['model'], 'model_args': checkpoint['model_args']}, tmp_path / 'ckpt.pt')
     other = write_dataset(tmp_path / 'few', tokenizer=CharTokenizer('abcdef'))
     words = complaint(tmp_path, 'eval.py', '--out_dir=.', f'--dataset={other}')
-    assert f'has 6 different tokens, the model {TOKENIZER.vocab_size}: not its vocabulary' in words
+    assert f'has 6 different tokens, the model {TOKENIZER.vocab_size}: name one with its vocabulary' in words
 
 
 def test_weights_of_gpt2_on_byte_pairs(tmp_path):

@@ -1,10 +1,12 @@
 """Fine-tuning from the command line: what a run leaves, resume, several processes, early stopping, bad input."""
 
 import copy
+import functools
 import json
 import math
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -464,6 +466,29 @@ def test_earlier_run_is_moved_with_all_that_it_left(place):
     assert sorted(os.listdir(out)) == ['ckpt.pt', 'earlier-1', 'log.jsonl', 'run.json', 'run.lock']
 
 
+def test_a_run_that_is_not_saved_is_not_said_to_go_on(place):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))  # more than the records
+    args = flags(**{**TINY, **FULL, 'out_dir': 'out'})
+    how = dict(modules=str(place), prelude='small', env={'STOP_AT': '2'})
+    done = run_forked(place, 'finetune.py', *args, before=limit, **how)
+    assert done.returncode == 1 and 'warning: step 2 is not saved' in done.stdout
+    assert 'to go on' not in done.stdout and not list((place / 'out').glob('*.pt'))
+
+
+def test_nodes_with_other_settings_do_not_train_together(place):
+    def run(env, rate):
+        args = flags(**{**TINY, **ADAPTERS, 'out_dir': 'out', 'learning_rate': rate})
+        return run_forked(place, 'finetune.py', *args, modules=str(place), prelude='small', env=env)
+
+    first, second = join_processes(per_node=1)
+    for done in together(lambda: run(first, 0.1), lambda: run(second, 0.2)):
+        assert done.returncode == 1
+        assert done.stderr.endswith(
+            'is not the same on process 1 as on process 0: type the same settings on each node\n'
+        )
+    assert not (place / 'out').exists()
+
+
 # resume
 
 
@@ -556,6 +581,7 @@ def test_resume_wants_the_same_settings_and_data(place):
 def test_a_run_from_before_some_settings_goes_on(place):
     tune(place, env={'STOP_AT': '7'}, **ADAPTERS)
     state = load(place / 'out')
+    del state['data']
     for name in 'block_size', 'weights', 'gradient_checkpointing', 'dev_limit', 'log_to', 'wandb_artifact':
         del state['finetune'][name]
     torch.save(state, place / 'out' / 'ckpt.pt')
@@ -799,8 +825,7 @@ def test_configs_cover_tasks_and_variants():
         settings['use_kan'] and not settings['use_lora'] for settings in found
     )
     assert len({tuple(names_of_configs(configs(*pair))) for pair in PAIRS}) == len(found) == 19
-    # these two follow from the names
-    assert all(settings['out_dir'] == settings['wandb_run_name'] == '' for settings in found)
+    assert all(settings['out_dir'] == '' for settings in found)  # which follows from the names
 
 
 @pytest.mark.parametrize(
@@ -814,7 +839,7 @@ def test_out_dir_follows_from_the_names_of_the_configs(place, names, out_dir):
     assert done.returncode == 0, done.stderr
     assert [path.name for path in place.glob('out*')] == [out_dir]
     config = read_json(place, out_dir, 'run.json')['config']
-    assert config['out_dir'] == config['wandb_run_name'] == out_dir
+    assert config['out_dir'] == out_dir
     assert config['lora_kind'] == ('kan' if 'kan_lora' in names else 'lora')
     assert load(place / out_dir)['finetune']['out_dir'] == out_dir
     again = enter(place, 'finetune.py', *command, '--resume=True')

@@ -169,6 +169,10 @@ def test_bases_are_of_floating_point_numbers():
         KANLinear(3, 2).b_splines(torch.ones(5, 3, dtype=torch.long))
 
 
+def test_no_rows_have_no_bases():
+    assert KANLinear(3, 2).b_splines(torch.zeros(2, 0, 3)).shape == (2, 0, 3, 8)
+
+
 # the layer against references
 
 
@@ -584,6 +588,8 @@ def test_grids_that_make_no_sense_are_refused():
         layer.update_grid(torch.cat([torch.full((10, I), -3e38), torch.full((10, I), 3e38)]))
     with pytest.raises(ValueError, match=f'expected {I} features in the last dimension'):
         layer(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=f'expected {2 * I} features in the last dimension, gates and values'):
+        ChannelSpline(I)(torch.tensor(1.0), gated=True)
 
 
 @pytest.mark.parametrize('has_scaler', [True, False])

@@ -16,6 +16,7 @@ from kan import KAN, ChannelSpline, KANLinear
 from layers.generation import sample_token, stream
 from model import GPT, GPTConfig, rotate
 from run.checkpoint import build_model
+from surgery.kanify import kanify
 from surgery.lora import LoRAConfig
 
 TARGETS = [','.join(t) for n in (1, 2, 3) for t in itertools.combinations(('attn', 'mlp', 'head'), n)]
@@ -446,8 +447,19 @@ def test_cropped_model_gives_the_same_logits():
     assert model.config.block_size == 5 and model.transformer.wpe.weight.shape == (5, 16)
     with pytest.raises(ValueError, match='length 6'):
         model(tokens(1, 6))
-    with pytest.raises(ValueError, match='block_size=6, the model has 5'):
-        model.crop_block_size(6)
+    for n in 6, 0, -3:
+        with pytest.raises(ValueError, match=f'block_size={n}, the model has 5'):
+            model.crop_block_size(n)
+
+
+def test_what_was_cropped_is_gone_and_what_was_frozen_stays_so():
+    model = make()
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.crop_block_size(5)
+    weight = model.transformer.wpe.weight
+    assert (
+        not weight.requires_grad and weight.untyped_storage().nbytes() == weight.nbytes
+    )  # a file has all of a storage
 
 
 @pytest.mark.parametrize('n_embd, n_head, nearest', [(50, 6, '48 or 54'), (5, 6, '6$'), (47, 6, '42 or 48')])
@@ -647,6 +659,7 @@ def test_utilisation_counts_flops_per_second():
     )
     assert channel.get_num_params() > vanilla.get_num_params()
     assert channel.estimate_mfu(1, 1) == pytest.approx(vanilla.estimate_mfu(1, 1))
+    assert kanify(make()).estimate_mfu(1, 1) > vanilla.estimate_mfu(1, 1)  # its layers have no scalers
 
 
 # the scripts' settings of models
@@ -773,6 +786,7 @@ def test_random_functions_at_first():
     [
         (dict(activation='tanhh'), "activation='tanhh': expected one of gelu, silu"),
         (dict(use_kan=True, kan_kind='neuron'), "kan_kind='neuron': expected 'edge' or 'channel'"),
+        (dict(gelu='exact'), "gelu='exact': expected 'none' or 'tanh'"),
         (dict(CHANNEL, activation='swish'), "activation='swish' learns a slope"),
         (dict(CHANNEL, kan_norm=True), 'kan_hidden, kan_norm, kan_bias and kan_mask are for functions on edges'),
         (dict(CHANNEL, kan_hidden=2.0), 'where mlp_hidden is the width'),

@@ -260,7 +260,7 @@ def test_vocabulary_that_nobody_knows_is_asked_for(tmp_path):
     dataset = write_dataset(tmp_path / 'data')
     assert sample(tmp_path, dataset=dataset)[0].startswith('ROMEO:')
     other = write_dataset(tmp_path / 'few', tokenizer=CharTokenizer('abcdef'))
-    assert 'not its vocabulary' in complaint(tmp_path, 'sample.py', *args, f'--dataset={other}')
+    assert 'name one with its vocabulary' in complaint(tmp_path, 'sample.py', *args, f'--dataset={other}')
     os.remove(Path(dataset, 'meta.json'))
     assert 'meta.json' in complaint(tmp_path, 'sample.py', *args, f'--dataset={dataset}')
 

@@ -366,6 +366,10 @@ def test_what_does_nothing():
         ),
         (dict(task='sonnets', n_beams=4, top_p=0.5), 'these do nothing with n_beams=4: top_p'),
         (dict(task='sonnets', top_p=0.5), None),
+        (
+            dict(task='sonnets', temperature=0.0, best_of=2),
+            'these do nothing with temperature=0, which takes the likeliest token: best_of',
+        ),
     ):
         lines = idle_settings('finetune.py', settings_of('finetune.py', []) | settings)
         assert lines == ([] if line is None else [line])
@@ -431,7 +435,9 @@ def test_gpt2_weights_want_a_data_set_of_their_vocabulary(tmp_path, dataset):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / 'hf')
     args = flags(**{**TINY, 'dataset': dataset, 'init_from': './hf', 'out_dir': 'x'})
     done = run_forked(tmp_path, 'train.py', *args)
-    assert done.returncode == 1 and done.stderr.endswith('different tokens, the model 97: not its vocabulary\n')
+    assert done.returncode == 1 and done.stderr.endswith(
+        'different tokens, the model 97: name one with its vocabulary\n'
+    )
 
 
 def test_a_size_of_the_world_without_a_rank_is_one_process(tmp_path, dataset):
@@ -1028,7 +1034,7 @@ def test_resume_on_another_vocabulary(tmp_path, complain):
     checkpoint = load(tmp_path / 'out')
     del checkpoint['tokenizer']  # as nanoGPT's have none
     torch.save(checkpoint, tmp_path / 'out' / 'ckpt.pt')
-    assert 'not its vocabulary' in complain(init_from='resume', dataset=smaller)
+    assert 'name one with its vocabulary' in complain(init_from='resume', dataset=smaller)
 
 
 def test_settings_that_would_do_nothing(complain):

@@ -32,10 +32,13 @@ def prepare(folder, source, num_proc):
     if num_proc < 1:
         raise ValueError(f'num_proc must be 1 or more, got {num_proc}')
     documents, description = load_documents(folder, source, num_proc)
+    from datasets import Features, List, Value  # whose absence load_documents explains
+
+    features = Features({'ids': List(Value('uint16'))})  # 2 bytes per token in the cache; the default takes 8
     tokenizer = get_tokenizer()  # caches its files before the processes start
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for split, part in ('train', splits['train']), ('val', splits['test']):
-        options = dict(remove_columns=part.column_names, features=token_features(), num_proc=min(num_proc, len(part)))
+        options = dict(remove_columns=part.column_names, features=features, num_proc=min(num_proc, len(part)))
         write_tokens(folder / f'{split}.bin.part', part.map(tokenize, **options))
     write_meta(folder, tokenizer, f'{len(documents)} documents of {description}')
 
@@ -83,12 +86,6 @@ def check_disk(folder, cache_folder):
 def tokenize(document):
     tokenizer = get_tokenizer()
     return {'ids': tokenizer.encode_ordinary(document['text'].removeprefix('\ufeff')) + [tokenizer.end_of_text]}
-
-
-def token_features():
-    from datasets import Features, List, Value
-
-    return Features({'ids': List(Value('uint16'))})  # 2 bytes per token in the cache; the default takes 8
 
 
 def write_tokens(path, documents):

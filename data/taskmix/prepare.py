@@ -15,8 +15,9 @@ from data.loader import write_meta, write_split
 from data.script import main
 from data.tinyshakespeare import read_text
 from data.tokenizer import GPT2Tokenizer
-from tasks.prompts import TASKS, prepare_task
+from tasks.prompts import find_task, prepare_task
 
+TASKS = 'sst', 'cfimdb', 'quora', 'sonnets'
 source = ''  # a text file; empty: tinyshakespeare
 
 
@@ -25,7 +26,8 @@ def read_documents(source):
     text, description = read_text(source)
     for task in TASKS:
         prepare_task(task)
-    documents = [text for task in TASKS.values() for _, *texts, _ in task.read('train') for text in texts]
+    rows = [row for task in TASKS for row in find_task(task).read('train')]
+    documents = [sentence for _, *sentences, _ in rows for sentence in sentences]
     scenes = text.split('\n\n')  # what one speaker says
     documents += ['\n\n'.join(scenes[i : i + 20]) for i in range(0, len(scenes), 20)]
     return documents, f'train of {", ".join(TASKS)}; {description}'

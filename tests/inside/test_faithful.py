@@ -1,6 +1,7 @@
 """Losses with edges cut or replaced: what an edited layer gives, against sums over its edges by hand."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -316,3 +317,5 @@ def test_losses_as_a_table():
     for text in alone, beside:
         for block in text.strip().split('\n\n'):
             assert len({line.count('|') for line in block.split('\n')}) == 1
+    lost = dict(now, by_activity=[None, math.nan], at_random=[3.0, None])  # a record has None for NaN
+    assert '| 50% | not finite | 3.0000 |\n| 100% | not finite | not finite |' in table(lost, None)

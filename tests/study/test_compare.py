@@ -14,6 +14,7 @@ from scipy import stats
 from helpers import ROOT, complaint, run_forked
 from run.records import ADDED
 from study import nano
+from study.compare import families
 from study.runner import Study, fill
 
 STEPS = re.compile('^{"name": "steps, ', re.MULTILINE)
@@ -250,6 +251,8 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
         '| 0.2 | 2.0050 | 2.0100 |',
     ]
     assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
+    groups = [dict(full_name='nano', config=dict(learning_rate=1, dropout=d)) for d in (0, 1, 2)]
+    assert [name for name, _ in families(groups, ['learning_rate'])] == ['nano', 'nano (2)', 'nano (3)']
     folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
     assert 'expected two settings' in complaint(tmp_path, 'study/compare.py', *folders, '--over=learning_rate')
     assert '(grids.png)' in table and (tmp_path / 'c/grids.png').read_bytes().startswith(b'\x89PNG')

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -112,6 +113,33 @@ def test_ctrl_c_is_none_of_the_clock(study):
     with pytest.raises(KeyboardInterrupt):
         gpu.run_all({'one': interrupt}, study)
     assert study.read() == {}
+
+
+class Slow:
+    """A process that something else ends."""
+
+    pid, returncode = 0, -9
+
+    def __init__(self, end):
+        self.end = end
+
+    def communicate(self, timeout=None):
+        if timeout:
+            raise self.end
+        return '3 passed in 120 s', None
+
+
+def test_tests_that_take_too_long_have_a_record_and_those_cut_off_have_none(study, tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(gpu, 'out', str(tmp_path))
+    monkeypatch.setattr(gpu.os, 'killpg', lambda *args: killed.append(args))
+    ends = [subprocess.TimeoutExpired('pytest', 120), KeyboardInterrupt()]
+    monkeypatch.setattr(gpu.subprocess, 'Popen', lambda *args, **settings: Slow(ends[0]))
+    monkeypatch.setattr(gpu, 'describe_machine', lambda: dict(card='a card', torch='2'))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_all({'tests': gpu.run_tests, 'tests again': lambda: ends.pop(0) and gpu.run_tests()}, study)
+    (run,) = study.read().values()
+    assert run['code'] == 'cut off after 120 s' and run['counts'] == {'passed': 3} and len(killed) == 2
 
 
 # tiles

@@ -1,6 +1,7 @@
 """The study of fine-tuning on SmolLM2: what it would run, how it chooses, and its page, from made-up records."""
 
 import json
+import re
 
 import pytest
 
@@ -80,6 +81,9 @@ def test_the_page_tells_what_is_missing_and_pairs_by_seed(study, monkeypatch):
     lost = json.dumps(dict(study.STUDY.read()[name], failed='the loss is nan')) + '\n'
     path.write_text(''.join(lost if name in line else line for line in lines))
     assert '| KAN-LoRA | 1,000 | 62.0 ± 1.3 (n = 2) |' in study.make_table()
+    theirs = name.replace('KAN-LoRA', 'LoRA')
+    path.write_text(''.join(line for line in lines if name not in line and theirs not in line))
+    assert re.search(r'\| KAN-LoRA \| 1,000 \| 62.0 ± 1.3 \(p = [\d.e-]+\) \(n = 2\) \|', study.make_table())
     other = name.replace('lr=0.001', 'lr=0.01')
     run = study.STUDY.read()[name.replace('seed=2', 'seed=1')]
     settings = dict(run['settings'], learning_rate=0.01)

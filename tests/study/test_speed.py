@@ -25,6 +25,8 @@ def test_page_is_made_of_all_records(study, capsys):
     rows += [
         dict(ROW, name='c', seconds={}, error='no memory'),
         dict(ROW, where='4', name='d', seconds=dict(total=[1.0])),
+        dict(ROW, where='5', name='f', seconds={}, error='no memory'),
+        dict(ROW, where='5', name='g', seconds=dict(total=[1.0])),
     ]
     edges = dict(ROW, name='e', seconds={'edges': [0.01], 'rest': [0.19], 'total': [0.2]})
     add_run(str(study.folder / 'runs.jsonl'), dict(RUN, name='layer on an abacus', rows=rows))
@@ -36,6 +38,7 @@ def test_page_is_made_of_all_records(study, capsys):
     assert '| 1 2 3, float32: a | 200 (140 to 260) | 1 | 3 MiB |' in page
     assert '| 1 2 3, float32: b | 400 (400 to 400) | 2 | 3 MiB |' in page  # of the first of its group
     assert '| 1 2 3, float32: c | failed: no memory | | |' in page
+    assert '| 5, float32: g | 1000 (1000 to 1000) |  | 3 MiB |' in page  # the first of its group failed
     assert '| 4, float32: d | 1000 (1000 to 1000) | 1 | 3 MiB |' in page
     assert '| 1 2 3, float32: e | 200 (200 to 200), 5.00% finds edges | 1 | 3 MiB |' in page
 

@@ -252,9 +252,10 @@ BAD = [
     (dict(init='keep'), "expected init 'preserve' or 'fresh'"),
     (dict(train='spline'), "train 'all' or 'splines'"),
     (dict(absorb={'c_proj': 'gelu'}), "no layer 'c_proj' among the targets with 'gelu' beside it"),
-    (dict(absorb={'c_proj': 'dropout'}), 'is a Dropout, which draws random numbers'),
+    (dict(absorb={'c_proj': 'dropout'}), 'must act on each number by itself, always alike, got Dropout'),
     (dict(base_activation=nn.SiLU), 'has the identity as base_activation; absorb takes an activation in'),
     (dict(grid_size=0), 'grid_size must be at least 1'),
+    (dict(bias=True), 'has a bias where the layer it replaces has one'),
 ]
 
 
