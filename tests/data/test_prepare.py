@@ -275,7 +275,7 @@ def test_prepare_sonnets(repository, originals):
             HEADER + '0\ta\tText\t2\n',
             'dev.csv has no row that can be used; 1 row(s) left out, with a label other than 0 to 1: line 2',
         ),
-        ('quora', '', 'train.csv has no column id or sentence1 or sentence2 or is_duplicate: its first line has []'),
+        ('quora', '', "train.csv has no column id or sentence1 or sentence2 or is_duplicate: its first line has ['']"),
         (
             'quora',
             HEADER,
