@@ -136,25 +136,24 @@ def read_meta(dataset):
         with open(path, encoding='utf-8-sig') as f:
             meta = dict(json.load(f))
         is_own = 'vocab_size' in meta and 'splits' not in meta
-        if not is_own:
-            check_meta(meta)
+        if not is_own and not is_whole(meta):
+            raise ValueError('a part of it is missing')
     except FileNotFoundError:
         return read_pickled_meta(folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
     return complete_meta(folder, meta) if is_own else meta
 
 
-def check_meta(meta):
-    """KeyError or TypeError where a meta.json lacks what those of prepare.py say."""
-    meta['vocab_size'], meta['source'], meta['tokenizer']['kind']
-    for split in 'train', 'val':
-        meta['splits'][split]['tokens'], meta['splits'][split]['sha256']
+def is_whole(meta):
+    """Whether a meta.json says all that those of prepare.py do."""
+    is_known = {'vocab_size', 'source', 'tokenizer'} <= meta.keys() and 'kind' in meta['tokenizer']
+    return is_known and all({'tokens', 'sha256'} <= meta['splits'][split].keys() for split in ('train', 'val'))
 
 
 def complete_meta(folder, meta):
-    """A meta.json of your own, with what those of prepare.py say, but for its files: they would have to be read. Without
-    a tokenizer its tokens are numbers.
+    """A meta.json of your own, with what those of prepare.py say, but for the splits: the files would have to be read.
+    Without a tokenizer its tokens are numbers.
     """
     n = meta['vocab_size']
     if type(n) is not int or not 1 <= n <= 2**16:

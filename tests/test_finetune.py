@@ -478,6 +478,7 @@ def test_a_run_that_is_not_saved_is_not_said_to_go_on(place):
 def test_nodes_with_other_settings_do_not_train_together(place):
     def run(env, rate):
         args = flags(**{**TINY, **ADAPTERS, 'out_dir': 'out', 'learning_rate': rate})
+        args += flags(gradient_accumulation_steps=2)
         return run_forked(place, 'finetune.py', *args, modules=str(place), prelude='small', env=env)
 
     first, second = join_processes(per_node=1)
