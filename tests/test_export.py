@@ -280,6 +280,7 @@ def test_onnx_for_any_number_and_length(folder, name):
     pytest.importorskip('onnxscript')
     done = run_forked(folder, 'export.py', f'--out_dir=out-{name}', '--to=onnx')
     assert done.returncode == 0, done.stderr
+    assert (folder / f'onnx-{name}' / 'tokenizer.json').exists()
     session = runtime.InferenceSession(str(folder / f'onnx-{name}' / 'model.onnx'), providers=['CPUExecutionProvider'])
     gpt = ours(folder, f'out-{name}')
     for B, T in (1, 1), (2, gpt.config.block_size), (5, 3):
@@ -385,10 +386,34 @@ def test_adapters_are_those_of_peft(folder, tmp_path, base, settings):
     torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize('kind', ['lora', 'kan'])
+def test_an_adapter_for_peft_keeps_its_settings_and_the_name_of_its_base(folder, tmp_path, kind):
+    peft = pytest.importorskip('peft')
+    import surgery.peft_kan  # noqa: F401  # PEFT learns of the kind
+
+    settings = dict(dropout=0.2, grid_range=(-2.0, 3.0), squash='clamp')
+    tuned(folder, 'vanilla', run=dict(init_from='someone/gpt'), kind=kind, **settings)
+    done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
+    assert done.returncode == 0, done.stderr
+    about = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
+    assert (about.base_model_name_or_path, about.lora_dropout) == ('someone/gpt', 0.2)
+    assert kind == 'lora' or (about.squash, about.grid_range) == ('clamp', [-2.0, 3.0])
+
+
+def test_a_gpt2_trains_on_with_the_dropout_of_the_gpt(folder):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder / 'hf-vanilla')
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.0
+    assert config.bos_token_id is None  # transformers has that of GPT-2, which is no token here
+
+
 def test_what_peft_cannot_hold_is_refused(folder):
     command = 'export.py', '--out_dir=out-tuned-adapter', '--to=peft'
     tuned(folder, 'vanilla', run=dict(use_graph=True))
     assert 'on a base as it was, and no head' in complaint(folder, *command)
+    tuned(folder, 'vanilla', run=dict(use_kan=True))
+    assert 'out-tuned-adapter has use_kan=True' in complaint(folder, *command)
     tuned(folder, 'kan', kind='kan_base')
     assert 'adapters kan_base' in complaint(folder, *command)
     tuned(folder, 'vanilla', target_modules=('wte',))

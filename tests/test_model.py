@@ -874,3 +874,7 @@ def test_utilisation_of_a_head_of_splines():
     vanilla, head = make(), make(use_kan=True, kan_targets='head')
     more = (head.estimate_mfu(1, 1) - vanilla.estimate_mfu(1, 1)) * 312e12
     assert more == pytest.approx(6 * 12 * 8 * 20 * 16)  # eight bases; its token embeddings are looked up only
+
+
+def test_each_channel_has_a_slope_of_its_own():
+    assert make(activation='swish', n_embd=12, mlp_hidden=1.0).transformer.h[0].mlp.act.slope.shape == (12,)

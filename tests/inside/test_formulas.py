@@ -390,3 +390,44 @@ def test_every_kind_of_statistic_is_on_the_device_of_the_data():
     tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
     assert isinstance(edges, Edges) and len(tensors) == 6 and {tensor.device.type for tensor in tensors} == {'cpu'}
     assert found.r2.shape == (len(NAMES), 8, 6) and (found.r2 >= 0).all() and (found.r2 <= 1).all()
+
+
+def test_edges_and_features_beyond_those_of_a_part():
+    """Both go by 64 at a time."""
+    layer, x = KANLinear(66, 2), torch.randn(300, 66)
+    nn.init.normal_(layer.spline_weight, std=0.5)
+    seen, edges, found = study(layer, x)
+    check_numbers_of_the_search(seen, edges, found, [(o, i) for o in range(2) for i in (0, 63, 64, 65)])
+    pairs = [(o, i) for o in range(2) for i in range(31, 66)]
+    formulas = refine(seen, edges, found, pairs)
+    for (o, i), formula in [*zip(pairs, formulas, strict=True)][60:]:
+        fit = function_of(formula)(seen.x[:, i]).double().numpy()
+        assert r2_of(fit, curve_of(seen, edges, o, i)[1]) == pytest.approx(formula.r2, abs=1e-4)
+
+
+@pytest.mark.parametrize('name', ['relu', 'sqrt', '1/x', '1/x^2', 'log', 'exp', 'silu'])
+def test_a_planted_function_is_found_in_a_mirror(name):
+    a, b, c, d = PLANTED[name]
+    layer = plant(lambda x: c * FAMILIES[name].f(b - a * x) + d)
+    (formula,) = read(layer, even_inputs(), [(0, 0)])
+    assert formula.family == name and formula.r2 > 0.999
+    assert (formula.a, formula.b) == pytest.approx((-a, b), rel=0.03, abs=0.03)
+
+
+def test_the_margin_and_the_tie_are_those_asked_for():
+    layer, x = plant(lambda x: x + 0.1 * x.square(), lambda x: torch.cos(0.3 * x)), even_inputs()
+
+    def families(**thresholds):
+        (found,) = look(layer, lambda: layer(x), **thresholds)
+        formulas = dict(zip(found.pairs, found.formulas))
+        return [formulas[o, 0].family for o in range(2)]
+
+    assert families() == ['affine', 'x^2']
+    assert families(margin=1e-4)[0] != 'affine'
+    assert families(tie=0.0)[1] != 'x^2'
+
+
+@pytest.mark.parametrize('b', [-900.0, -40.0, 40.0, 900.0])
+def test_an_exponential_far_from_zero_stays_as_it_is(b):
+    """e^b may be beyond all floats."""
+    assert plainest('exp', 2.0, b, 3.0, 1.0) == (2.0, b, 3.0, 1.0)

@@ -68,3 +68,12 @@ def test_a_step_trains(one_thread, seed):
     assert step() > 0 and len(passes) == 3
     assert all((p != old).any() for p, old in zip(model.parameters(), before) if p.dim() > 1)
     assert all(p.grad is None and torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_step_that_is_timed_has_the_precision_and_the_optimizer_asked_for(one_thread, seed):
+    model, dtypes, asked = GPT(GPTConfig(**SIZES)), [], []
+    model.lm_head.register_forward_hook(lambda *call: dtypes.append(call[-1].dtype))
+    configure = model.configure_optimizers
+    model.configure_optimizers = lambda *args, **more: asked.append(more) or configure(*args, **more)
+    make_step(model, 1, 1, 'cpu', 'bfloat16', muon=True)()
+    assert dtypes == [torch.bfloat16] and asked == [dict(muon=True)]

@@ -29,6 +29,7 @@ CLOCK = """
 from run import cost
 
 def make_step(model, *settings, muon):
+    assert settings == (2, 1, 'cpu', 'float32') and muon is False, settings
     # grows, but as no other cost does
     seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer
     taken = iter([1e9])  # of the first step, which compiles and does not count
@@ -100,7 +101,7 @@ def test_found_within_the_tolerance(tmp_path, dataset, by, first, sizes):
 
 def test_flags_for_the_mlp_leave_the_kan_gpt_as_it_is(tmp_path, dataset):
     printed = []
-    for name, flag in ('plain', []), ('swiglu', ['--mlp=swiglu']):
+    for name, flag in ('plain', []), ('swiglu', ['--mlp=swiglu', '--mlp_hidden=2.0']):
         (tmp_path / name).mkdir()
         printed.append(balance(tmp_path / name, dataset, SMALL, '--kan_kind=channel', '--repeats=1', *flag))
     kans = [re.search(r'^KAN-GPT .*?([\d,]+,\d+)', text, re.MULTILINE)[1] for text in printed]
@@ -112,6 +113,7 @@ def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):
     assert printed.endswith('written: python train.py mine.py\n')
     settings = settings_of('train.py', [str(tmp_path / 'mine.py')])
     assert (settings['mlp'], settings['learning_rate'], settings['batch_size']) == ('swiglu', 1e-2, 2)
+    assert settings['device'] == settings_of('train.py', [])['device']  # that of whoever trains it
     done = run_forked(tmp_path, 'train.py', 'mine.py', *flags(dataset=dataset, device='cpu', max_iters=1, eval_iters=1))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out-mine/run.json').read_text())

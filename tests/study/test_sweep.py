@@ -10,7 +10,7 @@ import pytest
 from configurator import settings_of
 from helpers import TINY, complaint, finish, flags, load, read_until, run_forked, start_forked
 from run.records import ADDED
-from study.sweep import check_record, list_runs
+from study.sweep import check_record, list_runs, read_grid
 
 CONFIGS = {'train_a.py': 'n_layer = 1\n', 'train_b.py': 'n_layer = 2\n'}
 
@@ -159,4 +159,12 @@ def test_mistakes_are_named_before_anything_runs(folder):
     assert 'would be the same run' in complaint(folder, 'study/sweep.py', *CONFIGS, '--learning_rate=1e-3,0.001')
     (folder / 'train_gpt2.py').write_text("init_from = 'gpt2'\n")
     assert 'trained from scratch' in complaint(folder, 'study/sweep.py', 'train_gpt2.py', '--seed=1,2')
+    (folder / 'train_eval.py').write_text('eval_only = True\n')
+    assert 'trained from scratch' in complaint(folder, 'study/sweep.py', 'train_eval.py')
     assert not (folder / 'out-sweep').exists()
+
+
+def test_numbers_joined_by_commas_are_several_values_and_words_are_one():
+    grid = {'kan_targets': ['attn,mlp'], 'learning_rate': ['1e-3', '2E-3'], 'seed': ['1', '2']}
+    args = 'train_a.py', '--kan_targets=attn,mlp', '--learning_rate=1e-3,2E-3', '--seed=1,2'
+    assert read_grid(args) == (['train_a.py'], grid)

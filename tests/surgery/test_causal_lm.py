@@ -368,3 +368,24 @@ def test_a_tokenizer_that_is_slow_is_refused(tmp_path, monkeypatch):
 def test_small_models_are_wrapped_too():
     model = CausalLM(make('llama', max_position_embeddings=4, vocab_size=5))
     assert model.new_caches() and model.config.block_size == 4
+
+
+def test_weights_of_a_few_bits_are_refused(tmp_path, monkeypatch):
+    make('llama').save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_packed(*place, **settings):
+        hf, found = load(*place, **settings)
+        hf.config.quantization_config = dict(quant_method='some')
+        return hf, found
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, 'from_pretrained', load_packed)
+    with pytest.raises(ValueError, match='has weights of a few bits each, which cannot be trained'):
+        load_causal_lm(str(tmp_path))
+
+
+def test_texts_become_shorter_at_most():
+    model = CausalLM(make('llama'))
+    for block_size in 0, 25:
+        with pytest.raises(ValueError, match=f'cannot crop to block_size={block_size}, the model has 24'):
+            model.crop_block_size(block_size)

@@ -1612,3 +1612,39 @@ def test_inputs_of_a_kan_adapter_are_brought_onto_its_grid_by_default():
     phi_in, phi_out = bottleneck.phi_in, bottleneck.phi_out
     expected = 32.0 / 3 * phi_out(torch.tanh(phi_in(torch.tanh(x))))
     torch.testing.assert_close(model.layer(x) - model.layer.base_layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_dropout_before_a_convolution_acts_in_training_alone(name):
+    make_layer, size = CONVOLUTIONS[name]
+    model, x = nn.ModuleDict({'layer': make_layer()}), torch.randn(size)
+    randomise(add_lora(model, LoRAConfig(rank=R, target_modules='layer', dropout=0.5)))
+    assert not torch.equal(model.layer(x), model.layer(x))
+    model.eval()
+    assert torch.equal(model.layer(x), model.layer(x))
+
+
+def test_the_padding_of_an_embedding_learns_nothing():
+    model, x = make('Embedding', 'lora')
+    nn.init.ones_(model.layer.weight)  # PyTorch has zeros for padding at first, a trained model need not
+    padding = torch.zeros_like(x)
+    before = model.layer(padding)
+    train_steps(model, torch.cat([x, padding]))
+    assert torch.equal(model.layer(padding), before)
+
+
+@pytest.mark.parametrize('kind, layer', [('lora', 'Linear'), ('kan_base', 'KANLinear')])
+def test_dora_takes_the_lengths_of_rows_for_constants(kind, layer):
+    """Section 4.3 of its paper: no gradient goes through them."""
+    model, x = make(layer, kind, torch.float64, use_dora=True)
+    base, adapter = model.layer.base_layer, randomise(model).layer.adapter
+    adapter.magnitude.requires_grad_(False)
+    scale = (adapter.magnitude / adapters.row_norms(base, adapter.updates()).detach())[:, None]
+    weights = {name: w + adapter.updates()[name] for name, w in adapters.weights(base).items()}
+    scaled = {name: (w * scale).view_as(getattr(base, name)) for name, w in weights.items()}
+    learned = [p for p in adapter.parameters() if p.requires_grad]
+    found, expected = (
+        torch.autograd.grad(y.square().sum(), learned)
+        for y in (model.layer(x), torch.func.functional_call(base, scaled, (x,)))
+    )
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(found, expected, strict=True))
