@@ -90,7 +90,7 @@ def evaluate_text(checkpoint):
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=0.0))
         checkpoint = beside_model(init_from)
-    name, _, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
+    name, meta, tokenizer, data = loader.open_text(checkpoint, dataset, split, model.config.vocab_size)
     length = min(model.config.block_size, len(data) - 1)
     step = min(stride, length) or max(1, length // 2)
     loader.check_dataset(name, 1, model.config.vocab_size, [split])
@@ -108,7 +108,8 @@ def evaluate_text(checkpoint):
         shown += ', {bits_per_char:.4f} bits per character, {bits_per_byte:.4f} bits per byte'
     print(f'{source} on {split} of {name}: {size}\nwindows of {length} tokens, every {step}')
     print(shown.format(**found))
-    about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256_of(data.filename))
+    sha256 = meta.get('splits', {}).get(split, {}).get('sha256') or sha256_of(data.filename)
+    about = dict(tokens=tokens, chars=chars, bytes=n_bytes, dataset=name, split=split, sha256=sha256)
     costs = dict(parameters=model.get_num_params(False), flops_per_token=count_flops(vars(model.config)))
     return {**found, **about, 'stride': step, 'block_size': length, **costs}
 
@@ -125,7 +126,7 @@ def evaluate_task(checkpoint):
     if adapter:
         model, tokenizer, settings = task_model.load_adapter(adapter, base)
     elif 'finetune' in checkpoint:
-        settings = checkpoint['finetune']
+        settings = task_model.complete(checkpoint['finetune'])
         model, tokenizer = task_model.load_task_model(checkpoint, dropout=0.0)
     else:
         plain = [f'--task={task}', f'--seed={seed}', '--finetune_mode=full', '--use_lora=False']

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from configurator import INCIDENTAL, check_ranges, configure, differing, idle_settings, names_of_configs, settings_of
+from configurator import INCIDENTAL, check_ranges, configure, differing, idle_settings, names_of_configs
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
@@ -136,7 +136,7 @@ device, dtype, say = session.device, session.dtype, session.say
 config.update(device=device, dtype=dtype)
 micro_steps = session.micro_steps(gradient_accumulation_steps)
 session.join(backend)
-decisive = {name: value for name, value in config.items() if name not in {*INCIDENTAL, 'frozen_cache'}}
+decisive = {name: value for name, value in config.items() if name not in {*INCIDENTAL, 'frozen_cache'} - {'init_from'}}
 session.check_same('the command', decisive, 'type the same settings on each node')
 session.reserve(out_dir)
 
@@ -150,7 +150,7 @@ if resume:
     if 'finetune' not in state:
         raise ValueError(f'{out_dir}/ckpt.pt is not one of finetune.py: train.py resumes it, by --init_from=resume')
     free = {*INCIDENTAL, 'resume', 'predict_test', 'save_base', 'frozen_cache'} - {'init_from'}
-    then = {**settings_of('finetune.py', []), **state['finetune']}  # a setting younger than the run had its default
+    then = task_model.complete(state['finetune'])
     changed = [f'{name}={then[name]}' for name in differing(then, config, free)]
     if changed:
         raise ValueError(f'a run is resumed by the command it began with: there {", ".join(changed)}')

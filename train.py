@@ -183,9 +183,9 @@ base = load_base() if is_run else None
 loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 tokenizer = choose_vocabulary()
+train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 splits = loader.splits_of(dataset)
 session.check_same(f'data set {dataset!r}', splits)
-train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
 is_resumed = bool(state)
 is_another_text = is_resumed and state.get('data', splits) != splits
 is_validated_by_another = is_another_text and state['data'].get('val') != splits['val']

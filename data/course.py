@@ -36,7 +36,7 @@ def read_rows(task, path, labelled=True):
 def parse_rows(task, content, name, labelled=True):
     """The rows in the bytes `content` of the file called `name`, and the numbers of the lines left out, by FAULTS."""
     texts, label, _ = COLUMNS[task]
-    text = decode_text(content, name).replace('\r', '\n').removesuffix('\n')
+    text = re.sub('\r\n?', '\n', decode_text(content, name)).removesuffix('\n')
     # a quotation mark is a character like any other: were it to open a field, an odd one would swallow the next lines
     columns, *lines = [line.split('\t') for line in text.split('\n')]
     absent = [column for column in ('id', *texts, *[label] * labelled) if column not in columns]

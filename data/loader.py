@@ -136,19 +136,23 @@ def read_meta(dataset):
         with open(path, encoding='utf-8-sig') as f:
             meta = dict(json.load(f))
         is_own = 'vocab_size' in meta and 'splits' not in meta
-        if not is_own and not is_whole(meta):
-            raise ValueError('a part of it is missing')
+        if not is_own:
+            check_meta(meta)
     except FileNotFoundError:
         return read_pickled_meta(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
     return complete_meta(folder, meta) if is_own else meta
 
 
-def is_whole(meta):
-    """Whether a meta.json says all that those of prepare.py do."""
-    is_known = {'vocab_size', 'source', 'tokenizer'} <= meta.keys() and 'kind' in meta['tokenizer']
-    return is_known and all({'tokens', 'sha256'} <= meta['splits'][split].keys() for split in ('train', 'val'))
+def check_meta(meta):
+    """KeyError, TypeError or ValueError where a meta.json lacks what those of prepare.py say."""
+    parts = [(meta, ('vocab_size', 'source')), (meta['tokenizer'], ('kind',))]
+    parts += [(meta['splits'][split], ('tokens', 'sha256')) for split in ('train', 'val')]
+    for part, names in parts:
+        absent = [name for name in names if name not in dict(part)]
+        if absent:
+            raise KeyError(absent[0])
 
 
 def complete_meta(folder, meta):
@@ -221,7 +225,7 @@ def load_tokenizer(checkpoint, vocab_size, dataset=''):
     if dataset:
         tokenizer = tokenizer_of_dataset(dataset, vocab_size)
         if not same_vocabulary(checkpoint.get('tokenizer', tokenizer.to_dict()), tokenizer.to_dict()):
-            advice = "encode its text with the model's"
+            advice = "leave it out, or encode its text with the model's"
             raise ValueError(f'data set {dataset!r} has another vocabulary than the model: {advice}')
         return tokenizer
     if 'tokenizer' in checkpoint:
@@ -309,9 +313,10 @@ def check_dataset(dataset, block_size, vocab_size, splits=('train', 'val')):
 
 def warn_of_text(dataset):
     """A line where a text for prepare.py was put beside the tokens after these had been made."""
-    own, made = (os.path.join(dataset_folder(dataset), name) for name in ('input.txt', 'train.bin'))
-    if os.path.exists(own) and os.path.getmtime(own) > os.path.getmtime(made):
-        advice = f'python {os.path.join(os.path.dirname(own), "prepare.py")} reads it'
+    names = 'input.txt', 'train.bin', 'prepare.py'
+    own, made, script = (os.path.join(dataset_folder(dataset), name) for name in names)
+    if all(map(os.path.exists, (own, made, script))) and os.path.getmtime(own) > os.path.getmtime(made):
+        advice = 'delete train.bin, and the next run prepares it anew'
         print(f'warning: {own} is younger than train.bin, which may be of another text: {advice}', file=sys.stderr)
 
 

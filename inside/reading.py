@@ -57,8 +57,8 @@ class Text(Reading):
 
 
 class Examples(Reading):
-    """The examples of dev of a task in any order, as the files of tasks are sorted here and there. One at a time, so
-    that no padding is measured.
+    """The examples of dev of a task in a fixed random order, as the files of tasks are sorted here and there. One at
+    a time, so that no padding is measured.
     """
 
     def __init__(self, checkpoint, rows, loss_rows, device):

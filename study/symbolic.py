@@ -147,7 +147,10 @@ def train(function, x, y, seed):
 
 def best_of(started):
     """The model of the smallest error, of [(error, place, model)] those with a finite one."""
-    return min(start for start in started if math.isfinite(start[0]))[-1]
+    finite = [start for start in started if math.isfinite(start[0])]
+    if not finite:
+        raise ValueError(f'none of {len(started)} starts has a finite error')
+    return min(finite)[-1]
 
 
 class FormulaKAN(nn.Module):

@@ -157,7 +157,7 @@ def write_labels(path, task, ids, predictions):
     names = COURSE_LABELS.get(task.column, {})
     with write_atomically(path, 'w', encoding='utf-8') as f:
         f.write(f'id \t {task.column} \n')
-        f.writelines(f'{i}, {names.get(label, label)} \n' for i, label in zip(ids, predictions))
+        f.writelines(f'{i}, {names.get(label, label)} \n' for i, label in zip(ids, map(int, predictions)))
 
 
 def write_sonnets(path, numbers, texts):

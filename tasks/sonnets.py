@@ -32,7 +32,7 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
 
     temperature, top_p  as in sample_token; temperature 0 takes the most likely token
     best_of             draw so many at once and keep the one of the highest score
-    n_beams             more than 1: beam search, which draws nothing and has no use for temperature and top_p. Each
+    n_beams             more than 1: beam search, which draws nothing and takes no temperature or top_p. Each
                         step keeps the most likely drafts, n_beams less those that have ended; of the ended ones the
                         highest score wins
 

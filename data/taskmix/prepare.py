@@ -17,7 +17,7 @@ from data.tinyshakespeare import read_text
 from data.tokenizer import GPT2Tokenizer
 from tasks.prompts import find_task, prepare_task
 
-TASKS = 'sst', 'cfimdb', 'quora', 'sonnets'
+TASKS = 'sst', 'cfimdb', 'quora', 'sonnets'  # whatever other tasks there are, the text stays the same
 source = ''  # a text file; empty: tinyshakespeare
 
 

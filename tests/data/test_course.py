@@ -44,6 +44,15 @@ def test_rows_are_found_by_the_names_of_their_columns(tmp_path):
     assert course.read_rows('quora', path) == [('a1', 'a', 'b', 1)]
 
 
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r', '\r\r\n'])
+def test_lines_end_as_they_may(tmp_path, end, capsys):
+    """The last as Windows' text mode makes of its own ends."""
+    path = tmp_path / 'ends.csv'
+    path.write_bytes((HEADER + '0\ta\tYes\t1\n1\tb\tNo\t7\n').replace('\n', end).encode())
+    assert course.read_rows('sst', path) == [('a', 'yes', 1)]
+    assert capsys.readouterr().err.endswith('with a label other than 0 to 4: line 3\n')
+
+
 def test_a_cell_may_have_any_length(tmp_path):
     text = 'very ' * 40_000 + 'long'
     assert course.read_rows('sst', write_file(tmp_path, HEADER + f'0\ta\t{text}\t1\n')) == [('a', text, 1)]

@@ -332,14 +332,15 @@ def test_files_of_ones_own_are_read_when_they_are_asked_for(folder, monkeypatch)
 
 def test_a_text_that_came_after_the_tokens_is_told(folder, capsys):
     (folder / 'input.txt').write_text('mine')
+    (folder / 'prepare.py').write_text('')
     for name, age in ('train.bin', 100), ('input.txt', 200):
         os.utime(folder / name, (0, age))
     check(folder)
     assert capsys.readouterr().err == (
         f'warning: {folder}/input.txt is younger than train.bin, which may be of another text: '
-        f'python {folder}/prepare.py reads it\n'
+        'delete train.bin, and the next run prepares it anew\n'
     )
-    os.utime(folder / 'input.txt', (0, 100))
+    (folder / 'prepare.py').unlink()  # and nothing would read it
     check(folder)
     assert capsys.readouterr().err == ''
 
@@ -390,6 +391,7 @@ META = {
         ),
         json.dumps({**META, 'splits': {'train': META['splits']['train']}}).encode(),
         json.dumps({**META, 'tokenizer': []}).encode(),
+        json.dumps({**META, 'tokenizer': 'kind'}).encode(),
     ],
     ids=lambda content: content[:50].decode('latin-1'),
 )
@@ -485,7 +487,7 @@ def test_a_meta_file_of_ones_own_may_begin_with_windows_mark(folder):
 
 def test_a_model_keeps_its_own_vocabulary(folder):
     checkpoint = {'tokenizer': CharTokenizer('ABCDEFGH').to_dict()}
-    with pytest.raises(ValueError, match='has another vocabulary than the model: encode its text with'):
+    with pytest.raises(ValueError, match='has another vocabulary than the model: leave it out, or encode its text'):
         loader.load_tokenizer(checkpoint, 8, str(folder))
     assert loader.load_tokenizer({}, 8, str(folder)).to_dict() == TOKENIZER.to_dict()
 

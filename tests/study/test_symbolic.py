@@ -176,3 +176,8 @@ def test_page_of_results_is_that_of_its_records():
 
 def test_unknown_functions_are_named(tmp_path):
     assert 'functions: expected any of pykan' in complaint(tmp_path, 'study/symbolic.py', '--functions=cubic')
+
+
+def test_starts_that_all_diverge_are_named():
+    with pytest.raises(ValueError, match='none of 2 starts has a finite error'):
+        symbolic.best_of([(math.nan, 0, None), (math.inf, 1, None)])

@@ -211,7 +211,7 @@ def test_labels_of_the_course(tmp_path):
     for name in 'sst', 'cfimdb':
         write_labels(path, prompts.TASKS[name], ['d1', 'd2'], [1, torch.tensor(0)])
         assert path.read_bytes() == b'id \t Predicted_Sentiment \nd1, 1 \nd2, 0 \n'
-    write_labels(path, prompts.TASKS['quora'], ['7 x-1', '8 y-2'], [1, 0])
+    write_labels(path, prompts.TASKS['quora'], ['7 x-1', '8 y-2'], [torch.tensor(1), 0])
     assert path.read_bytes() == b'id \t Predicted_Is_Paraphrase \n7 x-1, 8505 \n8 y-2, 3919 \n'
     with pytest.raises(ValueError, match='got 2 and 1'):
         write_labels(path, prompts.TASKS['sst'], ['d1', 'd2'], [1])
