@@ -128,7 +128,7 @@ if valid_fraction == 0:
 if min(n_beams, best_of) > 1:
     raise ValueError(f'one of n_beams and best_of must be 1, got {n_beams} and {best_of}')
 names_of_trackers(config)  # which checks them
-task_model.check_choices(config)
+task_model.check_choices(**config)
 check_packages(task)
 prepare_task(task)
 session = Session(device, dtype)

@@ -107,8 +107,8 @@ config = configure(globals())
 
 check_ranges(
     config,
-    at_least_one='n_layer n_embd block_size batch_size gradient_accumulation_steps eval_interval eval_iters '
-    'log_interval',
+    at_least_one='n_layer n_embd block_size batch_size gradient_accumulation_steps '
+    'eval_interval eval_iters log_interval',
     not_negative='seed max_iters learning_rate min_lr weight_decay spline_lr_scale grad_clip '
     'warmup_iters lr_decay_iters',
     fractions='dropout beta1 beta2',
@@ -184,7 +184,7 @@ loader.prepare_dataset(dataset)
 meta = loader.read_meta(dataset)
 tokenizer = choose_vocabulary()
 train_data, val_data = loader.open_split(dataset, 'train'), loader.open_split(dataset, 'val')
-splits = loader.splits_of(dataset)
+splits = loader.splits_of(dataset, meta)
 session.check_same(f'data set {dataset!r}', splits)
 is_resumed = bool(state)
 is_another_text = is_resumed and state.get('data', splits) != splits

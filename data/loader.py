@@ -208,11 +208,10 @@ def with_characters(meta, folder):
     return {**meta, 'val_chars': os.path.getsize(path) // DTYPE.itemsize}
 
 
-def splits_of(dataset):
-    """{split: its tokens and sha256} as meta.json says; where it does not, from the files, which takes a while."""
-    known = read_meta(dataset).get('splits')
+def splits_of(dataset, meta):
+    """{split: its tokens and sha256} as its meta says; where it does not, from the files, which takes a while."""
     paths = {name.removesuffix('.bin'): os.path.join(dataset_folder(dataset), name) for name in TOKENS}
-    return known or {split: describe_split(path) for split, path in paths.items()}
+    return meta.get('splits') or {split: describe_split(path) for split, path in paths.items()}
 
 
 def model_vocab_size(meta):

@@ -13,7 +13,6 @@ needed) and the figures as PNG into --out.
 """
 
 import html
-import itertools
 import json
 import math
 import os
@@ -219,8 +218,11 @@ def families(groups, settings):
         parts = [group['full_name'].split(',') for group in members]
         common = ','.join(part for part in parts[0] if all(part in others for others in parts))
         first = members[0]['full_name']
-        names = itertools.chain(filter(None, [common, first]), (f'{first} ({n})' for n in itertools.count(2)))
-        named[next(name for name in names if name not in named)] = members
+        name, n = common if common and common not in named else first, 1
+        while name in named:
+            n += 1
+            name = f'{first} ({n})'
+        named[name] = members
     return list(named.items())
 
 

@@ -266,9 +266,8 @@ def profile_steps():
     _, _, step = prepare_step('train_shakespeare_char_micro_kan', 65, 1)
     n = 1 if tiny else 5
     seconds = statistics.median(step() for _ in range(n))  # without the profiler
-    kernels = [
-        [name, count / n, total / n] for name, count, total in profile(lambda: [step() for _ in range(n)], device)
-    ]
+    profiled = profile(lambda: [step() for _ in range(n)], device)
+    kernels = [[name, count / n, total / n] for name, count, total in profiled]
     return {'seconds': seconds, 'busy': sum(total for *_, total in kernels), 'kernels': kernels[:25]}
 
 

@@ -92,11 +92,12 @@ def check_texts(settings, records):
     """
     for dataset in {chosen['dataset'] for name, chosen in settings.items() if name not in records}:
         loader.prepare_dataset(dataset)
-        source, splits = loader.read_meta(dataset).get('source'), loader.splits_of(dataset)
+        here = loader.read_meta(dataset)
+        splits = loader.splits_of(dataset, here)
         for run in records.values():
             there = run.get('dataset') or {}
             if there.get('name') == dataset and there['splits'] != splits:
-                texts = f'{run["name"]!r} is a run on {there["source"]}, data/{dataset} holds {source}'
+                texts = f'{run["name"]!r} is a run on {there["source"]}, data/{dataset} holds {here.get("source")}'
                 raise ValueError(f'{texts}: prepare it anew, or move the record away')
 
 

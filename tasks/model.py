@@ -36,7 +36,7 @@ from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, digest_of, load_lora, lora_param_groups
 from tasks.prompts import answer_ids, find_task
 
-FORMS, MODES, WEIGHTS = ('cloze', 'linear'), ('full', 'head', 'adapter'), ('float32', 'bfloat16')
+CHOICES = dict(form=('cloze', 'linear'), finetune_mode=('full', 'head', 'adapter'), weights=('float32', 'bfloat16'))
 
 
 def load_base(init_from, dropout, block_size=0, weights='float32'):
@@ -44,6 +44,7 @@ def load_base(init_from, dropout, block_size=0, weights='float32'):
     other language model of transformers. block_size is the length of the longest text, 0 what the model takes; weights
     is the dtype of the model's own.
     """
+    check_choices(weights=weights)
     dtype = getattr(torch, weights)
     if holds_model(init_from):
         checkpoint = load_checkpoint(init_from)
@@ -217,16 +218,16 @@ def check_adapters(model, settings):
         raise ValueError("lora_targets names lm_head, which takes no part with form='linear'")
 
 
-def check_choices(settings):
+def check_choices(**settings):
     """ValueError for a setting that is none of its choices."""
-    for name, choices in ('form', FORMS), ('finetune_mode', MODES), ('weights', WEIGHTS):
-        if settings[name] not in choices:
+    for name, choices in CHOICES.items():
+        if name in settings and settings[name] not in choices:
             raise ValueError(f'{name}={settings[name]!r}: expected {", ".join(choices)}')
 
 
 def check_settings(gpt, settings):
     """ValueError for settings out of range, or that contradict each other or the model."""
-    check_choices(settings)
+    check_choices(**settings)
     mode, use_kan, use_lora = (settings[name] for name in ('finetune_mode', 'use_kan', 'use_lora'))
     if settings['weights'] == 'bfloat16':
         check_half(gpt, settings)

@@ -32,13 +32,13 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
 
     temperature, top_p  as in sample_token; temperature 0 takes the most likely token
     best_of             draw so many at once and keep the one of the highest score
-    n_beams             more than 1: beam search, which draws nothing and takes no temperature or top_p. Each
+    n_beams             more than 1: beam search, which draws nothing and has no use for temperature and top_p. Each
                         step keeps the most likely drafts, n_beams less those that have ended; of the ended ones the
                         highest score wins
 
     ValueError for a prompt that is empty or leaves no room, for settings out of range, and for n_beams with best_of.
     """
-    check_sampling(model, prompt_ids, n_lines, n_beams, best_of)
+    check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of)
     room, end_of_text = model.config.block_size - len(prompt_ids), tokenizer.end_of_text
     device = next(model.parameters()).device
 
@@ -67,7 +67,7 @@ def continue_lines(model, tokenizer, prompt_ids, n_lines, temperature=1.0, top_p
     return max(ended, key=lambda draft: draft.score)
 
 
-def check_sampling(model, prompt_ids, n_lines, n_beams, best_of):
+def check_sampling(model, prompt_ids, n_lines, temperature, top_p, n_beams, best_of):
     if min(n_lines, n_beams, best_of) < 1:
         raise ValueError(f'expected n_lines, n_beams and best_of of at least 1, got {n_lines}, {n_beams} and {best_of}')
     if n_beams > 1 and best_of > 1:
@@ -75,6 +75,8 @@ def check_sampling(model, prompt_ids, n_lines, n_beams, best_of):
     n, most = len(prompt_ids), model.config.block_size - 1
     if not 0 < n <= most:
         raise ValueError(f'the prompt has {n} tokens, expected 1 to {most}: block_size less one')
+    if n_beams > 1:
+        sample_token(torch.zeros(1, 1), temperature, top_p=top_p)  # not used, but checked all the same
 
 
 def grow_beams(drafts, log_probs, n):

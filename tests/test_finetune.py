@@ -820,13 +820,15 @@ def test_configs_cover_tasks_and_variants():
     assert files == {str(path) for path in ROOT.glob('config/finetune/*.py')}
     found = [settings_of('finetune.py', configs(*pair)) for pair in PAIRS]
     assert {settings['task'] for settings in found} == set(prompts.TASKS)
-    assert {settings['finetune_mode'] for settings in found} == set(task_model.MODES)
+    assert {settings['finetune_mode'] for settings in found} == set(task_model.CHOICES['finetune_mode'])
     assert {settings['lora_kind'] for settings in found} == {'lora', 'kan', 'kan_base'}
     assert any(settings['use_graph'] for settings in found) and any(
         settings['use_kan'] and not settings['use_lora'] for settings in found
     )
     assert len({tuple(names_of_configs(configs(*pair))) for pair in PAIRS}) == len(found) == 19
-    assert all(settings['out_dir'] == '' for settings in found)  # which follows from the names
+    assert all(
+        settings['out_dir'] == settings['wandb_run_name'] == '' for settings in found
+    )  # it follows from the names
 
 
 @pytest.mark.parametrize(
@@ -840,7 +842,7 @@ def test_out_dir_follows_from_the_names_of_the_configs(place, names, out_dir):
     assert done.returncode == 0, done.stderr
     assert [path.name for path in place.glob('out*')] == [out_dir]
     config = read_json(place, out_dir, 'run.json')['config']
-    assert config['out_dir'] == out_dir
+    assert config['out_dir'] == out_dir and config['wandb_run_name'] == ''  # by default the same in wandb
     assert config['lora_kind'] == ('kan' if 'kan_lora' in names else 'lora')
     assert load(place / out_dir)['finetune']['out_dir'] == out_dir
     again = enter(place, 'finetune.py', *command, '--resume=True')

@@ -457,9 +457,8 @@ def test_what_was_cropped_is_gone_and_what_was_frozen_stays_so():
     model.transformer.wpe.weight.requires_grad_(False)
     model.crop_block_size(5)
     weight = model.transformer.wpe.weight
-    assert (
-        not weight.requires_grad and weight.untyped_storage().nbytes() == weight.nbytes
-    )  # a file has all of a storage
+    assert not weight.requires_grad
+    assert weight.untyped_storage().nbytes() == weight.nbytes  # a file has all of a storage
 
 
 @pytest.mark.parametrize('n_embd, n_head, nearest', [(50, 6, '48 or 54'), (5, 6, '6$'), (47, 6, '42 or 48')])

@@ -240,7 +240,7 @@ def test_characters_of_nanogpt_are_read(folder):
     write_pickle(folder, nanogpt_meta(chars))
     meta = loader.read_meta(str(folder))
     assert meta['tokenizer'] == {'kind': 'char', 'chars': chars} and meta['vocab_size'] == len(chars) == 9
-    assert loader.splits_of(str(folder)) == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert loader.splits_of(str(folder), meta) == before['splits'] and loader.model_vocab_size(meta) == 9
     assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == 'a\u00e9'
 
 
@@ -301,7 +301,7 @@ def describe(folder, **meta):
 def test_the_number_of_tokens_is_enough(folder):
     before = loader.read_meta(str(folder))
     meta = describe(folder, vocab_size=9)
-    assert loader.splits_of(str(folder)) == before['splits'] and loader.model_vocab_size(meta) == 9
+    assert loader.splits_of(str(folder), meta) == before['splits'] and loader.model_vocab_size(meta) == 9
     assert meta['tokenizer'] == {'kind': 'ids', 'vocab_size': 9} and meta['source'] == 'files of your own'
     check(folder)
     assert loader.load_tokenizer({}, 9, str(folder)).decode([3, 5]) == '3 5 '
@@ -322,12 +322,12 @@ def test_tokens_of_gpt2_have_its_rows(folder, monkeypatch):
 
 def test_files_of_ones_own_are_read_when_they_are_asked_for(folder, monkeypatch):
     """Large ones take minutes, and there is nothing to compare them with."""
-    describe(folder, vocab_size=8)
+    meta = describe(folder, vocab_size=8)
     with monkeypatch.context() as patch:
         patch.setattr(loader, 'sha256_of', lambda path: pytest.fail('it was read'))
         assert 'splits' not in loader.read_meta(str(folder))
         check(folder)
-    assert loader.splits_of(str(folder))['val'] == loader.describe_split(folder / 'val.bin')
+    assert loader.splits_of(str(folder), meta)['val'] == loader.describe_split(folder / 'val.bin')
 
 
 def test_a_text_that_came_after_the_tokens_is_told(folder, capsys):

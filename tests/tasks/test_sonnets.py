@@ -267,6 +267,7 @@ def test_logits_that_are_no_numbers_write_nothing(sampling):
         (dict(n_lines=0), 'got 0, 1 and 1'),
         (dict(temperature=-1), 'temperature >= 0'),
         (dict(top_p=2), 'top_p <= 1'),
+        (dict(top_p=0, n_beams=2), 'top_p <= 1'),
         (dict(prompt_ids=[]), 'the prompt has 0 tokens, expected 1 to 15'),
         (dict(prompt_ids=[A] * 16), 'the prompt has 16 tokens'),
     ],
