@@ -18,6 +18,7 @@ from inside.edges import CHUNK, columns_of
 from inside.formulas import FAMILIES, NAMES
 from kan import ChannelSpline
 from layers.spline import no_autocast, spline_linear
+from run.tables import markdown_table
 from surgery.prune import strongest
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the edges of every layer that are cut
@@ -191,12 +192,13 @@ def table(now, before):
         return beside(loss_text(ours), loss_text(theirs, 3))
 
     old = before or now
-    lines = ['| functions cut | the least active | drawn at random |', '|---|---|---|']
-    lines.append(f'| none | {losses(now["full"], old["full"])} | |')
-    for i, cut in enumerate(now['shares']):
+    cut = [['none', losses(now['full'], old['full']), '']]
+    for i, share in enumerate(now['shares']):
         active = losses(now['by_activity'][i], old['by_activity'][i])
-        lines.append(f'| {cut:.0%} | {active} | {loss_text(now["at_random"][i])} |')
-    lines += ['', '| functions replaced by their formulas | share of all | loss |', '|---|---|---|']
+        cut.append([f'{share:.0%}', active, loss_text(now['at_random'][i])])
+    replaced = []
     for (name, part, loss), (_, old_part, old_loss) in zip(now['formulas'], old['formulas']):
-        lines.append(f'| {name} | {beside(f"{part:.1%}", f"{old_part:.1%}")} | {losses(loss, old_loss)} |')
+        replaced.append([name, beside(f'{part:.1%}', f'{old_part:.1%}'), losses(loss, old_loss)])
+    lines = markdown_table(['functions cut', 'the least active', 'drawn at random'], cut, 'lll')
+    lines += ['', *markdown_table(['functions replaced by their formulas', 'share of all', 'loss'], replaced, 'lll')]
     return '\n'.join(lines) + '\n'

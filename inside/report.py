@@ -17,6 +17,7 @@ from inside.faithful import loss_text
 from inside.formulas import Formula, Found, expression, function_of, refine, search
 from run.files import write_atomically
 from run.records import without_nan
+from run.tables import markdown_table
 
 BINS = 40  # of a histogram of inputs
 CLOSE = 0.99  # an R2 that is called close
@@ -73,11 +74,12 @@ def short(name):
 
 def cost_table(costs):
     """What interpret.py's `cost` found of models as markdown; `costs` are {label: numbers}."""
-    lines = ['| | loss | parameters in use | MB of weights | ms for 1024 tokens |', '|---|--:|--:|--:|--:|']
+    heads = ['', 'loss', 'parameters in use', 'MB of weights', 'ms for 1024 tokens']
+    rows = []
     for label, cost in costs.items():
-        cells = '{parameters:,} | {mb:.2f} | {ms:.1f}'.format(**cost)
-        lines.append(f'| {label} | {loss_text(cost["loss"])} | {cells} |')
-    return '\n'.join(lines) + '\n'
+        numbers = f'{cost["parameters"]:,}', f'{cost["mb"]:.2f}', f'{cost["ms"]:.1f}'
+        rows.append([label, loss_text(cost['loss']), *numbers])
+    return '\n'.join(markdown_table(heads, rows)) + '\n'
 
 
 def share(condition, among=None):
@@ -122,15 +124,15 @@ def table(rows):
     """What `facts` found as markdown, each figure beside that of the same layer with random initial weights, if any."""
     heads = ['layer', 'functions', f'straight lines (R² > {CLOSE})', f'formulas (R² > {CLOSE})']
     heads += ['variance that is no line', 'inputs outside the grid']
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
+    lines = []
     for row in rows:
         now, old = row['trained'], row['random']
         name = 'all, mean over functions' if row['layer'] == 'all' else row['layer']
         cells = [name, f'{now["edges"]:,}']
         for key in ('straight', 'close', 'curved_variance', 'outside'):
             cells.append(percent(now[key]) + (f' (random: {percent(old[key])})' if old else ''))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n'
+        lines.append(cells)
+    return '\n'.join(markdown_table(heads, lines, 'l' * len(heads))) + '\n'
 
 
 def percent(value):

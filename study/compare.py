@@ -30,6 +30,7 @@ from scipy import stats
 from configurator import INCIDENTAL, configure
 from run.files import write_atomically
 from run.records import began_with, complete, perplexity, without_nan
+from run.tables import markdown_table
 from study import figures
 from study.runner import deviation, mean_and_std, paired_p, read_run, read_runs
 
@@ -273,26 +274,30 @@ def notes(groups, base):
 
 def markdown(groups, base, laws, grids, settings):
     rows = [[column(group)[0] for column in COLUMNS.values()] for group in groups if group['finished']]
-    lines = [COLUMNS, ['---', *['--:'] * (len(COLUMNS) - 1)], *rows]
-    parts = ['\n'.join(f'| {" | ".join(cells)} |' for cells in lines), *notes(groups, base)]
+    parts = ['\n'.join(markdown_table([*COLUMNS], rows)), *notes(groups, base)]
     if figures.has_curves(groups):
         parts += ['![validation loss](curves.png)']
     if laws:
-        lines = ['| family | loss | 95 % interval of the exponent | sizes |', '|---|---|---|--:|']
+        rows = []
         for name, _, law in laws:
-            low, high = law['interval']
-            lines += [f'| {name} | {figures.law_text(law)} | {low:.4f} to {high:.4f} | {law["sizes"]} |']
+            interval = '{:.4f} to {:.4f}'.format(*law['interval'])
+            rows.append([name, figures.law_text(law), interval, law['sizes']])
+        lines = markdown_table(['family', 'loss', '95 % interval of the exponent', 'sizes'], rows, 'lllr')
         parts += ['\n'.join(lines), '![scaling](scaling.png)']
     for name, rows, columns, losses in grids:
         heads = [f'{name}: {settings[0]}', *(f'{settings[1]} {value}' for value in columns)]
-        lines = [f'| {" | ".join(heads)} |', '|---' + '|--:' * len(columns) + '|']
-        for row, cells in zip(rows, losses):
-            texts = [f'**{loss:.4f}**' if loss == np.nanmin(losses) else f'{loss:.4f}' for loss in cells]
-            lines += [f'| {row} | {" | ".join(texts).replace("nan", "")} |']
-        parts += ['\n'.join(lines)]
+        lowest = np.nanmin(losses)
+        cells = [[row, *(loss_cell(loss, lowest) for loss in found)] for row, found in zip(rows, losses)]
+        parts += ['\n'.join(markdown_table(heads, cells))]
     if grids:
         parts += ['![best loss over the two settings](grids.png)']
     return '\n\n'.join(parts) + '\n'
+
+
+def loss_cell(loss, lowest):
+    if math.isnan(loss):
+        return ''
+    return f'**{loss:.4f}**' if loss == lowest else f'{loss:.4f}'
 
 
 def make_grid(members, down, across):

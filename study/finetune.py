@@ -18,6 +18,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import configure, flags_of
+from run.tables import markdown_table
 from study.runner import Study, check_machine, choose, mean_and_std, paired_p, run_to_end
 
 # -----------------------------------------------------------------------------
@@ -157,8 +158,9 @@ def against(values, baseline):
 
 
 def make_main_table():
-    head = '| method | trains | SST | CFIMDB | Quora | sonnets | with the prompt | learning rate | ms / step'
-    lines = [f'{head} | peak memory | in the paper |', '|---|' + '--:|' * 9 + '---|']
+    heads = 'method, trains, SST, CFIMDB, Quora, sonnets, with the prompt, learning rate, ms / step'.split(', ')
+    heads += ['peak memory', 'in the paper']
+    rows = []
     check_machine({f'time, {method}': record_of('time', method) for method in METHODS})
     for method in METHODS:
         timed, chrf = record_of('time', method), [run['dev']['chrf'] for run in read_finals(method, 'sonnets')]
@@ -170,37 +172,36 @@ def make_main_table():
             cells.append(against(values, values_of(read_finals('LoRA', task), task)))
         cells += [mean_and_std(chrf, 1), f'{best_rate(method):g}, CFIMDB {rate_of(method, "cfimdb"):g}']
         cells += [f'{1e3 * seconds:.0f}', f'{timed["peak_memory"] / 1e6:.0f} MB', PAPER.get(method, '')]
-        lines.append(f'| {" | ".join(cells)} |')
-    return lines
+        rows.append(cells)
+    return markdown_table(heads, rows, 'l' + 'r' * 9 + 'l')
 
 
 def make_rank_table():
-    lines = [f'| LoRA on SST | {" | ".join(f"alpha {alpha}" for alpha in ALPHAS)} |', '|---|' + '--:|' * len(ALPHAS)]
+    rows = []
     for rank in RANKS:
         found = [read_seeds('rank', f'rank={rank}, alpha={alpha}') for alpha in ALPHAS]
-        cells = [mean_and_std(values_of(records, 'sst'), 1) for records in found]
-        lines.append(f'| rank {rank} | {" | ".join(cells)} |')
-    return lines
+        rows.append([f'rank {rank}', *(mean_and_std(values_of(records, 'sst'), 1) for records in found)])
+    return markdown_table(['LoRA on SST', *(f'alpha {alpha}' for alpha in ALPHAS)], rows)
 
 
 def make_single_table():
-    lines = ['| KAN layers, SST | |', '|---|--:|']
-    rows = {'in no block (full)': read_finals('full', 'sst'), 'in all blocks (KAN)': read_finals('KAN', 'sst')}
+    found = {'in no block (full)': read_finals('full', 'sst'), 'in all blocks (KAN)': read_finals('KAN', 'sst')}
     for block in BLOCKS:
-        rows[f'in block {block} alone'] = read_seeds('single', f'block={block}')
-    baseline = values_of(rows['in no block (full)'], 'sst')
-    return lines + [f'| {name} | {against(values_of(found, "sst"), baseline)} |' for name, found in rows.items()]
+        found[f'in block {block} alone'] = read_seeds('single', f'block={block}')
+    baseline = values_of(found['in no block (full)'], 'sst')
+    rows = [[name, against(values_of(runs, 'sst'), baseline)] for name, runs in found.items()]
+    return markdown_table(['KAN layers, SST', ''], rows)
 
 
 def make_rates_table():
-    lines = ['| CFIMDB at learning rate | lowest | middle | highest |', '|---|--:|--:|--:|']
+    rows = []
     for method, (_, rates) in METHODS.items():
-        best, cells = rate_of(method, 'cfimdb'), []
+        best, cells = rate_of(method, 'cfimdb'), [method]
         for lr in rates:
             cell = f'{lr:g}: {mean_and_std(values_of(read_cfimdb(method, lr), "cfimdb"), 1)}'
             cells.append(f'**{cell}**' if lr == best else cell)
-        lines.append(f'| {method} | {" | ".join(cells)} |')
-    return lines
+        rows.append(cells)
+    return markdown_table(['CFIMDB at learning rate', 'lowest', 'middle', 'highest'], rows)
 
 
 def draw_curves():

@@ -35,6 +35,7 @@ from run.cost import count_flops, make_step
 from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
 from run.files import write_atomically
 from run.records import commit, without_nan
+from run.tables import markdown_table
 from study.runner import Study, add_run, fill, run_json, run_to_end
 from study.speed import make_table
 
@@ -303,22 +304,18 @@ def show_job(run):
 
 
 def show_tiles(run):
-    lines = [
-        '| kernel | shape | tile | us | the guess | bare product | floor | error |',
-        '|---|---|---|--:|--:|--:|--:|--:|',
-    ]
+    heads = ['kernel', 'shape', 'tile', 'us', 'the guess', 'bare product', 'floor', 'error']
+    rows = []
     for row in run['rows']:
-        where = f'{row["kernel"]} | {row["I"]} -> {row["O"]}, {row["N"]} rows'
+        where = [row['kernel'], f'{row["I"]} -> {row["O"]}, {row["N"]} rows']
         if 'tile' not in row:
-            lines.append(f'| {where} | none works: {row["failed"][0]} | | | | | |')
+            rows.append([*where, f'none works: {row["failed"][0]}', '', '', '', '', ''])
             continue
         tile = ' '.join(map(str, row['tile'].values()))
-        times = ' | '.join(
-            f'{row[name]:.0f}' if row[name] else '' for name in ('us', 'guess_us', 'matmul_us', 'floor_us')
-        )
+        times = [f'{row[name]:.0f}' if row[name] else '' for name in ('us', 'guess_us', 'matmul_us', 'floor_us')]
         error = 'not finite' if row['error'] is None else f'{row["error"]:.1e}'
-        lines.append(f'| {where} | {tile} | {times} | {error} |')
-    return '\n'.join(lines)
+        rows.append([*where, tile, *times, error])
+    return '\n'.join(markdown_table(heads, rows, 'lllrrrrr'))
 
 
 def show_profile(run):
@@ -333,12 +330,12 @@ def show_run(run):
 
 
 def show_gpt2(run):
-    lines = ['| config | parameters | ms | tokens/s | MFU | peak memory |', '|---|--:|--:|--:|--:|--:|']
+    rows = []
     for row in run['rows']:
-        cells = f'{row["parameters"] / 1e6:.1f}M | {row["seconds"] * 1e3:.1f} | {row["tokens_per_s"]:,.0f}'
+        cells = [f'`{row["config"]}`', f'{row["parameters"] / 1e6:.1f}M', f'{row["seconds"] * 1e3:.1f}']
         mfu = f'{row["mfu"]:.1%}' if row['mfu'] else ''
-        lines.append(f'| `{row["config"]}` | {cells} | {mfu} | {row["peak_bytes"] / 1e9:.1f} GB |')
-    return '\n'.join(lines)
+        rows.append([*cells, f'{row["tokens_per_s"]:,.0f}', mfu, f'{row["peak_bytes"] / 1e9:.1f} GB'])
+    return '\n'.join(markdown_table(['config', 'parameters', 'ms', 'tokens/s', 'MFU', 'peak memory'], rows))
 
 
 THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
@@ -353,11 +350,9 @@ def readme_table(runs):
     """Runs beside nanoGPKANT's, as lines. Not measured is empty."""
     done = runs_of_newest(runs)
     place = place_of(done[0]) if done else 'not measured: no card was at hand'
-    head = f'best validation loss, seconds of training, memory ({place})'
-    lines = [
-        f'| `train_shakespeare_char_` ... | | parameters | {head} | nanoGPKANT on a 4090 |',
-        '|---|---|--:|---|---|',
-    ]
+    measured = f'best validation loss, seconds of training, memory ({place})'
+    heads = ['`train_shakespeare_char_` ...', '', 'parameters', measured, 'nanoGPKANT on a 4090']
+    rows = []
     for config, (what, size, theirs) in THEIRS.items():
         of_config = [run for run in done if run['config'] == config]
         final = list({run['seed']: run['run']['final'] for run in of_config}.values())
@@ -366,8 +361,8 @@ def readme_table(runs):
             loss, seconds = (statistics.mean(f[key] for f in final) for key in ('best_val_loss', 'seconds'))
             memory, seeds = max(f['peak_mem'] for f in final) / 1e9, f'{len(final)} seed{"s" * (len(final) > 1)}'
             cell = f'{loss:.4f} ({seeds}), {seconds:.0f} s, {memory:.2f} GB'
-        lines.append(f'| `{config}` | {what} | {size} | {cell} | {theirs} |')
-    return lines
+        rows.append([f'`{config}`', what, size, cell, theirs])
+    return markdown_table(heads, rows, 'llrll')
 
 
 def runs_of_newest(runs):

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from configurator import ROOT, configure
 from kan import KANLinear
 from run.device import device_name, keep_memory, peak_memory
+from run.tables import markdown_table
 from study.runner import Study, check_machine, choose, mean_and_std, paired, paired_p, run_json
 from surgery.kanify import kanify
 from surgery.lora import LoRAConfig, add_lora, fit_linear, lora_param_groups, save_lora
@@ -306,28 +307,28 @@ def values_of(key, stage, method):
 def make_tables():
     for stage in 'time', 'peft':
         check_machine({name: run for name, run in STUDY.read().items() if run['stage'] == stage})
-    names = 'trains | dev accuracy, % | to LoRA | learning rate | ms / step | peak memory | on disk'
-    lines = [f'| method | {names} |', '|---|' + '--:|' * 7]
+    heads = ['method', 'trains', 'dev accuracy, %', 'to LoRA', 'learning rate', 'ms / step', 'peak memory', 'on disk']
+    rows, squashes, times = [], [], []
     for method in METHODS:
         values, seconds = values_of('accuracy', 'final', method), values_of('seconds', 'time', method)
         memory, size = values_of('peak_bytes', 'time', method), values_of('bytes', 'time', method)
         trained = values_of('trainable', 'final', method)[0]
-        cells = [f'{trained:,}', percent(values), to_baseline('final', method, 'LoRA')]
+        cells = [method, f'{trained:,}', percent(values), to_baseline('final', method, 'LoRA')]
         cells += [f'{best_rate(method):.3g}', f'{1e3 * statistics.median(seconds):.0f}']
-        cells += [f'{max(memory) / 1e6:.0f} MB', f'{size[0] / 1e6:.2f} MB']
-        lines.append(f'| {method} | {" | ".join(cells)} |')
-    lines += ['', '| KAN-LoRA with inputs | held-out accuracy, % | to tanh |', '|---|--:|--:|']
+        rows.append([*cells, f'{max(memory) / 1e6:.0f} MB', f'{size[0] / 1e6:.2f} MB'])
     for method in ('KAN-LoRA', *SQUASHED):
         values, squash = values_of('accuracy', 'squash', method), method.partition(', ')[2] or 'tanh'
-        lines.append(f'| {squash} | {percent(values)} | {to_baseline("squash", method, "KAN-LoRA")} |')
-    lines += ['', '| forward + backward | ours, ms | PEFT | ratio |', '|---|--:|--:|--:|']
+        squashes.append([squash, percent(values), to_baseline('squash', method, 'KAN-LoRA')])
     for method in PEFT:
         ours, theirs = values_of('seconds', 'peft', method), values_of('peft_seconds', 'peft', method)
-        medians = ' | '.join(f'{1e3 * statistics.median(seconds):.0f}' for seconds in (ours, theirs))
-        lines.append(f'| {method} | {medians} | {statistics.median(map(operator.truediv, ours, theirs)):.2f} |')
+        medians = [f'{1e3 * statistics.median(seconds):.0f}' for seconds in (ours, theirs)]
+        times.append([method, *medians, f'{statistics.median(map(operator.truediv, ours, theirs)):.2f}'])
     error = 100 * statistics.mean(values_of('linear_error', 'final', 'KAN-LoRA'))
     linear = percent(values_of('linear_accuracy', 'final', 'KAN-LoRA'))
     fitted = f'{linear} % on dev; its layers are {error:.0f} % off, by root mean squares.'
+    lines = markdown_table(heads, rows)
+    lines += ['', *markdown_table(['KAN-LoRA with inputs', 'held-out accuracy, %', 'to tanh'], squashes)]
+    lines += ['', *markdown_table(['forward + backward', 'ours, ms', 'PEFT', 'ratio'], times)]
     return '\n'.join([*lines, '', f'KAN-LoRA after `fit_linear`: {fitted}', ''])
 
 

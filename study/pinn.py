@@ -26,6 +26,7 @@ from configurator import configure
 from kan import KAN
 from run.device import device_name
 from run.records import commit
+from run.tables import markdown_table
 from study.runner import Study, check_machine, choose, mean_and_std
 
 STUDY = Study('pinn')
@@ -135,15 +136,16 @@ def read_group(problem, network):
 
 
 def make_table():
-    lines = ['| problem | network | parameters | error, % | ms / step |', '|---|---|--:|--:|--:|']
+    rows = []
     check_machine(STUDY.read())
     for problem in PROBLEMS:
         for network in NETWORKS:
             runs = read_group(problem, network)
             errors = mean_and_std([100 * run['error'] for run in runs], 2)
             times = mean_and_std([1e3 * run['seconds'] / STEPS for run in runs], 2)
-            lines.append(f'| {problem} | {network} | {runs[0]["parameters"]} | {errors} | {times} |')
-    return '\n'.join(lines) + '\n'
+            rows.append([problem, network, runs[0]['parameters'], errors, times])
+    heads = ['problem', 'network', 'parameters', 'error, %', 'ms / step']
+    return '\n'.join(markdown_table(heads, rows, 'llrrr')) + '\n'
 
 
 def draw():

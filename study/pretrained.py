@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
 from configurator import ROOT, configure, flags_of
+from run.tables import markdown_table
 from study import smollm2
 from study.finetune import against, values_of
 from study.runner import Study, choose, mean_and_std, paired, run_json, run_to_end
@@ -170,19 +171,19 @@ def run(stages, tasks, methods):
 
 
 def make_table():
-    head = '| | trains | SST | CFIMDB | Quora | sonnets | learning rates |'
-    lines = [head, '|---|' + '--:|' * 5 + '---|']
+    rows = []
     for shots in 0, SHOTS:
         cells = [f'prompt alone, {shots} examples shown (to {SHOWN_TO} of dev)' if shots else 'prompt alone', '0']
         for task in TASKS:
             found = prompts_of(task, shots)
             cells.append(mean_and_std(values_of(found, task), 1) if found else '')
-        lines.append(f'| {" | ".join(cells)} | |')
+        rows.append([*cells, ''])
     for method in METHODS:
         finals = {task: finals_of(task, method) for task in TASKS}
         if any(finals.values()):
-            lines.append(f'| {" | ".join(row_of(method, finals))} |')
-    return '\n'.join(lines) + '\n'
+            rows.append(row_of(method, finals))
+    heads = ['', 'trains', 'SST', 'CFIMDB', 'Quora', 'sonnets', 'learning rates']
+    return '\n'.join(markdown_table(heads, rows, 'lrrrrrl')) + '\n'
 
 
 def row_of(method, finals):

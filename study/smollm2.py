@@ -26,6 +26,7 @@ from data.smollm2.prepare import FILES
 from data.tinyshakespeare import read_text
 from run.device import device_name
 from run.records import commit
+from run.tables import markdown_table
 from study.runner import Study, check_machine, choose, mean_and_std
 from surgery.causal_lm import load_hf, load_hf_tokenizer
 from surgery.kanify import kanify
@@ -142,10 +143,8 @@ def run(stages):
 
 
 def make_table():
-    lines = [
-        '| what learns | parameters | learning rate | loss before | loss after | ninth tenth after | seconds |',
-        '|---|--:|--:|--:|--:|--:|--:|',
-    ]
+    heads = 'what learns, parameters, learning rate, loss before, loss after, ninth tenth after, seconds'.split(', ')
+    rows, searched = [], []
     check_machine({run['name']: run for kind in RATES for run in runs_of('final', kind)})
     for kind in RATES:
         runs = [run for run in runs_of('final', kind) if run['rate'] == best_rate(kind)]
@@ -157,11 +156,12 @@ def make_table():
                 f'{runs[0]["before"]["held_out"]:.4f}',
             ]
             cells += [mean_and_std([run['after'][part] for run in runs], 4) for part in ('held_out', 'choosing')]
-            lines.append('| ' + ' | '.join([*cells, f'{np.mean([run["seconds"] for run in runs]):.0f}']) + ' |')
-    lines += ['', '| what learns | learning rate | loss after, ninth tenth |', '|---|--:|--:|']
+            rows.append([*cells, f'{np.mean([run["seconds"] for run in runs]):.0f}'])
     for kind in RATES:
         for run in sorted(runs_of('search', kind), key=lambda run: run['rate']):
-            lines.append(f'| {TITLES[kind]} | {run["rate"]:g} | {run["after"]["choosing"]:.4f} |')
+            searched.append([TITLES[kind], f'{run["rate"]:g}', f'{run["after"]["choosing"]:.4f}'])
+    lines = markdown_table(heads, rows)
+    lines += ['', *markdown_table(['what learns', 'learning rate', 'loss after, ninth tenth'], searched)]
     return '\n'.join(lines) + '\n'
 
 

@@ -20,6 +20,7 @@ import torch
 from configurator import configure
 from run.device import device_name, pick_device
 from run.records import commit
+from run.tables import markdown_table
 from study.runner import Study, choose, run_json
 from study.win import cases_of
 
@@ -54,21 +55,21 @@ def make(name, settings, folder):
 
 def make_table(rows):
     """A line for each case: median milliseconds (p20 to p80), as a multiple of the first of its group, peak memory."""
-    lines, first = ['| case | ms | times the first | peak memory |', '|---|--:|--:|--:|'], {}
+    shown, first = [], {}
     for row in rows:
         group = f'{row["where"]}, {row["dtype"]}'
         if 'error' in row:
             first.setdefault(group, math.nan)
-            lines.append(f'| {group}: {row["name"]} | failed: {row["error"]} | | |')
+            shown.append([f'{group}: {row["name"]}', f'failed: {row["error"]}', '', ''])
             continue
         low, median, high = 1e3 * np.percentile(row['seconds']['total'], [20, 50, 80])
         edges = 1e3 * np.median(row['seconds'].get('edges', 0))
         note = f', {edges / median:.2%} finds edges' if edges else ''
         ratio = median / first.setdefault(group, median)
         times = '' if math.isnan(ratio) else f'{ratio:.3g}'
-        cells = f'{median:.4g} ({low:.4g} to {high:.4g}){note} | {times} | {row["peak_bytes"] / 2**20:,.0f} MiB'
-        lines.append(f'| {group}: {row["name"]} | {cells} |')
-    return '\n'.join(lines)
+        took = f'{median:.4g} ({low:.4g} to {high:.4g}){note}'
+        shown.append([f'{group}: {row["name"]}', took, times, f'{row["peak_bytes"] / 2**20:,.0f} MiB'])
+    return '\n'.join(markdown_table(['case', 'ms', 'times the first', 'peak memory'], shown))
 
 
 def make_page():

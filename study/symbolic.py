@@ -32,6 +32,7 @@ from inside.report import look
 from kan import KAN
 from run.device import device_name
 from run.records import commit
+from run.tables import markdown_table
 from study.runner import Study, choose, mean_and_std
 
 STUDY = Study('symbolic')
@@ -390,29 +391,27 @@ def order_of(run):
 def make_summary(groups):
     """A line for each function and method: the seconds are those of the processor."""
     heads = ['function', 'method', 'edges', 'right', 'search, CPU s', 'CPU s / edge', 'training, CPU s']
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---|---|--:|--:|--:|--:|--:|']
+    rows = []
     for runs in groups:
         one, n_edges = runs[0], len(runs[0]['edges'])
         search, training = ([run['cpu_seconds'][part] for run in runs] for part in ('search', 'train'))
         right = f'{sum(map(is_right, runs))} of {len(runs)}'
         cells = [one['function'], one['method'], n_edges, right, mean_and_std(search, 2)]
         cells += [f'{sum(search) / len(runs) / n_edges:.2f}']
-        cells += ['–' if one['method'] == 'pykan, our edges' else mean_and_std(training, 1)]
-        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
-    return '\n'.join(lines)
+        rows.append([*cells, '–' if one['method'] == 'pykan, our edges' else mean_and_std(training, 1)])
+    return '\n'.join(markdown_table(heads, rows, 'llrrrrr'))
 
 
 def make_rows(runs):
     heads = ['function', 'method', 'seed', 'formula', 'error of the KAN', 'of the formulas', 'trained', 'right']
     heads += ['families of the edges']
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---|---|--:|---|--:|--:|--:|---|---|']
+    rows = []
     for run in runs:
         errors = [number(run['errors'][part]) for part in ('kan', 'formulas', 'refit')]
         families = ', '.join(edge[3] for edge in run['edges'])
         cells = [run['function'], run['method'], run['seed'], f'`{shortened(run["formula"])}`', *errors]
-        cells += ['yes' if is_right(run) else 'no', families]
-        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
-    return '\n'.join(lines)
+        rows.append([*cells, 'yes' if is_right(run) else 'no', families])
+    return '\n'.join(markdown_table(heads, rows, 'llrlrrrll'))
 
 
 def number(value):

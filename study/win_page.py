@@ -13,6 +13,7 @@ import numpy as np
 
 from configurator import ROOT, settings_of
 from run.records import complete
+from run.tables import markdown_table
 from study import win
 from study.compare import settings_apart
 from study.runner import deviation, fill, holm, mean_and_std, paired, paired_p
@@ -131,13 +132,6 @@ def trained_on(run):
 # the tables, as lists of lines
 
 
-def table(heads, rows):
-    if not rows:
-        return []
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' + '|--:' * (len(heads) - 1) + '|']
-    return lines + ['| ' + ' | '.join(cells) + ' |' for cells in rows]
-
-
 def make_answer(baseline, key=held_out):
     """How far the main families are from one of them, by default on unseen text, on the seeds that all have, a row for
     each size and stage with enough of them. Those are bold that hold by Holm's correction over their row.
@@ -159,7 +153,7 @@ def make_answer(baseline, key=held_out):
         rows.append([TITLES[size], during(stage, size), str(len(seeds)), *cells, loss])
         lost += diverged(stage, size)
     heads = ['GPT', 'trained for', 'seeds', *(f'{name} to {baseline}' for name in others), f'loss of {baseline}']
-    return table(heads, rows) + lost
+    return markdown_table(heads, rows) + lost
 
 
 def during(stage, size):
@@ -175,7 +169,8 @@ def make_ablation(size):
         first = next(iter(runs.values()))
         cells = [family, f'{first["parameters"]["total"]:,}', mean_and_std([*map(validation, runs.values())], 4)]
         rows.append(cells + [cell(difference(runs, groups.get(name, {}), validation)) for name in baselines])
-    return table(['splines', 'parameters', 'last validation loss', *(f'to {name}' for name in baselines)], rows)
+    heads = ['splines', 'parameters', 'last validation loss', *(f'to {name}' for name in baselines)]
+    return markdown_table(heads, rows)
 
 
 def make_tuning(size):
@@ -192,7 +187,7 @@ def make_tuning(size):
         best = win.best_settings(size, family)
         if losses:
             rows.append([family, *cells[:n], '; '.join(finer), named(best) if best else ''])
-    return table(['family', *heads, 'finer', 'chosen'], rows)
+    return markdown_table(['family', *heads, 'finer', 'chosen'], rows)
 
 
 def make_depths(size):
@@ -204,7 +199,7 @@ def make_depths(size):
     for family in MAIN:
         found = [[*map(validation, groups[shape].get(family, {}).values())] for shape in groups]
         rows.append([family, *(f'{mean_and_std(losses, 4)} (n = {len(losses)})' if losses else '' for losses in found)])
-    return table(['family', *groups], rows)
+    return markdown_table(['family', *groups], rows)
 
 
 def named(trial):
@@ -226,11 +221,12 @@ def make_final(stage, size):
             found[family] = difference(runs, groups.get(baseline, {}), held_out)
         rows.append(cells + [cell(found[family]) for found in gaps.values()])
     heads = ['family', 'parameters', 'iterations', 'last validation loss', 'best one', 'unseen text']
+    heads += [f'to {baseline}' for baseline in gaps]
     tests = {
         f'to {baseline} (controls apart)': {family: gap for family, gap in found.items() if family in FAMILIES}
         for baseline, found in gaps.items()
     }
-    return with_holm(table([*heads, *(f'to {baseline}' for baseline in gaps)], rows), tests) + diverged(stage, size)
+    return with_holm(markdown_table(heads, rows), tests) + diverged(stage, size)
 
 
 def make_controls(size):
@@ -244,7 +240,7 @@ def make_controls(size):
             rows.append([family, change, *map(cell, found)])
             for column, gap in zip(columns.values(), found):
                 column[control] = gap
-    return with_holm(table(['family', 'less itself with', *columns], rows), columns)
+    return with_holm(markdown_table(['family', 'less itself with', *columns], rows), columns)
 
 
 def make_steps(size):
@@ -257,7 +253,7 @@ def make_steps(size):
             ratio += ' ({:.2f} to {:.2f})'.format(*ratio_interval(row['seconds']['total'], first))
         cells = [row['name'], f'{median:.1f} ({low:.1f} to {high:.1f})', ratio]
         rows.append([*cells, f'{row["peak_bytes"] / 2**20:,.0f} MiB'])
-    return table(['family', 'ms of a step (p20 to p80)', 'times SwiGLU (95 % interval)', 'peak memory'], rows)
+    return markdown_table(['family', 'ms of a step (p20 to p80)', 'times SwiGLU (95 % interval)', 'peak memory'], rows)
 
 
 def ratio_interval(seconds, others):
@@ -281,7 +277,7 @@ def make_shapes(size):
             after = [f'{a} ({b})' for a, b in zip((never, once, twice, often), before)]
             change = np.median([shape['change'] for shape in shapes])
             rows.append([family, layer.removeprefix('transformer.'), f'{change:.2f}', flat, *after])
-    return table(['family', 'layer', 'change', 'flat', 'no turn', 'one', 'two', 'three or more'], rows)
+    return markdown_table(['family', 'layer', 'change', 'flat', 'no turn', 'one', 'two', 'three or more'], rows)
 
 
 def make_page():

@@ -277,8 +277,8 @@ def test_main_tables_are_those_of_their_studies():
 
     for title, baseline, n in ('Comparison', 'nano_kan', 6), ('Graph attention', 'nano', 4), ('Longer', 'nano_kan', 3):
         measured, rows = read_rows('table.md', title), read_rows('README.md', title)
-        assert len(measured) > 3
-        for name in measured.keys() - {'run', '---'}:
+        assert len(measured) > 2
+        for name in measured.keys() - {'run'}:
             assert len(rows[name] & measured[name]) >= n - (name == baseline), name
 
 

@@ -310,8 +310,8 @@ def test_losses_as_a_table():
     now = dict(full=1.5, shares=[0.5, 1.0], by_activity=[2.0, 4.0], at_random=[3.0, 4.0], formulas=[('all', 1.0, 1.7)])
     before = dict(full=5.0, shares=[0.5, 1.0], by_activity=[5.1, 5.2], formulas=[('all', 1.0, 5.3)])
     alone, beside = table(now, None), table(now, before)
-    assert '| none | 1.5000 | |' in alone and '| 50% | 2.0000 | 3.0000 |' in alone and 'random weights' not in alone
-    assert '| none | 1.5000 (random weights: 5.000) | |' in beside
+    assert '| none | 1.5000 |  |' in alone and '| 50% | 2.0000 | 3.0000 |' in alone and 'random weights' not in alone
+    assert '| none | 1.5000 (random weights: 5.000) |  |' in beside
     assert '| 100% | 4.0000 (random weights: 5.200) | 4.0000 |' in beside
     assert '| all | 100.0% (random weights: 100.0%) | 1.7000 (random weights: 5.300) |' in beside
     for text in alone, beside:

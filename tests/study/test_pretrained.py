@@ -56,7 +56,7 @@ def test_methods_are_trained_at_the_best_rate_and_compared_by_seed(study, monkey
             assert {run['settings']['learning_rate'] for run in finals} == {1e-3}
     page = study.make_table()
     assert (
-        '| prompt alone | 0 | 40.0 |  |  | 9.0 | |\n| prompt alone, 5 examples shown (to 500 of dev) | 0 | 42.0 ± 1.0 |  |  |  | |'
+        '| prompt alone | 0 | 40.0 |  |  | 9.0 |  |\n| prompt alone, 5 examples shown (to 500 of dev) | 0 | 42.0 ± 1.0 |  |  |  |  |'
         in page
     )
     assert '| LoRA | 1,000 | 52.0 ± 1.0 |  |  | 10.4 ± 0.2 | 0.001, 0.001 |' in page

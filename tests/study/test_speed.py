@@ -37,7 +37,7 @@ def test_page_is_made_of_all_records(study, capsys):
     assert page.count('an abacus; 2 round(s) of 1, commit abc') == 2
     assert '| 1 2 3, float32: a | 200 (140 to 260) | 1 | 3 MiB |' in page
     assert '| 1 2 3, float32: b | 400 (400 to 400) | 2 | 3 MiB |' in page  # of the first of its group
-    assert '| 1 2 3, float32: c | failed: no memory | | |' in page
+    assert '| 1 2 3, float32: c | failed: no memory |  |  |' in page
     assert '| 5, float32: g | 1000 (1000 to 1000) |  | 3 MiB |' in page  # the first of its group failed
     assert '| 4, float32: d | 1000 (1000 to 1000) | 1 | 3 MiB |' in page
     assert '| 1 2 3, float32: e | 200 (200 to 200), 5.00% finds edges | 1 | 3 MiB |' in page
