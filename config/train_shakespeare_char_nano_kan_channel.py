@@ -1,4 +1,4 @@
-# A GPT in nano size with a learned function on each channel of its MLPs in place of GELU, 0.46M parameters.
+# A GPT in nano size with a learned function on each channel of its MLPs in place of GELU, 0.45M parameters.
 #     python train.py config/train_shakespeare_char_nano_kan_channel.py
 
 include = 'train_shakespeare_char_nano.py'

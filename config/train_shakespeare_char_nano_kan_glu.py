@@ -1,4 +1,4 @@
-# A GPT in nano size whose MLPs are KAN-GLU: SwiGLU with a learned function on each channel of its gates, 0.46M
+# A GPT in nano size whose MLPs are KAN-GLU: SwiGLU with a learned function on each channel of its gates, 0.45M
 # parameters.
 #     python train.py config/train_shakespeare_char_nano_kan_glu.py
 

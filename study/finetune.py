@@ -50,7 +50,7 @@ METHODS = {  # settings of finetune.py, and learning rates to try
     'KAN': (dict(PLAIN, **KAN, finetune_mode='full'), (3e-4, 1e-3, 3e-3)),
 }
 PAPER = {  # what it reports, of GPT-2 Large
-    'LoRA': 'SST 55.2, CFIMDB 99.2, Quora 89.9 (test), sonnets 42.1 (with the prompt)',
+    'LoRA': 'SST 55.2 (test), CFIMDB 99.2, Quora 89.9 (test), sonnets 42.1 (with the prompt)',
     'KAN-base LoRA': 'on no task above LoRA',
     'Graph-LoRA': 'on no task above LoRA; over 18 hours',
 }
