@@ -7,6 +7,7 @@ evaluation does not disturb training, and one global batch is the same tokens on
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from data.tokenizer import (
 from run.files import sha256_of, write_atomically
 
 DATA = os.path.dirname(os.path.abspath(__file__))
+HELD = 'KAN_GPT_PREPARES'  # in the environment of a prepare.py: the folder whose lock its parent holds
 DTYPE = np.dtype('<u2')  # two bytes a token hold GPT-2's 50257
 TOKENS = ('train.bin', 'val.bin')
 TEST = 'test.bin'  # beside them, in some
@@ -83,7 +85,7 @@ def prepare_dataset(dataset, made=TOKENS):
     if is_prepared(dataset, made):
         return
     script = find_script(dataset, made)
-    command = f'python {os.path.relpath(script)}'
+    command = command_of(script)
     lock = FileLock(os.path.join(dataset_folder(dataset), 'prepare.lock'))
     try:
         with lock.acquire(blocking=False):
@@ -113,12 +115,19 @@ def find_script(dataset, made):
     return script
 
 
+def command_of(script):
+    """What starts a prepare.py in a shell: one that lies elsewhere does not find this repository by itself."""
+    is_here = Path(script).resolve().is_relative_to(DATA)
+    return f'{"" if is_here else f"PYTHONPATH={shlex.quote(os.path.dirname(DATA))} "}python {os.path.relpath(script)}'
+
+
 def run_prepare(dataset, script, command):
     """Whether the script came to its end well."""
     print(f'data set {dataset!r} is missing, preparing it: {command}', flush=True)
     # a folder that is a link to another place has no modules above it
     paths = os.pathsep.join(filter(None, [os.path.dirname(DATA), os.environ.get('PYTHONPATH')]))
-    return subprocess.run([sys.executable, script], env={**os.environ, 'PYTHONPATH': paths}).returncode == 0
+    env = {**os.environ, 'PYTHONPATH': paths, HELD: os.path.dirname(os.path.realpath(script))}
+    return subprocess.run([sys.executable, script], env=env).returncode == 0
 
 
 def speaks_of(script, names):

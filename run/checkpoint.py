@@ -52,7 +52,10 @@ def save_checkpoint(out_dir, checkpoint, is_best, again=False):
         if os.path.exists(latest) and not again:
             link(latest, previous)
     if is_best:  # after best.pt: with a crash in between, the run goes on from the state before and gets here again
-        copy(best, latest)  # two files: whoever writes another state into one of them keeps the other
+        try:
+            copy(best, latest)  # two files: whoever writes another state into one of them keeps the other
+        except OSError:
+            link(best, latest)  # there is room for one
 
 
 def save_weights(out_dir, weights):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the 
 from data.loader import write_meta
 from data.script import main
 from data.tokenizer import GPT2Tokenizer
+from layers.pretrained import one_line
 from run.files import write_atomically
 
 READERS = {'.parquet': ('parquet', {}), '.jsonl': ('json', {}), '.txt': ('text', {'sample_by': 'document'})}
@@ -59,10 +60,21 @@ def load_documents(folder, source, num_proc):
     if len(kinds) != 1 or not kinds <= READERS.keys():
         raise ValueError(f'--source={source} must be of one kind out of {", ".join(READERS)}, got {sorted(kinds)}')
     reader, options = READERS[kinds.pop()]
-    documents = load_dataset(reader, data_files=[str(p) for p in paths], split='train', **options)
-    if 'text' not in documents.column_names or len(documents) < 2:
-        raise ValueError(f'--source={source} must hold two documents or more in a column text, got {documents}')
+    with one_line(source):
+        documents = load_dataset(reader, data_files=[str(p) for p in paths], split='train', **options)
+    kind = getattr(documents.features.get('text'), 'dtype', None)
+    if kind not in ('string', 'large_string'):
+        raise ValueError(f'--source={source} must hold texts in a column text, got {documents.features}')
+    n_all, documents = len(documents), documents.filter(has_text)
+    if len(documents) < n_all:
+        print(f'{n_all - len(documents)} of {n_all} documents have no text and are left out')
+    if len(documents) < 2:
+        raise ValueError(f'--source={source} must hold two documents or more, got {len(documents)}')
     return documents, source
+
+
+def has_text(document):
+    return document['text'] is not None
 
 
 def check_disk(folder, cache_folder):

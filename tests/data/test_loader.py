@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 
 from data import loader
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, same_vocabulary
-from helpers import byte_pairs
+from helpers import ROOT, byte_pairs
 
 TOKENIZER = CharTokenizer('abcdefgh')
 KNOWN = 'openwebtext, python, shakespeare, shakespeare_char, shakespeare_char_tuning, taskmix'  # not those of tasks
@@ -445,6 +448,18 @@ def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path,
     (tmp_path / 'val.bin').unlink()
     with pytest.raises(ValueError, match='preparing data set .* failed'):
         loader.prepare_dataset(str(tmp_path))
+
+
+def test_the_command_that_is_advised_finds_the_repository(tmp_path):
+    shutil.copy(ROOT / 'data' / 'shakespeare_char' / 'prepare.py', tmp_path)
+    (tmp_path / 'input.txt').write_bytes(b'caf\xe9')
+    with pytest.raises(ValueError, match='failed, see above; PYTHONPATH=.* takes files of your own') as caught:
+        loader.prepare_dataset(str(tmp_path))
+    command = str(caught.value).partition('see above; ')[2].removesuffix(' takes files of your own')
+    (tmp_path / 'mine.txt').write_text('a text of my own ' * 9)
+    command = command.replace('python', sys.executable, 1).replace('...', str(tmp_path / 'mine.txt'))
+    subprocess.run(command, shell=True, check=True, env={'PATH': os.environ['PATH']})
+    assert loader.is_prepared(str(tmp_path))
 
 
 def test_a_checkpoint_does_not_choose_what_runs(tmp_path):

@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from data import course, pretrained
 from data.tokenizer import tokenizer_from_dict
@@ -30,6 +31,11 @@ def repository(tmp_path):
 
 def run_prepare(root, name, *flags):
     return run_forked(root.parent, root / 'data' / name / 'prepare.py', *flags)
+
+
+def files_in(folder):
+    """The names of all but the lock of a process that prepares it."""
+    return {path.name for path in folder.iterdir()} - {'prepare.lock'}
 
 
 def read_split(folder, split):
@@ -86,7 +92,7 @@ def test_a_text_that_cannot_be_split_leaves_nothing(repository, tmp_path, name, 
     done = run_prepare(repository, name, '--source=a.txt')
     assert done.returncode == 1 and f'a text of {len(text)} character(s) cannot be split' in done.stderr
     assert done.stderr.count('\n') == 1
-    assert {path.name for path in (repository / 'data' / name).iterdir()} <= {'prepare.py', 'readme.md'}
+    assert files_in(repository / 'data' / name) <= {'prepare.py', 'readme.md'}
 
 
 def test_prepare_byte_pairs(repository, tmp_path):
@@ -109,18 +115,51 @@ def test_prepare_says_what_is_wrong_in_one_line(repository, name, flag):
     done = run_prepare(repository, name, flag)
     assert done.returncode != 0
     assert 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert {path.name for path in (repository / 'data' / name).iterdir()} <= {'prepare.py', 'readme.md'}
+    assert files_in(repository / 'data' / name) <= {'prepare.py', 'readme.md'}
+
+
+def test_one_process_at_a_time(repository, tmp_path):
+    (tmp_path / 'a.txt').write_text('To be, or not to be\n' * 20)
+    folder = repository / 'data' / 'shakespeare_char'
+    with FileLock(folder / 'prepare.lock'):
+        done = run_prepare(repository, 'shakespeare_char', '--source=a.txt')
+    assert done.returncode == 1
+    assert done.stderr == 'cannot prepare shakespeare_char: another process is preparing it\n'
+    assert files_in(folder) <= {'prepare.py', 'readme.md'}
+    assert run_prepare(repository, 'shakespeare_char', '--source=a.txt').returncode == 0
+    (folder / 'prepare.lock').unlink(missing_ok=True)
+    (folder / 'prepare.lock').mkdir()  # as good as a file system without locks
+    assert run_prepare(repository, 'shakespeare_char', '--source=a.txt').returncode == 0
+
+
+@pytest.mark.parametrize(
+    'rows, message',
+    [
+        ([{'text': 5}, {'text': 6}], 'must hold texts in a column text'),
+        ([{'words': 'a'}, {'words': 'b'}], 'must hold texts in a column text'),
+        ([{'text': 'a'}, {'text': None}], 'must hold two documents or more, got 1'),
+        (['caf\xe9'], 'cannot load a.jsonl (DatasetGenerationError'),
+    ],
+)
+def test_documents_that_are_none_are_told_in_one_line(repository, tmp_path, monkeypatch, rows, message):
+    pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines), encoding='latin-1')
+    done = run_prepare(repository, 'openwebtext', '--source=a.jsonl', '--num_proc=1')
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: '), done.stderr
+    assert message in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
 
 
 def test_prepare_documents(repository, tmp_path, monkeypatch):
     pytest.importorskip('datasets')
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     documents = [f'Document {i}' for i in range(20)] + ['not <|endoftext|> yet']
-    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in [*documents, None]))
     done = run_prepare(repository, 'openwebtext', '--source=a.jsonl', '--num_proc=2')
     if 'pip cannot download' in done.stderr:
         pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and '1 of 22 documents have no text' in done.stdout, done.stderr
     folder = repository / 'data' / 'openwebtext'
     ids = read_split(folder, 'train') + read_split(folder, 'val')
     assert ids.count(50256) == len(documents) and ids[-1] == 50256
@@ -210,7 +249,7 @@ def test_prepare_sentiment(repository, originals, task):
         assert done.returncode == 0, done.stderr
     assert [line.rpartition(': ')[2] for line in done.stderr.splitlines()] == ['line 3', 'line 4', 'line 5', 'line 6']
     folder = repository / 'data' / task
-    made = {path.name for path in folder.iterdir()} - {'readme.md'}
+    made = files_in(folder) - {'readme.md'}
     assert made == {'prepare.py', 'train.csv', 'dev.csv', 'test.csv', 'meta.json'}
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['source'] == f'files other than those of the course, folder {task}-files'
@@ -227,7 +266,7 @@ def test_prepare_quora(repository, originals):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('1 row(s) left out, without an id or a sentence: line ') == 1
     folder = repository / 'data' / 'quora'
-    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {
+    assert files_in(folder) - {'readme.md'} == {
         'prepare.py',
         'train.csv',
         'dev.csv',
@@ -246,7 +285,7 @@ def test_prepare_sonnets(repository, originals):
     done = run_prepare(repository, 'sonnets', '--source=sonnets-files')
     assert done.returncode == 0 and done.stderr == '', done.stderr
     folder = repository / 'data' / 'sonnets'
-    assert {path.name for path in folder.iterdir()} - {'readme.md'} == {
+    assert files_in(folder) - {'readme.md'} == {
         'prepare.py',
         'train.txt',
         'dev.txt',
@@ -405,7 +444,7 @@ def test_too_few_files_or_tokens_of_code_are_named(repository, tmp_path, flags, 
     write_file(tmp_path / 'code', 'x = 1', 'a.py')
     done = run_prepare(repository, 'python', *flags)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count('\n') == 1
-    assert {path.name for path in (repository / 'data' / 'python').iterdir()} <= {'prepare.py', 'readme.md'}
+    assert files_in(repository / 'data' / 'python') <= {'prepare.py', 'readme.md'}
 
 
 def test_mixture_has_the_texts_of_train_alone(repository, originals, tmp_path):
@@ -459,7 +498,7 @@ def test_prepare_encoder(repository, tmp_path):
         assert done.returncode == 0, done.stderr
     assert done.stdout.endswith('source: a model other than all-MiniLM-L6-v2, folder model\n')
     folder = repository / 'data' / 'minilm'
-    assert {path.name for path in folder.iterdir()} == {'prepare.py', 'readme.md', *names}
+    assert files_in(folder) == {'prepare.py', 'readme.md', *names}
     assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in names)
     (model / 'vocab.txt').unlink()
     done = run_prepare(repository, 'minilm', '--source=model')

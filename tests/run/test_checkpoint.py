@@ -1,6 +1,7 @@
 """Checkpoints: plain data, whole at every moment, and refused with the file's name where they are damaged or code."""
 
 import contextlib
+import errno
 import os
 import pickle
 import random
@@ -419,6 +420,17 @@ def test_full_disk_and_no_links(tmp_path, monkeypatch):
     with files_up_to(len(before['ckpt.pt']) // 2), pytest.raises(OSError):
         save(tmp_path, 3, size=1000)
     assert contents(tmp_path) == before
+
+
+def test_room_for_the_best_state_but_not_for_its_copy(tmp_path, monkeypatch):
+    for iter_num in 1, 2:
+        save(tmp_path, iter_num, is_best=True)
+    monkeypatch.setattr(shutil, 'copyfileobj', lambda *files: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
+    save(tmp_path, 3, is_best=True)
+    assert iterations(tmp_path) == {'best.pt': 3, 'ckpt.pt': 3, 'ckpt_prev.pt': 2}
+    monkeypatch.undo()
+    save(tmp_path, 4)
+    assert iterations(tmp_path) == {'best.pt': 3, 'ckpt.pt': 4, 'ckpt_prev.pt': 3}
 
 
 # the vocabulary
