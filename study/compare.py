@@ -75,13 +75,14 @@ def check_run(name, record, path):
 
 
 def group_runs(runs):
-    """[{name, full_name, config, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
+    """[{name, full_name, config, splits, finished: [...], unfinished: [...]}]: runs that differ in their seed only."""
     groups = {}
     for run in runs:
         config = settings_apart(run['record'])
-        key = json.dumps([config, run['record']['dataset']['splits']], sort_keys=True)
+        splits = run['record']['dataset']['splits']
+        key = json.dumps([config, splits], sort_keys=True)
         folder = os.path.basename(os.path.normpath(run['name'])).removeprefix('out-')
-        named = dict(full_name=without_seed(folder), config=config, finished=[], unfinished=[])
+        named = dict(full_name=without_seed(folder), config=config, splits=splits, finished=[], unfinished=[])
         is_finished = 'finished' in run['record'] and run['log']
         groups.setdefault(key, named)['finished' if is_finished else 'unfinished'].append(run)
     groups = list(groups.values())
@@ -209,11 +210,13 @@ def fit_power_law(groups):
 
 
 def families(groups, settings):
-    """[(name, groups that differ in these settings only)]; the name is what theirs have in common, else the first's."""
+    """[(name, groups that differ in these settings only, on one text)]; the name is what theirs have in common, else the
+    first's.
+    """
     found = {}
     for group in groups:
         others = {name: value for name, value in group['config'].items() if name not in settings}
-        found.setdefault(json.dumps(others, sort_keys=True), []).append(group)
+        found.setdefault(json.dumps([others, group['splits']], sort_keys=True), []).append(group)
     named = {}
     for members in found.values():
         parts = [group['full_name'].split(',') for group in members]
@@ -364,7 +367,7 @@ def compare(runs, out, baseline='', mix=False, over='', scaling=False):
     grids = [(name, *make_grid(members, *settings)) for name, members in families(shown, settings)] if settings else []
     laws = fit_families(shown) if scaling else []
     table = markdown(groups, base, laws, grids, settings)
-    private = ('finished', 'unfinished', 'not_counted', 'base')
+    private = ('splits', 'finished', 'unfinished', 'not_counted', 'base')
     public = [{key: value for key, value in group.items() if key not in private} for group in shown]
     report = {'baseline': base['name'], 'groups': public, 'scaling': {name: law for name, _, law in laws}}
     report = without_nan(report, default=lambda array: array.tolist())

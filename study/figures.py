@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import plotly.graph_objects as go
-from matplotlib import colors, rcParams, ticker
+from matplotlib import colors, rc_context, rcParams, ticker
 from matplotlib.figure import Figure
 
 AXES = {  # of the curves: what a line of the log says in this unit
@@ -23,6 +23,7 @@ COLORS = [colors.to_hex(color) for color in rcParams['axes.prop_cycle'].by_key()
 MARGIN = dict(l=50, r=10, t=10, b=40)
 LAYOUT = dict(template='plotly_white', height=480, margin=MARGIN, legend=dict(orientation='h', y=-0.2))
 N_LINES = 6  # in a panel at most
+plain_names = rc_context({'text.parse_math': False})  # they are no formulas of TeX, whatever dollars they hold
 LOSS = 'validation loss, nats per token'
 
 
@@ -34,6 +35,7 @@ def has_curves(groups):
     return any(len(group['curve']['iterations']) > 1 for group in groups if group['finished'])
 
 
+@plain_names
 def draw_curves(groups, base):
     """Of more than six groups `base` and those that end lowest."""
     by_end = sorted(groups, key=lambda group: (group is not base, group['curve']['mean'][-1]))
@@ -45,7 +47,7 @@ def draw_curves(groups, base):
         for group in groups:
             curve = group['curve']
             x = [unit(group, iteration) for iteration in curve['iterations']]
-            (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3, label=group['name'])
+            (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3)
             low, high = curve['mean'] - curve['std'], curve['mean'] + curve['std']
             panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
         panel.set_xlabel(axis)
@@ -60,28 +62,31 @@ def draw_curves(groups, base):
     figure.suptitle(f'{title}; not drawn: {others} of those that end higher' if others else title)
     figure.supylabel(f'{LOSS}; band: one standard deviation over seeds')
     columns = max(1, 100 // (max(len(group['name']) for group in groups) + 8))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=columns)
+    names = [group['name'] for group in groups]  # one that begins with _ would have no place in a legend made by itself
+    figure.legend(panels[0, 0].lines, names, loc='outside lower center', ncols=columns)
     return figure
 
 
+@plain_names
 def draw_scaling(laws):
     figure = Figure(figsize=(8, 6), layout='constrained')
     panel = figure.subplots()
-    for name, members, law in laws:
+    for _, members, law in laws:
         points = [(group['parameters'], loss) for group in members for loss in group['best']]
         dots = panel.scatter(*zip(*points), s=14)
         x = np.geomspace(members[0]['parameters'], members[-1]['parameters'])
         y = law['factor'] * x ** law['exponent']
-        panel.plot(x, y, color=dots.get_facecolor()[0], label=f'{name}: {law_text(law)}')
+        panel.plot(x, y, color=dots.get_facecolor()[0])
     panel.set(xscale='log', yscale='log', xlabel='parameters', ylabel=f'best {LOSS}')
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.grid(alpha=0.3, which='both')
-    panel.legend()
+    panel.legend(panel.lines, [f'{name}: {law_text(law)}' for name, _, law in laws])
     return figure
 
 
+@plain_names
 def draw_grids(grids, settings):
     """A panel for each family, all on one scale of colours."""
     across, down = min(3, len(grids)), math.ceil(len(grids) / 3)

@@ -76,7 +76,7 @@ def check_record(place, record, settings):
     """ValueError where `place` holds a run with other settings than those of this command."""
     settings = settings | dict(dataset=loader.name_from_anywhere(settings['dataset']))
     config = complete(record.get('config', settings))
-    free = (*INCIDENTAL, 'dtype')
+    free = (*INCIDENTAL, 'dtype') if settings['dtype'] == 'auto' else INCIDENTAL  # a record has what auto took
     others = [f'{name}={value!r}' for name, value in config.items() if name not in free and value != settings.get(name)]
     if record.get('changes'):
         others.append(f'settings that changed when it was resumed ({record["changes"]})')

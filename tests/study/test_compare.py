@@ -217,6 +217,33 @@ def test_power_law_of_points_that_lie_on_one(tmp_path):
     assert (tmp_path / 'c/compare.html').read_text().count('Plotly.newPlot(') == 4 + 1
 
 
+def test_families_on_different_texts_stay_apart(tmp_path):
+    for splits, loss in ('0', 1.0), ('1', 2.0):
+        for n_layer in 1, 2, 3:
+            name = f'{splits}x,n_layer={n_layer}'
+            shape = dict(splits=splits, n_layer=n_layer, learning_rate=0.1)
+            write_run(tmp_path / 'runs' / name, 1, loss + n_layer / 10, 1000 * n_layer, **shape)
+    table = compare(tmp_path, '--mix=True', '--scaling=True', '--over=n_layer,learning_rate')
+    assert {law['sizes'] for law in read_report(tmp_path)['scaling'].values()} == {3}
+    assert len(read_report(tmp_path)['scaling']) == 2
+    assert '| 1 | **1.1000** |' in table and '| 1 | **2.1000** |' in table
+
+
+def test_names_are_written_as_they_are(tmp_path):
+    from study import figures
+
+    curve = dict(iterations=[10, 20], mean=np.array([2.0, 1.0]), std=np.array([0.1, 0.1]))
+    scales = dict(curve=curve, tokens_per_iter=1, flops_per_token=1, seconds_per_step=1)
+    groups = [dict(scales, name=name) for name in ('a$_$b', '_c')]
+    law = {'factor': 5.0, 'exponent': -0.1}
+    members = [dict(parameters=1000, best=[2.0]), dict(parameters=2000, best=[1.9])]
+    drawn = figures.draw_curves(groups, groups[0]), figures.draw_scaling([(g['name'], members, law) for g in groups])
+    for figure in drawn:
+        figure.savefig(tmp_path / 'figure.png')
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == ['a$_$b', '_c']
+    assert [text.get_text()[:5] for text in drawn[1].axes[0].get_legend().texts] == ['a$_$b', '_c: 5']
+
+
 def test_interval_of_a_power_law_is_that_of_the_textbook(tmp_path):
     x, y = np.log([1000, 3000, 9000]), np.log([2.0, 1.7, 1.6])
     for n_layer, (parameters, loss) in enumerate(zip(np.exp(x), np.exp(y)), 1):
@@ -251,7 +278,7 @@ def test_grid_of_two_settings_for_each_family(tmp_path):
         '| 0.2 | 2.0050 | 2.0100 |',
     ]
     assert '\n'.join(deep) in table and '| 0.2 | 2.0200 | 2.0400 |' in table
-    groups = [dict(full_name='nano', config=dict(learning_rate=1, dropout=d)) for d in (0, 1, 2)]
+    groups = [dict(full_name='nano', config=dict(learning_rate=1, dropout=d), splits={}) for d in (0, 1, 2)]
     assert [name for name, _ in families(groups, ['learning_rate'])] == ['nano', 'nano (2)', 'nano (3)']
     folders = [str(path) for path in (tmp_path / 'runs').iterdir()]
     assert 'expected two settings' in complaint(tmp_path, 'study/compare.py', *folders, '--over=learning_rate')

@@ -49,6 +49,9 @@ def test_runs_all_then_skips_all(folder):
     assert other.startswith(
         'error: runs/a,seed=1 holds a run with learning_rate=0.01;'
     ) and 'a,seed=4' not in os.listdir(folder / 'runs')
+    message = complaint(folder, 'study/sweep.py', *command, '--dtype=bfloat16')
+    assert message.startswith("error: runs/a,seed=1 holds a run with dtype='float32';")
+    assert run_forked(folder, 'study/sweep.py', *command, '--dtype=float32').stdout == '4 runs, 4 of them finished\n'
 
 
 @pytest.mark.parametrize(
