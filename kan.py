@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from layers.channel import channel_spline
-from layers.spline import name_of, recursive_bases, spline_linear, to_float64, to_working_dtype
+from layers.spline import has_data, name_of, recursive_bases, spline_linear, to_float64, to_working_dtype
 
 
 def least_squares(gram, moments):
@@ -76,6 +76,8 @@ def broken_rule(activation):
     if any(True for _ in activation.parameters()):
         return 'have no parameters of its own'
     numbers = torch.linspace(-2, 2, 1000, dtype=torch.float32, device='cpu').view(10, 100)
+    if not has_data(numbers):  # within torch's FakeTensorMode nothing can be tried
+        return None
     x = numbers.clone()
     version = x._version
     try:
@@ -126,7 +128,7 @@ class Splines(nn.Module):
         (low, high), G, k = self.grid_range, self.grid_size, self.spline_order
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         knots = torch.arange(-k, G + k + 1, dtype=dtype) * ((high - low) / G) + low
-        if knots.device.type != 'meta' and not (knots.isfinite().all() and (knots.diff() > 0).all()):
+        if has_data(knots) and not (knots.isfinite().all() and (knots.diff() > 0).all()):
             wanted = f'{knots.dtype} cannot tell the knots of {G} intervals apart'.replace('torch.', '')
             raise ValueError(f'{wanted} on grid_range={self.grid_range}')
         return knots
@@ -161,8 +163,12 @@ class Splines(nn.Module):
         return bases.to(x.dtype).reshape(*x.shape, bases.size(-1))
 
     def curve2coeff(self, x, y):
-        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K)."""
+        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K). ValueError
+        for other shapes.
+        """
         self.check_input(x)
+        if x.dim() != 2 or y.dim() != 3 or y.shape[:2] != x.shape:
+            raise ValueError(f'expected x (N, I) and y (N, I, O), got {tuple(x.shape)} and {tuple(y.shape)}')
         x, y, knots = (to_float64(tensor) for tensor in (x, y, self.grid))
         bases = recursive_bases(x, knots, self.spline_order)  # (N, K, I)
         gram = torch.einsum('nai,nbi->iab', bases, bases)
@@ -231,7 +237,8 @@ class Splines(nn.Module):
         rescaled, difference = to_float64(self.scaled_spline_weight), 0.0
         for ours, theirs in zip(after, before):  # at each point
             change = torch.einsum('ai,...ia->...i', ours, rescaled) - torch.einsum('ai,...ia->...i', theirs, scaled)
-            difference = max(difference, change.abs().max().item())
+            if change.numel():
+                difference = max(difference, change.abs().max().item())
         return difference
 
     def check_splines(self):
@@ -307,6 +314,7 @@ class KANLinear(Splines):
         spline_weight                curves through noise of +-scale_noise / (2 G) at the grid points
         bias                         zero
         grid                         even, on grid_range
+        mask                         True: every edge acts
         """
         G, k, bound = self.grid_size, self.spline_order, 1 / math.sqrt(self.in_features)
         self.grid.copy_(self.even_knots())
@@ -320,6 +328,8 @@ class KANLinear(Splines):
             self.spline_weight.mul_(self.scale_spline)
         if self.bias is not None:
             self.bias.zero_()
+        if self.mask is not None:
+            self.mask.fill_(True)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -349,6 +359,7 @@ class KANLinear(Splines):
         is_cast = autocast and self.base_weight.dtype != torch.float64  # as nn.Linear
         return torch.get_autocast_dtype(device_type) if is_cast else self.base_weight.dtype
 
+    @torch.no_grad()
     def keep_packed(self):
         """Pack the weights once, for passes without gradients: they are packed anew where they have changed since. What
         torch.compile has made of the layer does not look for that.

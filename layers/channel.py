@@ -25,6 +25,7 @@ from layers.spline import (
     bases_derivative,
     basis_function,
     check_backend,
+    check_devices,
     is_batched,
     is_eager,
     is_transformed,
@@ -62,7 +63,8 @@ def halves(x, weight, gated):
 def channel_spline(x, weight, knots, k, activation, gated=False):
     """phi(x), or gated phi(x[:, :C]) * x[:, C:]: x (N, R), weight (C, K), knots (C, P), activation an element-wise
     module without parameters that torch.func can differentiate -> (N, C) in the dtype of x, computed in float32, or in
-    float64 if x is. Deterministic. Differentiable in every mode and order. ValueError for other shapes.
+    float64 if x is. Deterministic. Differentiable in every mode and order. ValueError for other shapes, and
+    for several devices.
     """
     if not x.is_floating_point() or x.size(1) != (1 + gated) * len(weight):
         wanted = f'floating point numbers (N, {(1 + gated) * len(weight)})'
@@ -74,7 +76,8 @@ def channel_spline(x, weight, knots, k, activation, gated=False):
     if knots.shape != shape:
         of = f'weight {tuple(weight.shape)} and order {k}'
         raise ValueError(f'expected knots {shape} for {of}, got {tuple(knots.shape)}')
-    function = ChannelSplineFunction.apply if is_eager(x) else channel_forward
+    check_devices(x, weight, knots)
+    function = ChannelSplineFunction.apply if is_eager(x, weight, knots) else channel_forward
     return function(x, weight, knots, k, name_of(activation), gated)
 
 

@@ -219,7 +219,8 @@ def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_
 def spline_linear(x, weight, knots, k, activation, dtype):
     """[B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
     (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
-    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile. ValueError for other shapes.
+    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile. ValueError for other shapes, and
+    for several devices.
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
@@ -228,19 +229,31 @@ def spline_linear(x, weight, knots, k, activation, dtype):
         return plain_spline_linear(x, weight, knots, k, activation, dtype)
     if len(knots) != x.size(1) or weight.size(1) != (knots.size(1) - k) * x.size(1):
         raise ValueError(f'x {tuple(x.shape)}, weight {tuple(weight.shape)} and knots {tuple(knots.shape)} do not fit')
-    if not is_eager(x):
+    check_devices(x, weight, knots)
+    if not is_eager(x, weight, knots):
         return spline_linear_forward(x, weight, knots, k, name_of(activation), dtype)
     if is_small(x):
         return plain_spline_linear(x, weight, knots, k, activation, dtype, smooth_bases(knots))
     return SplineLinear.apply(x, weight, knots, k, name_of(activation), dtype)
 
 
-def is_eager(x):
+def check_devices(x, *others):
+    """ValueError for tensors on several devices: fused passes take addresses."""
+    if any(other.device != x.device for other in others):
+        places = ', '.join(str(tensor.device) for tensor in (x, *others))
+        raise ValueError(f'expected x, weight and knots on one device, got {places}')
+
+
+def is_eager(*tensors):
     """Whether an autograd.Function will do. Compilers, tracers and tensors without data want an operator, and calling
     one takes a fifth of a millisecond.
     """
     is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_traced
+    return not is_traced and all(map(has_data, tensors))
+
+
+def has_data(tensor):
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 def is_small(x):
@@ -286,7 +299,8 @@ def name_of(activation):
         values = [id(value) if callable(value) else repr(value) for value in settings.values()]
         name = ' '.join(map(str, [kind.__name__, id(kind), activation.training, *settings, *values]))
     if name not in ACTIVATIONS:
-        ACTIVATIONS[name] = copy.copy(activation)  # the settings of the original may change: it then has another name
+        # the original may get other settings, or hooks, and then has another name
+        ACTIVATIONS[name] = copy.deepcopy(activation)
     return name
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from scipy.interpolate import BSpline
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -542,6 +543,21 @@ def test_an_activation_that_changes_its_input_is_refused(layer, given):
         layer(*[I, O][: 2 if layer is KANLinear else 1], base_activation=given)
 
 
+@pytest.mark.parametrize('kind', [nn.Hardswish, nn.Mish, nn.SiLU])
+@pytest.mark.parametrize(
+    'make', [lambda kind: KANLinear(I, O, base_activation=kind), lambda kind: ChannelSpline(I, base_activation=kind)]
+)
+def test_hooks_of_an_activation_are_those_of_its_layer(make, kind):
+    layers = [make(kind).double() for _ in range(2)]
+    x = torch.randn(10, I, dtype=torch.float64)
+    before = [layer(x) for layer in layers]
+    for layer in layers:
+        handle = layer.base_activation.register_forward_hook(lambda module, args, y: 2 * y)
+        found = [each(x) for each in (*layers, make(kind).double())]
+        assert [torch.equal(a, b) for a, b in zip(found, before)] == [each is not layer for each in layers]
+        handle.remove()
+
+
 def test_hooks_of_an_activation_count_in_the_gradient_too():
     for layer in KANLinear(2, 3).double(), ChannelSpline(2).double():
         layer.base_activation.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -1010,6 +1026,55 @@ def test_parameters_and_grid_of_a_layer_made_without_memory(make):
     layer.grid.fill_(torch.nan)
     layer.reset_parameters()
     assert torch.equal(layer.grid, make().grid) and layer(torch.randn(5, 4)).isfinite().all()
+
+
+def test_a_mask_made_without_memory():
+    with torch.device('meta'):
+        layer = KANLinear(I, O, mask=True)
+    layer.to_empty(device='cpu').mask.fill_(False)
+    layer.reset_parameters()
+    assert layer.mask.all() and layer(torch.randn(5, I)).abs().sum() > 0
+
+
+@pytest.mark.parametrize('make', [lambda: KANLinear(I, O), lambda: ChannelSpline(I)])
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('rows', [3, 40_000])
+def test_weights_without_memory_are_named(make, grad, rows):
+    """As accelerate's init_empty_weights leaves a layer whose weights are not loaded yet."""
+    layer = make()
+    for name, p in [*layer.named_parameters()]:
+        setattr(layer, name, nn.Parameter(p.to('meta')))
+    with pytest.raises(ValueError, match='expected x, weight and knots on one device, got cpu, meta, cpu'):
+        with torch.set_grad_enabled(grad):
+            layer(torch.randn(rows, I))
+
+
+@pytest.mark.parametrize('make', [lambda: KANLinear(I, O), lambda: ChannelSpline(I)])
+def test_tensors_that_are_fake(make):
+    with FakeTensorMode():
+        layer = make()
+        y = layer(torch.randn(3, I))
+        y.sum().backward()
+    assert y.shape[0] == 3 and layer.spline_weight.grad.shape == layer.spline_weight.shape
+
+
+def test_points_and_values_of_other_shapes_are_refused():
+    layer, x = KANLinear(3, 2), torch.rand(20, 3)
+    assert layer.curve2coeff(x, torch.rand(20, 3, 2)).shape == (2, 3, 8)
+    for points, values in (x, torch.rand(1, 3, 2)), (x, torch.rand(20, 1, 2)), (x[0], torch.rand(3, 2)):
+        with pytest.raises(ValueError, match=r'expected x \(N, I\) and y \(N, I, O\), got'):
+            layer.curve2coeff(points, values)
+
+
+def test_a_layer_without_outputs_gets_another_grid():
+    layer = KANLinear(3, 0)
+    assert layer.refine_grid(10) == 0 and layer.spline_weight.shape == (0, 3, 13)
+
+
+def test_packed_weights_keep_no_graph():
+    layer = KANLinear(I, O)
+    layer.keep_packed()
+    assert not layer.kept_weight().requires_grad and copy.deepcopy(layer)(torch.randn(2, I)).shape == (2, O)
 
 
 @pytest.mark.parametrize('compute', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
