@@ -105,7 +105,7 @@ def parse_sonnets(content, name, prompts=False):
 
 
 def drop_empty_lines(text):
-    return '\n'.join(line.rstrip() for line in text.splitlines() if line.strip())
+    return '\n'.join(line.rstrip() for line in re.split('[\r\n\f]', text) if line.strip())
 
 
 def read_sonnets(path, prompts=False):

@@ -25,11 +25,14 @@ class KVCache:
     def extend(self, name, x):
         """Keep x of the next tokens, (..., T, n), and return that of all tokens so far."""
         start = self.count(name)
-        if start == 0:
-            self.kept[name] = x.new_empty(*x.shape[:-2], self.block_size, x.size(-1))
-        self.lengths[name] = start + x.size(-2)
-        self.kept[name][..., start : self.lengths[name], :] = x
-        return self.kept[name][..., : self.lengths[name], :]
+        end = self.lengths[name] = start + x.size(-2)
+        if start == 0 or end > self.kept[name].size(-2):
+            room = x.new_empty(*x.shape[:-2], min(self.block_size, max(2 * end, 64)), x.size(-1))
+            if start > 0:
+                room[..., :start, :] = self.kept[name][..., :start, :]
+            self.kept[name] = room
+        self.kept[name][..., start:end, :] = x
+        return self.kept[name][..., :end, :]
 
     def select(self, rows):
         """Go on with these rows of the batch (a list), in this order; a row may come several times."""

@@ -71,9 +71,11 @@ def find_gaps(T, S, device):
 def list_near(N, window, device):
     """The list (2, E) of N tokens and the `window` tokens before each, by target, and how many edges end up to each."""
     with torch.inference_mode(False):  # it outlives the pass that asks for it
-        gaps = find_gaps(N, N, device)
-        mask = (gaps >= 0) & (gaps <= window)
-        return mask.nonzero().t().flip(0), mask.sum(1).cumsum(0).tolist()
+        targets = torch.arange(N, device=device)[:, None]
+        sources = targets - torch.arange(min(window, N - 1), -1, -1, device=device)  # (N, 1 + window)
+        is_there = sources >= 0
+        edges = torch.stack((sources, targets.expand_as(sources)))[:, is_there]
+        return edges, is_there.sum(1).cumsum(0).tolist()
 
 
 def list_of(mask, B):
@@ -144,7 +146,8 @@ class Edges:
         if self.same or self.lengths is not None:
             return list_of(self.shared, self.B)
         T, device = self.shared.size(-1), self.shared.device
-        edges, counts = list_near(self.block_size, self.window, device)  # those of T tokens are its beginning
+        N = min(self.block_size, 1 << (T - 1).bit_length())  # T or more, so that lists of few lengths are kept
+        edges, counts = list_near(N, self.window, device)  # those of T tokens are its beginning
         edges, b = edges[:, None, : counts[T - 1]], torch.arange(self.B, device=device)[:, None]
         return (edges + b * T).flatten(1)
 

@@ -255,9 +255,8 @@ class LowRank(Adapter):
         return adapted
 
     def merged(self, layer):
-        layer = copy.copy(layer)
-        layer._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights and its grid
-        layer._buffers = {name: None if p is None else p.clone() for name, p in layer._buffers.items()}
+        # all is its own but the weights, also a `forward` that something has put into the layer, as accelerate does
+        layer = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
         for name, w in self.adapted(layer).items():
             setattr(layer, name, nn.Parameter(w, requires_grad=False))
         return layer

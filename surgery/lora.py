@@ -159,10 +159,12 @@ def find_targets(model, config):
         layer, kinds = type(layers[wrong[0]]).__name__, ' or '.join(map(repr, kinds_of(layers[wrong[0]])))
         raise ValueError(f'{wrong[0]} is a {layer}: its adapters are of kind {kinds}, not {config.kind!r}')
     tied = {path.removesuffix('.base_layer'): others for path, others in tied_modules(model).items()}
-    for path in fitting:
-        if path in tied and is_named(path, targets):
-            print(f'{path} gets an adapter, and not {", ".join(tied[path])}, which shares its weight')
-    return without_tied(fitting, tied, targets)
+    adapted = without_tied(fitting, tied, targets)
+    for path in adapted:
+        others = [other for other in tied.get(path, []) if other not in adapted]
+        if others:
+            print(f'{path} gets an adapter, and not {", ".join(others)}, which shares its weight')
+    return adapted
 
 
 def say_what_is_left_out(model, config, adapted, copied):
@@ -395,14 +397,23 @@ def base_name(name):
 
 
 def base_identity(model, copied, moving):
-    """Class, number and sha256 of a model's state dict, less adapters, the modules `copied`, which these bring, and the
-    buffers `moving`, which a file has.
+    """Class, number and sha256 of the tensors of a model's state dict, less adapters, the modules `copied`, which these
+    bring, and the buffers `moving`, which a file has.
     """
-    left_out = tuple(f'{plain(path)}.adapters.' for path in lora_layers(model)) + tuple(f'{path}.' for path in copied)
+    layers = [path for path, module in named_layers(model).items() if isinstance(module, LoRALayer)]  # under each name
+    left_out = tuple(f'{plain(path)}.adapters.' for path in layers) + tuple(f'{path}.' for path in copied)
     state = [(base_name(name), x) for name, x in model.state_dict().items() if not plain(name).startswith(left_out)]
-    kept = sorted(((name, x) for name, x in state if name not in moving), key=lambda pair: pair[0])
+    kept = [(name, part) for name, x in state if name not in moving for part in tensors_in(x)]
+    kept.sort(key=lambda pair: pair[0])
     numbers = sum(x.numel() for _, x in kept)
     return {'class': type(model).__name__, 'numbers': numbers, 'sha256': digest_of(kept)}
+
+
+def tensors_in(entry):
+    """The tensors in an entry of a state dict: quantised layers of PyTorch have tuples, and numbers of other kinds."""
+    if torch.is_tensor(entry):
+        return [entry.dequantize() if entry.is_quantized else entry]
+    return [tensor for part in entry for tensor in tensors_in(part)] if isinstance(entry, (tuple, list)) else []
 
 
 def digest_of(named):

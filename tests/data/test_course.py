@@ -150,6 +150,8 @@ def test_sonnets_are_read_under_their_numbers():
         ('145', sonnet(3)),
         ('146', sonnet(4)),
     ]
+    odd = sonnet().replace('Line 2', 'Line\u2028 2\x85')
+    assert course.parse_sonnets((TITLE + '1\n\n' + odd + '\n').encode(), 'a.txt') == [('1', odd)]
 
 
 @pytest.mark.parametrize(

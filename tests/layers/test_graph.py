@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from layers import graph
-from layers.graph import EDGES, Edges, GraphAttention, add_graph, list_near
+from layers.graph import EDGES, Edges, GraphAttention, add_graph, list_near, list_of
 from model import GPT, GPTConfig
 from run.checkpoint import build_model
 
@@ -153,6 +153,14 @@ def test_edges_of_fewer_tokens_are_the_beginning_of_the_list(window):
     for T in range(1, 13):
         expected = [[j, i] for i in range(T) for j in range(max(0, i - window), i + 1)]
         assert edges[:, : counts[T - 1]].t().tolist() == expected
+
+
+@pytest.mark.parametrize('edges', ['window', 'causal'])
+def test_the_list_is_as_long_as_the_text_asks_and_not_the_context(edges):
+    config = GPTConfig(block_size=10**7, use_graph=True, graph_edges=edges, graph_window=3, graph_backend='pyg')
+    for T in 1, 2, 5, 8, 9:
+        found = Edges(config, torch.zeros(2, T, dtype=torch.long))
+        assert found.shared_list.tolist() == list_of(found.shared, 2).tolist()
 
 
 # the layer in a GPT

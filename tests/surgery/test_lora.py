@@ -384,6 +384,74 @@ def test_kan_does_not_merge_and_nothing_is_half_merged():
     assert equal_states(base_state(model), before)
 
 
+@pytest.mark.parametrize('kind, layer', [('lora', 'Linear'), ('kan_base', 'KANLinear'), ('lora', 'Embedding')])
+def test_merges_below_a_forward_that_was_put_into_the_layer(kind, layer):
+    """accelerate puts one there, bound to the layer, when a model is on several devices."""
+    accelerate = pytest.importorskip('accelerate')
+    model, x = make(layer)
+    accelerate.dispatch_model(model, {'': 'cpu'}, main_device='cpu', force_hooks=True)
+    assert any('forward' in vars(module) for module in model.modules())
+    add_lora(model, LoRAConfig(kind=kind, rank=R, target_modules=('layer',)))
+    randomise(model).eval()
+    with torch.no_grad():
+        with lora_off(model):
+            base = model.layer(x)
+        y = model.layer(x)
+        merge_lora(model)
+        torch.testing.assert_close(model.layer(x), y, rtol=1e-5, atol=1e-5)
+        assert (y - base).abs().max() > 0.01
+        unmerge_lora(model)
+        assert torch.equal(model.layer(x), y)
+        remove_lora(model)
+        assert torch.equal(model.layer(x), base)
+
+
+def test_an_adapter_of_a_block_that_stands_at_several_places_comes_back(tmp_path, capsys):
+    block = nn.ModuleDict({'q_proj': nn.Linear(I, I), 'v_proj': nn.Linear(I, I)})
+    model = nn.Module()
+    model.h = nn.ModuleList([block] * 3)
+    twin = copy.deepcopy(model)
+    add_lora(model, LoRAConfig(rank=R))
+    assert 'gets an adapter' not in capsys.readouterr().out
+    randomise(model)
+    save_lora(model, tmp_path)
+    load_lora(twin, tmp_path)
+    x = torch.randn(4, I)
+    model.eval()
+    twin.eval()
+    assert torch.equal(twin.h[2].q_proj(x), model.h[0].q_proj(x))
+    with torch.no_grad():
+        model.h[1].q_proj.base_layer.weight[0, 0] += 1
+    remove_lora(model)
+    with pytest.raises(ValueError, match='belongs to another base'):
+        load_lora(model, tmp_path)
+
+
+def test_a_base_whose_state_is_not_of_tensors_alone(tmp_path):
+    class Odd(nn.Linear):
+        scale = 1.0
+
+        def get_extra_state(self):
+            return {'made by': object()}
+
+        def set_extra_state(self, state):
+            pass
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):  # as the quantised layers of PyTorch
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            packed = torch.quantize_per_tensor(self.weight.detach(), self.scale, 0, torch.qint8), None
+            destination.update({f'{prefix}packed': packed, f'{prefix}dtype': torch.qint8})
+
+    model = nn.ModuleDict({'a': nn.Linear(I, I), 'b': Odd(I, I)})
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    add_lora(model, LoRAConfig(rank=R, target_modules=('a',)))
+    save_lora(randomise(model), tmp_path)
+    load_lora(twin, tmp_path)
+    other.b.scale = 0.01
+    with pytest.raises(ValueError, match='belongs to another base'):
+        load_lora(other, tmp_path)
+
+
 def test_merging_a_tied_layer_leaves_the_other_alone(capsys):
     model = make_gpt()
     add_lora(model, LoRAConfig(target_modules=('lm_head',)))
