@@ -150,7 +150,7 @@ def test_sonnets_are_read_under_their_numbers():
         ('145', sonnet(3)),
         ('146', sonnet(4)),
     ]
-    odd = sonnet().replace('Line 2', 'Line\u2028 2\x85')
+    odd = sonnet().replace('Line 2', 'Li\x85ne\u2028 2')
     assert course.parse_sonnets((TITLE + '1\n\n' + odd + '\n').encode(), 'a.txt') == [('1', odd)]
 
 
