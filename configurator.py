@@ -9,6 +9,7 @@ never executed.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import math
@@ -41,6 +42,9 @@ SWITCHES = {  # what is off without them: how the names of these settings begin
 def configure(variables, argv=None):
     """Override the settings among `variables` in place and return all of them, for the log and the checkpoint."""
     sys.excepthook = report
+    for stream in sys.stdout, sys.stderr:  # a character that a terminal does not have ends no run
+        with contextlib.suppress(AttributeError):  # a daemon may have none
+            stream.reconfigure(errors='backslashreplace')
     names = [name for name in variables if not name.startswith('_') and not name.isupper()]
     settings = {name: variables[name] for name in names if type(variables[name]) in KINDS}
     argv = sys.argv[1:] if argv is None else argv

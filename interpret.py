@@ -115,8 +115,12 @@ def explain_prompt():
     tokens, names = [source.tokenizer.decode([token]) for token in ids], layers_asked_for(source.model)
     seen = watch(source.model, lambda: source.read(source.model), names, rows)
     known = {name: measure(one) for name, one in seen.items()}
+    if not known:
+        raise ValueError(
+            f'the task of {out_dir} does not call {", ".join(names)}: nothing can be said of a prompt there'
+        )
     x = torch.tensor([ids, ids], device=device)  # twice, as `watch` wants two rows
-    met = watch(source.model, lambda: gpt(x, x), names, 2 * len(ids))
+    met = watch(source.model, lambda: gpt(x, x), [*known], 2 * len(ids))
     for one in met.values():
         one.x = one.x[: len(ids)]
     driven = report.drive(known, met)
@@ -153,12 +157,12 @@ def explain():
         result.update(losses=now, random_losses=before)
         drawn['pruning'] = report.draw_losses(now)
         say('losses with edges cut and replaced')
-    print('', page, sep='\n')
     report.write_text(folder, 'table.md', page)
     report.write_formulas(folder, layers)
     write_page(os.path.join(folder, 'interpret.html'), report.page(out_dir, about(), layers, fresh))
     for name, figure in drawn.items():
         report.write_figure(figure, folder, name)
+    print('', page, sep='\n')
     shown = [f'{name}.png' for name in drawn if name.startswith('edges')]
     say(f'in {folder}: interpret.html, formulas.txt, {shown[0]}' + (' and figures of all layers' if shown[1:] else ''))
     return result

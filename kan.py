@@ -163,8 +163,8 @@ class Splines(nn.Module):
         return bases.to(x.dtype).reshape(*x.shape, bases.size(-1))
 
     def curve2coeff(self, x, y):
-        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K). ValueError
-        for other shapes.
+        """Coefficients of the splines nearest to points, by least squares: x (N, I), y (N, I, O) -> (O, I, K).
+        ValueError for other shapes.
         """
         self.check_input(x)
         if x.dim() != 2 or y.dim() != 3 or y.shape[:2] != x.shape:
@@ -344,7 +344,9 @@ class KANLinear(Splines):
         """(..., I) -> (..., O) in the autocast dtype, else that of the weights. An adapter gives weights of its own."""
         self.check_input(x)
         own = base_weight is None and spline_weight is None
-        weight = self.kept_weight() if own and not torch.is_grad_enabled() else None
+        if torch.is_grad_enabled() and self._packed is not None:
+            self._packed = None  # it may train: the step of a fused optimizer leaves no trace
+        weight = self.kept_weight() if own else None
         if weight is None:
             weight = self.packed_weight(base_weight, spline_weight)
         rows, dtype = x.reshape(-1, self.in_features), self.compute_dtype()
@@ -362,8 +364,11 @@ class KANLinear(Splines):
     @torch.no_grad()
     def keep_packed(self):
         """Pack the weights once, for passes without gradients: they are packed anew where they have changed since. What
-        torch.compile has made of the layer does not look for that.
+        torch.compile has made of the layer does not look for that. Weights that hooks compute before each pass, as
+        torch.nn.utils.prune does, are not packed.
         """
+        if self._forward_pre_hooks:
+            return
         held = [*self.parameters(), *self.buffers()]  # so that no other tensor can get the id of one of them
         self._packed = self.packed_weight().to(self.compute_dtype()), self.versions(), held
 
@@ -374,7 +379,7 @@ class KANLinear(Splines):
         return weight if torch.compiler.is_compiling() or versions == self.versions() else None
 
     def versions(self):
-        """What tells whether the numbers have changed, but for changes through `.data`, which leave no trace."""
+        """What tells whether the numbers have changed; `.data` and fused optimizers change them without a trace."""
         tensors = [*self.parameters(), *self.buffers()]
         return self.compute_dtype(), [(id(x), x.device, 0 if x.is_inference() else x._version) for x in tensors]
 

@@ -27,15 +27,33 @@ def refuse_missing(source, found):
         raise ValueError(f'{source} has no weights that fit for {missing[0]}: it is another model than its config says')
 
 
+def without_code(config):
+    """The config, which names no code but transformers' own. ValueError for kernels of the hub as its attention."""
+    attention = getattr(config, '_attn_implementation', None) or ''
+    if '/' in str(attention):
+        raise ValueError(f'its attention is {attention!r}, code of the hub, which is never run')
+    if hasattr(config, 'auto_map'):
+        del config.auto_map
+    return config
+
+
+def refuse_adapters(source, model):
+    """ValueError for a folder that holds an adapter of PEFT beside its model: transformers has put it into the layers."""
+    if getattr(model, '_hf_peft_config_loaded', False):
+        raise ValueError(f'{source} holds an adapter of PEFT: merge it first, or move its adapter_config.json away')
+
+
 def load_gpt2(name):
     """The GPT-2 of transformers by a name of the hub or a folder, in eval mode; ValueError for what is none."""
     with one_line(name):
         from transformers import AutoConfig, GPT2LMHeadModel
 
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    if kind != 'gpt2':
-        raise ValueError(f'{name!r} is a {kind}, expected a GPT-2')
+        config = without_code(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    if config.model_type != 'gpt2':
+        raise ValueError(f'{name!r} is a {config.model_type}, expected a GPT-2')
+    settings = dict(config=config, dtype=torch.float32, output_loading_info=True)
     with one_line(name):
-        model, found = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, found = GPT2LMHeadModel.from_pretrained(name, **settings)
+    refuse_adapters(name, model)
     refuse_missing(name, found)
     return model.eval()

@@ -219,8 +219,8 @@ def plain_spline_linear(x, weight, knots, k, activation, dtype, bases=recursive_
 def spline_linear(x, weight, knots, k, activation, dtype):
     """[B_0(x) ... B_{K-1}(x), act(x)] @ weight.T, computed in `dtype`, the bases in float32: x (N, I), weight
     (O, (K + 1) * I) with the columns basis-major, knots (I, P), activation an element-wise module without parameters
-    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile. ValueError for other shapes, and
-    for several devices.
+    that torch.func can differentiate -> (N, O). Deterministic; opaque to torch.compile. ValueError for other shapes or
+    several devices.
 
     Differentiable in every mode and order. What is not a first backward pass takes memory for all columns of all rows.
     """
@@ -293,15 +293,16 @@ def name_of(activation):
         name = f'{kind.__name__} {id(activation)}'
         ACTIVATIONS[name] = activation
         return name
+    values = [id(value) if callable(value) else repr(value) for value in settings.values()]
+    parts = kind.__name__, id(kind), *settings, *values
+    names = {training: ' '.join(map(str, (training, *parts))) for training in (False, True)}
     if kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear') and 'forward' not in settings:
-        name = repr(activation)
-    else:
-        values = [id(value) if callable(value) else repr(value) for value in settings.values()]
-        name = ' '.join(map(str, [kind.__name__, id(kind), activation.training, *settings, *values]))
-    if name not in ACTIVATIONS:
-        # the original may get other settings, or hooks, and then has another name
-        ACTIVATIONS[name] = copy.deepcopy(activation)
-    return name
+        names = dict.fromkeys(names, repr(activation))
+    for training, name in names.items():  # both are known before a compiler traces the one
+        if name not in ACTIVATIONS:
+            # the original may get other settings, or hooks, and then has another name
+            ACTIVATIONS[name] = copy.deepcopy(activation).train(training)
+    return names[activation.training]
 
 
 def run_forward(x, weight, knots, k, activation, dtype):

@@ -210,7 +210,7 @@ def fit_power_law(groups):
 
 
 def families(groups, settings):
-    """[(name, groups that differ in these settings only, on one text)]; the name is what theirs have in common, else the
+    """[(name, groups on one text that differ in these settings only)]; the name is what theirs have in common, or the
     first's.
     """
     found = {}

@@ -106,13 +106,14 @@ def record_of(stage, name):
 
 
 def check_records(runs):
-    """ValueError for a record that was made with other settings, or that began with another model."""
+    """ValueError for a record of these runs with other settings, and for any that began with another model."""
     records, base = STUDY.read(), Path(init_from).name
     for name in runs.keys() & records.keys():
         then = {'task': records[name]['task'], **records[name]['settings']}
         if then != runs[name]:
             raise ValueError(f'the record {name} was made with {then}, the study has {runs[name]}: move it away')
-        began = records[name]['base']['name']
+    for name, run in records.items():  # the stages build on each other
+        began = run['base']['name']
         if began != base:
             raise ValueError(f'the record {name} began with {began}, the study begins with {base}: move it away')
 

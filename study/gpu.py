@@ -34,10 +34,11 @@ from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, make_step
 from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
 from run.files import write_atomically
-from run.records import commit, without_nan
+from run.records import commit, read_record, without_nan
 from run.tables import markdown_table
 from study.runner import Study, add_run, fill, run_json, run_to_end
 from study.speed import make_table
+from study.sweep import check_record
 
 TESTS = ['tests/layers/test_spline_triton.py', 'tests/layers/test_channel_triton.py', 'tests/test_gpu.py']
 RUNS = ['micro_kan', 'micro', 'micro_boosted', 'micro_balanced']
@@ -57,6 +58,7 @@ BENCHES = {  # settings of bench.py
 TINY_BENCHES = {'layer': dict(suite='layer', only='float32 96 384 2048 nn.Linear$', rounds=1, repeats=1)}
 TINY_RUN = dict(max_iters=2, eval_iters=1, eval_interval=2, batch_size=2, block_size=16, n_embd=12, n_layer=1)
 TEST_SECONDS = 120
+DATASET = 'shakespeare_char'  # of the runs in the README
 
 # -----------------------------------------------------------------------------
 out = ''  # where the records are; empty: results/gpu
@@ -69,7 +71,8 @@ tiny = False  # small sizes, for a test of this script
 
 def list_jobs():
     """{name: a function that returns its record}, in order of importance."""
-    runs = {f'run, {config}, seed {seed}': (train, config, seed) for seed in (1, 2, 3) for config in RUNS}
+    text = '' if dataset == DATASET else f', {dataset}'
+    runs = {f'run, {config}, seed {seed}{text}': (train, config, seed) for seed in (1, 2, 3) for config in RUNS}
     benches = {f'bench, {name}': (bench, flags) for name, flags in (TINY_BENCHES if tiny else BENCHES).items()}
     others = {
         'tests': (run_tests,),
@@ -92,7 +95,8 @@ def list_jobs():
     ]
     if tiny:
         order = ['tests', *list(runs)[:1], *benches, 'profile, micro_kan', 'tiles, float32', 'GPT-2']
-    return {name: functools.partial(*(runs | benches | others)[name]) for name in order}
+    small = ', tiny' if tiny else ''
+    return {name + small: functools.partial(*(runs | benches | others)[name]) for name in order}
 
 
 def bench(flags):
@@ -202,7 +206,11 @@ def find_tiles(dtype):
 
 def searches(runs):
     """Those of the records that are of a search for tiles which came to its end."""
-    return [run for run in runs if run['job'].startswith('tiles') and 'error' not in run]
+    return [run for run in runs if run['job'].startswith('tiles') and 'error' not in run and not is_tiny(run)]
+
+
+def is_tiny(run):
+    return run['job'].endswith(', tiny')
 
 
 def use_tiles(runs):
@@ -230,10 +238,12 @@ def train(config, seed):
     args += flags_of({**(TINY_RUN if tiny else {}), 'device': device})
     where = f'{config} {seed} {dataset} {device_name(device)} {torch.__version__}'  # what one run is of
     folder = Path(ROOT, 'out-gpu', re.sub(r'[^\w.+-]+', '_', where))
-    resumed = (folder / 'ckpt.pt').exists()
+    resumed, settings = (folder / 'ckpt.pt').exists(), settings_of('train.py', args)
+    check_record(folder, read_record(folder), settings)
     run = run_to_end('train.py', args, folder)
     if 'final' not in run:
         raise ValueError(run['failed'])
+    check_record(folder, run, settings)  # which a text may have changed
     shutil.rmtree(folder, ignore_errors=True)
     return {'config': config, 'seed': seed, 'resumed': resumed, 'run': run}
 
@@ -280,8 +290,9 @@ def make_page(study):
     runs, parts = study.read().values(), []
     for place in sorted({place_of(run) for run in runs}):
         there = {run['job']: run for run in runs if place_of(run) == place}
-        first = next(iter(there.values()))
-        about = f'driver {first["driver"]}, Triton {first["triton"]}, commit {first["commit"]}'
+        titles = {'driver': 'driver', 'triton': 'Triton', 'commit': 'commit'}
+        found = {title: dict.fromkeys(str(run[key]) for run in there.values()) for key, title in titles.items()}
+        about = ', '.join(f'{title} {" and ".join(values)}' for title, values in found.items())
         sections = [f'### {job}\n\n{show_job(run)}\n' for job, run in there.items()]
         parts.append(f'## {place}\n\n{about}\n\n' + '\n'.join(sections))
     return '\n'.join(parts)
@@ -348,7 +359,7 @@ THEIRS = {  # nanoGPKANT's log: loss, time and memory on a 4090
 
 def readme_table(runs):
     """Runs beside nanoGPKANT's, as lines. Not measured is empty."""
-    done = runs_of_newest(runs)
+    done = runs_of_newest([run for run in runs if 'config' in run and text_of(run) == DATASET and not is_tiny(run)])
     place = place_of(done[0]) if done else 'not measured: no card was at hand'
     measured = f'best validation loss, seconds of training, memory ({place})'
     heads = ['`train_shakespeare_char_` ...', '', 'parameters', measured, 'nanoGPKANT on a 4090']
@@ -366,10 +377,14 @@ def readme_table(runs):
 
 
 def runs_of_newest(runs):
-    """The runs of train.py on the card and with the torch of the newest one, as none of others compares with it."""
+    """The runs of train.py on the card, text and version of torch of the newest: none of others compares with it."""
     done = [run for run in runs if 'config' in run and 'error' not in run]
     newest = max(done, key=lambda run: run['run']['finished'], default=None)
-    return [run for run in done if place_of(run) == place_of(newest)]
+    return [run for run in done if (place_of(run), text_of(run)) == (place_of(newest), text_of(newest))]
+
+
+def text_of(run):
+    return run['run']['config']['dataset']
 
 
 def draw_runs(runs, path):

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.optimize
 import torch
 
-from configurator import ROOT, configure
+from configurator import ROOT, configure, settings_of
 from inside import faithful, report
 from inside.edges import values
 from inside.formulas import FAMILIES, NAMES, candidates, refine
@@ -28,7 +28,8 @@ from kan import KANLinear
 from run.checkpoint import load_checkpoint, versions
 from run.device import device_name, peak_memory
 from run.records import commit
-from study.runner import Study, choose, read_run, run_json, run_to_end
+from study.runner import Study, check_machine, choose, read_run, run_json, run_to_end
+from study.sweep import check_record
 
 STUDY = Study('interpret')
 MODELS = {
@@ -60,9 +61,10 @@ jobs = ','.join(JOBS)
 def trained(model):
     """The folder of a trained model, with its history."""
     folder = STUDY.work / 'models' / model
-    config = f'{ROOT}/config/train_shakespeare_char_{model}.py'
+    args = [f'{ROOT}/config/train_shakespeare_char_{model}.py', '--keep_history=True', '--eval_interval=100']
+    check_record(folder, read_run(folder), settings_of('train.py', args))
     if 'finished' not in read_run(folder):
-        run_to_end('train.py', [config, '--keep_history=True', '--eval_interval=100'], folder)
+        run_to_end('train.py', args, folder)
     return folder
 
 
@@ -165,10 +167,13 @@ def table(records):
             run = records[model]
             parts += [f'## `{model}`: {about}', '', f'{run["data"]}; {run["device"]}.', '']
             parts += [report.table(run['layers']), faithful.table(run['losses'], run['random_losses'])]
-    costs = {}
-    for name in JOBS:
-        for label, cost in records.get(name, {}).get('costs', {}).items():
-            costs.setdefault(label, cost)  # the model as trained is that of the first job
+    costs, cut = {}, {name: records[name] for name in JOBS if 'costs' in records.get(name, ())}
+    check_machine(cut)
+    for name, run in cut.items():
+        for label, cost in run['costs'].items():
+            known = costs.setdefault(label, cost)  # the model as trained is that of the first job
+            if (known['loss'], known['parameters']) != (cost['loss'], cost['parameters']):
+                raise ValueError(f'{name!r} was cut from another model than the jobs before: move its record away')
     if costs:
         parts += ['## `nano_kan` pruned', '', report.cost_table(costs)]
     if CHECKED in records:

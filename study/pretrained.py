@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
 
+from filelock import FileLock
+
 from configurator import ROOT, configure, flags_of
 from run.tables import markdown_table
 from study import smollm2
@@ -61,10 +63,12 @@ methods = ','.join(METHODS)
 
 
 def prepare_base():
-    if not (BASE / 'tokenizer.json').exists():  # what is written last
-        tokenizer, hf = smollm2.load()
-        hf.save_pretrained(BASE)
-        tokenizer.save_pretrained(BASE)
+    BASE.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{BASE}.lock'):  # of several shells one writes it
+        if not (BASE / 'tokenizer.json').exists():  # what is written last
+            tokenizer, hf = smollm2.load()
+            hf.save_pretrained(BASE)
+            tokenizer.save_pretrained(BASE)
 
 
 def settings_of(task, method, **more):

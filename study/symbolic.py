@@ -33,7 +33,7 @@ from kan import KAN
 from run.device import device_name
 from run.records import commit
 from run.tables import markdown_table
-from study.runner import Study, choose, mean_and_std
+from study.runner import Study, check_machine, choose, mean_and_std
 
 STUDY = Study('symbolic')
 SEEDS = {'ours': (1, 2, 3), 'pykan': (1,), 'pykan, our edges': (1,)}  # pykan needs half a minute for an edge
@@ -376,6 +376,7 @@ def is_right(run):
 
 def make_table():
     """table.md: how often each method is right, then each run."""
+    check_machine(STUDY.read())
     runs = sorted(STUDY.read().values(), key=lambda run: (order_of(run), run['seed']))
     groups = {}
     for run in runs:

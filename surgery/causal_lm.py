@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from layers.generation import KVCache, check_places
 from layers.graph import Edges, GraphAttention, last_of
-from layers.pretrained import one_line, refuse_missing
+from layers.pretrained import one_line, refuse_adapters, refuse_missing, without_code
 from model import GPT, GPTConfig
 
 
@@ -185,6 +185,7 @@ def load_hf(source, dropout=0.0, dtype=torch.float32):
         if source.endswith('.gguf'):
             settings.update(quantization_config=GgufConfig(dequantize=True))
         hf, found = AutoModelForCausalLM.from_pretrained(**place_of(source), **settings)
+    refuse_adapters(source, hf)
     if source.endswith('.gguf'):
         forget_bits(hf)
     elif getattr(hf.config, 'quantization_config', None):
@@ -232,16 +233,6 @@ def load_config(source):
         from transformers import AutoConfig
 
         return without_code(AutoConfig.from_pretrained(**place))
-
-
-def without_code(config):
-    """The config, which names no code but transformers' own. ValueError for kernels of the hub as its attention."""
-    attention = getattr(config, '_attn_implementation', None) or ''
-    if '/' in str(attention):
-        raise ValueError(f'its attention is {attention!r}, code of the hub, which is never run')
-    if hasattr(config, 'auto_map'):
-        del config.auto_map
-    return config
 
 
 def load_hf_tokenizer(source):

@@ -65,6 +65,7 @@ class GPTCache:
 class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = GPTSettings
     base_model_prefix = 'gpt'
+    _supports_sdpa = True  # as the GPT does
     accepts_loss_kwargs = False  # the loss is the mean of a batch, which Trainer divides when it accumulates
 
     def __init__(self, config):
@@ -119,7 +120,8 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     ):  # fmt: skip
         """input_ids (B, T); attention_mask (B, T), zero on padding, which must stand at the end; labels as input_ids,
         -100 where there is none. The logits are those of the last logits_to_keep tokens, 0: of all, or of the tokens at
-        the places in a tensor. ValueError for arguments that would do nothing.
+        the places in a tensor. With a cache attention_mask is of all tokens so far. ValueError for arguments that would
+        do nothing.
         """
         refuse({name: value for name, value in others.items() if name != 'return_dict'})
         if past_key_values is not None and not isinstance(past_key_values, GPTCache):
@@ -131,6 +133,10 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = GPTCache(self.gpt.new_caches())
         caches = past_key_values.blocks if past_key_values is not None else None
+        n_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        shape = len(input_ids), n_cached + input_ids.size(1)
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f'expected an attention_mask of shape {shape}, got {tuple(attention_mask.shape)}')
         lengths = lengths_of(attention_mask)
         if caches is not None and lengths is not None:
             raise ValueError('a cache has no place for padding: leave use_cache out')

@@ -481,3 +481,21 @@ def test_mistake_is_one_line_of_all_processes_and_names_the_process_that_makes_i
     assert len(alone) == 1 and alone[0].startswith('error on process 1: ') and 'nothing' in alone[0]
     assert len(all_of_them) == 1 and all_of_them[0].startswith('error: ') and 'nothing' in all_of_them[0]
     assert done[0].returncode == done[1].returncode == 1
+
+
+def test_characters_that_a_terminal_lacks_end_nothing(tmp_path):
+    """As in a folder of another encoding, or on a terminal of ASCII."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from configurator import configure
+name = 'a'
+configure(globals())
+print('R\u00b2 of', name)
+raise ValueError(name)
+"""
+    (tmp_path / 'script.py').write_text(script, encoding='utf-8')
+    env = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    command = [sys.executable, tmp_path / 'script.py', b'--name=b\xff']
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.stdout == 'R\\xb2 of b\\udcff\n' and 'b\\udcff' in done.stderr and done.returncode == 1

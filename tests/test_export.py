@@ -196,6 +196,34 @@ def test_logits_of_some_tokens(folder):
         model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), use_cache=True)
 
 
+def test_a_mask_of_another_shape_is_refused(folder):
+    from surgery.transformers_gpt import wrap
+
+    model, ids = wrap(ours(folder, 'out-swiglu')), torch.arange(6).view(1, 6) % TOKENIZER.vocab_size
+    packed = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).tril()[None, None]  # of two texts in a row
+    for mask in packed, packed.bool(), torch.ones(1, 3), torch.ones(1, 9), torch.ones(2, 6):
+        with pytest.raises(ValueError, match=r'expected an attention_mask of shape \(1, 6\), got'):
+            model(ids, attention_mask=mask)
+    with torch.no_grad():
+        first = model.eval()(ids[:, :4], use_cache=True)
+        following = dict(past_key_values=first.past_key_values, use_cache=True)
+        y = model(ids[:, 4:5], attention_mask=torch.ones(1, 5), **following).logits
+        torch.testing.assert_close(y, model(ids).logits[:, 4:5])
+    with pytest.raises(ValueError, match=r'expected an attention_mask of shape \(1, 6\), got \(1, 1\)'):
+        model(ids[:, 5:], attention_mask=torch.ones(1, 1), **following)
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+def test_attention_may_be_named(folder, attention):
+    from transformers import AutoModelForCausalLM
+
+    where = dict(trust_remote_code=True, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(folder / 'hf-kan-glu', **where)
+    ids = torch.arange(6).view(1, 6) % TOKENIZER.vocab_size
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, ours(folder, 'out-kan-glu')(ids, ids)[0])
+
+
 def test_a_run_in_the_folder_of_an_export_is_the_newer(folder):
     """As train.py --init_from=hf-x --out_dir=hf-x leaves it."""
     from shutil import copytree

@@ -1071,6 +1071,51 @@ def test_a_layer_without_outputs_gets_another_grid():
     assert layer.refine_grid(10) == 0 and layer.spline_weight.shape == (0, 3, 13)
 
 
+@pytest.mark.parametrize('fused', [False, True])
+def test_packing_ends_where_the_layer_trains(fused):
+    layer, x = KANLinear(I, O), torch.randn(7, I)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+    with packed_weights(layer):
+        with torch.no_grad():
+            before = layer(x)
+        layer(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), after) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize('name', ['base_weight', 'spline_weight'])
+@pytest.mark.parametrize(
+    'compute',
+    [lambda layer, name: prune.l1_unstructured(layer, name, 0.5), nn.utils.weight_norm],
+    ids=['prune', 'norm'],
+)
+def test_weights_that_a_hook_computes_are_not_packed(compute, name):
+    layer, x = KANLinear(I, O), torch.randn(7, I)
+    compute(layer, name)
+    layer(x).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    with torch.no_grad():
+        with packed_weights(layer):
+            found = layer(x)
+        assert torch.equal(found, layer(x))
+
+
+@pytest.mark.parametrize(
+    'make', [lambda act: KANLinear(I, O, base_activation=act), lambda act: ChannelSpline(I, 8, 3, act)]
+)
+@pytest.mark.parametrize('act', [F.gelu, nn.GELU, nn.LeakyReLU(0.3), torch.sin])
+def test_compiled_whole_in_either_mode(make, act):
+    torch.compiler.reset()
+    layer, x = make(act), torch.randn(7, I)
+    compiled = torch.compile(layer, backend='eager', fullgraph=True)
+    for training in False, True, False:
+        layer.train(training)
+        close(compiled(x), layer(x), 1e-6)
+
+
 def test_packed_weights_keep_no_graph():
     layer = KANLinear(I, O)
     layer.keep_packed()

@@ -1,6 +1,7 @@
 """The GPT against transformers' GPT-2, nanoGPT's names and counts, and what sampling and causality promise."""
 
 import itertools
+import json
 import math
 import re
 from dataclasses import asdict
@@ -102,6 +103,22 @@ def test_width_of_the_mlp_is_that_of_the_config(tmp_path):
 def test_a_gpt2_of_other_settings_is_refused(tmp_path, settings):
     save_gpt2(tmp_path, **settings)
     with pytest.raises(ValueError, match='is no GPT-2 as OpenAI made it'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_gpt2_brings_no_code_of_the_hub_and_no_adapter(tmp_path):
+    peft = pytest.importorskip('peft')
+    model = save_gpt2(tmp_path)
+    config = tmp_path / 'config.json'
+    plain = config.read_text()
+    config.write_text(json.dumps({**json.loads(plain), '_attn_implementation': 'kernels-community/flash-attn'}))
+    with pytest.raises(ValueError, match="its attention is 'kernels-community/flash-attn', code of the hub, which is"):
+        GPT.from_pretrained(str(tmp_path))
+    config.write_text(plain)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=['c_attn'])).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match='holds an adapter of PEFT: merge it first, or move its adapter_config.json away'
+    ):
         GPT.from_pretrained(str(tmp_path))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import settings_of
 from helpers import ROOT, complaint, keep_figures, run_forked, write_dataset
 from model import GPT, GPTConfig
 from run.cost import count_flops
@@ -36,6 +37,7 @@ from triton_here import count_with_any_numpy
 count_with_any_numpy(pytest.MonkeyPatch())
 """
 ABOUT = dict(card='Abacus', family='sm_90', torch='2', triton='3', driver='1', commit='abc', python='3')
+CONFIG = {'dataset': 'shakespeare_char'}
 FINAL = dict(best_val_loss=1.5, val_loss=1.6, seconds=30.0, peak_mem=1e9)
 
 
@@ -50,7 +52,8 @@ def study(tmp_path, monkeypatch):
 
 
 def test_all_of_it_in_miniature_and_once_more(tmp_path):
-    flags = ['--device=cpu', '--tiny=True', f'--out={tmp_path}/gpu', f'--dataset={write_dataset(tmp_path / "data")}']
+    dataset = write_dataset(tmp_path / 'data')
+    flags = ['--device=cpu', '--tiny=True', f'--out={tmp_path}/gpu', f'--dataset={dataset}']
     (tmp_path / 'taught.py').write_text(TAUGHT)
     how = dict(env={'TRITON_INTERPRET': '1'}, modules=str(tmp_path), prelude='taught')
     outputs = []
@@ -61,14 +64,15 @@ def test_all_of_it_in_miniature_and_once_more(tmp_path):
     records = [json.loads(line) for line in (tmp_path / 'gpu/runs.jsonl').read_text().splitlines()]
     assert [record for record in records if 'error' in record] == []
     jobs = [line.removesuffix(' ...') for line in outputs[0].splitlines() if line.endswith(' ...')]
-    assert jobs[:2] == ['tests', 'run, micro_kan, seed 1'] and sorted(jobs) == sorted(
-        record['job'] for record in records
-    )
+    run = f'run, micro_kan, seed 1, {dataset}, tiny'
+    assert jobs[:2] == ['tests, tiny', run] and sorted(jobs) == sorted(record['job'] for record in records)
     assert outputs[1].count(': there is a record') == len(jobs) and ' ...' not in outputs[1]
     by_job = {record['job']: record for record in records}
-    assert by_job['tests']['counts']['passed'] == 1 and '1 passed' in (tmp_path / 'gpu/not-resumes.txt').read_text()
-    assert by_job['run, micro_kan, seed 1']['run']['final']['iter'] == 2
-    rows = by_job['tiles, float32']['rows']
+    assert (
+        by_job['tests, tiny']['counts']['passed'] == 1 and '1 passed' in (tmp_path / 'gpu/not-resumes.txt').read_text()
+    )
+    assert by_job[run]['run']['final']['iter'] == 2
+    rows = by_job['tiles, float32, tiny']['rows']
     assert [row['kernel'] for row in rows] == ['forward', 'dx', 'dw'] and all(row['error'] < 1e-5 for row in rows)
     assert not spline_triton.MEASURED.exists() or '""' not in spline_triton.MEASURED.read_text()  # tiles of no card
     page = (tmp_path / 'gpu/table.md').read_text()
@@ -202,7 +206,7 @@ def make_runs(study):
     for seed in 1, 2:
         log = [dict(seconds=n, val_loss=2.0 - n / 9) for n in range(3)]
         run = dict(config='micro_kan', seed=seed, resumed=seed == 2, took=20.0 * seed)
-        run.update(run=dict(final=dict(FINAL, seconds=30.0 * seed), log=log, finished=f'2026-0{seed}'))
+        run.update(run=dict(final=dict(FINAL, seconds=30.0 * seed), log=log, finished=f'2026-0{seed}', config=CONFIG))
         add_run(path, {'name': f'{seed}', 'job': f'run, micro_kan, seed {seed}', **ABOUT, **run})
     add_run(path, {'name': 't', 'job': 'tests', **ABOUT, 'code': 1, 'counts': {'failed': 1}, 'failed': ['a.py::b']})
     add_run(path, {'name': 'e', 'job': 'bench, step', **ABOUT, 'error': 'ValueError: no', 'took': 1.0})
@@ -231,6 +235,44 @@ def test_figures_are_those_of_one_card_and_version(study, place):
     add_run(str(study.folder / 'runs.jsonl'), {**older[0], 'name': 'older'})
     headings = [line for line in gpu.make_page(study).splitlines() if line.startswith('## ')]
     assert headings == sorted(['## Abacus, torch 2', f'## {gpu.place_of(older[0])}'])
+
+
+def test_runs_on_another_text_or_in_miniature_are_apart(study, monkeypatch):
+    make_runs(study)
+    runs = list(study.read().values())
+    later = dict(runs[0]['run'], finished='2030')
+    other = {**runs[0], 'run': {**later, 'config': {'dataset': 'mine'}}}
+    tiny = {**runs[0], 'job': 'run, micro_kan, seed 1, tiny', 'run': later}
+    assert gpu.readme_table([other, tiny, *runs]) == gpu.readme_table(runs)
+    assert gpu.searches([{'job': 'tiles, float32, tiny'}, {'job': 'tiles, float32'}]) == [{'job': 'tiles, float32'}]
+    names = set(gpu.list_jobs())
+    monkeypatch.setattr(gpu, 'dataset', 'mine')
+    apart = set(gpu.list_jobs()) ^ names
+    assert apart == {
+        f'run, {run}, seed {seed}{end}' for run in gpu.RUNS for seed in (1, 2, 3) for end in ('', ', mine')
+    }
+    monkeypatch.setattr(gpu, 'tiny', True)
+    assert all(name.endswith(', tiny') for name in gpu.list_jobs())
+
+
+def test_a_page_names_all_versions_that_were_measured(study):
+    make_runs(study)
+    add_run(str(study.folder / 'runs.jsonl'), {'name': 'z', 'job': 'tests', **ABOUT, 'driver': '2', 'error': 'no'})
+    assert 'driver 1 and 2, Triton 3, commit abc' in gpu.make_page(study)
+
+
+def test_a_run_that_was_cut_off_under_other_settings_is_no_record(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, 'ROOT', str(tmp_path))
+    monkeypatch.setattr(gpu, 'device', 'cpu')
+    settings = settings_of('train.py', [f'{ROOT}/config/train_shakespeare_char_micro.py', '--seed=1'])
+    monkeypatch.setattr(gpu, 'settings_of', lambda script, args: settings)
+    run = dict(config={**settings, 'dtype': 'float32'}, final={}, finished='2030')
+    monkeypatch.setattr(gpu, 'run_to_end', lambda script, args, folder: run)
+    assert gpu.train('micro', 1)['run'] is run
+    for changed in dict(config={**run['config'], 'learning_rate': 0.5}), dict(changes=[{'iter': 1, 'before': {}}]):
+        run.update(changed)
+        with pytest.raises(ValueError, match='holds a run with'):
+            gpu.train('micro', 1)
 
 
 def test_speed_of_gpt2_and_parts_of_a_step_by_hand(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from unittest.mock import Mock
 
+import peft
 import pytest
 import tokenizers
 import torch
@@ -242,6 +243,11 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path, monkeypatch):
     transformers.T5ForConditionalGeneration(t5).save_pretrained(tmp_path)
     refused('cannot load .*T5Config')
     hf = make('llama')
+    hf.save_pretrained(tmp_path)
+    adapted = peft.get_peft_model(make('llama'), peft.LoraConfig(target_modules=['q_proj']))
+    adapted.save_pretrained(tmp_path)
+    refused('holds an adapter of PEFT: merge it first')
+    (tmp_path / 'adapter_config.json').unlink()
     hf.save_pretrained(tmp_path, state_dict={k: p for k, p in hf.state_dict().items() if 'layers.1.mlp.up' not in k})
     refused('has no weights that fit for model.layers.1.mlp.up_proj.weight')
     weights = tmp_path / 'model.safetensors'
