@@ -209,14 +209,16 @@ def prune_model():
 
 def save_pruned(state):
     """ValueError where another command writes into the folder `save`, or has done so meanwhile."""
-    os.makedirs(save, exist_ok=True)
     try:
+        os.makedirs(save, exist_ok=True)
         with FileLock(os.path.join(save, 'run.lock'), blocking=False):
             if ckpt.holds_model(save):
                 raise ValueError(f'save={save!r} holds a model by now: name another folder')
             ckpt.save_checkpoint(save, state, is_best=True)
     except Timeout:
         raise ValueError(f'save={save!r} is in use by another command: name another folder') from None
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f'save={save!r} cannot be written: {error}') from None
 
 
 def share_cut(args):

@@ -247,6 +247,8 @@ class Splines(nn.Module):
             raise ValueError(
                 'spline_weight is computed from other numbers, so no grid can be refitted: remove that first'
             )
+        if hasattr(self.spline_weight, 'full_tensor'):
+            raise ValueError('spline_weight is in parts on several processes: change the grid before fully_shard')
 
     def refined_knots(self, grid_size):
         """(I, grid_size + 2k + 1): evenly between the old ones, and the old ones outside the grid."""

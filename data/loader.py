@@ -149,7 +149,7 @@ def read_meta(dataset):
             check_meta(meta)
     except FileNotFoundError:
         return read_pickled_meta(folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} is damaged ({error!r}): prepare the data set again') from None
     return complete_meta(folder, meta) if is_own else meta
 
@@ -159,9 +159,13 @@ def check_meta(meta):
     parts = [(meta, ('vocab_size', 'source')), (meta['tokenizer'], ('kind',))]
     parts += [(meta['splits'][split], ('tokens', 'sha256')) for split in ('train', 'val')]
     for part, names in parts:
-        absent = [name for name in names if name not in dict(part)]
+        if not isinstance(part, dict):
+            raise TypeError(f'{part!r:.80} is no dict')
+        absent = [name for name in names if name not in part]
         if absent:
             raise KeyError(absent[0])
+    if type(meta['vocab_size']) is not int:
+        raise TypeError(f'vocab_size={meta["vocab_size"]!r}')
 
 
 def complete_meta(folder, meta):

@@ -62,7 +62,7 @@ def read_json(path, read, nothing):
             found = read(f)
     except (FileNotFoundError, NotADirectoryError):
         return nothing
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is damaged ({error}): move it away') from None
     if type(found) is not type(nothing):
         raise ValueError(f'{path} holds a {type(found).__name__}, expected a {type(nothing).__name__}: move it away')

@@ -74,6 +74,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
         model.set_submodule(path, layer)
     choose_what_trains(model, layers, train)
     report(model, f'{len(layers)} layers became KAN layers', before)
+    if targets is None:
+        say_what_stays(model)
     return model
 
 
@@ -116,6 +118,16 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     choose_what_trains(model, layers, train)
     report(model, f'{len(layers)} activations became learned functions', before)
     return model
+
+
+def say_what_stays(model):
+    """A line for matrices within the blocks that are in no layer, as those of fused experts."""
+    stay = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (KANLinear, nn.modules.conv._ConvNd)) and in_block(model, path):
+            stay += [f'{path}.{name}' for name, p in module.named_parameters(recurse=False) if p.dim() > 2]
+    if stay:
+        print(f'{len(stay)} tensors stay as they are, such as {stay[0]}: they are in no linear layer')
 
 
 def refuse_adapters(model):

@@ -327,6 +327,9 @@ def save_lora(model, folder):
 
     model = unwrap(model)
     refuse_merged(model)
+    sharded = next((path for path, p in model.named_parameters() if hasattr(p, 'full_tensor')), None)
+    if sharded:
+        raise ValueError(f'{sharded} is in parts on several processes, by fully_shard: save_lora wants whole tensors')
     layers = active_lora(model)
     say_what_adds_nothing(layers)
     ours = {id(p) for layer in layers.values() for p in layer.adapter.parameters()}

@@ -76,7 +76,9 @@ def add_peft_type(name):
 
 @dataclass
 class KanLoraConfig(PeftConfig):
-    """The fields are those of PEFT's LoraConfig, and for the KAN those of LoRAConfig, as are the defaults."""
+    """These fields are those of PEFT's LoraConfig, and for the KAN those of LoRAConfig, as are the defaults. What else a
+    LoraConfig has, as rank_pattern and alpha_pattern, this one has not.
+    """
 
     r: int = LoRAConfig.rank
     lora_alpha: float = LoRAConfig.alpha

@@ -395,6 +395,10 @@ META = {
         json.dumps({**META, 'splits': {'train': META['splits']['train']}}).encode(),
         json.dumps({**META, 'tokenizer': []}).encode(),
         json.dumps({**META, 'tokenizer': 'kind'}).encode(),
+        json.dumps({**META, 'vocab_size': '8'}).encode(),
+        json.dumps({**META, 'vocab_size': 8.0}).encode(),
+        json.dumps({**META, 'splits': {name: [*part.items()] for name, part in META['splits'].items()}}).encode(),
+        b'[' * 200_000,
     ],
     ids=lambda content: content[:50].decode('latin-1'),
 )

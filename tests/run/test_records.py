@@ -26,9 +26,10 @@ def test_log_survives_a_line_cut_off(tmp_path):
 
 @pytest.mark.parametrize('name, read', [('run.json', records.read_record), ('log.jsonl', records.read_log)])
 def test_damage_is_named(tmp_path, name, read):
-    (tmp_path / name).write_text('{"iter": \n')
-    with pytest.raises(ValueError, match=f'{tmp_path}/{name} is damaged'):
-        read(tmp_path)
+    for damaged in '{"iter": \n', '[' * 200_000 + '\n':
+        (tmp_path / name).write_text(damaged)
+        with pytest.raises(ValueError, match=f'{tmp_path}/{name} is damaged'):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize('name, read', [('run.json', records.read_record), ('log.jsonl', records.read_log)])

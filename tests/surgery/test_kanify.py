@@ -276,6 +276,19 @@ def test_a_model_without_blocks_wants_names():
     assert list(kans(kanify(model, ('0',)))) == ['0']
 
 
+def test_matrices_of_experts_are_told(capsys):
+    import transformers
+
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    sizes.update(num_key_value_heads=1, num_local_experts=2)
+    kanify(transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)))
+    said = capsys.readouterr().out
+    assert 'tensors stay as they are, such as model.layers.0.mlp.experts.' in said
+    block = nn.ModuleDict({'a': nn.Linear(4, 4), 'b': nn.Conv1d(4, 4, 3)})
+    kanify(nn.ModuleDict({'h': nn.ModuleList([block])}))
+    assert 'stay as they are' not in capsys.readouterr().out
+
+
 def test_layers_that_are_read_and_not_always_called_are_left_alone():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
     for name in ('out_proj', 'linear1'):
