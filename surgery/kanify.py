@@ -22,7 +22,10 @@ from kan import ChannelSpline, KANLinear, broken_rule
 AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
 # modules of transformers that take the weights of these layers and do not call them
 READERS = {'WavLMAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'), 'DisentangledSelfAttention': ('in_proj',)}
-READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',)}
+READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',), 'DabDetrMHAttentionMap': ('k_linear',)}
+READERS |= {'LSHSelfAttention': ('query_key', 'value'), 'MobileBertLMPredictionHead': ('decoder', 'dense')}
+PLACES = 'rel_pos_bias', 'rel_pos_x_bias', 'rel_pos_y_bias'
+READERS |= dict.fromkeys(['LayoutLMv2Encoder', 'LayoutLMv3Encoder', 'PPDocLayoutV2ReadingOrderEncoder'], PLACES)
 READ = 'is read by the module around it and not always called: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 

@@ -299,6 +299,25 @@ def test_layers_that_are_read_and_not_always_called_are_left_alone():
         kanify(encoder, kind='channel', example=torch.randn(3, 8))
 
 
+@pytest.mark.parametrize(
+    'name, sizes, path',
+    [
+        ('MobileBert', dict(embedding_size=8, intra_bottleneck_size=8, num_feedforward_networks=1), 'dense'),
+        ('LayoutLMv3', dict(coordinate_size=2, shape_size=2, visual_embed=False), 'rel_pos_bias'),
+    ],
+)
+def test_layers_whose_weights_other_models_read_are_refused(name, sizes, path):
+    sizes.update(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    make = getattr(transformers, {'MobileBert': 'MobileBertForMaskedLM', 'LayoutLMv3': 'LayoutLMv3Model'}[name])
+    model = make(getattr(transformers, f'{name}Config')(**sizes))
+    named = [
+        found for found, layer in model.named_modules() if found.endswith(f'.{path}') and isinstance(layer, nn.Linear)
+    ]
+    read = named[-1]
+    with pytest.raises(ValueError, match=rf'{read} is read by the module around it'):
+        kanify(model, read)
+
+
 def test_layers_whose_weights_a_mamba_reads_are_left_out(capsys):
     sizes = dict(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=20)
     model, idx = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval(), torch.arange(6)[None]
