@@ -68,9 +68,12 @@ def check_run(name, record, path):
             record[one][other]
         for key in 'tokens_per_iter', 'flops_per_token':
             record[key]
+        log = [line for line in record['log'] if line['iter'] > 0]
+        finals = [record['final'][key] for key in ('best_val_loss', 'val_loss')] if 'finished' in record else []
+        if not all(map(math.isfinite, finals)):
+            raise TypeError('its final losses are not finite')
     except (KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged or of an older train.py ({error!r})') from None
-    log = [line for line in record['log'] if line['iter'] > 0]
     return {'name': name, 'record': {**record, 'config': complete(record['config'])}, 'log': log}
 
 

@@ -14,8 +14,8 @@ from scipy import stats
 from helpers import ROOT, complaint, run_forked
 from run.records import ADDED
 from study import nano
-from study.compare import families
-from study.runner import Study, fill
+from study.compare import check_run, families
+from study.runner import Study, fill, read_run
 
 STEPS = re.compile('^{"name": "steps, ', re.MULTILINE)
 LOSSES = {  # best validation losses by seed
@@ -461,3 +461,22 @@ def test_page_opens_and_sorts_in_a_browser(compared, tmp_path):
     done = subprocess.run([*command, '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120)
     title = re.search(r'<title>(.*?)</title>', done.stdout)[1]
     assert title == 'a b b_wide; b_wide b a; a b b_wide; b_wide a b; a b b_wide; true; true'
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(final=None),
+        dict(final={'val_loss': 1.0}),
+        dict(final={'val_loss': 1.0, 'best_val_loss': 'x'}),
+        dict(final={'val_loss': 1.0, 'best_val_loss': math.nan}),
+        dict(log=[{'val_loss': 1.0}]),
+        dict(log=[{'iter': 'x'}]),
+    ],
+    ids=str,
+)
+def test_a_record_that_lacks_something_is_named(tmp_path, change):
+    run = read_run(write_run(tmp_path / 'a', 1, 1.0))
+    check_run('a', run, 'a')
+    with pytest.raises(ValueError, match='a is damaged or of an older train.py'):
+        check_run('a', {**run, **change}, 'a')
