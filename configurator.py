@@ -43,7 +43,7 @@ def configure(variables, argv=None):
     """Override the settings among `variables` in place and return all of them, for the log and the checkpoint."""
     sys.excepthook = report
     for stream in sys.stdout, sys.stderr:  # a character that a terminal does not have ends no run
-        with contextlib.suppress(AttributeError, OSError):  # a daemon may have none, or one that was put in its place
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, another put in its place, or closed
             stream.reconfigure(errors='backslashreplace')
     names = [name for name in variables if not name.startswith('_') and not name.isupper()]
     settings = {name: variables[name] for name in names if type(variables[name]) in KINDS}

@@ -38,7 +38,7 @@ def without_code(config):
 
 
 def refuse_adapters(source, model):
-    """ValueError for a folder that holds an adapter of PEFT beside its model: transformers has put it into the layers."""
+    """ValueError where transformers has put an adapter of PEFT, found beside the model, into its layers."""
     if getattr(model, '_hf_peft_config_loaded', False):
         raise ValueError(f'{source} holds an adapter of PEFT: merge it first, or move its adapter_config.json away')
 

@@ -293,16 +293,18 @@ def name_of(activation):
         name = f'{kind.__name__} {id(activation)}'
         ACTIVATIONS[name] = activation
         return name
-    values = [id(value) if callable(value) else repr(value) for value in settings.values()]
-    parts = kind.__name__, id(kind), *settings, *values
-    names = {training: ' '.join(map(str, (training, *parts))) for training in (False, True)}
     if kind.__module__ in ('torch.nn.modules.activation', 'torch.nn.modules.linear') and 'forward' not in settings:
-        names = dict.fromkeys(names, repr(activation))
-    for training, name in names.items():  # both are known before a compiler traces the one
+        name = repr(activation)
         if name not in ACTIVATIONS:
             # the original may get other settings, or hooks, and then has another name
-            ACTIVATIONS[name] = copy.deepcopy(activation).train(training)
-    return names[activation.training]
+            ACTIVATIONS[name] = copy.deepcopy(activation)
+        return name
+    values = [id(value) if callable(value) else repr(value) for value in settings.values()]
+    name = ' '.join(map(str, [kind.__name__, id(kind), *settings, *values]))
+    if f'{name} {activation.training}' not in ACTIVATIONS:
+        for training in False, True:  # both are known before a compiler traces the one
+            ACTIVATIONS[f'{name} {training}'] = copy.deepcopy(activation).train(training)
+    return f'{name} {activation.training}'
 
 
 def run_forward(x, weight, knots, k, activation, dtype):

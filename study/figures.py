@@ -67,7 +67,6 @@ def draw_curves(groups, base):
     return figure
 
 
-@plain_names
 def draw_scaling(laws):
     figure = Figure(figsize=(8, 6), layout='constrained')
     panel = figure.subplots()
@@ -82,7 +81,8 @@ def draw_scaling(laws):
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.grid(alpha=0.3, which='both')
-    panel.legend(panel.lines, [f'{name}: {law_text(law)}' for name, _, law in laws])
+    for text in panel.legend(panel.lines, [f'{name}: {law_text(law)}' for name, _, law in laws]).get_texts():
+        text.set_parse_math(False)
     return figure
 
 

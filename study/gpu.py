@@ -243,7 +243,7 @@ def train(config, seed):
     run = run_to_end('train.py', args, folder)
     if 'final' not in run:
         raise ValueError(run['failed'])
-    check_record(folder, run, settings)  # which a text may have changed
+    check_record(folder, run, settings)  # which tells what changed where it was resumed
     shutil.rmtree(folder, ignore_errors=True)
     return {'config': config, 'seed': seed, 'resumed': resumed, 'run': run}
 
@@ -397,7 +397,7 @@ def draw_runs(runs, path):
             [line['seconds'] for line in log], [line['val_loss'] for line in log], label=run['config'], marker='.'
         )
     panel.set(xlabel=f'seconds of training on {place_of(runs[0])}', ylabel='validation loss, nats per character')
-    panel.set(xscale='symlog', title='Validation loss by seconds: Shakespeare by character, 5000 iterations')
+    panel.set(xscale='symlog', title=f'Validation loss by seconds: {os.path.basename(text_of(runs[0]))}')
     panel.legend()
     figure.savefig(path, dpi=130)
 

@@ -255,11 +255,14 @@ class LowRank(Adapter):
         return adapted
 
     def merged(self, layer):
-        # all is its own but the weights, also a `forward` that something has put into the layer, as accelerate does
-        layer = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
+        merged = copy.copy(layer)
+        merged._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights and its grid
+        merged._buffers = {name: None if p is None else p.clone() for name, p in layer._buffers.items()}
+        for name in {'forward', '_old_forward'} & vars(layer).keys():  # accelerate binds them to the layer
+            vars(merged)[name] = copy.deepcopy(vars(layer)[name], {id(layer): merged})
         for name, w in self.adapted(layer).items():
-            setattr(layer, name, nn.Parameter(w, requires_grad=False))
-        return layer
+            setattr(merged, name, nn.Parameter(w, requires_grad=False))
+        return merged
 
 
 class KANBottleneck(nn.Module):

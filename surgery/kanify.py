@@ -124,13 +124,17 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 
 
 def say_what_stays(model):
-    """A line for matrices within the blocks that are in no layer, as those of fused experts."""
+    """A line for stacks of matrices within the blocks that are in no layer, as those of fused experts."""
     stay = []
     for path, module in model.named_modules():
         if not isinstance(module, (KANLinear, nn.modules.conv._ConvNd)) and in_block(model, path):
-            stay += [f'{path}.{name}' for name, p in module.named_parameters(recurse=False) if p.dim() > 2]
+            stay += [f'{path}.{name}' for name, p in module.named_parameters(recurse=False) if is_stack(p)]
     if stay:
         print(f'{len(stay)} tensors stay as they are, such as {stay[0]}: they are in no linear layer')
+
+
+def is_stack(p):
+    return p.dim() > 2 and min(p.shape) > 1
 
 
 def refuse_adapters(model):

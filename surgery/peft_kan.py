@@ -76,8 +76,8 @@ def add_peft_type(name):
 
 @dataclass
 class KanLoraConfig(PeftConfig):
-    """These fields are those of PEFT's LoraConfig, and for the KAN those of LoRAConfig, as are the defaults. What else a
-    LoraConfig has, as rank_pattern and alpha_pattern, this one has not.
+    """These fields are those of PEFT's LoraConfig, and for the KAN those of LoRAConfig, as are the defaults. It lacks
+    what else a LoraConfig has, as rank_pattern and alpha_pattern.
     """
 
     r: int = LoRAConfig.rank

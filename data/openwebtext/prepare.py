@@ -65,7 +65,7 @@ def load_documents(folder, source, num_proc):
     kind = getattr(documents.features.get('text'), 'dtype', None)
     if kind not in ('string', 'large_string'):
         raise ValueError(f'--source={source} must hold texts in a column text, got {documents.features}')
-    n_all, documents = len(documents), documents.filter(has_text)
+    n_all, documents = len(documents), documents.filter(has_text, input_columns='text')
     if len(documents) < n_all:
         print(f'{n_all - len(documents)} of {n_all} documents have no text and are left out')
     if len(documents) < 2:
@@ -73,8 +73,8 @@ def load_documents(folder, source, num_proc):
     return documents, source
 
 
-def has_text(document):
-    return document['text'] is not None
+def has_text(text):
+    return text is not None
 
 
 def check_disk(folder, cache_folder):
