@@ -217,7 +217,7 @@ def save_pruned(state):
             ckpt.save_checkpoint(save, state, is_best=True)
     except Timeout:
         raise ValueError(f'save={save!r} is in use by another command: name another folder') from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
         raise ValueError(f'save={save!r} cannot be written: {error}') from None
 
 

@@ -81,7 +81,8 @@ def draw_scaling(laws):
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:.3g}'))
     panel.grid(alpha=0.3, which='both')
-    for text in panel.legend(panel.lines, [f'{name}: {law_text(law)}' for name, _, law in laws]).get_texts():
+    legend = panel.legend(panel.lines, [f'{name}: {law_text(law)}' for name, _, law in laws])
+    for text in legend.get_texts():  # not all of the figure: its ticks are written in TeX
         text.set_parse_math(False)
     return figure
 

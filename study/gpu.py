@@ -290,11 +290,12 @@ def make_page(study):
     runs, parts = study.read().values(), []
     for place in sorted({place_of(run) for run in runs}):
         there = {run['job']: run for run in runs if place_of(run) == place}
-        titles = {'driver': 'driver', 'triton': 'Triton', 'commit': 'commit'}
-        found = {title: dict.fromkeys(str(run[key]) for run in there.values()) for key, title in titles.items()}
-        about = ', '.join(f'{title} {" and ".join(values)}' for title, values in found.items())
+        about = []
+        for what in 'driver', 'Triton', 'commit':
+            values = dict.fromkeys(str(run[what.lower()]) for run in there.values())
+            about.append(f'{what} {" and ".join(values)}')
         sections = [f'### {job}\n\n{show_job(run)}\n' for job, run in there.items()]
-        parts.append(f'## {place}\n\n{about}\n\n' + '\n'.join(sections))
+        parts.append(f'## {place}\n\n{", ".join(about)}\n\n' + '\n'.join(sections))
     return '\n'.join(parts)
 
 

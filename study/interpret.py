@@ -27,8 +27,8 @@ from inside.reading import Text
 from kan import KANLinear
 from run.checkpoint import load_checkpoint, versions
 from run.device import device_name, peak_memory
-from run.records import commit
-from study.runner import Study, check_machine, choose, read_run, run_json, run_to_end
+from run.records import commit, read_record
+from study.runner import Study, check_machine, choose, run_json, run_to_end
 from study.sweep import check_record
 
 STUDY = Study('interpret')
@@ -62,8 +62,9 @@ def trained(model):
     """The folder of a trained model, with its history."""
     folder = STUDY.work / 'models' / model
     args = [f'{ROOT}/config/train_shakespeare_char_{model}.py', '--keep_history=True', '--eval_interval=100']
-    check_record(folder, read_run(folder), settings_of('train.py', args))
-    if 'finished' not in read_run(folder):
+    run = read_record(folder)
+    check_record(folder, run, settings_of('train.py', args))
+    if 'finished' not in run:
         run_to_end('train.py', args, folder)
     return folder
 

@@ -63,7 +63,6 @@ methods = ','.join(METHODS)
 
 
 def prepare_base():
-    BASE.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{BASE}.lock'):  # of several shells one writes it
         if not (BASE / 'tokenizer.json').exists():  # what is written last
             tokenizer, hf = smollm2.load()

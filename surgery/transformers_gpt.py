@@ -133,8 +133,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = GPTCache(self.gpt.new_caches())
         caches = past_key_values.blocks if past_key_values is not None else None
-        n_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        shape = len(input_ids), n_cached + input_ids.size(1)
+        shape = len(input_ids), (caches[0].length if caches else 0) + input_ids.size(1)
         if attention_mask is not None and attention_mask.shape != shape:
             raise ValueError(f'expected an attention_mask of shape {shape}, got {tuple(attention_mask.shape)}')
         lengths = lengths_of(attention_mask)
