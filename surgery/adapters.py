@@ -13,6 +13,7 @@ Legend: I, O features in and out; r rank.
 import copy
 import math
 from dataclasses import dataclass, fields
+from types import FunctionType
 
 import torch
 import torch.nn as nn
@@ -259,7 +260,10 @@ class LowRank(Adapter):
         merged._parameters = dict(layer._parameters)  # its own: the layer that it copies keeps its weights and its grid
         merged._buffers = {name: None if p is None else p.clone() for name, p in layer._buffers.items()}
         for name in {'forward', '_old_forward'} & vars(layer).keys():  # accelerate binds them to the layer
-            vars(merged)[name] = copy.deepcopy(vars(layer)[name], {id(layer): merged})
+            forward = vars(layer)[name]
+            if isinstance(forward, FunctionType):  # the layer that it computes with cannot be told
+                raise ValueError(f'a {type(layer).__name__} has a function as its {name}: take it off before you merge')
+            vars(merged)[name] = copy.deepcopy(forward, {id(layer): merged})
         for name, w in self.adapted(layer).items():
             setattr(merged, name, nn.Parameter(w, requires_grad=False))
         return merged

@@ -406,6 +406,21 @@ def test_merges_below_a_forward_that_was_put_into_the_layer(kind, layer):
         assert torch.equal(model.layer(x), base)
 
 
+def test_a_function_in_place_of_forward_is_no_ground_to_merge_on():
+    model, x = make('Linear')
+    layer, forward = model.layer, model.layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    add_lora(model, LoRAConfig(rank=R, target_modules=('layer',)))
+    y = randomise(model).eval().layer(x)
+    with pytest.raises(ValueError, match='a Linear has a function as its forward'):
+        merge_lora(model)
+    assert torch.equal(model.layer(x), y)
+    del layer.forward
+    y = model.layer(x)
+    merge_lora(model)
+    torch.testing.assert_close(model.layer(x), y, rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_of_a_block_that_stands_at_several_places_comes_back(tmp_path, capsys):
     block = nn.ModuleDict({'q_proj': nn.Linear(I, I), 'v_proj': nn.Linear(I, I)})
     model = nn.Module()
