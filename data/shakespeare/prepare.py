@@ -2,6 +2,7 @@
 
 $ python data/shakespeare/prepare.py
 $ python data/shakespeare/prepare.py --source=my.txt   # any UTF-8 text
+$ python data/shakespeare/prepare.py --source=plays    # the text of the records in results/
 """
 
 import sys
@@ -13,7 +14,7 @@ from data.script import main
 from data.tinyshakespeare import write_text
 from data.tokenizer import GPT2Tokenizer
 
-source = ''  # a text file; empty: tinyshakespeare
+source = ''  # a text file, or 'plays' for the nine plays; empty: tinyshakespeare
 
 
 def prepare(folder, source):

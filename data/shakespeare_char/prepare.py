@@ -2,6 +2,7 @@
 
 $ python data/shakespeare_char/prepare.py
 $ python data/shakespeare_char/prepare.py --source=my.txt   # any UTF-8 text
+$ python data/shakespeare_char/prepare.py --source=plays    # the text of the records in results/
 """
 
 import sys
@@ -13,7 +14,7 @@ from data.script import main
 from data.tinyshakespeare import write_text
 from data.tokenizer import TINYSHAKESPEARE_CHARS, CharTokenizer
 
-source = ''  # a text file; empty: tinyshakespeare
+source = ''  # a text file, or 'plays' for the nine plays; empty: tinyshakespeare
 
 
 def tokenizer_of(text):

@@ -4,6 +4,7 @@ writes train.bin, val.bin and meta.json, as there.
 
 $ python data/shakespeare_char_tuning/prepare.py
 $ python data/shakespeare_char_tuning/prepare.py --source=my.txt   # any UTF-8 text
+$ python data/shakespeare_char_tuning/prepare.py --source=plays    # the text of the records in results/
 """
 
 import sys
@@ -15,7 +16,7 @@ from data.script import main
 from data.shakespeare_char.prepare import tokenizer_of
 from data.tinyshakespeare import write_text
 
-source = ''  # a text file; empty: tinyshakespeare
+source = ''  # a text file, or 'plays' for the nine plays; empty: tinyshakespeare
 
 
 def prepare(folder, source):

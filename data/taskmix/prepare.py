@@ -18,7 +18,7 @@ from data.tokenizer import GPT2Tokenizer
 from tasks.prompts import find_task, prepare_task
 
 TASKS = 'sst', 'cfimdb', 'quora', 'sonnets'  # whatever other tasks there are, the text stays the same
-source = ''  # a text file; empty: tinyshakespeare
+source = ''  # a text file, or 'plays' for the nine plays; empty: tinyshakespeare
 
 
 def read_documents(source):

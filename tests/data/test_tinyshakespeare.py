@@ -96,9 +96,9 @@ def test_plays_with_another_text_are_refused(without_network, monkeypatch):
         tinyshakespeare.read_text()
 
 
-def test_nine_plays_are_the_pinned_text(without_network):
+def test_nine_plays_are_the_pinned_text():
     try:
-        text, description = tinyshakespeare.read_text()
+        text, description = tinyshakespeare.read_text('plays')
     except OSError as error:
         pytest.skip(f'no package to read the plays from: {error}')
     assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n')

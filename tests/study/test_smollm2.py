@@ -73,7 +73,7 @@ def test_a_run_learns_from_eight_tenths_and_is_measured_on_the_others(llama, mon
     for name, value in dict(STEPS=3, LENGTH=16, WINDOWS=4).items():
         monkeypatch.setattr(smollm2, name, value)
     monkeypatch.setattr(smollm2, 'load', lambda: (lambda words: SimpleNamespace(input_ids=text.tolist()), llama))
-    monkeypatch.setattr(smollm2, 'read_text', lambda: ('',))
+    monkeypatch.setattr(smollm2, 'read_plays', lambda: ('',))
     loss_of, learned = smollm2.loss_of, []
 
     def remember(model, batch):

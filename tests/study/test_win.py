@@ -153,11 +153,13 @@ def test_runs_are_on_the_text_of_the_records(study, tmp_path, monkeypatch):
     monkeypatch.setattr(win, 'COMMON', dict(win.COMMON, dataset=dataset))
     study.run(['tuning'], ['0.45M'], ['main'])
     run = next(iter(study.STUDY.read().values()))
-    there = dict(name=dataset, source='another text', splits={})
-    add_run(study.STUDY.folder / 'runs.jsonl', dict(run, dataset=there))
-    study.run(['tuning'], ['0.45M'], ['main'])  # nothing is missing
-    with pytest.raises(ValueError, match='is a run on another text, data/.*text holds random characters: prepare it'):
-        study.run(['final'], ['0.45M'], ['main'])
+    for source, flag in ('another text', ''), ('the nine plays of tinyshakespeare', ' --source=plays'):
+        there = dict(name=dataset, source=source, splits={})
+        add_run(study.STUDY.folder / 'runs.jsonl', dict(run, dataset=there))
+        study.run(['tuning'], ['0.45M'], ['main'])  # nothing is missing
+        message = f'is a run on {source}, data/.*text holds random characters: .*text/prepare.py{flag} makes it anew;'
+        with pytest.raises(ValueError, match=message):
+            study.run(['final'], ['0.45M'], ['main'])
 
 
 def test_unseen_text_is_of_the_text_that_was_trained_on(tmp_path, monkeypatch):
