@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 
 import numpy as np
 
-from configurator import ROOT, settings_of
+from configurator import ROOT, configure, settings_of
 from run.records import complete
 from run.tables import markdown_table
 from study import win
@@ -485,6 +485,7 @@ def rows_of(n, across, width, height):
 
 
 if __name__ == '__main__':
+    configure(globals())
     STUDY.show(make_page())
     for baseline, pages in ANSWERS.items():
         answer = make_answer(baseline)

@@ -397,10 +397,11 @@ import json, sys
 sys.path.insert(0, {root!r})
 import configurator
 from run import files
-n_layer = 2
+n_layer = 2  # blocks
 out_dir = 'out'
 _hidden = 1
 config = configurator.configure(globals())
+n_layer = n_layer + 0  # not what it means
 print('went on with', n_layer)
 {body}
 '''
@@ -433,7 +434,8 @@ def test_help_prints_the_resolved_settings_and_exits(tmp_path, flag):
     (tmp_path / 'c.py').write_text('n_layer = 5')
     result = run_script(tmp_path, flag, 'c.py', '--out_dir=a b')
     assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n--n_layer=5\n' + "--out_dir='a b'\n"
+    flags = f"{'--n_layer=5':<33}  # blocks\n--out_dir='a b'\n"
+    assert result.stdout == 'What it does.\n\n    python script.py --n_layer=3\n\n' + flags
 
 
 def test_help_checks_the_settings_first(tmp_path):
