@@ -240,18 +240,16 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions='', share
     """ValueError for a number out of range. An argument names settings, between spaces; fractions are in [0, 1), shares
     in (0, 1].
     """
-    for name in shares.split():
-        if not 0 < settings[name] <= 1:
-            raise ValueError(f'{name} must be greater than 0 and at most 1, got {settings[name]}')
-    for name in at_least_one.split():
-        if settings[name] < 1:
-            raise ValueError(f'{name} must be at least 1, got {settings[name]}')
-    for name in f'{not_negative} {fractions}'.split():
-        if settings[name] < 0:
-            raise ValueError(f'{name} must not be negative, got {settings[name]}')
-    for name in fractions.split():
-        if settings[name] >= 1:
-            raise ValueError(f'{name} must be less than 1, got {settings[name]}')
+    rules = [
+        (shares, lambda x: 0 < x <= 1, 'be greater than 0 and at most 1'),
+        (at_least_one, lambda x: x >= 1, 'be at least 1'),
+        (f'{not_negative} {fractions}', lambda x: x >= 0, 'not be negative'),
+        (fractions, lambda x: x < 1, 'be less than 1'),
+    ]
+    for names, holds, wanted in rules:
+        for name in names.split():
+            if not holds(settings[name]):
+                raise ValueError(f'{name} must {wanted}, got {settings[name]}')
     if settings.get('seed', 0) >= 2**63:
         raise ValueError(f'seed must be less than 2**63, got {settings["seed"]}')
 

@@ -25,7 +25,7 @@ from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, as_fast
 from model import CONV1D, GPT, GPTConfig
 from run.checkpoint import EXPORT, build_model, load_checkpoint
-from run.files import write_atomically
+from run.files import write_file
 from run.records import read_log, read_record
 from surgery.causal_lm import build_hf, name_in_hf
 from surgery.lora import read_adapter
@@ -95,8 +95,7 @@ def copy_code(folder):
             text = re.sub(rf'^from {re.escape(module)} import', f'from .{file} import', text, flags=re.MULTILINE)
         text = re.sub(r'^( *)from layers import (\w+)$', r'\1\2 = None  # not in an export', text, flags=re.MULTILINE)
         text = text.replace("BACKEND = 'auto'", "BACKEND = 'plain'")
-        with write_atomically(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-            f.write(text)
+        write_file(os.path.join(folder, name), text)
 
 
 def as_transformers(gpt):
@@ -121,8 +120,7 @@ def to_transformers(checkpoint, target):
     if 'best_val_loss' in checkpoint:
         kept['best_val_loss'] = float(checkpoint['best_val_loss'])  # nanoGPT's is a tensor
     about = dict(gpt2=is_plain, tied=gpt.tied_names(), model_args=vars(gpt.config), tokenizer=tokenizer.to_dict())
-    with write_atomically(os.path.join(target, EXPORT), 'w', encoding='utf-8') as f:
-        json.dump(about | kept, f, indent=1)
+    write_file(os.path.join(target, EXPORT), json.dumps(about | kept, indent=1))
     source = arguments_of(push or target, brings_code=not is_plain)
     longest = gpt.config.block_size - 1 if is_plain else 100
     write_gpt_card(target, how_to_write(source, tokenizer, longest), checkpoint, gpt)
@@ -325,8 +323,7 @@ def write_card(target, parts, how, heading, config):
     if config:
         settings = (f'`{key} = {value!r}`' for key, value in config.items() if key not in ('out_dir', 'device'))
         parts.append(f'Recipe: {", ".join(settings)}.')
-    with write_atomically(os.path.join(target, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write('\n\n'.join(parts) + '\n')
+    write_file(os.path.join(target, 'README.md'), '\n\n'.join(parts) + '\n')
 
 
 def is_cut(config, gpt):

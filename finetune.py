@@ -26,7 +26,7 @@ from configurator import INCIDENTAL, check_ranges, configure, differing, idle_se
 from run import checkpoint as ckpt
 from run import records
 from run.device import autocast, device_name, peak_memory
-from run.files import write_atomically
+from run.files import write_file
 from run.session import Session
 from run.trackers import names_of_trackers
 from surgery.lora import digest_of, save_lora
@@ -306,8 +306,7 @@ def finish():
     if not find_task(task).answers:
         texts = [[example.text for example in part] for part in (examples_of_train, scored['dev'])]
         metrics['baselines'] = sonnet_baselines(*texts)
-    with write_atomically(os.path.join(out_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
-        json.dump(metrics, f, indent=1, allow_nan=False)
+    write_file(os.path.join(out_dir, 'metrics.json'), json.dumps(metrics, indent=1, allow_nan=False))
     session.write_record(final=metrics, finished=records.now())
     session.finish_tracking()
     return True

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from data.download import download
-from run.files import decode_text, sha256_of, write_atomically
+from run.files import decode_text, sha256_of, write_file
 from run.records import read_json
 
 COLUMNS = {  # of a table: the columns of text, the column of the label, and how many labels there are
@@ -143,12 +143,10 @@ def write_splits(task, folder, files, source, divide=None):
     description = f'{"the files of the course" if original else "files other than those of the course"}, {where}'
     (folder / 'meta.json').unlink(missing_ok=True)
     for name, content in contents.items():
-        with write_atomically(folder / name) as f:
-            f.write(content)
+        write_file(folder / name, content)
         print(f'{name}: {about[name]["rows"]:,} rows, sha256 {about[name]["sha256"]}')
     meta = dict(source=description, splits={Path(name).stem: entry for name, entry in about.items()})
-    with write_atomically(folder / 'meta.json', 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=1)
+    write_file(folder / 'meta.json', json.dumps(meta, indent=1))
     print(f'source: {description}')
 
 

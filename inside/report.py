@@ -15,7 +15,7 @@ from inside import figures
 from inside.edges import Edges, Seen, columns_of, curves, indices, kan_layers, measure, values, watch, weights_of
 from inside.faithful import loss_text
 from inside.formulas import Formula, Found, expression, function_of, refine, search
-from run.files import write_atomically
+from run.files import write_atomically, write_file
 from run.records import without_nan
 from run.tables import markdown_table
 
@@ -377,12 +377,14 @@ def most_driven(known, met, driven, n):
 
 def write_formulas(folder, layers):
     """formulas.txt and formulas.tex for people, edges.csv and formulas.json for programs: the strongest edges."""
+    import sympy
+
     rows, data, text, tex = [], [], [], []
     for layer in layers:
         text.append(f'\n{layer.name}\n')
         tex.append('\\intertext{\\texttt{' + layer.name.replace('_', '\\_') + '}}\n')
         for pair, formula in zip(layer.pairs, layer.formulas):
-            row, latex = row_of(layer, *pair, formula), latex_of(pair, formula)
+            row, latex = row_of(layer, *pair, formula), sympy.latex(expression(formula, symbol=f'x_{{{pair[1]}}}'))
             rows.append(row)
             exact = {name: row[name] for name in 'abcd'}  # five digits of b are too few for inputs far from zero
             data.append({**rounded(row), **exact, 'latex': latex, 'others': rounded(formula.others)})
@@ -404,12 +406,6 @@ def row_of(layer, o, i, formula):
     row = dict(layer=layer.name, output=output_of(layer.seen, o), feature=i, **domain, **numbers_of(layer.edges, o, i))
     row.update(family=formula.family, formula=str(expression(formula)), r2=formula.r2)
     return dict(row, a=formula.a, b=formula.b, c=formula.c, d=formula.d)
-
-
-def latex_of(pair, formula):
-    import sympy
-
-    return sympy.latex(expression(formula, symbol=f'x_{{{pair[1]}}}'))
 
 
 def text_of(row, formula):
@@ -441,8 +437,7 @@ def as_json(value):
 
 
 def write_text(folder, name, text):
-    with write_atomically(os.path.join(folder, name), 'w', encoding='utf-8') as f:
-        f.write(text)
+    write_file(os.path.join(folder, name), text)
 
 
 def write_figure(figure, folder, name):

@@ -61,12 +61,6 @@ def last_of(blocks, n):
     return blocks[-n:]
 
 
-def find_gaps(T, S, device):
-    """How many tokens each source lies before each of the last T targets, (T, S)."""
-    places = torch.arange(S, device=device)
-    return places[S - T :, None] - places
-
-
 @functools.cache
 def list_near(N, window, device):
     """The list (2, E) of N tokens and the `window` tokens before each, by target, and how many edges end up to each."""
@@ -105,7 +99,8 @@ class Edges:
         self.block_size, self.topk, self.lengths = config.block_size, config.graph_topk, lengths
         self.B, T = ids.size()
         ids = ids if cache is None else cache.extend('ids', ids.unsqueeze(-1)).squeeze(-1)  # (B, S)
-        gaps = find_gaps(T, ids.size(1), ids.device)
+        places = torch.arange(ids.size(1), device=ids.device)
+        gaps = places[-T:, None] - places  # how many tokens each source lies before each target, (T, S)
         self.earlier = gaps > 0  # where a target may look besides at itself: (T, S), with lengths (B, T, S)
         if lengths is not None:
             self.earlier = self.earlier & (torch.arange(T, device=ids.device) < lengths[:, None]).unsqueeze(-1)

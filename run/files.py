@@ -39,6 +39,12 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
+def write_file(path, content):
+    """Put text, in UTF-8, or bytes at a path, all of it or nothing."""
+    with write_atomically(path) as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
 def decode_text(content, name):
     """The text in the bytes of the file called `name`: UTF-8, without the mark and the ends of lines of Windows."""
     try:

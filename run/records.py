@@ -12,7 +12,7 @@ import subprocess
 from datetime import UTC, datetime
 
 from configurator import ROOT
-from run.files import write_atomically
+from run.files import write_file
 
 # settings of train.py that older records do not name, as they were before there was a choice
 ADDED = dict(use_graph=False, graph_kind='gat', graph_edges='causal', graph_heads=4, graph_place='after')
@@ -37,8 +37,7 @@ def read_record(out_dir):
 
 
 def write_record(out_dir, record):
-    with write_atomically(os.path.join(out_dir, 'run.json'), 'w', encoding='utf-8') as f:
-        json.dump(record, f, indent=1, allow_nan=False)
+    write_file(os.path.join(out_dir, 'run.json'), json.dumps(record, indent=1, allow_nan=False))
 
 
 def read_log(out_dir):
@@ -75,8 +74,7 @@ def without_nan(value, default=None):
 
 
 def write_log(out_dir, lines):
-    with write_atomically(os.path.join(out_dir, 'log.jsonl'), 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(line, allow_nan=False) + '\n' for line in lines)
+    write_file(os.path.join(out_dir, 'log.jsonl'), ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines))
 
 
 def write_run(out_dir, record, log):

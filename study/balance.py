@@ -26,7 +26,7 @@ from data import loader
 from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, count_parameters, make_step
 from run.device import device_name, pick_device, pick_dtype, set_up
-from run.files import write_atomically
+from run.files import write_file
 
 # -----------------------------------------------------------------------------
 by = 'params'  # 'params', 'flops' or 'seconds'
@@ -166,8 +166,7 @@ header = f"""# The vanilla GPT that costs what the KAN-GPT of {os.path.basename(
 #     python train.py {os.path.relpath(out)}
 # Found by `python study/balance.py {' '.join(sys.argv[1:])}`.
 """
-with write_atomically(out, 'w', encoding='utf-8') as f:
-    f.write(header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
+write_file(out, header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
 print(
     '\nlearning_rate and init_std are those of the KAN-GPT, which need not suit this one: study/sweep.py tries others'
 )

@@ -252,10 +252,8 @@ def prepare_step(dtype, where, name):
     for module in raw_model.modules():
         if isinstance(module, KAN) and name in PEERS:
             others = [make_layer(name, layer.in_features, layer.out_features) for layer in module.layers]
-            rows, sequences = (
-                nn.Flatten(0, -2),
-                nn.Unflatten(0, (-1, settings['block_size'])),
-            )  # they take matrices only
+            # they take matrices only
+            rows, sequences = nn.Flatten(0, -2), nn.Unflatten(0, (-1, settings['block_size']))
             module.layers = nn.ModuleList(nn.Sequential(rows, other, sequences) for other in others)
     raw_model.to(device)
     sizes = settings['batch_size'], settings['gradient_accumulation_steps']
@@ -334,12 +332,8 @@ def measure(dtype, where, name):
     before = peak_memory(device)
     run = prepare(dtype, where, name)
     run()
-    seconds, peak_bytes = [run() for _ in range(repeats)], peak_memory(device) - before
-    return {
-        'seconds': seconds,
-        'peak_bytes': peak_bytes,
-        'operators': profile(run, device)[:operators] if operators else [],
-    }
+    found = dict(seconds=[run() for _ in range(repeats)], peak_bytes=peak_memory(device) - before)
+    return dict(found, operators=profile(run, device)[:operators] if operators else [])
 
 
 def measure_apart(*case):

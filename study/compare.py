@@ -28,7 +28,7 @@ import plotly.offline
 from scipy import stats
 
 from configurator import INCIDENTAL, configure
-from run.files import write_atomically
+from run.files import write_file
 from run.records import began_with, complete, perplexity, without_nan
 from run.tables import markdown_table
 from study import figures
@@ -378,8 +378,7 @@ def compare(runs, out, baseline='', mix=False, over='', scaling=False):
     texts['compare.html'] = page(groups, base, laws, grids, settings)
     os.makedirs(out, exist_ok=True)
     for name, text in texts.items():
-        with write_atomically(os.path.join(out, name), 'w', encoding='utf-8') as f:
-            f.write(text)
+        write_file(os.path.join(out, name), text)
     if figures.has_curves(shown):
         figures.draw_curves(shown, base).savefig(os.path.join(out, 'curves.png'), dpi=120)
     if grids:

@@ -33,7 +33,7 @@ from data.loader import is_prepared
 from model import GPT, GPTConfig, model_settings
 from run.cost import count_flops, make_step
 from run.device import device_name, flops_promised, peak_memory, pick_device, profile, set_up
-from run.files import write_atomically
+from run.files import write_file
 from run.records import commit, read_record, without_nan
 from run.tables import markdown_table
 from study.runner import Study, add_run, fill, run_json, run_to_end
@@ -79,32 +79,21 @@ def list_jobs():
         'tiles, bfloat16': (find_tiles, torch.bfloat16),
         'profile, micro_kan': (profile_steps,),
         'tiles, float32': (find_tiles, torch.float32),
-        'GPT-2': (step_both_gpt2,),
+        'GPT-2': (lambda: {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]},),
         'tests of train.py': (run_tests, 'resumes'),
     }
     # a name that comes twice is done the first time
-    order = ['tests', 'tiles, bfloat16', *list(runs)[:2], *list(benches)[:2]]
-    order += [
-        'profile, micro_kan',
-        'tiles, float32',
-        'GPT-2',
-        *list(runs)[2 : len(RUNS)],
-        *benches,
-        'tests of train.py',
-        *runs,
-    ]
+    middle = 'profile, micro_kan', 'tiles, float32', 'GPT-2'
+    order = ['tests', 'tiles, bfloat16', *list(runs)[:2], *list(benches)[:2], *middle, *list(runs)[2 : len(RUNS)]]
+    order += [*benches, 'tests of train.py', *runs]
     if tiny:
-        order = ['tests', *list(runs)[:1], *benches, 'profile, micro_kan', 'tiles, float32', 'GPT-2']
+        order = ['tests', *list(runs)[:1], *benches, *middle]
     small = ', tiny' if tiny else ''
     return {name + small: functools.partial(*(runs | benches | others)[name]) for name in order}
 
 
 def bench(flags):
     return run_json('study/bench.py', **flags, device=device)
-
-
-def step_both_gpt2():
-    return {'rows': [step_gpt2('train_gpt2_kan'), step_gpt2('train_gpt2')]}
 
 
 def run_all(jobs, study):
@@ -177,9 +166,8 @@ def run_tests(which='not resumes'):
     command += ['-k', 'test_shapes and 16' if tiny else which]
     if importlib.util.find_spec('xdist') and not tiny:
         command += ['-n', '8']
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     try:
         text, code = process.communicate(timeout=TEST_SECONDS)[0], process.returncode
     except subprocess.TimeoutExpired:
@@ -188,8 +176,7 @@ def run_tests(which='not resumes'):
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    with write_atomically(Path(out, f'{which.replace(" ", "-")}.txt'), 'w', encoding='utf-8') as f:
-        f.write(text)
+    write_file(Path(out, f'{which.replace(" ", "-")}.txt'), text)
     counts = {what: int(n) for n, what in re.findall(r'(\d+) (passed|failed|skipped|errors?)', text[-400:])}
     failed = re.findall(r'^(?:FAILED|ERROR) (.*)', text, re.MULTILINE)[:40]
     return {'code': code, 'counts': counts, 'failed': failed}
@@ -226,8 +213,7 @@ def use_tiles(runs):
         sizes = {row['bytes'] for row in new}
         known[family] = [row for row in known.get(family, ()) if row['bytes'] not in sizes] + new
     if known:
-        with write_atomically(spline_triton.MEASURED, 'w', encoding='utf-8') as f:
-            json.dump(known, f, indent=1)
+        write_file(spline_triton.MEASURED, json.dumps(known, indent=1))
     spline_triton.measured_tiles.cache_clear()
     spline_triton.tile_of.cache_clear()
 
@@ -305,14 +291,9 @@ def show_job(run):
     if run['job'].startswith('tests'):
         failed = ''.join(f'\n- {line}' for line in run['failed'])
         return ', '.join([*(f'{n} {what}' for what, n in run['counts'].items()), f'exit status {run["code"]}']) + failed
-    kind = run['job'].partition(',')[0]
-    return {
-        'tiles': show_tiles,
-        'bench': lambda run: make_table(run['rows']),
-        'profile': show_profile,
-        'run': show_run,
-        'GPT-2': show_gpt2,
-    }[kind](run)
+    shown = {'tiles': show_tiles, 'profile': show_profile, 'run': show_run, 'GPT-2': show_gpt2}
+    shown['bench'] = lambda run: make_table(run['rows'])
+    return shown[run['job'].partition(',')[0]](run)
 
 
 def show_tiles(run):
@@ -393,10 +374,8 @@ def draw_runs(runs, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     panel = figure.subplots()
     for run in runs:
-        log = run['run']['log']
-        panel.plot(
-            [line['seconds'] for line in log], [line['val_loss'] for line in log], label=run['config'], marker='.'
-        )
+        points = [(line['seconds'], line['val_loss']) for line in run['run']['log']]
+        panel.plot(*zip(*points), label=run['config'], marker='.')
     panel.set(xlabel=f'seconds of training on {place_of(runs[0])}', ylabel='validation loss, nats per character')
     panel.set(xscale='symlog', title=f'Validation loss by seconds: {os.path.basename(text_of(runs[0]))}')
     panel.legend()

@@ -134,12 +134,11 @@ def check(folder, n_edges, rows):
 def compare_with_brute_force(edges):
     missed = np.array([edge['brute_r2'] - edge['r2'] for edge in edges])
     below, above = (missed > 1e-3).sum(), (missed < -1e-3).sum()
-    lines = [
-        f'The R² of the formulas of {len(edges)} edges, drawn from all layers, beside the best that least squares',
-        f'find from many starts: {below} are more than 0.001 below it, the farthest {missed.max():.4f};',
-        f'{above} are more than 0.001 above it.',
-    ]
-    return ' '.join(lines)
+    return (
+        f'The R² of the formulas of {len(edges)} edges, drawn from all layers, beside the best that least squares '
+        f'find from many starts: {below} are more than 0.001 below it, the farthest {missed.max():.4f}; '
+        f'{above} are more than 0.001 above it.'
+    )
 
 
 def make(name, flags, folder):
@@ -182,13 +181,8 @@ def table(records):
     if TIMED in records:
         run = records[TIMED]
         what = f'All {run["edges"]:,} edges of a layer of 192 x 768 against {run["candidates"]:,} candidates'
-        parts += [
-            '## Time',
-            '',
-            f'{what}, with statistics of 16,384 rows: {run["seconds"]:.1f} s, {run["peak"] / 1e9:.2f} GB',
-        ]
-        parts[-1] += f' for the whole process; {run["device"]}.'
-        parts.append('')
+        took = f'{run["seconds"]:.1f} s, {run["peak"] / 1e9:.2f} GB for the whole process; {run["device"]}.'
+        parts += ['## Time', '', f'{what}, with statistics of 16,384 rows: {took}', '']
     return '\n'.join(parts)
 
 

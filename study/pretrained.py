@@ -97,9 +97,8 @@ def prompt_jobs(task):
 def make(name, job, folder):
     """The record of a run of finetune.py."""
     about, settings = job
-    places = dict(
-        init_from=BASE, save_base=False, frozen_cache=FROZEN if settings.get('finetune_mode') != 'full' else ''
-    )
+    frozen = FROZEN if settings.get('finetune_mode') != 'full' else ''
+    places = dict(init_from=BASE, save_base=False, frozen_cache=frozen)
     run = run_to_end('finetune.py', flags_of(settings | places), folder)
     if 'failed' in run:
         return {**about, 'settings': settings, 'failed': run['failed']}

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from configurator import ROOT, flags_of
-from run.files import write_atomically
+from run.files import write_file
 from run.records import read_log, read_record
 
 RESUME = {'train.py': '--init_from=resume', 'finetune.py': '--resume=True'}
@@ -63,8 +63,7 @@ def add_run(path, run):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with FileLock(f'{path}.lock'):
         runs = read_runs(path) | {run['name']: run}
-        with write_atomically(path, 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(runs[name], allow_nan=False) + '\n' for name in sorted(runs))
+        write_file(path, ''.join(json.dumps(runs[name], allow_nan=False) + '\n' for name in sorted(runs)))
 
 
 class Study:
@@ -81,8 +80,7 @@ class Study:
 
     def show(self, table):
         """Print the tables of the study and write them into table.md."""
-        with write_atomically(self.folder / 'table.md', 'w', 'utf-8') as f:
-            f.write(table)
+        write_file(self.folder / 'table.md', table)
         print(table, end='')
 
     def fill(self, table):
@@ -112,8 +110,7 @@ def fill(path, script, lines):
     old, ends, after = rest.partition(end)
     if not (is_there and ends) or 'writes this table' in old or begin in after:
         raise ValueError(f'{path} wants {begin.strip()} once and {end.strip()} after it, on lines of their own')
-    with write_atomically(path, 'w', encoding='utf-8') as f:
-        f.write(before + begin + '\n'.join(lines) + '\n' + end + after)
+    write_file(path, before + begin + '\n'.join(lines) + '\n' + end + after)
 
 
 def choose(setting, text, choices):

@@ -149,12 +149,8 @@ def make_table():
     for kind in RATES:
         runs = [run for run in runs_of('final', kind) if run['rate'] == best_rate(kind)]
         if runs:
-            cells = [
-                TITLES[kind],
-                f'{runs[0]["parameters"]:,}',
-                f'{runs[0]["rate"]:g}',
-                f'{runs[0]["before"]["held_out"]:.4f}',
-            ]
+            one = runs[0]
+            cells = [TITLES[kind], f'{one["parameters"]:,}', f'{one["rate"]:g}', f'{one["before"]["held_out"]:.4f}']
             cells += [mean_and_std([run['after'][part] for run in runs], 4) for part in ('held_out', 'choosing')]
             rows.append([*cells, f'{np.mean([run["seconds"] for run in runs]):.0f}'])
     for kind in RATES:

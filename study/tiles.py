@@ -63,11 +63,7 @@ def launch(kernel, x, w, knots, grad):
 def bare_product(kernel, x, w, knots, grad):
     """A function that runs the matrix product alone, on columns that are ready."""
     columns = spline.columns(x, knots, ORDER, torch.nn.SiLU(), spline.uniform_bases, w.dtype).flatten(1)
-    return {
-        'forward': lambda: columns @ w.t(),
-        'dx': lambda: grad @ w,
-        'dw': lambda: grad.t() @ columns,
-    }[kernel]
+    return {'forward': lambda: columns @ w.t(), 'dx': lambda: grad @ w, 'dw': lambda: grad.t() @ columns}[kernel]
 
 
 @contextlib.contextmanager
@@ -113,11 +109,8 @@ def search(dtype, shapes, device, tiny=False):
         jobs = [(kernel, dtype, tile, device) for kernel in KERNELS for tile in tiles[kernel]]
         with multiprocessing.get_context('spawn').Pool(WORKERS) as pool:
             list(tqdm(pool.imap_unordered(compile_tile, jobs), 'compiling', len(jobs), disable=None))
-    pairs = list(itertools.product(KERNELS, shapes))
-    return [
-        find_fastest(kernel, dtype, shape, tiles[kernel], device)
-        for kernel, shape in tqdm(pairs, 'tiles', disable=None)
-    ]
+    pairs = tqdm(list(itertools.product(KERNELS, shapes)), 'tiles', disable=None)
+    return [find_fastest(kernel, dtype, shape, tiles[kernel], device) for kernel, shape in pairs]
 
 
 def find_fastest(kernel, dtype, shape, tiles, device):
@@ -139,21 +132,16 @@ def find_fastest(kernel, dtype, shape, tiles, device):
     error = ((found - expected).norm() / expected.norm()).item()
     about = dict(kernel=kernel, bytes=n_bytes, I=I, O=O, N=N, tile=tile, us=best, tried=len(times), failed=errors[:5])
     about.update(guess_us=guess[0] if guess[1] is spline_triton.TILES[kernel, n_bytes] else None, error=error)
-    return {
-        **about,
-        'matmul_us': microseconds(bare_product(kernel, *arguments), device),
-        'floor_us': floor(shape, dtype, device),
-    }
+    bare = microseconds(bare_product(kernel, *arguments), device)
+    return dict(about, matmul_us=bare, floor_us=floor(shape, dtype, device))
 
 
 def reference(kernel, x, w, knots, grad):
     """The result in float64, of weights and gradients as they are."""
     x, knots, w, grad = (tensor.double() for tensor in (x, knots, w, grad))
     if kernel == 'dx':
-        gradient, _ = spline.plain_gradients(
-            grad, x, w, knots, ORDER, spline.name_of(torch.nn.SiLU()), torch.float64, [True, False]
-        )
-        return gradient
+        name = spline.name_of(torch.nn.SiLU())
+        return spline.plain_gradients(grad, x, w, knots, ORDER, name, torch.float64, [True, False])[0]
     columns = spline.columns(x, knots, ORDER, torch.nn.SiLU(), spline.uniform_bases, torch.float64).flatten(1)
     return columns @ w.t() if kernel == 'forward' else grad.t() @ columns
 

@@ -293,9 +293,8 @@ def describe_shapes(folder, dataset, n_curves):
     names = [name for name, layer in kan_layers(model).items() if isinstance(layer, ChannelSpline)]
     data, block_size = loader.open_split(dataset, 'val'), model.config.block_size
     x, y = loader.get_batch(data, block_size, loader.fixed_starts(data, block_size, 256), 'cpu')
-    return {
-        name: describe(shapes_of(seen), n_curves) for name, seen in watch(model, lambda: model(x, y), names).items()
-    }
+    seen = watch(model, lambda: model(x, y), names)
+    return {name: describe(shapes_of(one), n_curves) for name, one in seen.items()}
 
 
 def describe(shapes, n_curves):
@@ -387,6 +386,5 @@ def run(stages, sizes, groups):
 
 if __name__ == '__main__':
     configure(globals())
-    run(
-        choose('stages', stages, [*SEEDS, 'steps']), choose('sizes', sizes, SIZES), choose('families', families, GROUPS)
-    )
+    stages, sizes = choose('stages', stages, [*SEEDS, 'steps']), choose('sizes', sizes, SIZES)
+    run(stages, sizes, choose('families', families, GROUPS))

@@ -286,6 +286,7 @@ def make_page():
         for text, key in (('validation text', validation), ('text that they were trained on', trained_on))
         for baseline in ('SwiGLU', 'GELU')
     }
+    varied = 'splines varied (of KAN-GLU, where no other family is named), and what helps all'
     for size in SIZES:
         tables |= {
             f'{size}: fresh seeds': make_final('final', size),
@@ -295,9 +296,7 @@ def make_page():
             f'{size}: steps taken in turn': make_steps(size),
             f'{size}: trials of learning rate and initial scale': make_tuning(size),
             f'{size}: other depths, last validation loss': make_depths(size),
-            f'{size}: splines varied (of KAN-GLU, where no other family is named), and what helps all': make_ablation(
-                size
-            ),
+            f'{size}: {varied}': make_ablation(size),
             f'{size}: what the learned functions became (in brackets: the activation they began as)': make_shapes(size),
         }
     parts = []
@@ -374,11 +373,6 @@ def leaders(panels, of_panels):
     return ', '.join(counts) or 'none'
 
 
-def is_common(size):
-    """Whether nothing but the shape sets it apart from the others."""
-    return SIZES[size].keys() == {'n_layer', 'n_head', 'n_embd'}
-
-
 def draw_curves(path):
     """Validation losses in training, less those of SwiGLU of the same seed, with 95 % intervals."""
     groups = {(stage, size): curves_of(stage, size) for size in SIZES for stage in ('final', 'longer')}
@@ -421,7 +415,8 @@ def losses_of(runs, seeds):
 
 def draw_scaling(path):
     """The loss on unseen Shakespeare over the parameters, with 95 % intervals."""
-    sizes = [size for size in SIZES if is_common(size) and len(groups_of('final', size).get('SwiGLU', {})) > 1]
+    alike = [size for size in SIZES if SIZES[size].keys() == {'n_layer', 'n_head', 'n_embd'}]  # but for the shape
+    sizes = [size for size in alike if len(groups_of('final', size).get('SwiGLU', {})) > 1]
     if len(sizes) < 2:
         return
     figure, (panel,) = panels_of(1, 1, 6, 4)

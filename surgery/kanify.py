@@ -66,7 +66,9 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
         raise ValueError('a KAN layer has a bias where the layer it replaces has one: leave bias out')
     if init == 'preserve':
         settings = dict(base_activation=nn.Identity, enable_standalone_scale_spline=False) | settings
-    paths = find_linear(model, [targets] if isinstance(targets, str) else targets)
+    targets = [targets] if isinstance(targets, str) else targets
+    paths = find_paths(model, targets, 'linear layers', lambda module: is_linear(module) or is_conv1d(module))
+    paths = without_tied(paths, tied_modules(model), targets or ())
     absorbed = find_absorbed(model, paths, absorb or {})
     refuse_hooks(model, [*paths, *absorbed.values()])
     before, layers = sum(p.numel() for p in model.parameters()), {}
@@ -101,7 +103,7 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
     refuse_adapters(model)
     refuse_offloaded(model)
-    paths = find_activations(model, [targets] if isinstance(targets, str) else targets)
+    paths = find_paths(model, [targets] if isinstance(targets, str) else targets, 'activations', is_activation)
     refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
     if targets is None and any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
@@ -182,13 +184,13 @@ def report(model, what, before):
     print(f'{what}: {before:,} -> {after:,} parameters, {training:,} of them train')
 
 
-def find_activations(model, targets):
-    """The paths of the activations that targets name, in order."""
+def find_paths(model, targets, kind, is_one):
+    """The paths of those modules that targets name, in order; None: of all within the blocks."""
     modules = named_layers(model)
-    found = [path for path, module in modules.items() if is_activation(module)]
+    found = [path for path, module in modules.items() if is_one(module)]
     chosen = [path for path in found if in_block(model, path)] if targets is None else matching(found, targets, modules)
     if not chosen:
-        raise ValueError(f'found no activations within blocks: name some in targets; there is {names_of(found)}')
+        raise ValueError(f'found no {kind} within blocks: name some in targets; there is {names_of(found)}')
     return without_read(chosen, model, targets or ())
 
 
@@ -312,18 +314,6 @@ def unwrap(model):
             return unwrap(children[name])
     is_parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     return unwrap(model.module) if is_parallel else model
-
-
-def find_linear(model, targets):
-    """The paths of the linear layers that targets name, in order."""
-    modules = named_layers(model)
-    layers = [path for path, module in modules.items() if is_linear(module) or is_conv1d(module)]
-    chosen = (
-        [path for path in layers if in_block(model, path)] if targets is None else matching(layers, targets, modules)
-    )
-    if not chosen:
-        raise ValueError(f'found no linear layers within blocks: name some in targets; there is {names_of(layers)}')
-    return without_tied(without_read(chosen, model, targets or ()), tied_modules(model), targets or ())
 
 
 def without_read(paths, model, targets):

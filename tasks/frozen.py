@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from run.device import autocast
-from run.files import write_atomically
+from run.files import write_file
 from surgery.lora import digest_of
 from tasks.prompts import collate, make_batches
 
@@ -92,8 +92,7 @@ class FrozenBlocks:
         """Add what is kept to a file, which other processes may add to as well."""
         with FileLock(f'{path}.lock'):
             others = load_file(path) if os.path.exists(path) else {}
-            with write_atomically(path) as f:
-                f.write(save({**others, **self.kept}))
+            write_file(path, save({**others, **self.kept}))
 
     def path_in(self, folder, about):
         """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""

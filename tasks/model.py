@@ -114,10 +114,6 @@ def build(model_args):
     return causal_lm.rebuild(**model_args) if 'causal_lm' in model_args else GPT(GPTConfig(**model_args))
 
 
-def token_embeddings(gpt):
-    return gpt.body.get_input_embeddings() if isinstance(gpt, CausalLM) else gpt.transformer.wte
-
-
 def has_rows(gpt):
     """Whether lm_head is a linear layer, with a row for each token, and not a KAN or one with an adapter."""
     return type(gpt.lm_head) is nn.Linear
@@ -130,8 +126,9 @@ def rows_of(layer, rows):
 
 def tied_layer(gpt):
     """The layer of the head that shares its weight with the token embeddings; None where there is none."""
-    weight = token_embeddings(gpt).weight
-    return next((layer for layer in gpt.lm_head.modules() if getattr(layer, 'weight', None) is weight), None)
+    embeddings = gpt.body.get_input_embeddings() if isinstance(gpt, CausalLM) else gpt.transformer.wte
+    layers = gpt.lm_head.modules()
+    return next((layer for layer in layers if getattr(layer, 'weight', None) is embeddings.weight), None)
 
 
 class TaskModel(nn.Module):

@@ -153,14 +153,9 @@ def encode_prompt(task, sentences, tokenizer, block_size, shots=()):
     if room < len(sentences):
         prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
         raise ValueError(f'block_size={block_size} has no room for {prompt}')
-    longest = longest_that_fits([*map(len, texts)], room)
+    longest = next(n for n in range(room, 0, -1) if sum(min(len(text), n) for text in texts) <= room)
     ids = [token for before, text in zip(befores, texts) for token in before + text[:longest]]
     return [*shots, *ids, *question], any(len(text) > longest for text in texts)
-
-
-def longest_that_fits(lengths, room):
-    """The greatest n for which texts of these lengths fit into the room, each cut to n."""
-    return next(n for n in range(room, 0, -1) if sum(min(length, n) for length in lengths) <= room)
 
 
 def encode_in_a_row(pieces, tokenizer, follows):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.course import N_PROMPT_LINES
 from run.device import autocast
-from run.files import write_atomically
+from run.files import write_file
 from tasks.model import sum_losses
 from tasks.prompts import collate, find_task, make_batches, prompt_of, split_sonnet
 from tasks.sonnets import write_sonnet
@@ -155,14 +155,12 @@ def write_labels(path, task, ids, predictions):
     """The course's file of labels (0, 1, ...) for a Task of prompts.py, whose `column` says what they are."""
     check_pairs('ids as predictions', ids, predictions)
     names = COURSE_LABELS.get(task.column, {})
-    with write_atomically(path, 'w', encoding='utf-8') as f:
-        f.write(f'id \t {task.column} \n')
-        f.writelines(f'{i}, {names.get(label, label)} \n' for i, label in zip(ids, map(int, predictions)))
+    lines = [f'{i}, {names.get(label, label)} \n' for i, label in zip(ids, map(int, predictions))]
+    write_file(path, ''.join([f'id \t {task.column} \n', *lines]))
 
 
 def write_sonnets(path, numbers, texts):
     """The course's file of sonnets, each under its number."""
     check_pairs('numbers as texts', numbers, texts)
-    with write_atomically(path, 'w', encoding='utf-8') as f:
-        f.write('--Generated Sonnets-- \n\n')
-        f.writelines(f'\n{number}\n{text}\n\n' for number, text in zip(numbers, texts))
+    parts = [f'\n{number}\n{text}\n\n' for number, text in zip(numbers, texts)]
+    write_file(path, ''.join(['--Generated Sonnets-- \n\n', *parts]))

@@ -17,7 +17,8 @@ from filelock import FileLock
 from data import course, pretrained
 from data.tokenizer import tokenizer_from_dict
 from helpers import HEADERS, ROOT, TITLE, book, copy_code, run_forked, sonnet, write_file, write_wheel
-from run.files import sha256_of, write_atomically
+from run import files
+from run.files import sha256_of
 
 HEADER, PAIRS = HEADERS['sst'], HEADERS['quora']
 COURSE = ['sst', 'cfimdb', 'quora', 'sonnets']
@@ -512,13 +513,13 @@ def test_prepare_encoder_cut_off_leaves_no_weights(tmp_path, monkeypatch):
     folder = make_model(tmp_path / 'made', prepare.FILES)
     written = []
 
-    def write(path):
+    def write(path, content):
         if path.name == 'model.safetensors':
             raise KeyboardInterrupt
         written.append(path.name)
-        return write_atomically(path)
+        files.write_file(path, content)
 
-    monkeypatch.setattr(pretrained, 'write_atomically', write)
+    monkeypatch.setattr(pretrained, 'write_file', write)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(folder, str(model))
     assert len(written) == len(prepare.FILES) - 1 and not (folder / 'model.safetensors').exists()

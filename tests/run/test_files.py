@@ -43,6 +43,13 @@ def test_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     assert calls[:2] == ['sync', 'rename']
 
 
+def test_text_and_bytes_are_written_as_they_are(tmp_path):
+    for content in 'é\r\n', b'\xff\n':
+        files.write_file(tmp_path / 'a', content)
+        assert (tmp_path / 'a').read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [path.name for path in tmp_path.iterdir()] == ['a']
+
+
 @pytest.mark.parametrize('number, is_fatal', [(errno.EINVAL, False), (errno.EIO, True)])
 def test_folders_that_cannot_be_synced_are_no_reason_to_stop(tmp_path, monkeypatch, number, is_fatal):
     """Shared folders of virtual machines and some network file systems say EINVAL."""
