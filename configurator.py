@@ -52,7 +52,10 @@ def configure(variables, argv=None):
     settings = override(settings, [arg for arg in argv if arg not in ('--help', '-h')])
     if '--help' in argv or '-h' in argv:  # the settings this command would run with, so it also checks a config file
         print(
-            (variables.get('__doc__') or '').strip(), *describe(settings, variables['__file__']), sep='\n', flush=True
+            (variables.get('__doc__') or '').strip(),
+            *describe(settings, variables.get('__file__') or os.devnull),
+            sep='\n',
+            flush=True,
         )
         sys.exit()
     variables.update(settings)

@@ -33,7 +33,7 @@ from run.trackers import names_of_trackers
 # I/O
 out_dir = 'out'
 eval_interval = 2000  # iterations between evaluations
-log_interval = 1  # iterations between lines of the log
+log_interval = 1  # iterations between printed lines
 eval_iters = 200  # batches of fixed validation windows; at most the whole split is used
 eval_only = False  # if True, script exits right after the first eval
 always_save_checkpoint = True  # if False, save only when the validation loss improves, on interruption and at the end
@@ -41,7 +41,7 @@ keep_history = False  # keep the weights of every evaluation in out_dir/history,
 init_from = 'scratch'  # 'scratch', 'resume', 'gpt2*', the folder of another run, or of a GPT-2 of transformers
 # wandb logging
 wandb_log = False  # disabled by default
-wandb_project = 'owt'  # where in wandb
+wandb_project = 'owt'  # of wandb
 wandb_run_name = ''  # empty: as out_dir
 wandb_artifact = False  # upload best.pt at the end as an artefact of wandb
 log_to = ''  # wandb, tensorboard, or both joined by a comma
@@ -52,7 +52,7 @@ batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens of context
 # model
 n_layer = 12  # blocks
-n_head = 12  # of attention
+n_head = 12  # heads of attention
 n_embd = 768  # width
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # do we use bias inside LayerNorm and Linear layers?
@@ -62,7 +62,7 @@ activation = ''  # of the MLP: gelu, silu, relu2, identity or swish; empty: gelu
 init_std = 0.02  # of the initial weights; those of KAN layers are scaled by init_std / 0.02
 rotary = False  # rotary positions, of queries and keys, in place of position embeddings
 # KAN layers
-use_kan = False  # KAN layers in place of the linear layers that kan_targets names
+use_kan = False  # functions that learn, as kan_kind and kan_targets say
 kan_kind = 'edge'  # a function on every edge; 'channel': a linear layer behind one function a channel
 kan_targets = 'mlp'  # where: any of attn, mlp, head, joined by commas
 kan_hidden = 4.0  # width of the hidden layer of an MLP of kind edge, in multiples of n_embd
@@ -70,7 +70,7 @@ kan_norm = False  # normalise that hidden layer, to unit variance; it wants a gr
 grid_size = 5  # intervals of the spline grid
 spline_order = 3  # 3 is cubic
 grid_min = -1.0  # where the grid begins
-grid_max = 1.0  # and ends
+grid_max = 1.0  # where it ends
 spline_init_std = 0.0  # of channel functions: zero makes them their plain activations at first
 # graph attention; needs torch-geometric
 use_graph = False  # graph attention in every block
@@ -93,7 +93,7 @@ beta2 = 0.95
 grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
 # learning rate decay settings
 decay_lr = True  # by a cosine, to min_lr
-warmup_iters = 2000  # in which the learning rate rises
+warmup_iters = 2000  # iterations in which the learning rate rises
 lr_decay_iters = 600000  # should be ~= max_iters per Chinchilla
 min_lr = 6e-5  # should be ~= learning_rate / 10 per Chinchilla
 # system

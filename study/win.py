@@ -353,7 +353,8 @@ def check_source(dataset):
         loader.prepare_dataset(name)
     one, other = (loader.read_meta(name)['source'] for name in names)
     if one != other:
-        raise ValueError(f'{dataset} and what is unseen of it are of two texts, {one} and {other}')
+        advice = 'prepare both anew from one source'
+        raise ValueError(f'{dataset} and what is unseen of it are of two texts, {one} and {other}: {advice}')
 
 
 def run(stages, sizes, groups):

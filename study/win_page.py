@@ -358,7 +358,7 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
-    figure.suptitle(f'{what}: {leaders(panels, of_panels)}\n(difference of losses, 95 % intervals)')
+    figure.suptitle(f'{what}:\n{leaders(panels, of_panels)}\n(difference of losses, 95 % intervals)')
     figure.savefig(path, dpi=130)
 
 

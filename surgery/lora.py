@@ -230,8 +230,8 @@ def refuse_merged(model):
 @torch.no_grad()
 def merge_lora(model):
     """Put the active adapter into the weights of its layers, which then run as fast as the base model. Next,
-    unmerge_lora goes back or remove_lora makes a plain model of it. ValueError, and nothing done, for a 'kan' or if
-    one is merged.
+    unmerge_lora goes back or remove_lora makes a plain model of it. ValueError, and nothing done, for a 'kan', if one
+    is merged, or on a layer with a function in place of its forward.
     """
     refuse_merged(model)
     layers = active_lora(model)

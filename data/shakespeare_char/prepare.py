@@ -2,7 +2,7 @@
 
 $ python data/shakespeare_char/prepare.py
 $ python data/shakespeare_char/prepare.py --source=my.txt   # any UTF-8 text
-$ python data/shakespeare_char/prepare.py --source=plays    # the text of the records in results/
+$ python data/shakespeare_char/prepare.py --source=plays    # the nine plays, the text of the records in results/
 """
 
 import sys

@@ -4,7 +4,7 @@ writes train.bin, val.bin and meta.json, as there.
 
 $ python data/shakespeare_char_tuning/prepare.py
 $ python data/shakespeare_char_tuning/prepare.py --source=my.txt   # any UTF-8 text
-$ python data/shakespeare_char_tuning/prepare.py --source=plays    # the text of the records in results/
+$ python data/shakespeare_char_tuning/prepare.py --source=plays    # the nine plays, the text of the records in results/
 """
 
 import sys

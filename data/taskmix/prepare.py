@@ -3,7 +3,7 @@ had: the sentences of train of SST, CFIMDB and Quora without their labels, the s
 as train.bin, val.bin and meta.json beside this file. Dev and test stay unseen.
 
 $ python data/taskmix/prepare.py
-$ python data/taskmix/prepare.py --source=my.txt   # another text in place of tinyshakespeare
+$ python data/taskmix/prepare.py --source=my.txt   # another text in place of tinyshakespeare; plays: the nine plays
 """
 
 import sys

@@ -153,11 +153,11 @@ def test_runs_are_on_the_text_of_the_records(study, tmp_path, monkeypatch):
     monkeypatch.setattr(win, 'COMMON', dict(win.COMMON, dataset=dataset))
     study.run(['tuning'], ['0.45M'], ['main'])
     run = next(iter(study.STUDY.read().values()))
-    for source, flag in ('another text', ''), ('the nine plays of tinyshakespeare', ' --source=plays'):
+    for source, how in ('another text', ''), ('the nine plays of tinyshakespeare', ' by --source=plays'):
         there = dict(name=dataset, source=source, splits={})
         add_run(study.STUDY.folder / 'runs.jsonl', dict(run, dataset=there))
         study.run(['tuning'], ['0.45M'], ['main'])  # nothing is missing
-        message = f'is a run on {source}, data/.*text holds random characters: .*text/prepare.py{flag} makes it anew;'
+        message = f'is a run on {source}, data/.*text holds random characters: prepare the text of the record{how}, or'
         with pytest.raises(ValueError, match=message):
             study.run(['final'], ['0.45M'], ['main'])
 
