@@ -63,29 +63,29 @@ weights = 'float32'  # of the base; 'bfloat16' takes half the memory, where adap
 gradient_checkpointing = False  # compute each block twice and keep less of it
 frozen_cache = ''  # a folder: keep there what the blocks below the first trained one make of each text; wants dropout=0
 # KAN layers in place of the MLPs, with what these have learned
-use_kan = False
+use_kan = False  # the MLPs become KAN layers
 kan_single_layer = -1  # the only block to get them; -1 is all blocks
 grid_size = 5  # intervals of the spline grid
-spline_order = 3
-grid_min = -2.0
-grid_max = 2.0
+spline_order = 3  # 3 is cubic
+grid_min = -2.0  # where the grid begins
+grid_max = 2.0  # where it ends
 # adapters
-use_lora = True
+use_lora = True  # adapters on the layers that lora_targets names
 lora_kind = 'lora'  # 'lora', 'kan' (two small KAN layers), 'kan_base' (low rank, on the weights of KAN layers)
 lora_rank = 32
 lora_alpha = 64.0
-lora_dropout = 0.05
+lora_dropout = 0.05  # of the inputs of adapters
 lora_targets = 'attn,mlp'  # names of layers, or of modules that hold some, joined by commas
-rs_lora = False
-use_dora = False
+rs_lora = False  # rsLoRA: alpha over the square root of the rank, not over the rank
+use_dora = False  # DoRA: lengths of rows that learn, too
 lora_plus_ratio = 1.0  # learning rate of B and phi_out over that of the others
 lora_grid_size = 4  # of 'kan'
-lora_spline_order = 1
+lora_spline_order = 1  # of 'kan'
 # graph attention behind the MLPs
-use_graph = False
+use_graph = False  # graph attention behind the MLPs, silent at first
 graph_kind = 'gat'  # or 'gatv2'
 graph_edges = 'causal'  # any of causal, window, topk, same, joined by commas
-graph_heads = 4
+graph_heads = 4  # of graph attention
 graph_window = 8  # tokens before, of window
 graph_topk = 8  # earlier tokens, of topk
 graph_backend = 'auto'  # 'auto', 'dense', 'pyg'
@@ -93,7 +93,7 @@ graph_last = 0  # behind the MLPs of that many of the last blocks; 0 is all
 # adamw optimizer
 batch_size = 32  # examples per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all processes
-epochs = 10
+epochs = 10  # passes over train
 patience = 2  # stop after that many epochs without a lower loss on the part held out; 0 is never
 learning_rate = 1e-3  # max learning rate; of adapters ten to a hundred times that of full fine-tuning
 weight_decay = 0.01
@@ -102,8 +102,8 @@ beta2 = 0.999
 grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
 warmup_fraction = 0.06  # of all steps; then linear decay to zero
 # sonnets
-temperature = 0.7
-top_p = 0.9
+temperature = 0.7  # < 1.0 = less random
+top_p = 0.9  # the most likely tokens that together have this probability
 n_beams = 1  # more than one: beam search in place of sampling
 best_of = 1  # draw that many and keep the likeliest
 # system

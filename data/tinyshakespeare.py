@@ -1,5 +1,5 @@
-"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from, which all records on
-Shakespeare in results/ are of.
+"""The text of tinyshakespeare: from a file, from its address, or from the plays it was cut from, which all records by
+character in results/ are of.
 """
 
 import hashlib
