@@ -51,24 +51,20 @@ def configure(variables, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     settings = override(settings, [arg for arg in argv if arg not in ('--help', '-h')])
     if '--help' in argv or '-h' in argv:  # the settings this command would run with, so it also checks a config file
-        print(
-            (variables.get('__doc__') or '').strip(),
-            *describe(settings, variables.get('__file__') or os.devnull),
-            sep='\n',
-            flush=True,
-        )
+        about, script = (variables.get('__doc__') or '').strip(), variables.get('__file__') or os.devnull
+        print(about, '', *describe(settings, script), sep='\n', flush=True)
         sys.exit()
     variables.update(settings)
     return settings
 
 
 def describe(settings, script):
-    """A line for each setting: the flag, and what the script says behind it. An empty line comes first."""
+    """A line for each setting: the flag, and what the script says behind it."""
     with open(script, encoding='utf-8') as f:
         lines = [re.match(r'(\w+) = .*?  # (.*)', line) for line in f]
     comments = {line[1]: line[2] for line in reversed(lines) if line}  # the first one of each
     flags = {name: f'--{name}={value!r}' for name, value in settings.items()}
-    return ['', *(f'{flag:<33}  # {comments[name]}' if name in comments else flag for name, flag in flags.items())]
+    return [f'{flag:<33}  # {comments[name]}' if name in comments else flag for name, flag in flags.items()]
 
 
 def flags_of(settings):

@@ -197,8 +197,9 @@ runpy.run_path({script!r}, run_name='__main__')
     assert done.returncode == 0, done.stderr
     shown, _, modules = done.stdout.partition('IMPORTED ')
     settings = settings_of(script, [*config, '--seed=7'])
-    lines = shown.splitlines()[-len(settings) :]
-    assert [line.partition('  # ')[0].rstrip() for line in lines] == [f'--{k}={v!r}' for k, v in settings.items()]
+    blank, *lines = shown.splitlines()[-len(settings) - 1 :]
+    shown_flags = [line.partition('  # ')[0].rstrip() for line in lines]
+    assert blank == '' and shown_flags == [f'--{name}={value!r}' for name, value in settings.items()]
     assert re.search(r'--dtype=.* # .*bfloat16', shown)
     assert '--seed=7' in shown and f'python {script}' in shown
     assert not HEAVY & {name.split('.')[0] for name in modules.split()}
