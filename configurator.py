@@ -37,6 +37,7 @@ SWITCHES = {  # what is off without them: how the names of these settings begin
     'use_kan': ('kan_', 'grid_', 'spline_'),
     'use_lora': ('lora_', 'rs_lora', 'use_dora'),
     'use_graph': ('graph_',),
+    'decay_lr': ('warmup_iters', 'lr_decay_iters', 'min_lr'),
 }
 
 

@@ -11,6 +11,7 @@ settings.
 
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -508,7 +509,7 @@ bar.close()
 if is_last and losses and not eval_only and saved_at == iter_num:
     session.write_record(final={**line, 'best_val_loss': best_val_loss}, finished=records.now())
     session.finish_tracking()
-    say(f'finished: best val loss {best_val_loss:.4f}; for text: python sample.py --out_dir={out_dir}')
+    say(f'finished: best val loss {best_val_loss:.4f}; for text: python sample.py --out_dir={shlex.quote(out_dir)}')
 elif not eval_only and (saved_at == iter_num or save()):
     say(f'stopped at iteration {iter_num}; to go on: the same command with --init_from=resume')
 del model  # before its process group: the other way round, gloo aborts now and then

@@ -344,7 +344,7 @@ class TrainedCopy(Adapter):
         return self.copy(*args, **kwargs)
 
     def merged(self, module):
-        return self.copy
+        return copy.deepcopy(self.copy).requires_grad_(False)  # as merged weights do not train, either
 
 
 CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}
@@ -356,6 +356,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer, self.adapters = base_layer, nn.ModuleDict()
+        self.training = self.adapters.training = base_layer.training
         self.active, self.off = None, False
         self.unmerged = None  # the base layer itself, while one with the adapter merged into it stands in its place
 

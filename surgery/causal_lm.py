@@ -8,9 +8,9 @@ Code that a model brings along is never run.
 """
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,8 @@ from layers.generation import KVCache, check_places
 from layers.graph import Edges, GraphAttention, last_of
 from layers.pretrained import one_line, refuse_adapters, refuse_missing, without_code
 from model import GPT, GPTConfig
+
+PASS = ContextVar('PASS')  # of this thread's pass through a CausalLM: (edges, caches of graph layers)
 
 
 class CausalLM(nn.Module):
@@ -99,15 +101,25 @@ class CausalLM(nn.Module):
         T, cache = idx.size(1), caches[0] if caches else None
         start = cache.length if cache else 0
         check_places(start, T, self.config.block_size)
-        if self.config.use_graph:
-            graph_caches = cache.graph if cache else [None] * self.config.n_layer
-            self.shared.edges = Edges(self.config, idx, graph_caches[0], lengths)
-            self.shared.caches = graph_caches
-        if cache is None:
-            return self.body(input_ids=idx, use_cache=False).last_hidden_state
-        output = self.body(input_ids=idx, past_key_values=cache.kept, use_cache=True)
+        with self.graph_pass(idx, cache, lengths):
+            if cache is None:
+                return self.body(input_ids=idx, use_cache=False).last_hidden_state
+            output = self.body(input_ids=idx, past_key_values=cache.kept, use_cache=True)
         cache.kept, cache.length = output.past_key_values, start + T
         return output.last_hidden_state
+
+    @contextmanager
+    def graph_pass(self, idx, cache, lengths):
+        """Inside, graph layers find the edges of these tokens, and their caches."""
+        if not self.config.use_graph:
+            yield
+            return
+        caches = cache.graph if cache else [None] * self.config.n_layer
+        before = PASS.set((Edges(self.config, idx, caches[0], lengths), caches))
+        try:
+            yield
+        finally:
+            PASS.reset(before)
 
     forward, generate = GPT.forward, GPT.generate  # of features and lm_head alone
 
@@ -125,12 +137,11 @@ class CausalLM(nn.Module):
         """See layers.graph.add_graph."""
         blocks = last_of([*enumerate(self.blocks)], last)
         self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
-        self.shared = SimpleNamespace()  # the edges of the pass at hand, and the caches of the graph layers
         for i, block in blocks:
             block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
             for layer in block.ln_3, block.graph:  # in float32, whatever the block is in
                 layer.to(next(block.parameters()).device).train(block.training)
-            block.register_forward_hook(AddGraph(self.shared, i))
+            block.register_forward_hook(AddGraph(i))
         return self
 
     def part(self, name):
@@ -160,12 +171,15 @@ class Cache:
 class AddGraph:
     """What a block gives, and what its graph layers add to that: a hook, as its own code calls the block."""
 
-    def __init__(self, shared, i):
-        self.shared, self.i = shared, i
+    def __init__(self, i):
+        self.i = i
 
     def __call__(self, block, inputs, output):
+        edges, caches = PASS.get((None, None))
+        if edges is None:
+            raise ValueError('its graph layers have no edges: call the CausalLM, not a part of it')
         x = output[0] if isinstance(output, tuple) else output
-        y = block.graph(block.ln_3(x.float()), self.shared.caches[self.i], self.shared.edges)
+        y = block.graph(block.ln_3(x.float()), caches[self.i], edges)
         x = x + y.to(x.dtype)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
@@ -248,12 +262,14 @@ def load_hf_tokenizer(source):
 
 
 def place_of(source):
-    """Arguments of transformers' from_pretrained. ValueError for a GGUF file that is not there."""
+    """Arguments of transformers' from_pretrained. ValueError for a path where nothing is."""
     place = dict(pretrained_model_name_or_path=source, trust_remote_code=False)
-    if source.endswith('.gguf'):
-        folder, name = os.path.split(source)
-        if not os.path.isfile(source) and (os.path.isdir(folder or '.') or os.path.isabs(source)):  # else on the hub
-            raise ValueError(f'{source} is not there')
+    folder, name = os.path.split(source)
+    is_gguf = source.endswith('.gguf')
+    is_path = source.startswith(('/', '.', '~')) or (is_gguf and os.path.isdir(folder or '.'))  # else on the hub
+    if is_path and not os.path.exists(source):
+        raise ValueError(f'{source} is not there')
+    if is_gguf:
         place.update(pretrained_model_name_or_path=folder or '.', gguf_file=name)
     return place
 

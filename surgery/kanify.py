@@ -23,9 +23,18 @@ AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and act
 # modules of transformers that take the weights of these layers and do not call them
 READERS = {'WavLMAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'), 'DisentangledSelfAttention': ('in_proj',)}
 READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',), 'DabDetrMHAttentionMap': ('k_linear',)}
+READERS |= dict.fromkeys(
+    [f'{kind}MHAttentionMap' for kind in ('Detr', 'ConditionalDetr', 'MaskFormerDetr')], ('k_proj',)
+)
+READERS |= dict.fromkeys(['Gemma4AssistantForCausalLM', 'Gemma4UnifiedAssistantForCausalLM'], ('lm_head',))
+READERS |= {
+    'Gemma3nTextAltUp': ('correction_coefs', 'prediction_coefs'),
+    'NeoMMEForMaskedLM': ('unembedding_projection',),
+}
 READERS |= {'LSHSelfAttention': ('query_key', 'value'), 'MobileBertLMPredictionHead': ('decoder', 'dense')}
 PLACES = 'rel_pos_bias', 'rel_pos_x_bias', 'rel_pos_y_bias'
 READERS |= dict.fromkeys(['LayoutLMv2Encoder', 'LayoutLMv3Encoder', 'PPDocLayoutV2ReadingOrderEncoder'], PLACES)
+SHORT = 'conv', 'conv1d', 'conv_1d'  # convolutions that a kernel takes: those of so many groups as channels
 READ = 'is read by the module around it and not always called: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
@@ -205,7 +214,7 @@ def as_torch(activation):
     """The activation of PyTorch that computes the same, whatever another library calls it: the fast passes know it.
     One that is none of them stays as it is.
     """
-    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    x = torch.linspace(-40, 40, 8001, dtype=torch.float64).sinh()  # to 1e17: a clipped ReLU is one up to its bound
     y, known = activation(x), (nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid())
     return next((plain for plain in known if torch.allclose(plain(x), y, rtol=1e-12, atol=1e-12)), activation)
 
@@ -336,7 +345,9 @@ def layers_read(module):
         return [*module.children()]
     if all(hasattr(module, name) for name in ('A_log', 'in_proj', 'conv1d')):  # a Mamba, of any kind
         return [layer for name, layer in module.named_children() if name != 'in_proj']
-    return [getattr(module, name) for name in READERS.get(type(module).__name__, ()) if hasattr(module, name)]
+    read = [getattr(module, name) for name in READERS.get(type(module).__name__, ()) if hasattr(module, name)]
+    convolutions = [getattr(module, name) for name in SHORT if isinstance(getattr(module, name, None), nn.Conv1d)]
+    return read + [layer for layer in convolutions if layer.groups == layer.in_channels > 1]
 
 
 def without_tied(paths, tied, targets):

@@ -98,9 +98,12 @@ def install(model, adapters, name):
     for path, adapter in adapters.items():
         module = model.get_submodule(path)
         if not isinstance(module, LoRALayer):
-            module = LoRALayer(module).train(module.training)
+            module = LoRALayer(module)
             model.set_submodule(path, module)
         module.adapters[name] = adapter.train(module.training)
+        if isinstance(adapter, TrainedCopy):
+            for part, original in zip(adapter.copy.modules(), module.base_layer.modules()):
+                part.training = original.training  # as of a frozen BatchNorm in it
     set_lora(model, name)
 
 

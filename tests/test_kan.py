@@ -510,7 +510,12 @@ def test_activations_are_made_by_functions_and_names():
         assert torch.equal(layer.base_activation(x), expected(x))
 
 
-@pytest.mark.parametrize('given', ['softmax', nn.Softmax(-1), nn.Module, lambda x: x - x.mean(), lambda x: x.sum()])
+BY_EXTREMES = lambda x: x / x.max(), lambda x: x - x.amin(-1, keepdim=True), lambda x: x.cummax(-1).values
+
+
+@pytest.mark.parametrize(
+    'given', ['softmax', nn.Softmax(-1), nn.Module, lambda x: x - x.mean(), lambda x: x.sum(), *BY_EXTREMES]
+)
 def test_an_activation_that_mixes_numbers_is_refused(given):
     with pytest.raises(ValueError, match='base_activation must act on each number by itself'):
         KANLinear(I, O, base_activation=given)

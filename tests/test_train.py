@@ -352,6 +352,7 @@ def test_what_does_nothing():
             [f'graph_window does nothing: {edges} holds no window', f'graph_topk does nothing: {edges} {all_of_them}'],
         ),
         (swish, []),
+        (dict(decay_lr=False, min_lr=1e-5), ['decay_lr is off, and without it these do nothing: min_lr']),
     ):
         assert idle_settings('train.py', settings_of('train.py', []) | settings) == lines
     tuned = settings_of('finetune.py', []) | dict(use_lora=False, lora_rank=8, use_dora=True, grid_size=3)
@@ -583,6 +584,11 @@ def test_a_resumed_run_that_stops_at_once_keeps_the_states_before(tmp_path, data
         for name in 'ckpt.pt', 'ckpt_prev.pt':
             assert (tmp_path / 'again' / name).read_bytes() == before[name]
         shutil.rmtree(tmp_path / 'again')
+
+
+def test_the_command_for_text_can_be_pasted(tmp_path, dataset):
+    said = train(tmp_path, dataset, 'my run', max_iters=0).stdout
+    assert said.endswith("for text: python sample.py --out_dir='my run'\n")
 
 
 def test_a_best_state_that_is_lost_and_cannot_be_saved_anew(tmp_path, dataset):

@@ -1,6 +1,9 @@
 """Models of transformers behind the methods of the GPT: tiny ones of each family, with weights drawn at random."""
 
 import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import peft
@@ -116,6 +119,34 @@ def test_graph_layers_are_silent_at_first_then_causal_and_cached(family, edges):
         torch.testing.assert_close(padded[1:, :5], model.features(idx[1:, :5]), atol=1e-5, rtol=1e-4)
         greedy = [model.generate(idx[:, :5], 12, temperature=0, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*greedy)
+
+
+def test_passes_in_two_threads_have_edges_of_their_own():
+    pytest.importorskip('torch_geometric')
+    model, both_begun = CausalLM(make('llama')).add_graph(graph_heads=2, graph_edges='same'), threading.Barrier(2)
+    for block in model.blocks:
+        block.graph.gate.data.normal_()
+    texts = [torch.tensor([[1, 1, 2, 2, 1, 2]]), torch.tensor([[1, 2, 3, 1, 2, 3]])]
+
+    def wait(*_):
+        both_begun.wait(60)
+
+    with torch.no_grad():
+        alone = [model.features(idx) for idx in texts]
+    model.blocks[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        together = [*pool.map(torch.no_grad()(model.features), texts)]
+    assert not torch.allclose(*alone)
+    for one, other in zip(together, alone):
+        assert torch.equal(one, other)
+
+
+def test_a_part_of_a_model_with_graph_layers_is_not_called_alone():
+    pytest.importorskip('torch_geometric')
+    model = CausalLM(make('llama')).add_graph(graph_heads=2)
+    model(tokens())
+    with pytest.raises(ValueError, match='call the CausalLM, not a part of it'):
+        model.body(tokens())
 
 
 def test_rows_of_a_cache_are_chosen():
@@ -253,6 +284,9 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path, monkeypatch):
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-100])
     refused('cannot load .*SafetensorError')
+    for place in './nowhere', '/no/where', '~/nowhere', '/no/where.gguf':
+        with pytest.raises(ValueError, match=f'^{re.escape(place)} is not there$'):
+            load_causal_lm(place)
     with pytest.raises(ValueError, match='^nowhere.gguf is not there$'):
         load_causal_lm('nowhere.gguf')
     with pytest.raises(ValueError, match='cannot load nobody/nothing-of-this-name') as error:

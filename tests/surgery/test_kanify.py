@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections import OrderedDict
 
 import pytest
@@ -345,6 +346,17 @@ def test_layers_whose_weights_another_attention_reads_are_left_out():
     assert found == ['gru_rel_pos_linear', 'intermediate_dense', 'output_dense']
 
 
+@pytest.mark.parametrize('name', ['Detr', 'ConditionalDetr', 'MaskFormerDetr'])
+def test_keys_that_a_map_of_attention_reads_are_left_out(name):
+    folder = {'Detr': 'detr', 'ConditionalDetr': 'conditional_detr', 'MaskFormerDetr': 'maskformer'}[name]
+    module = importlib.import_module(f'transformers.models.{folder}.modeling_{folder}')
+    attention = nn.Sequential(getattr(module, f'{name}MHAttentionMap')(8, 2))
+    kanify(attention, '0')
+    assert list(kans(attention)) == ['0.q_proj']
+    with pytest.raises(ValueError, match='0.k_proj is read by the module around it'):
+        kanify(attention, 'k_proj')
+
+
 # activations
 
 
@@ -401,6 +413,8 @@ def test_activations_of_other_libraries_that_are_pytorchs():
     for name in 'quick_gelu', 'gelu_10', 'relu2', 'mish':
         activation = activations[name]
         assert as_torch(activation) is activation
+    for clipped in nn.Hardtanh(0, 20), nn.Hardtanh(0, 1e6), nn.Hardtanh(-50, 1e9):
+        assert as_torch(clipped) is clipped
 
 
 def test_activations_that_cannot_be_replaced():

@@ -630,6 +630,35 @@ def test_modules_to_save_train_in_a_copy():
     assert equal_states(base_state(unmerge_lora(model)), before)
 
 
+def test_nothing_trains_while_an_adapter_is_merged():
+    model, x = make('Linear')
+    model.forward = lambda x: model.head(model.layer(x))
+    add_lora(model, LoRAConfig(rank=R, target_modules='layer', modules_to_save='head'))
+    trained = copy.deepcopy(model.state_dict())
+    merge_lora(model)
+    assert not model(x).requires_grad
+    assert equal_states(unmerge_lora(model).state_dict(), trained)
+    model(x).sum().backward()
+    assert model.head.adapter.copy.weight.grad.abs().sum() > 0
+
+
+def test_a_frozen_batch_norm_in_a_saved_module_stays_frozen():
+    model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())})
+    model.head[0].eval()
+    add_lora(model, LoRAConfig(target_modules='a', modules_to_save='head'))
+    for head in model.head.base_layer, model.head.adapter.copy:
+        assert [head.training, head[0].training, head[1].training] == [True, False, True]
+    assert model.a.adapter.training and model.head.adapter.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_modes_are_those_of_the_model():
+    model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Linear(4, 4)}).eval()
+    add_lora(model, LoRAConfig(target_modules='a', modules_to_save='head'))
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_target_within_a_saved_module_is_part_of_its_copy():
     model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))})
     add_lora(model, LoRAConfig(target_modules=('a', 'head'), modules_to_save='head'))
@@ -889,6 +918,16 @@ def test_layers_that_are_read_get_no_adapter(tmp_path, capsys):
     save_lora(model, tmp_path)
     after = model(idx)[0]
     assert not torch.allclose(after, before) and torch.equal(load_lora(mamba(), tmp_path).eval()(idx)[0], after)
+
+
+def test_a_convolution_that_a_kernel_reads_gets_no_adapter(capsys):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=20)
+    model = tiny('Lfm2', **sizes, intermediate_size=16, layer_types=['conv'])
+    with pytest.raises(ValueError, match='layers.0.conv.conv is read by the module around it'):
+        add_lora(model, LoRAConfig(target_modules=('conv.conv',)))
+    add_lora(model, LoRAConfig(target_modules=('layers.0',)))
+    assert 'left out: conv (1), each of which is read' in capsys.readouterr().out
+    assert 'layers.0.conv.in_proj' in lora_layers(model)
 
 
 @pytest.mark.parametrize('make_model, config, message', BAD_TARGETS)
