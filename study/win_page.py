@@ -358,16 +358,18 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
-    figure.suptitle(f'{what}:\n{leaders(panels, of_panels)}\n(difference of losses, 95 % intervals)')
+    counted = "difference of losses, 95 % intervals; counted by Holm's correction"
+    figure.suptitle(f'{what}:\n{leaders(panels, of_panels)}\n({counted})')
     figure.savefig(path, dpi=130)
 
 
 def leaders(panels, of_panels):
-    """Which rows (or panels) have whole intervals below zero, and of several in how many."""
+    """Which rows (or panels) are below zero, and of several in how many, by Holm's correction over a panel."""
     below = {}
     for panel, rows in panels.items():
-        for row, ((mean, half, *_), _) in rows.items():
-            below.setdefault(panel if of_panels else row, []).append(mean + half < 0)
+        held = holm({row: gap[2] for row, (gap, _) in rows.items()})
+        for row, (gap, _) in rows.items():
+            below.setdefault(panel if of_panels else row, []).append(gap[0] < 0 and row in held)
     ahead = {name: found for name, found in below.items() if any(found)}
     counts = [f'{name} in {sum(found)} of {len(found)}' if found[1:] else name for name, found in ahead.items()]
     return ', '.join(counts) or 'none'

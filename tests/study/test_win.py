@@ -356,6 +356,9 @@ def test_titles_name_what_is_ahead():
     assert win_page.leaders(panels, True) == 'small in 1 of 2'
     assert win_page.leaders({'small': panels['small']}, False) == 'KAN'
     assert win_page.leaders({'large': panels['large']}, False) == 'none'
+    nearly = ((-0.02, 0.019, 0.04, 10), 'red')  # alone it would hold
+    assert win_page.leaders({'small': {'KAN': ahead, 'GELU': nearly}}, False) == 'KAN, GELU'
+    assert win_page.leaders({'small': {'KAN': even, 'GELU': nearly}}, False) == 'none'
 
 
 @pytest.mark.parametrize('stage', ['depth', 'final', 'seconds', 'longer'])
