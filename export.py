@@ -328,8 +328,8 @@ def write_card(target, parts, how, heading, config):
 
 def is_cut(config, gpt):
     """Whether the GPT lacks edges or hidden channels that it had in training."""
-    widths = {name: getattr(gpt.config, name) for name in ('kan_hidden', 'mlp_hidden')}
-    return gpt.config.kan_mask or any(config.get(name, width) != width for name, width in widths.items())
+    C, widths = gpt.config.n_embd, {name: getattr(gpt.config, name) for name in ('kan_hidden', 'mlp_hidden')}
+    return gpt.config.kan_mask or any(round(C * config.get(name, n)) != round(C * n) for name, n in widths.items())
 
 
 def draw_losses(log, path):

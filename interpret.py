@@ -224,8 +224,10 @@ def save_pruned(state):
 def share_cut(args):
     """What is cut, in percent: of the model's edges, or of its hidden neurons. `args` describe what is left."""
     if prune_by == 'neurons':
-        width = 'mlp_hidden' if source.model.config.kan_kind == 'channel' else 'kan_hidden'
-        return 100 * (1 - args[width] / getattr(source.model.config, width))
+        config = source.model.config
+        width = 'mlp_hidden' if config.kan_kind == 'channel' else 'kan_hidden'
+        left, before = (round(config.n_embd * times) for times in (args[width], getattr(config, width)))
+        return 100 * (1 - left / before)
     masks = [one.mask for one in edge_layers(source.model)]
     return 100 * sum((~mask).sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 

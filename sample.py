@@ -8,6 +8,7 @@ Checkpoints of nanoGPT and nanoGPKANT work too: put the ckpt.pt into a folder an
 """
 
 import os
+import sys
 
 import torch
 
@@ -45,6 +46,8 @@ check_ranges(
     not_negative='temperature top_k seed',
     shares='top_p',
 )
+if temperature == 0 and top_p < 1:
+    print('warning: top_p does nothing with temperature=0, which takes the likeliest token', file=sys.stderr)
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 

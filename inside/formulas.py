@@ -317,10 +317,14 @@ def function_of(formula):
 
 
 def expression(formula, digits=3, symbol='x'):
-    """A formula as an expression of sympy, its numbers rounded."""
+    """A formula as an expression of sympy, its numbers rounded; a and b less, where f ends or has a pole near the data:
+    else it might have no value there.
+    """
     import sympy
 
-    a, b, c, d = (sympy.Float(number, digits) for number in (formula.a, formula.b, formula.c, formula.d))
+    has_end = formula.family in FAMILIES and FAMILIES[formula.family].kind in ('bounded', 'within')
+    a, b = (sympy.Float(number, max(digits, 6) if has_end else digits) for number in (formula.a, formula.b))
+    c, d = (sympy.Float(number, digits) for number in (formula.c, formula.d))
     x = sympy.Symbol(symbol)
     one = {1.0: x, -1.0: -x}
     z = one.get(formula.a, a * x) + (b if formula.b else 0)

@@ -642,9 +642,10 @@ def test_the_run_has_kept_its_history(trained):
 
 
 def test_a_share_of_channels_is_what_was_cut(tmp_path, dataset):
-    make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=0.5)
-    costs = costs_of(interpret(tmp_path, dataset=dataset, prune=0.3, prune_by='neurons', save='smaller'))
-    assert '25% of the neurons cut' in costs  # two of eight
+    for width, share in (0.5, '25'), (0.7, '27.3'):  # two of eight, three of 11 (of 11.2)
+        make_checkpoint(tmp_path / 'out', use_kan=True, kan_kind='channel', mlp_hidden=width)
+        costs = costs_of(interpret(tmp_path, dataset=dataset, prune=0.3, prune_by='neurons', save=f'smaller-{width}'))
+        assert f'{share}% of the neurons cut' in costs
 
 
 def test_channels_that_add_least_are_cut(tmp_path, dataset):

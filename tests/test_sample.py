@@ -108,6 +108,8 @@ def test_greedy_is_the_same_for_every_seed_and_sample(trained):
     )
     assert first == other and first[0] == first[1]
     assert sample(trained, top_k=1) == sample(trained, top_p=1e-6) == first[:1]
+    idle = run_forked(trained, 'sample.py', *flags(out_dir='out', **{**ROMEO, 'temperature': 0, 'top_p': 0.5}))
+    assert idle.stderr == 'warning: top_p does nothing with temperature=0, which takes the likeliest token\n'
 
 
 def test_prompt_from_a_file(trained, tmp_path):

@@ -362,6 +362,15 @@ def test_what_is_written_is_the_function():
         assert evaluate(str(expression(formula, digits=9)), x) == pytest.approx(true, abs=1e-5)
 
 
+def test_what_is_written_has_a_value_where_the_function_has_one():
+    """Also close to the end of a root, or a pole."""
+    x = np.linspace(1.2374, 2.3, 200)
+    for name in 'sqrt', 'log', '1/x', '1/x^2':
+        formula = Formula(name, 1.0, -1.23731, 1.0, 0.0, 1.0, 0.5, ())
+        found, true = evaluate(str(expression(formula)), x), FUNCTIONS[name](x - 1.23731)
+        assert np.isfinite(found).all() and found == pytest.approx(true, rel=0.06)
+
+
 @pytest.mark.parametrize(
     'formula, text',
     [
@@ -371,6 +380,8 @@ def test_what_is_written_is_the_function():
         (('tanh', -3.0, 0.123456, 2.0, 1.0), '1.0 - 2.0*tanh(3.0*x - 0.123)'),
         (('relu', -1.0, 0.5, 2.0, 1.0), '2.0*relu(0.5 - x) + 1.0'),
         (('gaussian', 2.0, 0.5, 2.0, 1.0), '1.0 + 2.0*exp(-(2.0*x + 0.5)**2)'),
+        (('sqrt', 1.0, -1.23731, 1.0, 0.0), '1.0*sqrt(x - 1.23731)'),
+        (('atanh', 0.123456, 0.5, 1.0, 0.0), '1.0*atanh(0.123456*x + 0.5)'),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else '',
 )
