@@ -339,8 +339,9 @@ def tuned():
     then, tuned_dir = checkpoint['config'], f'{os.path.normpath(save)}-tuned'
     rate = then['learning_rate'] * tune_lr_scale
     now = dict(init_from=pruned_dir, out_dir=tuned_dir, device=device, dataset=dataset or then['dataset'])
-    now.update(max_iters=tune, lr_decay_iters=tune, warmup_iters=tune // 10, eval_interval=tune)
-    now.update(learning_rate=rate, min_lr=rate / 20, keep_history=False)
+    now.update(max_iters=tune, eval_interval=tune, learning_rate=rate, keep_history=False)
+    if then.get('decay_lr', True):
+        now.update(lr_decay_iters=tune, warmup_iters=tune // 10, min_lr=rate / 20)
     now.update(wandb_log=False, wandb_artifact=False, log_to='')
     known = settings_of('train.py', [])  # a checkpoint may hold others
     flags = flags_of({name: value for name, value in {**then, **now}.items() if name in known})

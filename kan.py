@@ -75,7 +75,7 @@ def broken_rule(activation):
     """
     if any(True for _ in activation.parameters()):
         return 'have no parameters of its own'
-    numbers = torch.linspace(-2, 2, 1000, dtype=torch.float32, device='cpu').view(10, 100)
+    numbers = torch.linspace(-2, 3, 1000, dtype=torch.float32, device='cpu').view(10, 100)
     if not has_data(numbers):  # within torch's FakeTensorMode nothing can be tried
         return None
     is_elementwise = True

@@ -317,8 +317,8 @@ def function_of(formula):
 
 
 def expression(formula, digits=3, symbol='x'):
-    """A formula as an expression of sympy, its numbers rounded; a and b less, where f ends or has a pole near the data:
-    else it might have no value there.
+    """A formula as an expression of sympy, its numbers rounded. Where f ends or has a pole near the data, a and b keep
+    six digits: with fewer it might have no value there.
     """
     import sympy
 

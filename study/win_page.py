@@ -358,7 +358,7 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
-    counted = "difference of losses, 95 % intervals; counted by Holm's correction"
+    counted = "difference of losses, 95 % intervals; named: what holds by Holm's correction"
     figure.suptitle(f'{what}:\n{leaders(panels, of_panels)}\n({counted})')
     figure.savefig(path, dpi=130)
 

@@ -344,7 +344,7 @@ class TrainedCopy(Adapter):
         return self.copy(*args, **kwargs)
 
     def merged(self, module):
-        return copy.deepcopy(self.copy).requires_grad_(False)  # as merged weights do not train, either
+        return self.copy
 
 
 CLASSES = {'lora': LowRank, 'kan': KANAdapter, 'kan_base': LowRank, 'copy': TrainedCopy}

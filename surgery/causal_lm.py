@@ -177,7 +177,8 @@ class AddGraph:
     def __call__(self, block, inputs, output):
         edges, caches = PASS.get((None, None))
         if edges is None:
-            raise ValueError('its graph layers have no edges: call the CausalLM, not a part of it')
+            advice = 'call the CausalLM, not a part of it, and put no checkpoint_wrapper around its blocks'
+            raise ValueError(f'graph layers have no edges here: {advice}')
         x = output[0] if isinstance(output, tuple) else output
         y = block.graph(block.ln_3(x.float()), caches[self.i], edges)
         x = x + y.to(x.dtype)
@@ -266,8 +267,9 @@ def place_of(source):
     place = dict(pretrained_model_name_or_path=source, trust_remote_code=False)
     folder, name = os.path.split(source)
     is_gguf = source.endswith('.gguf')
-    is_path = source.startswith(('/', '.', '~')) or (is_gguf and os.path.isdir(folder or '.'))  # else on the hub
-    if is_path and not os.path.exists(source):
+    is_there = os.path.isfile(source) if is_gguf else os.path.exists(source)
+    is_path = os.path.isabs(source) or source.startswith('.') or (is_gguf and os.path.isdir(folder or '.'))
+    if is_path and not is_there:  # what is no path may be on the hub
         raise ValueError(f'{source} is not there')
     if is_gguf:
         place.update(pretrained_model_name_or_path=folder or '.', gguf_file=name)

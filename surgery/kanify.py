@@ -26,6 +26,7 @@ READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',),
 READERS |= dict.fromkeys(
     [f'{kind}MHAttentionMap' for kind in ('Detr', 'ConditionalDetr', 'MaskFormerDetr')], ('k_proj',)
 )
+READERS |= dict.fromkeys(['Lfm2ShortConv', 'Lfm2MoeShortConv', 'Lfm3ShortConv'], ('conv',))
 READERS |= dict.fromkeys(['Gemma4AssistantForCausalLM', 'Gemma4UnifiedAssistantForCausalLM'], ('lm_head',))
 READERS |= {
     'Gemma3nTextAltUp': ('correction_coefs', 'prediction_coefs'),
@@ -34,7 +35,10 @@ READERS |= {
 READERS |= {'LSHSelfAttention': ('query_key', 'value'), 'MobileBertLMPredictionHead': ('decoder', 'dense')}
 PLACES = 'rel_pos_bias', 'rel_pos_x_bias', 'rel_pos_y_bias'
 READERS |= dict.fromkeys(['LayoutLMv2Encoder', 'LayoutLMv3Encoder', 'PPDocLayoutV2ReadingOrderEncoder'], PLACES)
-SHORT = 'conv', 'conv1d', 'conv_1d'  # convolutions that a kernel takes: those of so many groups as channels
+SHORT = (
+    'conv1d',
+    'conv_1d',
+)  # what transformers calls the convolutions that a kernel takes, with as many groups as channels
 READ = 'is read by the module around it and not always called: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
@@ -214,7 +218,7 @@ def as_torch(activation):
     """The activation of PyTorch that computes the same, whatever another library calls it: the fast passes know it.
     One that is none of them stays as it is.
     """
-    x = torch.linspace(-40, 40, 8001, dtype=torch.float64).sinh()  # to 1e17: a clipped ReLU is one up to its bound
+    x = torch.linspace(-40, 40, 8001, dtype=torch.float64).sinh()  # to 1e17: a clipped ReLU equals ReLU up to its bound
     y, known = activation(x), (nn.SiLU(), nn.GELU(), nn.GELU('tanh'), nn.ReLU(), nn.Tanh(), nn.Sigmoid())
     return next((plain for plain in known if torch.allclose(plain(x), y, rtol=1e-12, atol=1e-12)), activation)
 
@@ -346,6 +350,8 @@ def layers_read(module):
     if all(hasattr(module, name) for name in ('A_log', 'in_proj', 'conv1d')):  # a Mamba, of any kind
         return [layer for name, layer in module.named_children() if name != 'in_proj']
     read = [getattr(module, name) for name in READERS.get(type(module).__name__, ()) if hasattr(module, name)]
+    if not type(module).__module__.startswith('transformers.'):
+        return read
     convolutions = [getattr(module, name) for name in SHORT if isinstance(getattr(module, name, None), nn.Conv1d)]
     return read + [layer for layer in convolutions if layer.groups == layer.in_channels > 1]
 

@@ -103,7 +103,7 @@ def install(model, adapters, name):
         module.adapters[name] = adapter.train(module.training)
         if isinstance(adapter, TrainedCopy):
             for part, original in zip(adapter.copy.modules(), module.base_layer.modules()):
-                part.training = original.training  # as of a frozen BatchNorm in it
+                part.training = original.training  # a frozen BatchNorm in it stays frozen
     set_lora(model, name)
 
 
@@ -240,7 +240,7 @@ def merge_lora(model):
     layers = active_lora(model)
     merged = {path: layer.adapter.merged(layer.base_layer) for path, layer in layers.items()}
     for path, layer in layers.items():
-        layer.unmerged, layer.base_layer = layer.base_layer, merged[path]
+        layer.unmerged, layer.base_layer = layer.base_layer, merged[path].requires_grad_(False)
     dtypes = {str(p.dtype).removeprefix('torch.') for module in merged.values() for p in module.parameters()}
     print(f'merged into {len(layers)} layers: exact up to the rounding of {", ".join(sorted(dtypes))}')
     return model
@@ -252,6 +252,8 @@ def unmerge_lora(model):
         raise ValueError('no adapter is merged into the model')
     for layer in merged_layers(model):
         layer.base_layer, layer.unmerged = layer.unmerged, None
+        if isinstance(layer.adapter, TrainedCopy):  # which stood in its place, and did not train there
+            layer.adapter.requires_grad_(True)
     return model
 
 

@@ -510,7 +510,12 @@ def test_activations_are_made_by_functions_and_names():
         assert torch.equal(layer.base_activation(x), expected(x))
 
 
-BY_EXTREMES = lambda x: x / x.max(), lambda x: x - x.amin(-1, keepdim=True), lambda x: x.cummax(-1).values
+BY_EXTREMES = (
+    lambda x: x / x.max(),
+    lambda x: x / x.abs().max(),
+    lambda x: x - x.amin(-1, keepdim=True),
+    lambda x: x.cummax(-1).values,
+)
 
 
 @pytest.mark.parametrize(

@@ -642,6 +642,17 @@ def test_nothing_trains_while_an_adapter_is_merged():
     assert model.head.adapter.copy.weight.grad.abs().sum() > 0
 
 
+def test_a_saved_module_that_cannot_be_copied_is_merged():
+    """As one that holds a tensor with a gradient: the weight of spectral_norm after a pass."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.utils.spectral_norm(nn.Linear(4, 4))), torch.randn(3, 4)
+    add_lora(model, LoRAConfig(target_modules='0', modules_to_save='1', dropout=0.0))
+    model(x).sum().backward()
+    expected = model.eval()(x)
+    torch.testing.assert_close(merge_lora(model)(x), expected)
+    assert not any(p.requires_grad for p in model[1].acting.parameters())
+    assert all(p.requires_grad for p in unmerge_lora(model)[1].acting.parameters())
+
+
 def test_a_frozen_batch_norm_in_a_saved_module_stays_frozen():
     model = nn.ModuleDict({'a': nn.Linear(4, 4), 'head': nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())})
     model.head[0].eval()
@@ -928,6 +939,19 @@ def test_a_convolution_that_a_kernel_reads_gets_no_adapter(capsys):
     add_lora(model, LoRAConfig(target_modules=('layers.0',)))
     assert 'left out: conv (1), each of which is read' in capsys.readouterr().out
     assert 'layers.0.conv.in_proj' in lora_layers(model)
+
+
+def test_other_depthwise_convolutions_get_one():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1d = nn.Conv1d(4, 4, 3, groups=4)
+
+        def forward(self, x):
+            return self.conv1d(x)
+
+    model = add_lora(nn.Sequential(Mixer()), LoRAConfig(target_modules=('conv1d',)))
+    assert list(lora_layers(model)) == ['0.conv1d']
 
 
 @pytest.mark.parametrize('make_model, config, message', BAD_TARGETS)
