@@ -20,25 +20,30 @@ import torch.nn as nn
 from kan import ChannelSpline, KANLinear, broken_rule
 
 AROUND = '_orig_mod', '_checkpoint_wrapped_module'  # what torch.compile and activation checkpointing put into paths
-# modules of transformers that take the weights of these layers and do not call them
-READERS = {'WavLMAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'), 'DisentangledSelfAttention': ('in_proj',)}
-READERS |= {'TDNNLayer': ('kernel',), 'LongcatFlashTopkRouter': ('classifier',), 'DabDetrMHAttentionMap': ('k_linear',)}
-READERS |= dict.fromkeys(
-    [f'{kind}MHAttentionMap' for kind in ('Detr', 'ConditionalDetr', 'MaskFormerDetr')], ('k_proj',)
-)
-READERS |= dict.fromkeys(['Lfm2ShortConv', 'Lfm2MoeShortConv', 'Lfm3ShortConv'], ('conv',))
-READERS |= dict.fromkeys(['Gemma4AssistantForCausalLM', 'Gemma4UnifiedAssistantForCausalLM'], ('lm_head',))
-READERS |= {
-    'Gemma3nTextAltUp': ('correction_coefs', 'prediction_coefs'),
-    'NeoMMEForMaskedLM': ('unembedding_projection',),
-}
-READERS |= {'LSHSelfAttention': ('query_key', 'value'), 'MobileBertLMPredictionHead': ('decoder', 'dense')}
 PLACES = 'rel_pos_bias', 'rel_pos_x_bias', 'rel_pos_y_bias'
-READERS |= dict.fromkeys(['LayoutLMv2Encoder', 'LayoutLMv3Encoder', 'PPDocLayoutV2ReadingOrderEncoder'], PLACES)
-SHORT = (
-    'conv1d',
-    'conv_1d',
-)  # what transformers calls the convolutions that a kernel takes, with as many groups as channels
+READERS = {  # modules of transformers that take the weights of these layers and do not, or not always, call them
+    'WavLMAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'),
+    'DisentangledSelfAttention': ('in_proj',),
+    'LSHSelfAttention': ('query_key', 'value'),
+    'DetrMHAttentionMap': ('k_proj',),
+    'ConditionalDetrMHAttentionMap': ('k_proj',),
+    'MaskFormerDetrMHAttentionMap': ('k_proj',),
+    'DabDetrMHAttentionMap': ('k_linear',),
+    'TDNNLayer': ('kernel',),
+    'Lfm2ShortConv': ('conv',),
+    'Lfm2MoeShortConv': ('conv',),
+    'Lfm3ShortConv': ('conv',),
+    'LongcatFlashTopkRouter': ('classifier',),
+    'Gemma3nTextAltUp': ('correction_coefs', 'prediction_coefs'),
+    'Gemma4AssistantForCausalLM': ('lm_head',),
+    'Gemma4UnifiedAssistantForCausalLM': ('lm_head',),
+    'MobileBertLMPredictionHead': ('decoder', 'dense'),
+    'NeoMMEForMaskedLM': ('unembedding_projection',),
+    'LayoutLMv2Encoder': PLACES,
+    'LayoutLMv3Encoder': PLACES,
+    'PPDocLayoutV2ReadingOrderEncoder': PLACES,
+}
+SHORT = 'conv1d', 'conv_1d'  # in transformers a kernel takes convolutions of these names that have a group a channel
 READ = 'is read by the module around it and not always called: what stood in its place would be passed by'
 CHANNELS_FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm  # in what these give
 
