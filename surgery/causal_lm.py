@@ -67,7 +67,7 @@ class CausalLM(nn.Module):
         hf.eval()
         try:
             self.body.get_input_embeddings()
-        except NotImplementedError:
+        except NotImplementedError:  # how transformers answers for a model that names none
             raise ValueError(f'{type(hf).__name__} does not say which its token embeddings are') from None
         try:
             ours, half = (self.lm_head(self.features(part)) for part in (idx, idx[:, : T // 2]))

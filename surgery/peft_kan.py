@@ -176,7 +176,7 @@ class KanLoraLinear(nn.Module, BaseTunerLayer):
         return result
 
     def merge(self, safe_merge=False, adapter_names=None):
-        raise NotImplementedError(UNMERGEABLE)
+        raise NotImplementedError(UNMERGEABLE)  # PEFT's own error for methods that cannot merge
 
     unmerge = merge
 
