@@ -318,7 +318,10 @@ class KANLinear(Splines):
         bias                         zero
         grid                         even, on grid_range
         mask                         True: every edge acts
+        On the meta device there is nothing to set.
         """
+        if self.spline_weight.is_meta:
+            return  # the fit of the noise would take a while, for nothing
         G, k, bound = self.grid_size, self.spline_order, 1 / math.sqrt(self.in_features)
         self.grid.copy_(self.even_knots())
         self.base_weight.uniform_(-self.scale_base * bound, self.scale_base * bound)
