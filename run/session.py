@@ -21,12 +21,23 @@ from run.device import device_name, get_rng, pick_device, pick_dtype, set_rng, s
 from run.trackers import Trackers
 
 
+def told_by_torchrun():
+    """The environment of one of several processes; {} in a process that runs alone."""
+    return os.environ if {'RANK', 'WORLD_SIZE'} <= os.environ.keys() else {}
+
+
+def progress(items, unit):
+    """The items, with a bar on the terminal that goes when all are done. Of several processes the first has one."""
+    is_first = int(told_by_torchrun().get('RANK', 0)) == 0
+    return tqdm(items, unit=unit, leave=False, disable=None if is_first else True)
+
+
 class Session:
     """One process of a run, started by torchrun or by hand."""
 
     def __init__(self, device, dtype):
-        self.ddp = {'RANK', 'WORLD_SIZE'} <= os.environ.keys()  # by torchrun
-        told = os.environ if self.ddp else {}
+        told = told_by_torchrun()
+        self.ddp = bool(told)
         self.rank, self.local_rank = (int(told.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
         self.world_size = int(told.get('WORLD_SIZE', 1))
         self.master = self.rank == 0

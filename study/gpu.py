@@ -362,7 +362,12 @@ def runs_of_newest(runs):
     """The runs of train.py on the card, text and version of torch of the newest: none of others compares with it."""
     done = [run for run in runs if 'config' in run and 'error' not in run]
     newest = max(done, key=lambda run: run['run']['finished'], default=None)
-    return [run for run in done if (place_of(run), text_of(run)) == (place_of(newest), text_of(newest))]
+    return [run for run in done if compares_by(run) == compares_by(newest)]
+
+
+def compares_by(run):
+    """Card and torch, and the data set by its name and by the sums of its files: one name has had several texts."""
+    return place_of(run), text_of(run), run['run'].get('dataset', {}).get('splits')
 
 
 def text_of(run):

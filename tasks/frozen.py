@@ -10,10 +10,10 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tqdm import tqdm
 
 from run.device import autocast
 from run.files import write_file
+from run.session import progress
 from surgery.lora import digest_of
 from tasks.prompts import collate, make_batches
 
@@ -62,7 +62,7 @@ class FrozenBlocks:
         is made anew in any case: ValueError where a file has something else of it.
         """
         n, tolerance = len(self.kept), 1e-3 if (dtype, device) == ('float32', 'cpu') else 0.1
-        for i, batch in enumerate(tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None)):
+        for i, batch in enumerate(progress(make_batches(examples, batch_size), 'batch')):
             if stop:
                 break
             idx, lengths, _ = collate(batch, device)

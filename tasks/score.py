@@ -9,11 +9,11 @@ import random
 import statistics
 
 import torch
-from tqdm import tqdm
 
 from data.course import N_PROMPT_LINES
 from run.device import autocast
 from run.files import write_file
+from run.session import progress
 from tasks.model import sum_losses
 from tasks.prompts import collate, find_task, make_batches, prompt_of, split_sonnet
 from tasks.sonnets import write_sonnet
@@ -26,7 +26,7 @@ def predict(model, examples, batch_size, device, dtype, stop=()):
     """(sum of the losses, the label given to each example; of sonnets none). None once `stop` holds something."""
     model.eval()
     total, labels = 0.0, {}
-    for batch in tqdm(make_batches(examples, batch_size), unit='batch', leave=False, disable=None):
+    for batch in progress(make_batches(examples, batch_size), 'batch'):
         if stop:
             break
         idx, lengths, targets = collate(batch, device)
@@ -65,8 +65,11 @@ def score_written(model, tokenizer, examples, device, dtype, sampling, stop=()):
     """
     model.eval()
     with autocast(device, dtype):
-        progress = tqdm(examples, unit='sonnet', leave=False, disable=None)
-        written = [write_sonnet(model.gpt, tokenizer, prompt_of(e.text), **sampling) for e in progress if not stop]
+        written = [
+            write_sonnet(model.gpt, tokenizer, prompt_of(example.text), **sampling)
+            for example in progress(examples, 'sonnet')
+            if not stop
+        ]
     if stop:
         return None
     whole = all(example.text.count('\n') >= N_PROMPT_LINES for example in examples)

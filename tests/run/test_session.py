@@ -1,6 +1,7 @@
 """What the processes of a run agree on."""
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -144,3 +145,14 @@ def test_gradients_are_clipped(alone, grad_clip, moved):
     (4 * weight).backward()
     alone.update(torch.optim.SGD([weight], lr=1.0), scaler, [weight], torch.tensor(1.0), grad_clip, 0)
     assert weight.item() == pytest.approx(-moved, rel=1e-5)
+
+
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_of_several_processes_on_a_terminal_the_first_draws_a_bar(monkeypatch, rank):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setenv('RANK', rank)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert list(session.progress([1, 2], 'batch')) == [1, 2]
+    assert ('2' in terminal.getvalue()) == (rank == '0')

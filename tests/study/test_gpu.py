@@ -242,6 +242,8 @@ def test_runs_on_another_text_or_in_miniature_are_apart(study, monkeypatch):
     runs = list(study.read().values())
     later = dict(runs[0]['run'], finished='2030')
     other = {**runs[0], 'run': {**later, 'config': {'dataset': 'mine'}}}
+    elsewhere = {**runs[0], 'run': {**runs[0]['run'], 'dataset': {'splits': {'train': {'sha256': 'other'}}}}}
+    assert gpu.readme_table([elsewhere, *runs]) == gpu.readme_table(runs)  # under the same name
     tiny = {**runs[0], 'job': 'run, micro_kan, seed 1, tiny', 'run': later}
     assert gpu.readme_table([other, tiny, *runs]) == gpu.readme_table(runs)
     assert gpu.searches([{'job': 'tiles, float32, tiny'}, {'job': 'tiles, float32'}]) == [{'job': 'tiles, float32'}]
