@@ -113,7 +113,7 @@ SCALES = 0.04, 0.16  # at the best rate
 # sizes with two more trials at the best of these: other rates, of splines where set
 REFINED = '2.2M', '0.33M Python', '0.23M rotary Muon', '0.23M 5000'
 WIDER = ('edge KAN',)  # families with three more trials, as the best of these lay at the ends of their ranges
-DRAWN = '0.23M'  # the size whose functions and controls are drawn
+DRAWN = '0.23M'  # the size whose functions are drawn
 SEEDS = {
     'ablation': range(1, 5),
     'tuning': (1337,),

@@ -5,6 +5,7 @@ python study/win_page.py
 
 import itertools
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the repository
@@ -329,13 +330,19 @@ def gaps_of(size, names):
 
 
 def draw_controls(path):
-    """Of the families that learn how far they are from themselves with one thing changed, on unseen text."""
-    panels, groups = {}, groups_of('final', win.DRAWN)
-    for control in groups.keys() & CONTROLS.keys():
-        family, change = CONTROLS[control]
-        gap = difference(groups.get(family, {}), groups[control], held_out)
-        panels.setdefault(family, {})[change] = gap, COLOURS[family]
-    panels = dict(sorted(panels.items()))
+    """Of the families that learn how far they are from themselves with one thing changed, on unseen text: a panel for
+    each of them at each size.
+    """
+    panels = {}
+    for size in SIZES:
+        groups = groups_of('final', size)
+        for control in sorted(groups.keys() & CONTROLS.keys()):
+            family, change = CONTROLS[control]
+            gap = difference(groups.get(family, {}), groups[control], held_out)
+            panels.setdefault(f'{family} of {size}', {})[change] = gap, COLOURS[family]
+    panels = {
+        name: changes for name, changes in panels.items() if len(changes) > 1
+    }  # Python has rates of splines alone
     draw_differences(path, panels, [*CHANGES], 'Ahead of itself with one change', of_panels=True)
 
 
@@ -359,7 +366,8 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
     counted = "difference of losses, 95 % intervals; named: what holds by Holm's correction"
-    figure.suptitle(f'{what}:\n{leaders(panels, of_panels)}\n({counted})')
+    named = textwrap.fill(leaders(panels, of_panels), 80)
+    figure.suptitle(f'{what}:\n{named}\n({counted})')
     figure.savefig(path, dpi=130)
 
 

@@ -532,7 +532,9 @@ def read_adapter(path):
 
 
 def lora_param_groups(model, lr, weight_decay):
-    """Groups for an optimizer: vectors do not decay; B and phi_out learn at lora_plus_ratio * lr (LoRA+)."""
+    """Groups for an optimizer: vectors do not decay; B and phi_out learn at lora_plus_ratio * lr (LoRA+). PEFT's
+    create_loraplus_optimizer gives that rate to vectors, too, as to DoRA's magnitude.
+    """
     refuse_merged(model)
     groups = {}
     for layer in active_lora(model).values():

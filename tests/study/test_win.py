@@ -476,8 +476,9 @@ def test_gaps_are_drawn_as_they_are_on_unseen_text(study, drawn, tmp_path):
     changes = [label.get_text() for label in drawn[0].get_yticklabels()]
     panels = {panel.get_title(): {changes[int(y)]: round(x, 6) for y, x in bars(panel).items()} for panel in drawn}
     ahead = {change: round(-0.01 - 0.1 * n, 6) for n, change in enumerate(win.CHANGES)}
-    assert panels['KAN-GLU'] == {change: ahead[change] for change in panels['KAN-GLU']} and len(changes) == 4
-    assert panels['channel KAN'] == dict.fromkeys(changes, 0.0)
+    drawn_of = panels['KAN-GLU of 0.23M']
+    assert drawn_of == {change: ahead[change] for change in drawn_of} and len(changes) == 4
+    assert panels['channel KAN of 0.23M'] == dict.fromkeys(changes, 0.0)
 
 
 def test_curves_are_gaps_to_swiglu_of_the_same_seed(study, drawn, tmp_path):
