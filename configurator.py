@@ -208,8 +208,8 @@ def differing(then, now, free):
 def idle_settings(script, settings):
     """Lines that name the settings of a script that differ from their defaults and do nothing."""
     changed = [name for name, value in settings_of(script, []).items() if settings[name] != value]
-    if settings.get('activation') == 'swish':  # its slopes learn as splines do
-        changed = [name for name in changed if name not in ('spline_lr_scale', 'spline_weight_decay')]
+    if settings.get('activation') == 'swish':  # its slopes learn as splines do, and do not decay
+        changed = [name for name in changed if name != 'spline_lr_scale']
     lines = []
     for switch, begins in SWITCHES.items():
         names = [name for name in changed if name.startswith(begins)]

@@ -55,9 +55,8 @@ def make_activation(given):
         with contextlib.suppress(TypeError):  # of one that wants arguments
             made = classes.get(given.lower(), lambda: None)()
     elif callable(given) and not isinstance(given, nn.Module):
-        makes_one = isinstance(given, type) or takes_nothing(given)
         with contextlib.suppress(TypeError):
-            made = given() if makes_one else Elementwise(given)
+            made = given() if isinstance(given, type) else made_by(given)
     if not isinstance(made, nn.Module):
         wanted = "a class of modules (nn.SiLU), a module, a function of x, or a name ('silu')"
         raise ValueError(f'base_activation must be {wanted}, got {given!r}')
@@ -92,13 +91,14 @@ def broken_rule(activation):
     return None if is_elementwise else 'act on each number by itself, always alike'
 
 
-def takes_nothing(function):
-    """Whether a function can be called without arguments, as far as Python knows."""
+def made_by(function):
+    """The module that a function makes without arguments; of one that makes none the function itself, of x."""
     try:
         inspect.signature(function).bind()
-        return True
-    except (TypeError, ValueError):
-        return False
+        made = function()
+    except Exception:  # it wants arguments, whether Python knows that or not
+        made = None
+    return made if isinstance(made, nn.Module) else Elementwise(function)
 
 
 class Splines(nn.Module):

@@ -255,6 +255,8 @@ def tokenizer_of_dataset(dataset, vocab_size):
     meta = read_meta(dataset)
     if not meta:
         folder = dataset_folder(dataset)
+        if not is_prepared(dataset):
+            find_script(dataset, TOKENS)  # or no such data set
         raise ValueError(f'{folder} has no meta.json to say what its tokens are: its prepare.py writes one')
     check_vocab_size(dataset, meta, vocab_size)
     return tokenizer_from_dict(meta['tokenizer'])

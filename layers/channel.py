@@ -26,6 +26,7 @@ from layers.spline import (
     basis_function,
     check_backend,
     check_devices,
+    interprets_triton,
     is_batched,
     is_eager,
     is_transformed,
@@ -191,7 +192,7 @@ def choose_backend(x, weight, knots, k, activation, gated):
         return 'plain'
     if activation not in native.ACTIVATIONS:
         return 'plain'
-    if BACKEND == 'triton' or (BACKEND == 'auto' and x.is_cuda and triton_works(x.device)):
+    if interprets_triton(BACKEND) or (BACKEND in ('auto', 'triton') and x.is_cuda and triton_works(x.device)):
         return 'triton'
     suits_native = x.device.type == 'cpu' and basis_function(knots) is uniform_bases
     return 'native' if suits_native and library(k, activation, gated) is not None else 'plain'

@@ -58,6 +58,9 @@ def is_muons(group):
 def join_muon(adamw, matrices, learning_rate, weight_decay):
     """AdamW joined by Muon (Jordan et al. 2024) for `matrices`, two-dimensional parameters that adamw has not. Updates
     have the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate suits both.
+    ValueError for no matrices.
     """
+    if not matrices:
+        raise ValueError('Muon wants matrices that train, and no block has one: leave muon out')
     settings = dict(lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
     return Joined(adamw, torch.optim.Muon(matrices, **settings))

@@ -20,6 +20,7 @@ import copy
 import functools
 import importlib.util
 import math
+import os
 import types
 import warnings
 
@@ -436,9 +437,9 @@ def choose_backend(x, knots, k, activation, dtype):
     check_backend(BACKEND, ('auto', 'triton', 'native', 'compiled', 'plain'))
     if BACKEND == 'plain' or k not in FUSED_ORDERS:
         return 'plain'
-    suits_triton = x.is_cuda and torch.float64 not in (x.dtype, dtype)
+    may_be_triton = BACKEND in ('auto', 'triton') and torch.float64 not in (x.dtype, dtype)
     suits_native = x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS
-    if BACKEND == 'triton' or (BACKEND == 'auto' and suits_triton and triton_works(activation, x.device, dtype)):
+    if may_be_triton and (interprets_triton(BACKEND) or (x.is_cuda and triton_works(activation, x.device, dtype))):
         return 'triton'
     if BACKEND in ('auto', 'native') and suits_native:
         return 'native' if library(k, activation, dtype) is not None else 'plain'
@@ -451,6 +452,11 @@ def choose_backend(x, knots, k, activation, dtype):
 def check_backend(name, known):
     if name not in known:
         raise ValueError(f'BACKEND={name!r}: expected one of {", ".join(known)}')
+
+
+def interprets_triton(backend):
+    """Whether the kernels are asked for by name, on whatever device, and Triton's interpreter runs them."""
+    return backend == 'triton' and os.environ.get('TRITON_INTERPRET') == '1'
 
 
 @functools.cache

@@ -52,7 +52,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     """Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
 
     targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an
-              nn.ModuleList or nn.Sequential), not heads. A layer with a shared weight is left out unless named itself.
+              nn.ModuleList or nn.Sequential in it), not heads. A layer with a shared weight is left out unless named
+              itself.
     init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the
               model still gives what it gave; 'fresh': as KANLinear starts.
     train     'all': a KAN layer trains if the layer it replaces does; 'splines': these alone train in the whole model.
@@ -108,7 +109,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
 
     example   what the model is called with once, without gradients and in eval mode, to see the width of each
               activation, whose channels are its last dimension: a tensor, a tuple of arguments, or a dict of them.
-    targets   names of activations, or of modules that hold some; None: all within the blocks of the model.
+    targets   names of activations, or of modules that hold some; None: all within the blocks of the model. Those of
+              PyTorch, transformers and layers/activations.py are known, any other is to be named itself.
     train     'all': the functions train beside what trains already; 'splines': they alone train in the whole model.
     settings  of ChannelSpline: grid_size, spline_order, grid_range ...
 
@@ -119,9 +121,14 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     """
     if train not in ('all', 'splines'):
         raise ValueError(f"expected train 'all' or 'splines', got {train!r}")
+    if 'base_activation' in settings:
+        raise ValueError('each function begins as the activation that it replaces: leave base_activation out')
     refuse_adapters(model)
     refuse_offloaded(model)
-    paths = find_paths(model, [targets] if isinstance(targets, str) else targets, 'activations', is_activation)
+    targets = [targets] if isinstance(targets, str) else targets
+    named = [module for path, module in named_layers(model).items() if is_named(path, targets or ())]
+    own = {id(module) for module in named if not [*module.children()] and broken_rule(module) is None}
+    paths = find_paths(model, targets, 'activations', lambda module: is_activation(module) or id(module) in own)
     refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
     if targets is None and any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
@@ -213,8 +220,9 @@ def find_paths(model, targets, kind, is_one):
 
 
 def is_activation(module):
-    """Whether a module is one of PyTorch's or of transformers' that act on each number by itself."""
-    is_known = type(module).__module__ in ('torch.nn.modules.activation', 'transformers.activations')
+    """Whether a module is one of PyTorch's, of transformers' or of ours that act on each number by itself."""
+    known = 'torch.nn.modules.activation', 'transformers.activations', 'layers.activations'
+    is_known = type(module).__module__ in known
     return is_known and broken_rule(module) is None
 
 
@@ -378,10 +386,10 @@ def in_block(model, path):
 
 def find_absorbed(model, paths, absorb):
     """{path of a layer: path of the activation that it takes in}, both under the same parent"""
-    modules, found = dict(model.named_modules(remove_duplicate=False)), {}
+    modules, found = {plain(path): path for path in named_layers(model)}, {}
     for layer, activation in absorb.items():
-        pairs = [(path, path.removesuffix(layer) + activation) for path in paths if is_named(path, [layer])]
-        pairs = {path: other for path, other in pairs if other in modules}
+        pairs = [(path, plain(path).removesuffix(layer) + activation) for path in paths if is_named(path, [layer])]
+        pairs = {path: modules[other] for path, other in pairs if other in modules}
         if not pairs:
             raise ValueError(f'absorb: found no layer {layer!r} among the targets with {activation!r} beside it')
         found.update(pairs)

@@ -483,7 +483,13 @@ def test_updating_the_grid_with_what_is_not_finite_changes_nothing(value, words)
 
 
 @pytest.mark.parametrize(
-    'given', [nn.GELU, nn.GELU(), torch.nn.functional.gelu, 'gelu', 'GELU', lambda: nn.GELU(), lambda x: nn.GELU()(x)]
+    'given',
+    [
+        *(nn.GELU, nn.GELU(), torch.nn.functional.gelu, 'gelu', 'GELU', lambda: nn.GELU(), lambda x: nn.GELU()(x)),
+        lambda *args, **settings: nn.functional.gelu(*args, **settings),  # as a decorator leaves a function
+        lambda *args: nn.functional.gelu(args[0]),
+        lambda x=None: x if x is None else nn.functional.gelu(x),
+    ],
 )
 def test_an_activation_is_given_in_any_way(given):
     layer, expected = KANLinear(I, O, base_activation=given), KANLinear(I, O, base_activation=nn.GELU)

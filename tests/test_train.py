@@ -345,13 +345,15 @@ def test_going_back_to_an_earlier_state_seeks_the_best_anew(tmp_path, dataset):
 def test_what_does_nothing():
     graph = dict(use_graph=True, graph_edges='causal,topk', graph_window=4, graph_topk=4)
     edges, all_of_them = "graph_edges='causal,topk'", 'holds causal, and with it all earlier tokens'
-    swish = dict(activation='swish', spline_lr_scale=4.0, spline_weight_decay=0.0)
+    swish = dict(activation='swish', spline_lr_scale=4.0)
+    off = 'use_kan is off, and without it these do nothing'
     for settings, lines in (
         (
             graph,
             [f'graph_window does nothing: {edges} holds no window', f'graph_topk does nothing: {edges} {all_of_them}'],
         ),
         (swish, []),
+        (dict(swish, spline_weight_decay=0.5), [f'{off}: spline_weight_decay']),
         (dict(decay_lr=False, min_lr=1e-5), ['decay_lr is off, and without it these do nothing: min_lr']),
     ):
         assert idle_settings('train.py', settings_of('train.py', []) | settings) == lines

@@ -436,8 +436,9 @@ def test_unknown_data_set_lists_the_known_ones(dataset, tmp_path, monkeypatch):
     for name, file in (('b', 'prepare.py'), ('a', 'prepare.py'), ('empty', 'readme.md')):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text('writes train.bin and val.bin')
-    with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: a, b$"):
-        loader.prepare_dataset(dataset)
+    for look in loader.prepare_dataset, lambda dataset: loader.tokenizer_of_dataset(dataset, 65):
+        with pytest.raises(ValueError, match=f"no data set '{dataset}': .* known: a, b$"):
+            look(dataset)
 
 
 def test_missing_data_set_is_prepared_once_and_its_failure_is_reported(tmp_path, capfd):

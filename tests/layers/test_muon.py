@@ -21,6 +21,11 @@ def step(model, *optimizers, seed=0):
         optimizer.step()
 
 
+def test_without_matrices_there_is_nothing_for_muon():
+    with pytest.raises(ValueError, match='Muon wants matrices that train, and no block has one: leave muon out'):
+        join_muon(torch.optim.AdamW([nn.Linear(4, 3).bias]), [], 0.1, weight_decay=0.2)
+
+
 def test_joined_optimizers_do_what_each_does_alone():
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())

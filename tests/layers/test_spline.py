@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from helpers import ENV, ROOT, run_forked
-from kan import KANLinear
+from kan import ChannelSpline, KANLinear
 from layers import channel, native, spline
 from layers.spline import plain_spline_linear, spline_linear
 
@@ -437,6 +437,19 @@ def test_backend_follows_the_input_and_the_override(monkeypatch):
         assert choose(small, knots) == backend
         assert choose(small, irregular) == ('plain' if backend == 'compiled' else 'native')
     assert choose(large, knots, dtype=half) == choose(large.double(), double, dtype=torch.float64) == 'plain'
+
+
+def test_triton_by_name_is_for_what_suits_it(monkeypatch):
+    _, _, knots, _ = make(1, 32, 1)
+    x, double = torch.randn(100, 32), make(1, 32, 1, dtype=torch.float64)[2]
+    monkeypatch.setattr(spline, 'BACKEND', 'triton')
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert choose(x, knots) == 'triton' and choose(x.double(), double, dtype=torch.float64) == 'plain'
+    monkeypatch.delenv('TRITON_INTERPRET')
+    assert choose(x, knots) == 'plain'  # there is no GPU under x
+    monkeypatch.setattr(channel, 'BACKEND', 'triton')
+    phi = ChannelSpline(32)
+    assert phi(x).shape == x.shape
 
 
 def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):

@@ -243,6 +243,14 @@ def test_an_activation_of_a_block_at_two_places_moves_once():
     assert torch.allclose(run(model), before, rtol=1e-4, atol=1e-5)
 
 
+def test_an_activation_of_a_compiled_block_is_found_by_its_path():
+    blocks = [nn.ModuleDict(dict(act=nn.GELU(), fc2=nn.Linear(6, 4))) for _ in range(2)]
+    model = nn.ModuleDict(dict(h=nn.ModuleList(blocks)))
+    model.h[0] = torch.compile(model.h[0])
+    kanify(model, ['h.0'], absorb={'h.0.fc2': 'h.0.act'})
+    assert type(blocks[0].fc2.base_activation) is nn.GELU and type(blocks[0].act) is nn.Identity
+
+
 def test_it_comes_before_adapters():
     with pytest.raises(ValueError, match='kanify comes before'):
         kanify(add_lora(make('GPT2LMHeadModel'), LoRAConfig()))
@@ -417,6 +425,26 @@ def test_activations_of_other_libraries_that_are_pytorchs():
         assert as_torch(clipped) is clipped
 
 
+class Square(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).square()
+
+
+def test_other_activations_are_named_and_those_of_our_gpt_are_known():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match='found no activations within blocks'):
+        kanify_activations(make_block_model(Square), x)
+    model = make_block_model(Square)
+    before = model(x)
+    kanify_activations(model, x, ('0.1', '1.1'))
+    assert type(model.blocks[0][1]) is ChannelSpline and torch.allclose(model(x), before, atol=1e-6)
+    with pytest.raises(ValueError, match="'0.0' is a Linear, which cannot be replaced"):
+        kanify_activations(make_block_model(Square), x, '0.0')
+    ours = GPT(GPTConfig(vocab_size=8, n_layer=2, n_head=2, n_embd=8, block_size=4, activation='relu2'))
+    kanify_activations(ours, torch.zeros(1, 4, dtype=torch.long))
+    assert [type(block.mlp.act).__name__ for block in ours.transformer.h] == ['ChannelSpline'] * 2
+
+
 def test_activations_that_cannot_be_replaced():
     x, shared = torch.randn(3, 4), nn.SiLU()
     twice = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)))
@@ -432,9 +460,16 @@ def test_activations_that_cannot_be_replaced():
         kanify_activations(make_block_model(), x, train='functions')
 
 
-@pytest.mark.parametrize('settings', [dict(init='fresh'), dict(absorb={'a': 'b'})])
-def test_what_activations_have_no_use_for(settings):
-    with pytest.raises(ValueError, match="init and absorb are for kind 'edge'"):
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(init='fresh'), "init and absorb are for kind 'edge'"),
+        (dict(absorb={'a': 'b'}), "init and absorb are for kind 'edge'"),
+        (dict(base_activation=nn.ReLU), 'begins as the activation that it replaces: leave base_activation out'),
+    ],
+)
+def test_what_activations_have_no_use_for(settings, message):
+    with pytest.raises(ValueError, match=message):
         kanify(make_block_model(), kind='channel', example=torch.randn(3, 4), **settings)
 
 
