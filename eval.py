@@ -163,5 +163,6 @@ on_task = task or adapter or 'finetune' in checkpoint
 if on_task and dataset:
     raise ValueError(f'dataset={dataset!r} is a text, and this scores a task: leave dataset out')
 result = evaluate_task(checkpoint) if on_task else evaluate_text(checkpoint)
-about = {'model': source, 'iter_num': checkpoint.get('iter_num'), 'device': device_name(device), 'dtype': dtype}
+iter_num = None if adapter else checkpoint.get('iter_num')  # an adapter has steps of its own
+about = {'model': source, 'iter_num': iter_num, 'device': device_name(device), 'dtype': dtype}
 print(json.dumps({**without_nan(result), **about}))

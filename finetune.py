@@ -194,7 +194,9 @@ say(f'{n_steps:,} steps of {per_step} examples on {device_name(device)}, {sessio
 
 session.listen()
 if frozen_cache:
-    examples = [*train_examples, *valid_examples, *sum(scored.values(), [])]
+    examples = [*train_examples, *valid_examples]
+    if find_task(task).answers:  # sonnets of dev and test are written, with caches of their own
+        examples += sum(scored.values(), [])
     about = task, model_args, dtype, session.device_type, torch.__version__
     keep_frozen(model.gpt, frozen_cache, about, examples, batch_size, session)
 

@@ -82,8 +82,11 @@ class GPTConfig:
             heads = getattr(self, name)
             if self.n_embd % heads:
                 below = self.n_embd // heads * heads
-                nearest = f'{below} or {below + heads}' if below else heads
-                raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}; nearest: {nearest}')
+                widths = f'{below} or {below + heads}' if below else heads
+                shared = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+                n = min(shared, key=lambda n: abs(n - heads))
+                problem = f'n_embd={self.n_embd} is not divisible by {name}={heads}'
+                raise ValueError(f'{problem}; nearest: n_embd={widths}, or {name}={n}')
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f'rotary wants heads of an even width, got n_embd={self.n_embd} / n_head={self.n_head}')
         if self.rotary and self.is_graph('attention'):

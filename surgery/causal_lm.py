@@ -144,11 +144,12 @@ class CausalLM(nn.Module):
             block.register_forward_hook(AddGraph(i))
         return self
 
-    def part(self, name):
-        """What the blocks call their 'attn' or 'mlp'. ValueError where there is none."""
+    def parts(self, name):
+        """What the blocks call their 'attn' or 'mlp', which some have as two layers. ValueError where there is none."""
         names = [path for path, _ in self.blocks[0].named_children()]
-        known = {'attn': ('attn', 'self_attn', 'attention', 'self_attention'), 'mlp': ('mlp',)}[name]
-        found = next((path for path in names if path in known), None)
+        attention = [('attn',), ('self_attn',), ('attention',), ('self_attention',)]
+        known = {'attn': attention, 'mlp': [('mlp',), ('fc1', 'fc2')]}[name]
+        found = next((parts for parts in known if {*parts} <= {*names}), None)
         if found is None:
             raise ValueError(f'the blocks of this model have no {name}; there is {", ".join(names)}')
         return found

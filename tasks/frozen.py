@@ -61,7 +61,7 @@ class FrozenBlocks:
         """Keep what the frozen blocks make of these, until `stop` holds something; returns how many are new. One batch
         is made anew in any case: ValueError where a file has something else of it.
         """
-        n, tolerance = len(self.kept), 1e-3 if (dtype, device) == ('float32', 'cpu') else 0.1
+        n = len(self.kept)
         for i, batch in enumerate(progress(make_batches(examples, batch_size), 'batch')):
             if stop:
                 break
@@ -71,6 +71,8 @@ class FrozenBlocks:
                 continue
             with autocast(device, dtype):
                 self.compute(idx, lengths=lengths)
+            is_exact = (dtype, device, self.made.dtype) == ('float32', 'cpu', torch.float32)
+            tolerance = 1e-3 if is_exact else 0.1
             for name, x, length in zip(names, self.made, lengths.tolist()):
                 x = x[:length].cpu().clone()
                 if name in self.loaded and not is_close(self.kept[name], x, tolerance):
@@ -83,16 +85,19 @@ class FrozenBlocks:
         """Keep what a file has, if it is there. ValueError for a damaged one."""
         if os.path.exists(path):
             try:
-                self.kept = load_file(path)
+                found = load_file(path)
             except SafetensorError as error:
                 raise ValueError(f'{path} is damaged ({error}): delete it') from None
-            self.loaded = {*self.kept}
+            self.kept |= found
+            self.loaded |= found.keys()
 
     def save(self, path):
-        """Add what is kept to a file, which other processes may add to as well."""
+        """Add what is kept to a file, which other processes may add to as well. What they have put there stays: their
+        runs train on it, and go on with it when they are resumed.
+        """
         with FileLock(f'{path}.lock'):
             others = load_file(path) if os.path.exists(path) else {}
-            write_file(path, save({**others, **self.kept}))
+            write_file(path, save({**self.kept, **others}))
 
     def path_in(self, folder, about):
         """The file for these blocks, named by their weights and by `about`, whatever else their numbers depend on."""
@@ -120,6 +125,8 @@ def keep_frozen(gpt, folder, about, examples, batch_size, session):
             frozen.save(path)
         except OSError as error:
             session.say(f'warning: the next run has to read them again: {error}')
+    session.all_reduce(0)  # until the first process has saved
+    frozen.load(path)  # in which another run may have been first
 
 
 def count_frozen(gpt, blocks):

@@ -267,11 +267,12 @@ def kanify_mlps(gpt, settings):
     of the second one; others, which may have gates, keep their activation.
     """
     single, blocks = settings['kan_single_layer'], gpt.get_submodule(gpt.blocks_path)
-    target = 'mlp' if single < 0 else f'{gpt.blocks_path}.{single}.mlp'
+    parts = gpt.parts('mlp') if isinstance(gpt, CausalLM) else ('mlp',)
+    targets = [part if single < 0 else f'{gpt.blocks_path}.{single}.{part}' for part in parts]
     is_ours = not isinstance(gpt, CausalLM) and isinstance(blocks[0].mlp, MLP)
     absorb = {'mlp.c_proj': 'mlp.act'} if is_ours else None
     grid = dict(grid_size=settings['grid_size'], spline_order=settings['spline_order'])
-    kanify(gpt, (target,), absorb=absorb, grid_range=(settings['grid_min'], settings['grid_max']), **grid)
+    kanify(gpt, targets, absorb=absorb, grid_range=(settings['grid_min'], settings['grid_max']), **grid)
 
 
 def make_head(gpt, answers, settings):
@@ -299,7 +300,8 @@ def lora_config(gpt, settings, has_head):
     same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
     targets = settings['lora_targets'].split(',')
     if isinstance(gpt, CausalLM):
-        targets = [gpt.part(target) if target in ('attn', 'mlp') else target for target in targets]
+        parts = [gpt.parts(target) if target in ('attn', 'mlp') else (target,) for target in targets]
+        targets = [part for several in parts for part in several]
     return LoRAConfig(modules_to_save=copies, target_modules=','.join(targets), **own, **same)
 
 

@@ -933,7 +933,7 @@ def complain(tmp_path, dataset):
         (dict(learning_rat=1), "unknown setting 'learning_rat', did you mean 'learning_rate'"),
         (dict(max_iters='many'), "max_iters is int (default 600000), got str 'many'"),
         (dict(max_iters=1.5), 'max_iters is int'),
-        (dict(n_embd=15), 'n_embd=15 is not divisible by n_head=2; nearest: 14 or 16'),
+        (dict(n_embd=15), 'n_embd=15 is not divisible by n_head=2; nearest: n_embd=14 or 16, or n_head=1'),
         (dict(block_size=900), 'block_size=900 needs more than 900 tokens'),
         (dict(device='abacus'), "device='abacus' is not here: expected auto or"),
         (dict(device='cpu:7'), "device='cpu:7' is not here: expected auto or"),

@@ -178,10 +178,14 @@ def test_gated_mlps_become_kan_layers_that_compute_the_same(family, capsys):
 
 
 def test_parts_of_blocks_have_other_names():
-    assert CausalLM(make('llama')).part('attn') == 'self_attn'
-    assert CausalLM(make('gpt_neox')).part('attn') == 'attention'
+    assert CausalLM(make('llama')).parts('attn') == ('self_attn',)
+    assert CausalLM(make('gpt_neox')).parts('attn') == ('attention',)
+    assert CausalLM(make('opt')).parts('mlp') == ('fc1', 'fc2')
+    model = CausalLM(make('opt'))
+    for block in model.blocks:
+        del block.fc1
     with pytest.raises(ValueError, match='the blocks of this model have no mlp; there is self_attn, activation_fn'):
-        CausalLM(make('opt')).part('mlp')
+        model.parts('mlp')
 
 
 # what is refused

@@ -1,5 +1,6 @@
 """What is kept of frozen blocks: the same features and gradients, no block run twice, and no file of other blocks."""
 
+import copy
 import functools
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import Words, together
 from model import GPT, GPTConfig
 from surgery.causal_lm import CausalLM
 from tasks.frozen import FrozenBlocks
-from tasks.model import make_task_model
+from tasks.model import cast, make_task_model
 from tasks.prompts import Example, collate
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'seed')
@@ -95,26 +96,50 @@ def test_sonnets_are_written_as_before(base):
 
 def test_a_file_takes_the_place_of_the_blocks(tmp_path):
     model = tuned('llama')
+    other = copy.deepcopy(model)
     idx, lengths, _ = collate(EXAMPLES, 'cpu')
     frozen = keep(model)
     path = frozen.path_in(tmp_path / 'kept', ABOUT)
     frozen.save(path)
     expected = model(idx, lengths)
-    again = FrozenBlocks(model.gpt)
+    again = FrozenBlocks(other.gpt)
     again.load(path)
     assert again.read(EXAMPLES, 2, 'cpu', 'float32') == 0
-    assert torch.equal(model(idx, lengths), expected)
+    assert torch.equal(other(idx, lengths), expected)
 
 
-def test_half_precision_is_no_other_file(tmp_path):
-    """Texts that come twice, in batches of other sizes, and then from a file."""
-    model, path = tuned('gpt'), tmp_path / 'kept'
-    for batch_size in 2, 3, 5:
-        frozen = FrozenBlocks(model.gpt)
+@pytest.mark.parametrize('weights, dtype', [('bfloat16', 'float32'), ('float32', 'bfloat16'), ('float32', 'float32')])
+def test_rounding_is_no_other_file(tmp_path, monkeypatch, weights, dtype):
+    """Texts that come twice, in batches of other sizes, and then from a file; of blocks wide enough for rounding."""
+    wide = gpt(n_embd=128, block_size=64)
+    monkeypatch.setitem(BASES, 'wide', (lambda: cast(wide, getattr(torch, weights)), 'transformer.h.2'))
+    model, path = tuned('wide', weights=weights), tmp_path / 'kept'
+    texts = [[(7 * i + 3 * j + i * j) % 60 for j in range(5 + 4 * (i % 14))] for i in range(28)]
+    examples = [Example(str(i), ids, label=0) for i, ids in enumerate(texts)]
+    for batch_size in 28, 3, 1:
+        frozen = FrozenBlocks(copy.deepcopy(model).gpt)
         frozen.load(path)
-        frozen.read(EXAMPLES + EXAMPLES, batch_size, 'cpu', 'bfloat16')
+        frozen.read(examples + examples, batch_size, 'cpu', dtype)
         frozen.save(path)
-    assert len(load_file(path)) == len(EXAMPLES)
+    assert len(load_file(path)) == len(examples)
+    with torch.no_grad():
+        model.gpt.transformer.h[0].mlp.c_fc.weight.add_(1)
+    frozen = FrozenBlocks(model.gpt)
+    frozen.load(path)
+    with pytest.raises(ValueError, match='not of these blocks'):
+        frozen.read(examples, 28, 'cpu', dtype)
+
+
+def test_what_a_file_has_stays(tmp_path):
+    """A run that was first goes on with its own numbers."""
+    model, path = tuned('gpt'), tmp_path / 'kept'
+    first, second = (FrozenBlocks(copy.deepcopy(model).gpt) for _ in range(2))
+    first.kept, second.kept = {'a': torch.zeros(2)}, {'a': torch.ones(2), 'b': torch.ones(2)}
+    first.save(path)
+    second.save(path)
+    second.load(path)
+    assert load_file(path).keys() == {'a', 'b'} and not load_file(path)['a'].any()
+    assert not second.kept['a'].any() and second.kept['b'].all()
 
 
 def test_two_that_save_at_once_lose_nothing(tmp_path):

@@ -686,6 +686,28 @@ def test_a_head_narrower_than_its_model(settings, monkeypatch):
     assert model(*tokens()).shape == (3, len(ANSWERS))
 
 
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(lora_kind='kan', lora_targets='mlp'),
+        dict(use_kan=True, lora_kind='kan_base', lora_targets='mlp'),
+        dict(use_kan=True, kan_single_layer=1, finetune_mode='full', use_lora=False),
+    ],
+    ids=str,
+)
+def test_a_model_whose_mlps_are_two_layers_of_its_blocks(settings, monkeypatch):
+    monkeypatch.setitem(FAMILIES, 'opt', dict(ffn_dim=24, word_embed_proj_dim=C))
+    base, (idx, lengths) = make_other('opt'), tokens()
+    with torch.no_grad():
+        before = base(idx, idx)[0][torch.arange(3), lengths - 1][:, ANSWERS]
+        model = make_task_model(base, TOKENIZER, settings_of('finetune.py', flags(dropout=0.0, **settings)))
+        torch.testing.assert_close(model.eval()(idx, lengths), before, atol=1e-4, rtol=1e-4)
+    kinds = [type(block.fc1).__name__ for block in base.blocks]
+    changed = {-1: [0, 1], 1: [1]}[settings.get('kan_single_layer', -1)]
+    assert len(kinds) == 2 and all((kind != 'Linear') == (i in changed) for i, kind in enumerate(kinds))
+
+
 def test_a_first_token_beyond_the_rows_of_the_model_is_refused():
     base, tokenizer = make_base(), PretrainedTokenizer(byte_pairs().to_str(), None)
     base.config.vocab_size, tokenizer.start = 290, [290]

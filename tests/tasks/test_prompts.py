@@ -204,6 +204,8 @@ def test_block_without_room_is_refused_in_one_line(gpt2, name):
     assert len(encode_prompt(task, sentences, gpt2, least)[0]) == least
     with pytest.raises(ValueError, match=f'block_size={least - 1} has no room'):
         encode_prompt(task, sentences, gpt2, least - 1)
+    with pytest.raises(ValueError, match='tokens beside the text, 50 of them for the shots: give fewer$'):
+        encode_prompt(task, sentences, gpt2, least, shots=[0] * 50)
 
 
 @pytest.mark.parametrize('name', ['sst', 'quora'])
