@@ -366,7 +366,7 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
     counted = "difference of losses, 95 % intervals; named: what holds by Holm's correction"
-    named = textwrap.fill(leaders(panels, of_panels), 80)
+    named = textwrap.fill(leaders(panels, of_panels), 62)
     figure.suptitle(f'{what}:\n{named}\n({counted})')
     figure.savefig(path, dpi=130)
 
