@@ -62,7 +62,7 @@ def make_activation(given):
         raise ValueError(f'base_activation must be {wanted}, got {given!r}')
     rule = broken_rule(made)
     if rule:
-        raise ValueError(f'base_activation must {rule}, got {made}')
+        raise ValueError(f'base_activation must {rule}, got {given if isinstance(made, Elementwise) else made}')
     return made
 
 
@@ -84,21 +84,33 @@ def broken_rule(activation):
             in_training = copy.deepcopy(activation).train()  # in which dropout is random
             whole = in_training(x)[1:, 1:]
             is_elementwise &= torch.allclose(whole, in_training(part), atol=1e-6, equal_nan=True)
-        except (NotImplementedError, TypeError, IndexError, RuntimeError, ValueError):
-            is_elementwise = False  # without a forward, no tensor, one of another shape, or refused
+        except Exception:  # whatever it raises: without a forward, no tensor, one of another shape, or refused
+            is_elementwise = False
         if x._version != version:
             return 'not change its input'
     return None if is_elementwise else 'act on each number by itself, always alike'
 
 
 def made_by(function):
-    """The module that a function makes without arguments; of one that makes none the function itself, of x."""
-    try:
-        inspect.signature(function).bind()
-        made = function()
-    except Exception:  # it wants arguments, whether Python knows that or not
-        made = None
+    """What a function makes that takes no arguments. One that takes x may make a module without it, or is the
+    activation itself.
+    """
+    if takes(function) and not takes(function, 'x'):
+        return function()
+    made = None
+    if takes(function):
+        with contextlib.suppress(Exception):  # it wants x, whatever its signature says
+            made = function()
     return made if isinstance(made, nn.Module) else Elementwise(function)
+
+
+def takes(function, *args):
+    """Whether a function can be called with these arguments, as far as Python knows."""
+    try:
+        inspect.signature(function).bind(*args)
+        return True
+    except (TypeError, ValueError):
+        return False
 
 
 class Splines(nn.Module):

@@ -83,10 +83,10 @@ class GPTConfig:
             if self.n_embd % heads:
                 below = self.n_embd // heads * heads
                 widths = f'{below} or {below + heads}' if below else heads
-                shared = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-                n = min(shared, key=lambda n: abs(n - heads))
+                divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+                closest = min(divisors, key=lambda divisor: abs(divisor - heads))
                 problem = f'n_embd={self.n_embd} is not divisible by {name}={heads}'
-                raise ValueError(f'{problem}; nearest: n_embd={widths}, or {name}={n}')
+                raise ValueError(f'{problem}; nearest: n_embd={widths}, or {name}={closest}')
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f'rotary wants heads of an even width, got n_embd={self.n_embd} / n_head={self.n_head}')
         if self.rotary and self.is_graph('attention'):

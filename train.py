@@ -88,7 +88,7 @@ learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training iterations
 weight_decay = 1e-1  # of matrices, splines and embeddings
 spline_lr_scale = 1.0  # learning rate of spline weights, scalers and learned slopes, in multiples of the others'
-spline_weight_decay = -1.0  # of spline weights and scalers, slopes have none; -1 is weight_decay
+spline_weight_decay = -1.0  # of spline weights and scalers (slopes have none); -1 is weight_decay
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0

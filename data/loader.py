@@ -256,7 +256,7 @@ def tokenizer_of_dataset(dataset, vocab_size):
     if not meta:
         folder = dataset_folder(dataset)
         if not is_prepared(dataset):
-            find_script(dataset, TOKENS)  # or no such data set
+            raise ValueError(f'data set {dataset!r} is not prepared: {command_of(find_script(dataset, TOKENS))}')
         raise ValueError(f'{folder} has no meta.json to say what its tokens are: its prepare.py writes one')
     check_vocab_size(dataset, meta, vocab_size)
     return tokenizer_from_dict(meta['tokenizer'])

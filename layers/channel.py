@@ -194,7 +194,7 @@ def choose_backend(x, weight, knots, k, activation, gated):
         return 'plain'
     if interprets_triton(BACKEND) or (BACKEND in ('auto', 'triton') and x.is_cuda and triton_works(x.device)):
         return 'triton'
-    suits_native = x.device.type == 'cpu' and basis_function(knots) is uniform_bases
+    suits_native = x.device.type == 'cpu' and BACKEND != 'triton' and basis_function(knots) is uniform_bases
     return 'native' if suits_native and library(k, activation, gated) is not None else 'plain'
 
 

@@ -42,8 +42,10 @@ def add_graph(model, last=0, **settings):
     """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return
     it. At first its logits stay. ValueError for other settings, or where there are some.
     """
-    unknown = settings.keys() - {name for name in vars(model.config) if name.startswith('graph_')}
-    if unknown or model.config.use_graph or settings.get('graph_place', 'after') != 'after':
+    unknown = [name for name in settings if not (name.startswith('graph_') and hasattr(model.config, name))]
+    if unknown:
+        raise ValueError(f'no settings of graph layers: {", ".join(unknown)}')
+    if model.config.use_graph or settings.get('graph_place', 'after') != 'after':
         raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
     config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
     blocks = last_of(model.transformer.h, last)

@@ -439,7 +439,8 @@ def choose_backend(x, knots, k, activation, dtype):
         return 'plain'
     may_be_triton = BACKEND in ('auto', 'triton') and torch.float64 not in (x.dtype, dtype)
     suits_native = x.device.type == 'cpu' and x.dtype != torch.float64 and dtype in NUMBERS
-    if may_be_triton and (interprets_triton(BACKEND) or (x.is_cuda and triton_works(activation, x.device, dtype))):
+    is_at_hand = x.is_cuda or interprets_triton(BACKEND)
+    if may_be_triton and is_at_hand and triton_works(activation, x.device, dtype):
         return 'triton'
     if BACKEND in ('auto', 'native') and suits_native:
         return 'native' if library(k, activation, dtype) is not None else 'plain'
@@ -461,7 +462,7 @@ def interprets_triton(backend):
 
 @functools.cache
 def triton_works(activation, device, dtype):
-    """Whether the kernels run on this GPU, tried on tiles of their full size."""
+    """Whether the kernels run on this GPU, tried on tiles of their full size, or in Triton's interpreter."""
     if not importlib.util.find_spec('triton'):
         return False
     try:
@@ -469,6 +470,8 @@ def triton_works(activation, device, dtype):
 
         if activation not in spline_triton.ACTIVATIONS:
             return False
+        if device.type == 'cpu':  # of the interpreter
+            return True
         x, w = torch.zeros(256, 256, device=device), torch.zeros(256, 5 * 256, device=device, dtype=dtype)
         knots = torch.arange(7.0, device=device).repeat(256, 1)
         y = spline_triton.forward(x, w, knots, 2, activation)

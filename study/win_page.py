@@ -330,19 +330,17 @@ def gaps_of(size, names):
 
 
 def draw_controls(path):
-    """Of the families that learn how far they are from themselves with one thing changed, on unseen text: a panel for
-    each of them at each size.
+    """How far each family that learns is from itself with one thing changed, on unseen text: a panel for each of them
+    and each size.
     """
     panels = {}
     for size in SIZES:
         groups = groups_of('final', size)
         for control in sorted(groups.keys() & CONTROLS.keys()):
             family, change = CONTROLS[control]
-            gap = difference(groups.get(family, {}), groups[control], held_out)
-            panels.setdefault(f'{family} of {size}', {})[change] = gap, COLOURS[family]
-    panels = {
-        name: changes for name, changes in panels.items() if len(changes) > 1
-    }  # Python has rates of splines alone
+            if change != 'rate of splines x 16':  # of Python alone, where it tells what a second search gained
+                gap = difference(groups.get(family, {}), groups[control], held_out)
+                panels.setdefault(f'{family} of {size}', {})[change] = gap, COLOURS[family]
     draw_differences(path, panels, [*CHANGES], 'Ahead of itself with one change', of_panels=True)
 
 

@@ -145,13 +145,15 @@ class CausalLM(nn.Module):
         return self
 
     def parts(self, name):
-        """What the blocks call their 'attn' or 'mlp', which some have as two layers. ValueError where there is none."""
-        names = [path for path, _ in self.blocks[0].named_children()]
+        """The names of what is the 'attn' or 'mlp' of a block; some have two layers, fc1 and fc2. ValueError where there
+        is none.
+        """
+        there = [path for path, _ in self.blocks[0].named_children()]
         attention = [('attn',), ('self_attn',), ('attention',), ('self_attention',)]
         known = {'attn': attention, 'mlp': [('mlp',), ('fc1', 'fc2')]}[name]
-        found = next((parts for parts in known if {*parts} <= {*names}), None)
+        found = next((names for names in known if {*names} <= {*there}), None)
         if found is None:
-            raise ValueError(f'the blocks of this model have no {name}; there is {", ".join(names)}')
+            raise ValueError(f'the blocks of this model have no {name}; there is {", ".join(there)}')
         return found
 
 

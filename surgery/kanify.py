@@ -52,8 +52,8 @@ def kanify(model, targets=None, init='preserve', train='all', absorb=None, kind=
     """Put KAN layers in place of the nn.Linear and Conv1D layers of any model, in place, and return it.
 
     targets   names of layers, or of modules that hold some; None: all within the blocks of the model (the entries of an
-              nn.ModuleList or nn.Sequential in it), not heads. A layer with a shared weight is left out unless named
-              itself.
+              nn.ModuleList or nn.Sequential, but not of a model that is one itself), not heads. A layer with a shared
+              weight is left out unless named itself.
     init      'preserve': the layer's weight and bias under an identity activation, and splines of zero, so that the
               model still gives what it gave; 'fresh': as KANLinear starts.
     train     'all': a KAN layer trains if the layer it replaces does; 'splines': these alone train in the whole model.
@@ -110,7 +110,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     example   what the model is called with once, without gradients and in eval mode, to see the width of each
               activation, whose channels are its last dimension: a tensor, a tuple of arguments, or a dict of them.
     targets   names of activations, or of modules that hold some; None: all within the blocks of the model. Those of
-              PyTorch, transformers and layers/activations.py are known, any other is to be named itself.
+              PyTorch, transformers and layers/activations.py are known, any other is to be named itself. Not for those
+              that have parameters.
     train     'all': the functions train beside what trains already; 'splines': they alone train in the whole model.
     settings  of ChannelSpline: grid_size, spline_order, grid_range ...
 
@@ -127,8 +128,8 @@ def kanify_activations(model, example, targets=None, train='all', **settings):
     refuse_offloaded(model)
     targets = [targets] if isinstance(targets, str) else targets
     named = [module for path, module in named_layers(model).items() if is_named(path, targets or ())]
-    own = {id(module) for module in named if not [*module.children()] and broken_rule(module) is None}
-    paths = find_paths(model, targets, 'activations', lambda module: is_activation(module) or id(module) in own)
+    own = [module for module in named if not [*module.children()] and broken_rule(module) is None]
+    paths = find_paths(model, targets, 'activations', lambda module: module in own or is_activation(module))
     refuse_hooks(model, paths)
     inputs = watch_inputs(model, paths, example)
     if targets is None and any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):

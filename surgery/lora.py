@@ -532,8 +532,8 @@ def read_adapter(path):
 
 
 def lora_param_groups(model, lr, weight_decay):
-    """Groups for an optimizer: vectors do not decay; B and phi_out learn at lora_plus_ratio * lr (LoRA+). PEFT's
-    create_loraplus_optimizer gives that rate to vectors, too, as to DoRA's magnitude.
+    """Groups for an optimizer: vectors do not decay; B and phi_out learn at lora_plus_ratio * lr (LoRA+). DoRA's
+    magnitude learns at lr; PEFT's create_loraplus_optimizer gives it the rate of B.
     """
     refuse_merged(model)
     groups = {}

@@ -125,8 +125,8 @@ def keep_frozen(gpt, folder, about, examples, batch_size, session):
             frozen.save(path)
         except OSError as error:
             session.say(f'warning: the next run has to read them again: {error}')
-    session.all_reduce(0)  # until the first process has saved
-    frozen.load(path)  # in which another run may have been first
+    if session.all_reduce(n_new)[0] > 0:  # of any process; and by now the first one has saved
+        frozen.load(path)  # in which another run may have been first
 
 
 def count_frozen(gpt, blocks):

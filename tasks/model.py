@@ -298,10 +298,10 @@ def lora_config(gpt, settings, has_head):
     copies = ('head',) * has_head + ('ln_3', 'graph') * settings['use_graph']
     own = {name: settings[f'lora_{name}'] for name in ('kind', 'rank', 'alpha', 'dropout', 'grid_size', 'spline_order')}
     same = {name: settings[name] for name in ('rs_lora', 'use_dora', 'lora_plus_ratio')}
-    targets = settings['lora_targets'].split(',')
-    if isinstance(gpt, CausalLM):
-        parts = [gpt.parts(target) if target in ('attn', 'mlp') else (target,) for target in targets]
-        targets = [part for several in parts for part in several]
+    targets = []
+    for target in settings['lora_targets'].split(','):
+        is_part = isinstance(gpt, CausalLM) and target in ('attn', 'mlp')
+        targets += gpt.parts(target) if is_part else [target]
     return LoRAConfig(modules_to_save=copies, target_modules=','.join(targets), **own, **same)
 
 

@@ -152,7 +152,7 @@ def encode_prompt(task, sentences, tokenizer, block_size, shots=()):
     room = block_size - n_fixed
     if room < len(sentences):
         prompt = f'the prompt of {task.name}: it takes {n_fixed} tokens beside the text'
-        advice = f', {len(shots)} of them for the shots: give fewer' if shots else ''
+        advice = f', {len(shots)} of them for the shots: give fewer' if room + len(shots) >= len(sentences) else ''
         raise ValueError(f'block_size={block_size} has no room for {prompt}{advice}')
     longest = next(n for n in range(room, 0, -1) if sum(min(len(text), n) for text in texts) <= room)
     ids = [token for before, text in zip(befores, texts) for token in before + text[:longest]]

@@ -509,6 +509,28 @@ def test_what_is_no_activation_is_named(given):
         KANLinear(I, O, base_activation=given)
 
 
+def test_a_function_that_fails_to_make_an_activation_says_so():
+    with pytest.raises(NameError, match='undefined'):
+        KANLinear(I, O, base_activation=lambda: nn.Softplus(beta=undefined))  # noqa: F821
+    for given in lambda: 3, lambda: nn.functional.gelu:
+        with pytest.raises(ValueError, match=r'a name \(.silu.\), got <function'):
+            KANLinear(I, O, base_activation=given)
+    with pytest.raises(ValueError, match='act on each number by itself, always alike, got <function softmax'):
+        KANLinear(I, O, base_activation=nn.functional.softmax)
+
+
+def test_on_the_meta_device_there_is_nothing_to_set():
+    with torch.device('meta'):
+        layer = KANLinear(I, O)
+    layer.to_empty(device='cpu')
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    expected = KANLinear(I, O)
+    assert all(torch.equal(p, q) for p, q in zip(layer.state_dict().values(), expected.state_dict().values()))
+
+
 def test_activations_are_made_by_functions_and_names():
     make = functools.partial(nn.Sequential, nn.SiLU(), nn.Tanh())
     for given, expected in (make, make()), ('identity', nn.Identity()), (torch.tanh, nn.Tanh()):

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 
 MODULES = """
 torch._inductor.compile_fx torch.nn.parallel torch_geometric.nn peft transformers.models.bert.modeling_bert
@@ -35,14 +36,17 @@ with contextlib.suppress(ImportError):
     graph_objects.Figure(graph_objects.Scatter(x=[0, 1], y=[0, 1]), dict(template='plotly_white')).to_html()
 with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:  # as the first model saved and read
     from transformers import GPT2Config, GPT2Model
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # which would leave a thread, and a lock that all forks share
     tiny = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, bos_token_id=None, eos_token_id=None)
-    with contextlib.redirect_stderr(io.StringIO()):  # bars
-        GPT2Model(tiny).save_pretrained(folder)
-        GPT2Model.from_pretrained(folder)
+    GPT2Model(tiny).save_pretrained(folder)
+    GPT2Model.from_pretrained(folder)
+    logging.enable_progress_bar()
 
 os.fsync = lambda descriptor: None  # no test is about a machine that crashes
 
 # each script imports the repository's modules anew: the first one compiles them, whatever PYTHONDONTWRITEBYTECODE says
 sys.pycache_prefix, sys.dont_write_bytecode = tempfile.mkdtemp(prefix='bytecode'), False
 atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)  # when the server ends: a fork ends without it
+assert threading.active_count() == 1

@@ -349,8 +349,10 @@ def test_added_layers_leave_the_logits_as_they_are(settings):
 
 
 def test_layers_are_added_once_and_behind_the_mlp_only():
-    for settings in (dict(graph_place='attention'), dict(n_layer=3), dict(graph_head=2)):
-        with pytest.raises(ValueError, match='a GPT without graph layers'):
+    with pytest.raises(ValueError, match='a GPT without graph layers'):
+        add_graph(GPT(GPTConfig(**SIZES)), graph_place='attention')
+    for settings in dict(n_layer=3), dict(graph_head=2):
+        with pytest.raises(ValueError, match=f'no settings of graph layers: {[*settings][0]}'):
             add_graph(GPT(GPTConfig(**SIZES)), **settings)
     with pytest.raises(ValueError, match='a GPT without graph layers'):
         add_graph(make())
@@ -401,7 +403,10 @@ def test_cropped_model_has_fewer_edges():
         (dict(graph_backend='dgl'), "graph_backend='dgl': expected auto, dense or pyg"),
         (dict(graph_edges='windw'), "graph_edges='windw': expected any of causal, window, topk, same joined by commas"),
         (dict(graph_edges=''), 'expected any of causal'),
-        (dict(graph_heads=3), 'n_embd=16 is not divisible by graph_heads=3; nearest: n_embd=15 or 18, or graph_heads=2'),
+        (
+            dict(graph_heads=3),
+            'n_embd=16 is not divisible by graph_heads=3; nearest: n_embd=15 or 18, or graph_heads=2',
+        ),
         (dict(graph_heads=0), 'graph_heads must be at least 1, got 0'),
         (dict(graph_window=0), 'graph_window must be at least 1, got 0'),
         (dict(graph_topk=-1), 'graph_topk must be at least 1, got -1'),

@@ -445,11 +445,13 @@ def test_triton_by_name_is_for_what_suits_it(monkeypatch):
     monkeypatch.setattr(spline, 'BACKEND', 'triton')
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     assert choose(x, knots) == 'triton' and choose(x.double(), double, dtype=torch.float64) == 'plain'
+    assert choose(x, knots, activation='ELU(alpha=1.0)') == 'plain'
     monkeypatch.delenv('TRITON_INTERPRET')
     assert choose(x, knots) == 'plain'  # there is no GPU under x
     monkeypatch.setattr(channel, 'BACKEND', 'triton')
     phi = ChannelSpline(32)
-    assert phi(x).shape == x.shape
+    assert channel.choose_backend(x, phi.spline_weight, phi.grid, 3, 'SiLU()', False) == 'plain'
+    assert torch.equal(phi(x), nn.functional.silu(x))
 
 
 def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
@@ -457,10 +459,10 @@ def test_triton_that_fails_is_said_once_and_passed_over(monkeypatch):
     monkeypatch.setattr(spline_triton, 'forward', lambda *arguments: 1 / 0)
     spline.triton_works.cache_clear()
     with pytest.warns(UserWarning, match='Triton kernels do not work here.*ZeroDivisionError') as warned:
-        assert not spline.triton_works('SiLU()', torch.device('cpu'), torch.float32)
-        assert not spline.triton_works('SiLU()', torch.device('cpu'), torch.float32)
+        assert not spline.triton_works('SiLU()', torch.device('meta'), torch.float32)
+        assert not spline.triton_works('SiLU()', torch.device('meta'), torch.float32)
     assert len(warned) == 1
-    assert not spline.triton_works('Softplus()', torch.device('cpu'), torch.float32)
+    assert not spline.triton_works('Softplus()', torch.device('meta'), torch.float32)
     spline.triton_works.cache_clear()
 
 

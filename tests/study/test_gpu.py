@@ -242,8 +242,12 @@ def test_runs_on_another_text_or_in_miniature_are_apart(study, monkeypatch):
     runs = list(study.read().values())
     later = dict(runs[0]['run'], finished='2030')
     other = {**runs[0], 'run': {**later, 'config': {'dataset': 'mine'}}}
-    elsewhere = {**runs[0], 'run': {**runs[0]['run'], 'dataset': {'splits': {'train': {'sha256': 'other'}}}}}
-    assert gpu.readme_table([elsewhere, *runs]) == gpu.readme_table(runs)  # under the same name
+    first = runs[0]['run']
+    final, texts = dict(first['final'], best_val_loss=1.0), [{'splits': {'train': {'sha256': sha}}} for sha in 'ab']
+    runs = [{**run, 'run': {**run['run'], 'dataset': texts[0]}} if 'run' in run else run for run in runs]
+    more = [{**runs[0], 'seed': 3, 'run': {**first, 'final': final, 'dataset': text}} for text in texts]
+    assert gpu.readme_table([more[1], *runs]) == gpu.readme_table(runs)  # another text under the same name
+    assert gpu.readme_table([more[0], *runs]) != gpu.readme_table(runs)
     tiny = {**runs[0], 'job': 'run, micro_kan, seed 1, tiny', 'run': later}
     assert gpu.readme_table([other, tiny, *runs]) == gpu.readme_table(runs)
     assert gpu.searches([{'job': 'tiles, float32, tiny'}, {'job': 'tiles, float32'}]) == [{'job': 'tiles, float32'}]

@@ -52,7 +52,8 @@ class AtOnce(Study):
         runs = self.read()
         runs |= {name: {'name': name, **make(name, job, None)} for name, job in jobs.items() if name not in runs}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.folder / self.file, ''.join(json.dumps(runs[name]) + '\n' for name in sorted(runs)))
+        lines = [json.dumps(runs[name], allow_nan=False) + '\n' for name in sorted(runs)]
+        write_file(self.folder / self.file, ''.join(lines))
 
 
 @pytest.fixture

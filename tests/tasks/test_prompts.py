@@ -205,7 +205,7 @@ def test_block_without_room_is_refused_in_one_line(gpt2, name):
     with pytest.raises(ValueError, match=f'block_size={least - 1} has no room'):
         encode_prompt(task, sentences, gpt2, least - 1)
     with pytest.raises(ValueError, match='tokens beside the text, 50 of them for the shots: give fewer$'):
-        encode_prompt(task, sentences, gpt2, least, shots=[0] * 50)
+        encode_prompt(task, sentences, gpt2, least + 10, shots=[0] * 50)
 
 
 @pytest.mark.parametrize('name', ['sst', 'quora'])
