@@ -145,9 +145,7 @@ class CausalLM(nn.Module):
         return self
 
     def parts(self, name):
-        """The names of what is the 'attn' or 'mlp' of a block; some have two layers, fc1 and fc2. ValueError where there
-        is none.
-        """
+        """The names of what is the 'attn' or 'mlp' of a block, in OPT fc1 and fc2. ValueError where there is none."""
         there = [path for path, _ in self.blocks[0].named_children()]
         attention = [('attn',), ('self_attn',), ('attention',), ('self_attention',)]
         known = {'attn': attention, 'mlp': [('mlp',), ('fc1', 'fc2')]}[name]
