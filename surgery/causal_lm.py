@@ -269,7 +269,7 @@ def place_of(source):
     folder, name = os.path.split(source)
     is_gguf = source.endswith('.gguf')
     is_there = os.path.isfile(source) if is_gguf else os.path.exists(source)
-    is_path = os.path.isabs(source) or source.startswith('.') or (is_gguf and os.path.isdir(folder or '.'))
+    is_path = os.path.isabs(source) or source.startswith(('.', '~')) or (is_gguf and os.path.isdir(folder or '.'))
     if is_path and not is_there:  # what is no path may be on the hub
         raise ValueError(f'{source} is not there')
     if is_gguf:

@@ -288,7 +288,7 @@ def test_folders_that_hold_no_such_model_are_refused(tmp_path, monkeypatch):
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-100])
     refused('cannot load .*SafetensorError')
-    for place in './nowhere', '/no/where', '/no/where.gguf':
+    for place in './nowhere', '/no/where', '~/nowhere', '/no/where.gguf':
         with pytest.raises(ValueError, match=f'^{re.escape(place)} is not there$'):
             load_causal_lm(place)
     with pytest.raises(ValueError, match='^nowhere.gguf is not there$'):
