@@ -42,18 +42,23 @@ def add_graph(model, last=0, **settings):
     """Put graph layers (settings: graph_kind ...) behind the MLPs of a GPT, or of its `last` blocks alone, and return
     it. At first its logits stay. ValueError for other settings, or where there are some.
     """
-    unknown = [name for name in settings if not (name.startswith('graph_') and hasattr(model.config, name))]
-    if unknown:
-        raise ValueError(f'no settings of graph layers: {", ".join(unknown)}')
-    if model.config.use_graph or settings.get('graph_place', 'after') != 'after':
-        raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
-    config = replace(model.config, **{'use_graph': True, 'graph_place': 'after', **settings})
+    config = with_graph(model.config, settings)
     blocks = last_of(model.transformer.h, last)
     made = [(nn.LayerNorm(config.n_embd, bias=config.bias), GraphAttention(config)) for _ in blocks]
     for block, layers in zip(blocks, made):
         block.ln_3, block.graph = (layer.to(block.ln_2.weight).train(block.training) for layer in layers)
     model.config = config
     return model
+
+
+def with_graph(config, settings):
+    """The GPTConfig with graph layers behind its MLPs, as add_graph puts them there; ValueError as there."""
+    unknown = [name for name in settings if not (name.startswith('graph_') and hasattr(config, name))]
+    if unknown:
+        raise ValueError(f'no settings of graph layers: {", ".join(unknown)}')
+    if config.use_graph or settings.get('graph_place', 'after') != 'after':
+        raise ValueError(f'expected a GPT without graph layers, and settings of layers after the MLPs, got {settings}')
+    return replace(config, **{'use_graph': True, 'graph_place': 'after', **settings})
 
 
 def last_of(blocks, n):

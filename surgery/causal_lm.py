@@ -10,13 +10,12 @@ Code that a model brings along is never run.
 import os
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
 from layers.generation import KVCache, check_places
-from layers.graph import Edges, GraphAttention, last_of
+from layers.graph import Edges, GraphAttention, last_of, with_graph
 from layers.pretrained import one_line, refuse_adapters, refuse_missing, without_code
 from model import GPT, GPTConfig
 
@@ -136,7 +135,7 @@ class CausalLM(nn.Module):
     def add_graph(self, last=0, **settings):
         """See layers.graph.add_graph."""
         blocks = last_of([*enumerate(self.blocks)], last)
-        self.config = replace(self.config, use_graph=True, graph_place='after', **settings)
+        self.config = with_graph(self.config, settings)
         for i, block in blocks:
             block.ln_3, block.graph = nn.LayerNorm(self.config.n_embd), GraphAttention(self.config)
             for layer in block.ln_3, block.graph:  # in float32, whatever the block is in

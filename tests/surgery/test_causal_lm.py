@@ -177,6 +177,13 @@ def test_gated_mlps_become_kan_layers_that_compute_the_same(family, capsys):
     assert all(isinstance(layer.base_activation, nn.Identity) for layer in layers)
 
 
+def test_graph_layers_are_added_once_and_by_their_settings():
+    with pytest.raises(ValueError, match='no settings of graph layers: graph_head'):
+        CausalLM(make('llama')).add_graph(graph_head=2)
+    with pytest.raises(ValueError, match='expected a GPT without graph layers'):
+        CausalLM(make('llama')).add_graph(graph_heads=2).add_graph(graph_heads=2)
+
+
 def test_parts_of_blocks_have_other_names():
     assert CausalLM(make('llama')).parts('attn') == ('self_attn',)
     assert CausalLM(make('gpt_neox')).parts('attn') == ('attention',)
