@@ -78,21 +78,27 @@ class GPTConfig:
             raise ValueError(f'grid_min must be less than grid_max, got {self.grid_min} and {self.grid_max}')
         if self.use_graph:
             check_graph(self)
-        for name in ['n_head', 'graph_heads'] if self.use_graph else ['n_head']:
-            heads = getattr(self, name)
-            if self.n_embd % heads:
-                below = self.n_embd // heads * heads
-                widths = f'{below} or {below + heads}' if below else heads
-                divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-                closest = min(divisors, key=lambda divisor: abs(divisor - heads))
-                problem = f'n_embd={self.n_embd} is not divisible by {name}={heads}'
-                raise ValueError(f'{problem}; nearest: n_embd={widths}, or {name}={closest}')
-        if self.rotary and self.n_embd // self.n_head % 2:
-            raise ValueError(f'rotary wants heads of an even width, got n_embd={self.n_embd} / n_head={self.n_head}')
+        self.check_heads('n_head', is_even=self.rotary)
+        if self.use_graph:
+            self.check_heads('graph_heads')
         if self.rotary and self.is_graph('attention'):
             raise ValueError("rotary turns queries and keys, and graph_place='attention' has none: leave one out")
         if set(self.kan_targets.split(',')) - {'attn', 'mlp', 'head'}:
             raise ValueError(f'kan_targets={self.kan_targets!r}: expected any of attn, mlp, head joined by commas')
+
+    def check_heads(self, name, is_even=False):
+        """ValueError where n_embd does not divide into heads, or where is_even into heads of even width."""
+        heads, unit = getattr(self, name), 2 if is_even else 1
+        step = heads * unit
+        if self.n_embd % step == 0:
+            return
+        below = self.n_embd // step * step
+        nearest = f'n_embd={below} or {below + step}' if below else f'n_embd={step}'
+        divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % (n * unit) == 0]
+        if divisors:  # an odd width has none of even heads
+            nearest += f', or {name}={min(divisors, key=lambda divisor: abs(divisor - heads))}'
+        wanted = ', into heads of an even width, as rotary wants' if is_even else ''
+        raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}{wanted}; nearest: {nearest}')
 
     def check_functions(self):
         """ValueError for settings that would do nothing."""

@@ -145,7 +145,9 @@ def load_checkpoint(out_dir, names=MODELS):
         raise ValueError(f'{path} is refused: it holds more than data, and loading it could run code') from None
     except Exception as error:  # what the readers raise on damaged bytes has no type in common
         what = f'{type(error).__name__} {error}'.splitlines()[0]
-        raise ValueError(f'{path} is cut off, damaged or no checkpoint ({what}){advice}') from None
+        raise ValueError(
+            f'{path} is cut off, damaged, older than torch 1.6 or no checkpoint ({what}){advice}'
+        ) from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py or nanoGPT: 'model' and 'model_args' are missing")
     return checkpoint

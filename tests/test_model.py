@@ -489,6 +489,18 @@ def test_width_that_heads_cannot_share_names_the_nearest(n_embd, n_head, nearest
         GPTConfig(n_embd=n_embd, n_head=n_head)
 
 
+@pytest.mark.parametrize(
+    'n_embd, n_head, nearest', [(48, 5, '40 or 50, or n_head=4'), (30, 8, '16 or 32, or n_head=5'), (9, 3, '6 or 12')]
+)
+def test_rotary_advises_heads_of_an_even_width_alone(n_embd, n_head, nearest):
+    with pytest.raises(ValueError, match=f'nearest: n_embd={nearest}$'):
+        GPTConfig(n_embd=n_embd, n_head=n_head, rotary=True)
+    for width in nearest.split(', or ')[0].split(' or '):
+        GPTConfig(n_embd=int(width), n_head=n_head, rotary=True)
+    for heads in nearest.split('n_head=')[1:]:
+        GPTConfig(n_embd=n_embd, n_head=int(heads), rotary=True)
+
+
 @pytest.mark.parametrize('sizes', [dict(n_head=0), dict(n_head=-2), dict(kan_hidden=0.0)], ids=str)
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueError, match=next(iter(sizes))):
@@ -815,7 +827,10 @@ def test_random_functions_at_first():
         (dict(CHANNEL, spline_init_std=-0.1), 'spline_init_std must not be negative'),
         (dict(use_kan=True, spline_init_std=0.1), 'spline_init_std must not be negative, and wants'),
         (dict(CHANNEL, mlp_hidden=0.0), 'mlp_hidden'),
-        (dict(rotary=True, n_embd=6), 'rotary wants heads of an even width, got n_embd=6 / n_head=2'),
+        (
+            dict(rotary=True, n_embd=6),
+            'into heads of an even width, as rotary wants; nearest: n_embd=4 or 8, or n_head=1$',
+        ),
         (dict(rotary=True, use_graph=True, graph_place='attention'), 'rotary turns queries and keys'),
     ],
 )
