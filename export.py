@@ -24,7 +24,7 @@ from configurator import ROOT, configure
 from data.loader import load_tokenizer
 from data.tokenizer import IdTokenizer, as_fast
 from model import CONV1D, GPT, GPTConfig
-from run.checkpoint import EXPORT, build_model, load_checkpoint
+from run.checkpoint import EXPORT, build_model, holds_model, load_checkpoint
 from run.files import write_file
 from run.records import read_log, read_record
 from surgery.causal_lm import build_hf, name_in_hf
@@ -211,7 +211,7 @@ def to_peft(checkpoint, target):
     record, tensors = read_adapter(os.path.join(out_dir, 'adapter', 'adapter_model.safetensors'))
     settings = dict(checkpoint['finetune'])
     if os.path.exists(settings['init_from']):  # a name, and no folder of this machine
-        settings['init_from'] = base_name(settings['init_from'])
+        settings['init_from'] = name_of_base(settings['init_from'])
     check_adapter(record, settings)
     base, is_plain, name_of = base_for_peft(checkpoint['model_args'])
     base.name_or_path = settings['init_from']  # which PEFT writes down
@@ -370,6 +370,17 @@ def base_name(path):
     return os.path.basename(os.path.normpath(path))
 
 
+def default_folder(run, to):
+    """Where a run goes that is exported to transformers, onnx or peft."""
+    return f'{to.replace("transformers", "hf")}-{base_name(run).removeprefix("out-")}'
+
+
+def name_of_base(path):
+    """What a card calls the folder or file of a base: a run goes by its export, which transformers can read."""
+    is_run = holds_model(path) and not os.path.exists(os.path.join(path, EXPORT))
+    return default_folder(path, 'transformers') if is_run else base_name(path)
+
+
 def build(checkpoint):
     """(GPT, its tokenizer)"""
     gpt = build_model(checkpoint).eval()
@@ -382,8 +393,7 @@ def export():
         raise ValueError(f'to={to!r}: expected {", ".join(WAYS)}')
     if push and to == 'onnx':
         raise ValueError('push uploads a folder of transformers or of PEFT')
-    name = base_name(out_dir).removeprefix('out-')
-    target = os.path.normpath(folder or f'{to.replace("transformers", "hf")}-{name}')
+    target = os.path.normpath(folder or default_folder(out_dir, to))
     if os.path.exists(target) and os.listdir(target):
         raise ValueError(f'folder={target!r} is not empty: name another one')
     checkpoint = load()

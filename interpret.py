@@ -162,6 +162,8 @@ def explain():
     write_page(os.path.join(folder, 'interpret.html'), report.page(out_dir, about(), layers, fresh))
     for name, figure in drawn.items():
         report.write_figure(figure, folder, name)
+    for name in {'growth', 'pruning'} - drawn.keys():  # of an earlier look, perhaps at other data
+        report.remove_figure(folder, name)
     print('', page, sep='\n')
     shown = [f'{name}.png' for name in drawn if name.startswith('edges')]
     say(f'in {folder}: interpret.html, formulas.txt, {shown[0]}' + (' and figures of all layers' if shown[1:] else ''))
@@ -193,6 +195,7 @@ def prune_model():
         raise ValueError(f'{out_dir} does not say how it was trained: leave tune out, and tune it by train.py')
     costs = {'as trained': cost(source.model)}
     args = vars(source.model.config) | (cut_edges() if prune_by == 'edges' else cut_neurons())
+    args['dropout'] = checkpoint['model_args'].get('dropout', 0.0)  # it is looked at without
     if edge_layers(source.model):
         args.update(kan_bias=True, kan_mask=surgery.complete(edge_layers(source.model)))
     kept = {key: checkpoint[key] for key in ('config', 'tokenizer', 'data', 'iter_num') if key in checkpoint}
@@ -244,10 +247,10 @@ def edge_layers(model):
 
 def cut_edges():
     """Mask the least active edges of each layer."""
-    if source.model.config.kan_kind == 'channel':
-        raise ValueError(
-            'this model has a function on each channel and none on edges: --prune_by=neurons cuts channels'
-        )
+    config = source.model.config
+    if config.kan_kind == 'channel':
+        advice = '--prune_by=neurons cuts channels' if config.is_kan('mlp') else 'only channels of MLPs can be cut'
+        raise ValueError(f'this model has a function on each channel and none on edges: {advice}')
     for kan, one in statistics_of(layers_asked_for(source.model)).items():
         keep = surgery.strongest(one.edges.activity, 1 - prune)
         surgery.mask_edges(kan, keep, faithful.lost(one, keep))
@@ -260,9 +263,8 @@ def cut_neurons():
     if layer >= 0 or module:
         raise ValueError('prune_by=neurons cuts those of all KAN MLPs alike: leave layer and module out')
     if not config.is_kan('mlp'):
-        raise ValueError(
-            f'prune_by=neurons cuts those of KAN MLPs, and {out_dir} has none: --prune_by=edges cuts edges'
-        )
+        advice = ': --prune_by=edges cuts edges' if config.kan_kind == 'edge' else ', nor functions on edges'
+        raise ValueError(f'prune_by=neurons cuts those of KAN MLPs, and {out_dir} has none{advice}')
     if config.kan_kind == 'channel':
         return cut_channels()
     if config.kan_norm:

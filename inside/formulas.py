@@ -13,7 +13,7 @@ The place of an input in its domain is t = (x - low) / (high - low), and a candi
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from inside.edges import NODES, evenly, indices, values, without_autocast
 
 BLOCK = 256  # candidates at a time, so that their correlations with the edges of a feature stay in the cache
 ROUNDS, SHRINK = 20, 0.7  # refine looks around the best place so far that often, each time that much closer
+ROUGHLY = 0.01  # of the standard deviation of an edge: how far a formula as it is written may be from the formula
 
 
 @dataclass
@@ -210,6 +211,7 @@ class Formula:
     r2: float  # NaN of a constant
     affine_r2: float
     others: tuple  # (family, R2) of those next to it
+    digits: int = 3  # that a, b, c and d are written with
 
 
 @without_autocast
@@ -235,7 +237,12 @@ def refine_some(seen, edges, found, pairs, n_families):
         alpha, beta = climb(seen, edges, NAMES[n], outputs[at], features[at])
         r2[n, at], lines[n][:, at] = fit(seen, edges, FAMILIES[NAMES[n]].f, alpha, beta, features[at], g[:, at])
     chosen = simplest(r2, found.tie).tolist()
-    return [formula_of(edges, *pair, r2[:, e], lines[:, :, e], chosen[e], found.margin) for e, pair in enumerate(pairs)]
+    formulas = []
+    for e, (o, i) in enumerate(pairs):
+        formula = formula_of(edges, o, i, r2[:, e], lines[:, :, e], chosen[e], found.margin)
+        x = torch.linspace(edges.low[i].item(), edges.high[i].item(), 65, dtype=torch.float64)
+        formulas.append(with_digits(formula, x, edges.activity[o, i].item()))
+    return formulas
 
 
 def formula_of(edges, o, i, r2, lines, chosen, margin):
@@ -316,12 +323,25 @@ def function_of(formula):
     return lambda x: formula.c * f(formula.a * x + formula.b) + formula.d
 
 
-def expression(formula, digits=3, symbol='x'):
-    """A formula as an expression of sympy, its numbers rounded. Where f ends or has a pole near the data, a and b keep
-    six digits: with fewer it might have no value there.
+def with_digits(formula, x, deviation):
+    """The formula with as many digits, three to nine, as it is to be written with: at the numbers x it then moves by
+    ROUGHLY of the standard deviation of its edge at most. Far from zero, or where terms cancel, three are too few.
+    """
+    exact = function_of(formula)(x)
+    for digits in range(3, 10):
+        rounded = {name: float(f'{getattr(formula, name):.{digits}g}') for name in 'abcd'}
+        if (function_of(replace(formula, **rounded))(x) - exact).abs().max() <= ROUGHLY * deviation:
+            break
+    return replace(formula, digits=digits)
+
+
+def expression(formula, digits=None, symbol='x'):
+    """A formula as an expression of sympy, its numbers rounded, by default to its own number of digits. Where f ends or
+    has a pole near the data, a and b keep six at least: with fewer it might have no value there.
     """
     import sympy
 
+    digits = digits or formula.digits
     has_end = formula.family in FAMILIES and FAMILIES[formula.family].kind in ('bounded', 'within')
     a, b = (sympy.Float(number, max(digits, 6) if has_end else digits) for number in (formula.a, formula.b))
     c, d = (sympy.Float(number, digits) for number in (formula.c, formula.d))

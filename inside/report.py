@@ -1,5 +1,6 @@
 """What interpret.py says of a model: its KAN layers looked into, as numbers, as text and as files."""
 
+import contextlib
 import csv
 import json
 import math
@@ -21,6 +22,7 @@ from run.tables import markdown_table
 
 BINS = 40  # of a histogram of inputs
 CLOSE = 0.99  # an R2 that is called close
+SUFFIXES = 'png', 'svg'  # of figures
 
 
 @dataclass
@@ -442,6 +444,12 @@ def write_text(folder, name, text):
 
 def write_figure(figure, folder, name):
     """A figure as PNG and as SVG."""
-    for suffix in ('png', 'svg'):
+    for suffix in SUFFIXES:
         with write_atomically(os.path.join(folder, f'{name}.{suffix}')) as f:
             figure.savefig(f, format=suffix, dpi=150)
+
+
+def remove_figure(folder, name):
+    for suffix in SUFFIXES:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, f'{name}.{suffix}'))

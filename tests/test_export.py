@@ -428,6 +428,14 @@ def test_an_adapter_for_peft_keeps_its_settings_and_the_name_of_its_base(folder,
     assert kind == 'lora' or (about.squash, about.grid_range) == ('clamp', [-2.0, 3.0])
 
 
+def test_a_card_names_the_export_of_a_base_that_is_a_run(folder, tmp_path):
+    pytest.importorskip('peft')
+    tuned(folder, 'vanilla', run=dict(init_from=str(folder / 'out-vanilla')))
+    done = run_forked(folder, 'export.py', '--out_dir=out-tuned-adapter', '--to=peft', f'--folder={tmp_path}/peft')
+    assert done.returncode == 0, done.stderr
+    assert "AutoModelForCausalLM.from_pretrained('hf-vanilla')" in (tmp_path / 'peft' / 'README.md').read_text()
+
+
 def test_a_gpt2_trains_on_with_the_dropout_of_the_gpt(folder):
     from transformers import AutoConfig
 

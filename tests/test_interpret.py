@@ -353,7 +353,8 @@ def test_one_folder_takes_one_pruned_model(trained):
 
 def test_edges_cut(trained, cut, dataset):
     before, after = load(trained / 'out', 'best.pt'), load(trained / 'cut', 'best.pt')
-    assert after['model_args'] == {**before['model_args'], 'kan_bias': True, 'kan_mask': True, 'dropout': 0.0}
+    assert after['model_args'] == {**before['model_args'], 'kan_bias': True, 'kan_mask': True}
+    assert before['model_args']['dropout'] == 0.2
     assert all(after[key] == before[key] for key in ('config', 'tokenizer', 'data', 'iter_num'))
     model = ckpt.build_model(after)
     layers = kan_layers(model)
@@ -428,7 +429,7 @@ def test_neurons_cut(trained):
     before, after = load(trained / 'out', 'best.pt'), load(trained / 'smaller', 'best.pt')
     assert after['model_args'] == {
         **before['model_args'],
-        **dict(kan_hidden=0.75, kan_bias=True, kan_mask=False, dropout=0.0),
+        **dict(kan_hidden=0.75, kan_bias=True, kan_mask=False),
     }
     model = ckpt.build_model(after)
     assert [block.mlp.kan.layers[0].out_features for block in model.transformer.h] == [6]
@@ -609,6 +610,34 @@ def test_bad_settings(trained, settings, words):
     before = sorted(path.name for path in trained.iterdir())
     assert words in complain(trained, **settings)
     assert sorted(path.name for path in trained.iterdir()) == before
+
+
+@pytest.mark.parametrize('kind', ['edge', 'channel'])
+@pytest.mark.parametrize('by', ['edges', 'neurons'])
+def test_no_way_of_pruning_that_fails_is_advised(tmp_path, dataset, kind, by):
+    """Of a model whose MLPs have no functions."""
+    sizes = dict(SHAPE, n_embd=6, vocab_size=TOKENIZER.vocab_size, use_kan=True, kan_kind=kind, kan_targets='attn')
+    model = GPT(GPTConfig(**sizes))
+    (tmp_path / 'out').mkdir()
+    torch.save({'model': model.state_dict(), 'model_args': sizes}, tmp_path / 'out' / 'ckpt.pt')
+    if (kind, by) == ('edge', 'edges'):
+        interpret(tmp_path, dataset=dataset, prune=0.5, save='cut', prune_by=by)
+        return
+    words = complain(tmp_path, dataset=dataset, prune=0.5, save='cut', prune_by=by)
+    assert ('--prune_by=' in words) == (kind == 'edge'), words
+
+
+def test_a_second_look_leaves_no_figure_of_the_first(tmp_path, trained, dataset):
+    shutil.copytree(trained / 'out', tmp_path / 'out')
+    shutil.rmtree(tmp_path / 'out' / 'interpret', ignore_errors=True)
+    interpret(tmp_path, dataset=dataset, random_too=False)
+    folder = tmp_path / 'out' / 'interpret'
+    (folder / 'pruning.txt').write_text('mine')
+    shutil.rmtree(tmp_path / 'out' / 'history')
+    interpret(tmp_path, dataset=dataset, random_too=False, losses=False)
+    left = {path.name for path in folder.iterdir()} - FILES
+    expected = {f'{name}.{suffix}' for name in figures_of(LAYERS) - {'pruning', 'growth'} for suffix in ('png', 'svg')}
+    assert left == expected | {'pruning.txt'}
 
 
 def test_a_model_without_kan_layers(tmp_path, dataset):

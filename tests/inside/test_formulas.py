@@ -362,6 +362,24 @@ def test_what_is_written_is_the_function():
         assert evaluate(str(expression(formula, digits=9)), x) == pytest.approx(true, abs=1e-5)
 
 
+@pytest.mark.parametrize('centre, width', [(0.0, 1.0), (5.0, 0.05), (-3.0, 0.02)], ids=str)
+def test_what_is_written_of_nearly_constant_features_is_the_function(centre, width):
+    """Three digits are enough around zero, and too few where the distance from zero is many times the spread."""
+    layer = KANLinear(2, 8, grid_size=20, grid_range=(centre - 4 * width, centre + 4 * width))
+    with torch.no_grad():
+        layer.spline_weight.normal_(generator=torch.Generator().manual_seed(2))
+    pairs = [(o, i) for o in range(8) for i in range(2)]
+    x = centre + width * torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
+    seen, edges, found = study(layer, x)
+    formulas = refine(seen, edges, found, pairs)
+    for (o, i), formula in zip(pairs, formulas):
+        x = seen.x[:, i].double().numpy()
+        true = function_of(formula)(torch.from_numpy(x)).numpy()
+        written = evaluate(str(expression(formula)), x)
+        assert np.abs(written - true).max() < 0.02 * edges.activity[o, i].item(), formula
+    assert any(formula.digits == 3 for formula in formulas) == (centre == 0)
+
+
 def test_what_is_written_has_a_value_where_the_function_has_one():
     """Also close to the end of a root, or a pole."""
     x = np.linspace(1.2375, 2.3, 200)

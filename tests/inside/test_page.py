@@ -11,7 +11,7 @@ import pytest
 
 from inside.page import write_page
 
-CHROMIUM = shutil.which('chromium')
+CHROMIUM, NODE = shutil.which('chromium'), shutil.which('node')
 OFFLINE = 'disable-quic disable-background-networking disable-component-update disable-sync'
 FLAGS = f'headless no-sandbox disable-gpu no-first-run {OFFLINE} allow-file-access-from-files enable-logging=stderr v=0'
 HOSTILE = '</script><script>alert(1)</script><!--<script>&amp;<b>'
@@ -168,6 +168,27 @@ def test_page_needs_no_network(tmp_path):
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     report = dict(model='m', about='a', layers=[], odd=[math.nan, math.inf, -math.inf, 1e-300, 'NaN'])
     assert embedded_in(page_of(report, tmp_path))['odd'] == [None, None, None, 1e-300, 'NaN']
+
+
+@pytest.mark.skipif(NODE is None, reason='no node to run the script with')
+@pytest.mark.parametrize(
+    'low, high, texts',
+    [
+        (0.1, 0.7, '0.1 0.2 0.3 0.4 0.5 0.6 0.7'),
+        (-2, 3, '-2 -1 0 1 2 3'),
+        (3.14152, 3.14158, '3.14152 3.14153 3.14154 3.14155 3.14156 3.14157 3.14158'),
+        (123456, 123999, '123500 123600 123700 123800 123900'),
+        (-3e-7, 3e-7, '-3e-7 -2e-7 -1e-7 0 1e-7 2e-7 3e-7'),
+    ],
+)
+def test_ticks_tell_their_places_apart(tmp_path, low, high, texts):
+    page = page_of(dict(model='m', about='', layers=[]), tmp_path)
+    script = re.search(r'^function ticksOf.*?^}$', page, re.DOTALL | re.MULTILINE)[0]
+    script += f'; console.log(JSON.stringify(ticksOf([{low}, {high}], 7)))'
+    done = subprocess.run([NODE, '-e', script], capture_output=True, encoding='utf-8', timeout=60, check=True)
+    ticks = json.loads(done.stdout)
+    assert ' '.join(text for _, text in ticks) == texts
+    assert [value for value, _ in ticks] == pytest.approx([float(text) for _, text in ticks], rel=1e-9, abs=1e-12)
 
 
 def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
