@@ -187,14 +187,14 @@ def check(name, value, settings, where):
         raise ValueError(f'{where}: unknown setting {name!r}, {advice}')
     kind = type(settings[name])
     expected = f'{where}: {name} is {kind.__name__} (default {settings[name]!r})'
-    if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is int and value.bit_length() > (64 if kind is int else 1023):  # more than torch or a float holds
         raise ValueError(f'{expected}, got an int of {value.bit_length()} bits')
     if type(value) is kind:
         if kind is float and not math.isfinite(value):
             raise ValueError(f'{where}: {name} must be finite, got {value!r}')
         return value
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
     if kind is float and type(value) is int:
         return float(value)
     raise ValueError(f'{expected}, got {type(value).__name__} {value!r}')

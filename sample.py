@@ -24,7 +24,9 @@ from run.files import decode_text
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # from an out_dir; or the folder of a run, a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
 out_dir = 'out'  # ignored if init_from is not 'resume'
-start = '\n'  # the prompt, or '<|endoftext|>' etc.; a file with it as "FILE:prompt.txt"
+start = (
+    '\n'  # the prompt, or '<|endoftext|>' etc.; in a shell $'\n' is a line break; "FILE:prompt.txt" is a file with it
+)
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0 = no change, < 1.0 = less random, > 1.0 = more random, 0 = always the most likely token
@@ -105,12 +107,15 @@ def load_model(checkpoint):
 checkpoint = load_checkpoint(out_dir) if init_from == 'resume' else beside_model(init_from)
 model = load_model(checkpoint)
 tokenizer = load_tokenizer(checkpoint, model.config.vocab_size, dataset)
-if tokenizer.vocab_size > model.config.vocab_size:
-    raise ValueError(f'the vocabulary has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}')
+last = getattr(tokenizer, 'last_of_text', tokenizer.vocab_size - 1)  # tokens that were added may have no row
+if last >= model.config.vocab_size:
+    raise ValueError(f'the vocabulary has {last + 1} tokens, the model only {model.config.vocab_size}')
 prompt = tokenizer.encode(read_prompt())
 if not prompt:
     example = '"12 7 30"' if isinstance(tokenizer, IdTokenizer) else 'TEXT, in characters or words that it knows'
     raise ValueError(f'start has no token of this vocabulary to go on from: give one, e.g. --start={example}')
+if max(prompt) >= model.config.vocab_size:
+    raise ValueError(f'start holds token {max(prompt)}, and the model has rows for {model.config.vocab_size} tokens')
 model.eval()
 model.to(device)
 if compile:

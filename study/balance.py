@@ -13,6 +13,7 @@ recipe is the KAN-GPT's. Other flags are train.py's, e.g. --device=cpu, or --mlp
 import functools
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def measure_seconds(*models):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**model_args)).to(device)
         sizes = settings['batch_size'], settings['gradient_accumulation_steps']
-        steps.append(make_step(model, *sizes, device, dtype, muon=settings['muon']))
+        steps.append(make_step(model, *sizes, device, dtype, settings['compile'], muon=settings['muon']))
     seconds = [[step() for step in steps] for _ in range(1 + repeats)]
     return np.median(seconds[1:], axis=0)
 
@@ -157,14 +158,15 @@ if by == 'seconds' and abs(times - 1) > tolerance:
     print(f'warning: measured again it takes {times:.3f} of the time of the KAN-GPT; was the machine busy?')
 name = os.path.basename(out).removesuffix('.py').removeprefix('train_').replace('_', '-')
 defaults = settings_of('train.py', [])
-machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log', 'wandb_artifact', 'log_to')
+machine = ('device', 'dtype', 'compile', 'init_from', 'wandb_log', 'wandb_artifact', 'wandb_run_name', 'log_to')
 of_kan = tuple(name for name in defaults if name.startswith(('use_kan', 'kan_', 'grid_', 'spline_')))
 wanted = {**settings, **shape, 'out_dir': f'out-{name}'}
 left_out = {*machine, *of_kan} - ({'spline_lr_scale'} if settings['activation'] == 'swish' else set())  # of its slopes
 changed = {key: value for key, value in wanted.items() if value != defaults[key] and key not in left_out}
+command = shlex.join(sys.argv[1:]).replace('\n', ' ')
 header = f"""# The vanilla GPT that costs what the KAN-GPT of {os.path.basename(config_file)} costs: {figure}.
 #     python train.py {os.path.relpath(out)}
-# Found by `python study/balance.py {' '.join(sys.argv[1:])}`.
+# Found by `python study/balance.py {command}`.
 """
 write_file(out, header + '\n' + ''.join(f'{key} = {value!r}\n' for key, value in changed.items()))
 print(

@@ -64,11 +64,14 @@ def read_all(paths):
 def check_run(name, record, path):
     """{name, record, log} of a run, its settings complete; ValueError where something is missing."""
     try:
-        for one, other in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'):
+        for one, other in ('config', 'seed'), ('parameters', 'total'), ('dataset', 'splits'), ('versions', 'torch'):
             record[one][other]
-        for key in 'tokens_per_iter', 'flops_per_token':
+        for key in 'tokens_per_iter', 'flops_per_token', 'device':
             record[key]
         log = [line for line in record['log'] if line['iter'] > 0]
+        for line in log:
+            for key in 'val_loss', 'tokens_per_s', 'peak_mem':
+                line[key]
         finals = [record['final'][key] for key in ('best_val_loss', 'val_loss')] if 'finished' in record else []
         if not all(map(math.isfinite, finals)):
             raise TypeError('its final losses are not finite')
@@ -156,8 +159,31 @@ def list_facts(group):
         'data': tuple(data['sha256'] for data in splits.values()) or (config['dataset'],),
         'validation windows (eval_iters * batch_size of them, block_size long)': (windows, config['block_size']),
         'iterations between evaluations': (config['eval_interval'],),
-        'tokens to train on': (config['max_iters'] * record['tokens_per_iter'],),
+        'tokens to train on': (tokens_of(group),),
     }
+
+
+def tokens_of(group):
+    """What its runs trained on by the log of one that has finished, or are to train on."""
+    run = (group['finished'] + group['unfinished'])[0]
+    last = run['log'][-1] if group['finished'] else {}
+    return last.get('tokens', group['config']['max_iters'] * run['record']['tokens_per_iter'])
+
+
+def tokens_at(line, record):
+    """The tokens up to a line of a log. Older ones do not count them, and their steps are all alike."""
+    return line.get('tokens', line['iter'] * record['tokens_per_iter'])
+
+
+def steps_per_second(log, record):
+    """Of the evaluation intervals of a run. A resumed one may have gone on with steps of another size."""
+    iteration, tokens, speeds = 0, 0, []
+    for line in log:
+        step = (tokens_at(line, record) - tokens) / (line['iter'] - iteration)
+        iteration, tokens = line['iter'], tokens_at(line, record)
+        if line['tokens_per_s']:
+            speeds.append(line['tokens_per_s'] / step)
+    return speeds or [iteration / log[-1]['seconds']]  # resumed at the only evaluation
 
 
 def summarize(group):
@@ -168,10 +194,8 @@ def summarize(group):
     group['not_counted'] = f' (+ {len(group["unfinished"])} unfinished)' if group['unfinished'] else ''
     group['parameters'] = first['parameters']['total']
     group['flops_per_token'] = first['flops_per_token']
-    group['tokens_per_iter'] = first['tokens_per_iter']
-    group['tokens'] = group['config']['max_iters'] * first['tokens_per_iter']
-    speeds = [line['tokens_per_s'] / first['tokens_per_iter'] for log in logs for line in log if line['tokens_per_s']]
-    speeds = speeds or [log[-1]['iter'] / log[-1]['seconds'] for log in logs]  # resumed at the only evaluation
+    group['tokens'] = tokens_of(group)
+    speeds = [speed for record, log in zip(records, logs) for speed in steps_per_second(log, record)]
     group['seconds_per_step'] = 1 / float(np.median(speeds))
     group['peak_memory'] = float(np.median([max(line['peak_mem'] for line in log) for log in logs]))
     group['best'] = [record['final']['best_val_loss'] for record in records]
@@ -183,7 +207,9 @@ def summarize(group):
     iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
     by_iteration = [{line['iter']: line['val_loss'] for line in log} for log in logs]
     losses = np.array([[found[i] for i in iterations] for found in by_iteration])
+    tokens = {line['iter']: tokens_at(line, first) for line in logs[0]}
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
+    group['curve']['tokens'] = [tokens[iteration] for iteration in iterations]
 
 
 def machine_of(record):
@@ -270,6 +296,9 @@ def notes(groups, base):
         'all of them, position embeddings included.'
     )
     yield f'Measured on: {"; ".join(devices)}.{apart}'
+    for group in groups:
+        if 'init_from' in group['config']:
+            yield f'{group["name"]} began with {group["config"]["init_from"]}: its tokens are those after that.'
     for group in groups:
         for run in group['unfinished']:
             at = run['log'][-1]['iter'] if run['log'] else 0

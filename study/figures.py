@@ -12,11 +12,11 @@ import plotly.graph_objects as go
 from matplotlib import colors, rc_context, rcParams, ticker
 from matplotlib.figure import Figure
 
-AXES = {  # of the curves: what a line of the log says in this unit
-    'iterations': lambda group, iteration: iteration,
-    'tokens': lambda group, iteration: iteration * group['tokens_per_iter'],
-    'FLOPs': lambda group, iteration: iteration * group['tokens_per_iter'] * group['flops_per_token'],
-    'seconds': lambda group, iteration: iteration * group['seconds_per_step'],
+AXES = {  # of the curves: the places of the evaluations in this unit
+    'iterations': lambda group: group['curve']['iterations'],
+    'tokens': lambda group: group['curve']['tokens'],
+    'FLOPs': lambda group: [tokens * group['flops_per_token'] for tokens in group['curve']['tokens']],
+    'seconds': lambda group: [iteration * group['seconds_per_step'] for iteration in group['curve']['iterations']],
 }
 LOGARITHMIC = ('FLOPs', 'seconds')
 COLORS = [colors.to_hex(color) for color in rcParams['axes.prop_cycle'].by_key()['color']]
@@ -46,7 +46,7 @@ def draw_curves(groups, base):
     for panel, (axis, unit) in zip(panels.flat, AXES.items()):
         for group in groups:
             curve = group['curve']
-            x = [unit(group, iteration) for iteration in curve['iterations']]
+            x = unit(group)
             (line,) = panel.plot(x, curve['mean'], marker='o', markersize=3)
             low, high = curve['mean'] - curve['std'], curve['mean'] + curve['std']
             panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
@@ -131,7 +131,7 @@ def interactive_curves(groups, axis, unit):
     figure = go.Figure()
     for group, color in zip(groups, COLORS * len(groups)):
         curve = group['curve']
-        x = [unit(group, iteration) for iteration in curve['iterations']]
+        x = unit(group)
         mean, std = curve['mean'], curve['std']
         text = [f'{m:.4f}' if math.isnan(s) else f'{m:.4f} ± {s:.4f}' for m, s in zip(mean, std)]
         line = dict(x=x, y=mean.tolist(), name=group['name'], legendgroup=group['name'], line_color=color)

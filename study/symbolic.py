@@ -321,8 +321,13 @@ def record(clock, errors, edges, expression):
 
 
 def tidy(expression, digits=3):
-    """Multiplied out, with no constant left in an exponent or before the terms in a root, and rounded."""
-    expanded = multiplied_out(sympy.sympify(expression))
+    """Multiplied out, with no constant left in an exponent or before the terms in a root, and rounded. Numbers that are
+    whole but for a rounding become so first: exponents near 1 keep the factors in their logarithms apart.
+    """
+    expression = sympy.sympify(expression)
+    numbers = {number: round(float(number)) for number in expression.atoms(sympy.Float)}
+    whole = {number: sympy.Integer(near) for number, near in numbers.items() if is_whole(float(number), near)}
+    expanded = multiplied_out(expression.xreplace(whole))
     expanded = expanded.replace(lambda e: isinstance(e, sympy.exp), lambda e: factored(e.args[0]))
     expanded = multiplied_out(expanded.replace(lambda e: e.is_Pow and e.exp == sympy.S.Half, lambda e: unit(e.base)))
     return expanded.xreplace({number: rounded(number, digits) for number in expanded.atoms(sympy.Float)})
@@ -332,8 +337,15 @@ def multiplied_out(expression):
     return sympy.expand(expression, power_exp=False, power_base=False, log=False)
 
 
+def is_whole(number, near):
+    """Whether a fitted number stands for the integer near it. A small one may be what it is; one of 1e-6 is noise."""
+    return abs(number - near) < (5e-4 if near else 1e-6)
+
+
 def rounded(number, digits):
-    value = round(float(number), digits)
+    """To so many decimals, and of a small number to so many digits."""
+    zeros = max(0, -math.floor(math.log10(abs(number))) - 1) if number else 0
+    value = round(float(number), digits + zeros)
     return sympy.Integer(int(value)) if value == int(value) else sympy.Float(value, 15)
 
 

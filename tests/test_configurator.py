@@ -342,6 +342,7 @@ def test_deeply_nested_value_is_a_value_or_refused_with_the_place(config, text):
 def test_huge_integers_do_not_become_floats():
     assert 'learning_rate is float' in refuse('--learning_rate=1' + '0' * 400)
     assert settle('--learning_rate=1' + '0' * 300)['learning_rate'] == 1e300
+    assert 'batch_size is int' in refuse('--batch_size=1e300')
 
 
 # names and ranges

@@ -380,6 +380,22 @@ def test_another_model_of_transformers(workshop, llama, task, method, more):
         assert done.returncode == 0 and done.stdout.startswith('Line 1'), done.stderr
 
 
+def test_a_model_without_a_row_for_an_added_token_writes(place, workshop, llama):
+    """As where a tokenizer got a [PAD] of its own."""
+    tokenizer, hf = answer_pairs(), copy.deepcopy(llama)
+    tokenizer.add_special_tokens({'pad_token': '[PAD]'})
+    assert tokenizer.pad_token_id == hf.config.vocab_size
+    hf.save_pretrained(place / 'padded')
+    tokenizer.save_pretrained(place / 'padded')
+    tune(place, 'out', *configs('sonnets', 'lora'), init_from='padded', epochs=1, **ADAPTERS)
+    settings = dict(out_dir='out', num_samples=1, max_new_tokens=8, device='cpu')
+    done = enter(place, 'sample.py', *flags(**settings, start='Line 1'))
+    assert done.returncode == 0 and done.stdout.startswith('Line 1'), done.stderr
+    done = enter(place, 'sample.py', *flags(**settings, start='Line [PAD]'))
+    n = hf.config.vocab_size
+    assert done.stderr == f'error: start holds token {n}, and the model has rows for {n} tokens\n'
+
+
 @pytest.mark.parametrize('kind, targets', [('lora', 'attn,mlp'), ('kan', 'attn,mlp'), ('lora', 'lm_head')])
 def test_its_adapter_goes_to_peft(workshop, llama, kind, targets):
     peft = pytest.importorskip('peft')

@@ -29,7 +29,7 @@ CLOCK = """
 from run import cost
 
 def make_step(model, *settings, muon):
-    assert settings == (2, 1, 'cpu', 'float32') and muon is False, settings
+    assert settings == (2, 1, 'cpu', 'float32', True) and muon is False, settings
     # grows, but as no other cost does
     seconds = cost.count_parameters(vars(model.config)) ** 0.8 + 50 * model.config.n_layer
     taken = iter([1e9])  # of the first step, which compiles and does not count
@@ -118,6 +118,14 @@ def test_written_config_trains_and_keeps_the_recipe(tmp_path, dataset):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out-mine/run.json').read_text())
     assert f'{record["parameters"]["total"]:,} parameters' in (tmp_path / 'mine.py').read_text()
+
+
+def test_the_written_command_is_the_one_that_was_typed(tmp_path, dataset):
+    flags = '--by=params', '--first=width', '--wandb_run_name=my\nown run', '--out=mine.py'
+    balance(tmp_path, dataset, SMALL, *flags, '--repeats=1')
+    settings = settings_of('train.py', [str(tmp_path / 'mine.py')])
+    assert settings['wandb_run_name'] == ''  # that of the KAN-GPT
+    assert "'--wandb_run_name=my own run' --out=mine.py --repeats=1`" in (tmp_path / 'mine.py').read_text()
 
 
 def test_mistakes_are_named(tmp_path, dataset):

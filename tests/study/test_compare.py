@@ -116,6 +116,45 @@ def test_numbers_are_those_of_numpy_and_scipy(compared):
     assert f'p = {b["p"]:.2g}' in row
 
 
+def make_larger(folder):
+    """A run as if it had been resumed after 20 iterations with steps of twice the tokens."""
+    record, log = (folder / name for name in ('run.json', 'log.jsonl'))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line, tokens in zip(lines, (0, 500, 1000, 2000)):
+        line['tokens'] = tokens
+    log.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    record.write_text(json.dumps({**json.loads(record.read_text()), 'tokens_per_iter': 100}))
+
+
+def test_tokens_are_those_that_a_resumed_run_trained_on(tmp_path):
+    write_run(tmp_path / 'runs/plain,seed=1', 1, 1.5)
+    make_larger(write_run(tmp_path / 'runs/resumed,seed=1', 1, 1.5, changes=[{'iter': 20, 'before': {'x': 1}}]))
+    command = ['study/compare.py', *(str(path) for path in sorted((tmp_path / 'runs').iterdir())), '--out=c']
+    assert 'different tokens to train on (plain: 1500; resumed: 2000)' in complaint(tmp_path, *command)
+    compare(tmp_path, '--mix=True')
+    plain, resumed = read_report(tmp_path)['groups']
+    assert (plain['tokens'], plain['curve']['tokens']) == (1500, [500, 1000, 1500])
+    assert (resumed['tokens'], resumed['curve']['tokens']) == (2000, [500, 1000, 2000])
+    assert resumed['seconds_per_step'] == pytest.approx(0.25)  # the median of 50 / 100, 50 / 200 and 100 / 600
+
+
+def test_a_row_that_began_with_another_is_named(tmp_path):
+    write_run(tmp_path / 'runs/a,seed=1', 1, 1.5)
+    write_run(tmp_path / 'runs/on,seed=1', 1, 1.4, init_from='runs/a,seed=1')
+    note = 'on began with runs/a: its tokens are those after that.'
+    assert note in compare(tmp_path) and note in (tmp_path / 'c/compare.html').read_text()
+
+
+@pytest.mark.parametrize('name', ['device', 'versions', 'val_loss', 'tokens_per_s', 'peak_mem'])
+def test_a_run_that_lacks_something_is_named(tmp_path, name):
+    run = write_run(tmp_path / 'runs/a', 1, 1.5)
+    for file in run / 'run.json', run / 'log.jsonl':
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text(''.join(json.dumps({k: v for k, v in line.items() if k != name}) + '\n' for line in lines))
+    words = complaint(tmp_path, 'study/compare.py', 'runs/a', '--out=c')
+    assert words == f"error: runs/a is damaged or of an older train.py (KeyError('{name}'))\n"
+
+
 def test_curves_are_means_over_seeds_without_the_start(compared):
     runs, _ = compared
     curve = read_report(runs)['groups'][0]['curve']
@@ -232,8 +271,8 @@ def test_families_on_different_texts_stay_apart(tmp_path):
 def test_names_are_written_as_they_are(tmp_path):
     from study import figures
 
-    curve = dict(iterations=[10, 20], mean=np.array([2.0, 1.0]), std=np.array([0.1, 0.1]))
-    scales = dict(curve=curve, tokens_per_iter=1, flops_per_token=1, seconds_per_step=1)
+    curve = dict(iterations=[10, 20], tokens=[10, 20], mean=np.array([2.0, 1.0]), std=np.array([0.1, 0.1]))
+    scales = dict(curve=curve, flops_per_token=1, seconds_per_step=1)
     groups = [dict(scales, name=name) for name in ('a$_$b', '_c')]
     law = {'factor': 5.0, 'exponent': -0.1}
     members = [dict(parameters=1000, best=[2.0]), dict(parameters=2000, best=[1.9])]
