@@ -339,7 +339,7 @@ def multiplied_out(expression):
 
 def is_whole(number, near):
     """Whether a fitted number stands for the integer near it. A small one may be what it is; one of 1e-6 is noise."""
-    return abs(number - near) < (5e-4 if near else 1e-6)
+    return abs(number - near) < (1e-4 if near else 1e-6)
 
 
 def rounded(number, digits):
