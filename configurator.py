@@ -189,8 +189,10 @@ def check(name, value, settings, where):
     expected = f'{where}: {name} is {kind.__name__} (default {settings[name]!r})'
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
-    if type(value) is int and value.bit_length() > (64 if kind is int else 1023):  # more than torch or a float holds
+    if type(value) is int and value.bit_length() > 1023:  # more than a float holds, or than Python prints
         raise ValueError(f'{expected}, got an int of {value.bit_length()} bits')
+    if kind is int and type(value) is int and value >= 2**63:
+        raise ValueError(f'{where}: {name} must be less than 2**63, got {value}')
     if type(value) is kind:
         if kind is float and not math.isfinite(value):
             raise ValueError(f'{where}: {name} must be finite, got {value!r}')
@@ -250,8 +252,6 @@ def check_ranges(settings, at_least_one='', not_negative='', fractions='', share
         for name in names.split():
             if not holds(settings[name]):
                 raise ValueError(f'{name} must {wanted}, got {settings[name]}')
-    if settings.get('seed', 0) >= 2**63:
-        raise ValueError(f'seed must be less than 2**63, got {settings["seed"]}')
 
 
 def is_ours(module):

@@ -97,8 +97,10 @@ class GPTConfig:
         divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % (n * unit) == 0]
         if divisors:  # an odd width has none of even heads
             nearest += f', or {name}={min(divisors, key=lambda divisor: abs(divisor - heads))}'
-        wanted = ', into heads of an even width, as rotary wants' if is_even else ''
-        raise ValueError(f'n_embd={self.n_embd} is not divisible by {name}={heads}{wanted}; nearest: {nearest}')
+        problem = f'n_embd={self.n_embd} is not divisible by {name}={heads}'
+        if is_even:
+            problem += ' into heads of an even width, as rotary wants'
+        raise ValueError(f'{problem}; nearest: {nearest}')
 
     def check_functions(self):
         """ValueError for settings that would do nothing."""

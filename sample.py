@@ -24,9 +24,7 @@ from run.files import decode_text
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # from an out_dir; or the folder of a run, a gpt2 variant (e.g. 'gpt2-xl') or a folder with one
 out_dir = 'out'  # ignored if init_from is not 'resume'
-start = (
-    '\n'  # the prompt, or '<|endoftext|>' etc.; in a shell $'\n' is a line break; "FILE:prompt.txt" is a file with it
-)
+start = '\n'  # the prompt ($'\n' in a shell), or '<|endoftext|>' etc.; a file with it as "FILE:prompt.txt"
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0 = no change, < 1.0 = less random, > 1.0 = more random, 0 = always the most likely token

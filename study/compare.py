@@ -176,14 +176,14 @@ def tokens_at(line, record):
 
 
 def steps_per_second(log, record):
-    """Of the evaluation intervals of a run. A resumed one may have gone on with steps of another size."""
+    """Of the evaluation intervals of a run, with steps of the size that it ended with: it may be a resumed one."""
     iteration, tokens, speeds = 0, 0, []
     for line in log:
         step = (tokens_at(line, record) - tokens) / (line['iter'] - iteration)
         iteration, tokens = line['iter'], tokens_at(line, record)
-        if line['tokens_per_s']:
+        if line['tokens_per_s'] and step == record['tokens_per_iter']:
             speeds.append(line['tokens_per_s'] / step)
-    return speeds or [iteration / log[-1]['seconds']]  # resumed at the only evaluation
+    return speeds or [iteration / log[-1]['seconds']]  # resumed since the last evaluation
 
 
 def summarize(group):
@@ -297,7 +297,7 @@ def notes(groups, base):
     )
     yield f'Measured on: {"; ".join(devices)}.{apart}'
     for group in groups:
-        if 'init_from' in group['config']:
+        if group['finished'] and 'init_from' in group['config']:
             yield f'{group["name"]} began with {group["config"]["init_from"]}: its tokens are those after that.'
     for group in groups:
         for run in group['unfinished']:

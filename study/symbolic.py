@@ -330,11 +330,19 @@ def tidy(expression, digits=3):
     expanded = multiplied_out(expression.xreplace(whole))
     expanded = expanded.replace(lambda e: isinstance(e, sympy.exp), lambda e: factored(e.args[0]))
     expanded = multiplied_out(expanded.replace(lambda e: e.is_Pow and e.exp == sympy.S.Half, lambda e: unit(e.base)))
+    expanded = without_noise(expanded)
     return expanded.xreplace({number: rounded(number, digits) for number in expanded.atoms(sympy.Float)})
 
 
 def multiplied_out(expression):
     return sympy.expand(expression, power_exp=False, power_base=False, log=False)
+
+
+def without_noise(expression):
+    """Less the terms whose coefficients are below a two thousandth of the largest."""
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(expression)]
+    least = max(abs(coefficient) for coefficient, _ in terms) / 2000
+    return sympy.Add(*(coefficient * rest for coefficient, rest in terms if abs(coefficient) >= least))
 
 
 def is_whole(number, near):

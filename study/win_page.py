@@ -363,7 +363,7 @@ def draw_differences(path, panels, names, what, of_panels=False):
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.locator_params(axis='x', nbins=4)
         axis.grid(alpha=0.3, axis='x')
-    counted = "difference of losses, 95 % intervals; named: what holds by Holm's correction in its panel"
+    counted = "differences of losses, 95 % intervals; named: what holds by Holm's rule in its panel"
     named = textwrap.fill(leaders(panels, of_panels), 62)
     figure.suptitle(f'{what}:\n{named}\n({counted})')
     figure.savefig(path, dpi=130)

@@ -628,16 +628,17 @@ def test_no_way_of_pruning_that_fails_is_advised(tmp_path, dataset, kind, by):
 
 
 def test_a_second_look_leaves_no_figure_of_the_first(tmp_path, trained, dataset):
-    shutil.copytree(trained / 'out', tmp_path / 'out')
-    shutil.rmtree(tmp_path / 'out' / 'interpret', ignore_errors=True)
-    interpret(tmp_path, dataset=dataset, random_too=False)
-    folder = tmp_path / 'out' / 'interpret'
-    (folder / 'pruning.txt').write_text('mine')
-    shutil.rmtree(tmp_path / 'out' / 'history')
-    interpret(tmp_path, dataset=dataset, random_too=False, losses=False)
+    """That it does not draw anew: of losses that are not asked for, of a history that is not there."""
+    (tmp_path / 'out').mkdir()
+    shutil.copy(trained / 'out' / 'best.pt', tmp_path / 'out')
+    folder = tmp_path / 'look'
+    folder.mkdir()
+    for name in 'pruning.png', 'pruning.svg', 'growth.png', 'growth.svg', 'pruning.txt', 'prompt.png':
+        (folder / name).write_text('of an earlier look')
+    interpret(tmp_path, dataset=dataset, random_too=False, losses=False, module='mlp.0', folder='look')
     left = {path.name for path in folder.iterdir()} - FILES
-    expected = {f'{name}.{suffix}' for name in figures_of(LAYERS) - {'pruning', 'growth'} for suffix in ('png', 'svg')}
-    assert left == expected | {'pruning.txt'}
+    expected = {f'{name}.{suffix}' for name in ('edges-h.0.mlp.0', 'activity', 'r2') for suffix in ('png', 'svg')}
+    assert left == expected | {'pruning.txt', 'prompt.png'}
 
 
 def test_a_model_without_kan_layers(tmp_path, dataset):
