@@ -327,6 +327,8 @@ def with_digits(formula, x, deviation):
     """The formula with as many digits, three to nine, as it is to be written with: at the numbers x it then moves by
     ROUGHLY of the standard deviation of its edge at most. Far from zero, or where terms cancel, three are too few.
     """
+    if formula.family == 'constant':  # of an edge without a deviation to measure by
+        return formula
     exact = function_of(formula)(x)
     for digits in range(3, 10):
         rounded = {name: float(f'{getattr(formula, name):.{digits}g}') for name in 'abcd'}

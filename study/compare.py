@@ -207,9 +207,8 @@ def summarize(group):
     iterations = sorted(set.intersection(*({line['iter'] for line in log} for log in logs)))
     by_iteration = [{line['iter']: line['val_loss'] for line in log} for log in logs]
     losses = np.array([[found[i] for i in iterations] for found in by_iteration])
-    tokens = {line['iter']: tokens_at(line, first) for line in logs[0]}
     group['curve'] = {'iterations': iterations, 'mean': losses.mean(0), 'std': deviation(losses)}
-    group['curve']['tokens'] = [tokens[iteration] for iteration in iterations]
+    group['curve']['tokens'] = [tokens_at(line, first) for line in logs[0] if line['iter'] in iterations]
 
 
 def machine_of(record):

@@ -233,6 +233,7 @@ def test_a_dead_feature_is_a_constant():
     for o in range(2):
         formula = formulas[o, 1]
         assert formula.family == 'constant' and math.isnan(formula.r2) and formula.others == ()
+        assert formula.digits == 3  # though it has no deviation to measure a rounding by
         alone = layer(torch.tensor([0.0, 0.7, 0.0])) - layer(torch.zeros(3))  # and what feature 1 gives at zero
         with torch.no_grad():
             at_zero = (layer.scaled_spline_weight[o, 1] * layer.b_splines(torch.zeros(3))[1]).sum()
